@@ -1,0 +1,83 @@
+"""--batch auto: the largest batch that fits the device, with batch x accum kept."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rfdetr.console import tick, warn
+from rfdetr.data.loaders import Batch
+from rfdetr.engine import is_out_of_memory, memory_mb
+from rfdetr.sizes import SIZES
+
+OBJECTS = 30  # an image full of objects: the worst case that is tried
+HEADROOM = 0.8  # of the memory that is free, since a CPU does not refuse but swaps
+
+
+def free_memory_mb() -> float | None:
+    """Free main memory in MB; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) / 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def random_batch(images: int, resolution: int) -> Batch:
+    """A batch as heavy as they come: OBJECTS objects with masks in every image."""
+    target = {
+        "boxes": torch.rand(OBJECTS, 4) * 0.5 + 0.1,
+        "labels": torch.zeros(OBJECTS, dtype=torch.long),
+        "has_mask": torch.ones(OBJECTS, dtype=torch.bool),
+        "masks": torch.zeros(OBJECTS, resolution, resolution, dtype=torch.uint8),
+        "index": 0,
+    }
+    return Batch(torch.zeros(images, 3, resolution, resolution, dtype=torch.uint8), [target] * images)
+
+
+def resolve_batch(
+    args: argparse.Namespace, model: nn.Module, losses: Callable[[nn.Module, Batch, float], dict[str, Tensor]]
+) -> None:
+    """Turn `args.batch` "auto" into a number, trying a step on the worst case; batch x accum stays the size's own."""
+    if args.batch != "auto":
+        return
+    recipe = SIZES[args.size].recipe
+    effective = recipe.batch * args.accum
+    fits = [b for b in range(effective, 0, -1) if effective % b == 0]
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        args.batch = next((b for b in fits if _step_fits(model, losses, b, args.resolution)), 1)
+    else:
+        before, free = memory_mb(device), free_memory_mb()
+        _step_fits(model, losses, 1, args.resolution)
+        each = max(memory_mb(device) - before, 1.0)
+        args.batch = next((b for b in fits if free is None or b * each < HEADROOM * free), 1)
+        if free is None:
+            warn("this system does not tell how much memory is free: --batch auto takes the whole effective batch")
+    args.accum = effective // args.batch
+    tick(f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times (effective {effective})")
+
+
+def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int) -> bool:
+    state = torch.get_rng_state()
+    model.train()
+    try:
+        sum(losses(model, random_batch(images, resolution), float(OBJECTS)).values()).backward()
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.set_rng_state(state)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,111 @@
+"""The training scripts' command line: their common flags, --resume, and what a size decides."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from rfdetr import checkpoint
+from rfdetr.console import UserError, boolean, number, warn
+from rfdetr.sizes import SIZES, check_resolution
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of all three training scripts. A default of None means the size's own (rfdetr/sizes.py)."""
+    positive, share = number(int, 1), number(float, 0)
+    add = parser.add_argument
+    add("--size", choices=list(SIZES), default="nano", help="model size (default: nano)")
+    add("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
+    add("--val_fraction", type=number(float, 0.001, 0.9), help="without valid/: split this share off train/")
+    add("--output_dir", type=Path, help="run folder (default: the next free number under runs/)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--resolution", type=positive, help="input side in pixels (default: the size's own)")
+    add("--epochs", type=positive, help="passes over the training images")
+    add("--batch", type=lambda t: t if t == "auto" else positive(t), help="images in one forward pass, or auto")
+    add("--accum", type=positive, help="forward passes per optimizer step")
+    add("--workers", type=number(int, 0), help="loader processes (default: 2; 0 where images stay in memory)")
+    add("--weight_decay", type=share, help="AdamW's weight decay")
+    add("--multi_scale", type=boolean, default=None, metavar="0|1", help="draw the input side anew for each step")
+    add("--expanded_scales", type=boolean, default=False, metavar="0|1", help="a wider range of sides")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default=None, help="mixed precision (default: auto)")
+    add("--no_amp", action="store_true", help="the same as --amp off")
+    add("--ema", type=boolean, default=True, metavar="0|1", help="keep an average of the weights, scored as well")
+    add("--patience", type=number(int, 0), default=0, help="stop after this many epochs without gain (0: never)")
+    add("--grad_checkpoint", type=boolean, default=False, metavar="0|1", help="less memory, more time")
+    add("--min_steps", type=positive, help="repeat small datasets until an epoch has this many steps")
+    add("--eval_every", type=positive, default=1, help="epochs between evaluations (the last is always evaluated)")
+    add("--save_minutes", type=share, default=5.0, help="minutes between saves inside an epoch")
+    add("--seed", type=number(int, 0), default=0)
+    add("--tensorboard", type=boolean, default=True, metavar="0|1", help="write tb/")
+    add("--run_test", type=boolean, default=False, metavar="0|1", help="score the test split at the end")
+    add("--resume", nargs="?", const="auto", metavar="RUN", help="go on with a run folder, or the newest (auto)")
+    add("--fast_dev_run", nargs="?", type=positive, const=2, metavar="N", help="one epoch of N steps: does it run?")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def add_pretrained_flags(parser: argparse.ArgumentParser) -> None:
+    """Where a detector starts from."""
+    parser.add_argument(
+        "--pretrain_weights", default="auto", metavar="auto|none|PATH|URL", help="auto: the official file of the size"
+    )
+    parser.add_argument(
+        "--pretrain_exclude_keys", nargs="+", action="extend", default=[], metavar="GLOB", help="tensors not to load"
+    )
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) -> argparse.Namespace:
+    """Parse; with --resume the run's own flags are the defaults, and `args.resume_from` is its checkpoint's content.
+
+    `kind` is "detector", "segmentation" or "seg_single". Fills in what the size decides; raises UserError.
+    """
+    args = parser.parse_args(argv)
+    args.resume_from = None
+    if args.resume:
+        folder = newest_run(kind) if args.resume == "auto" else Path(args.resume)
+        content = latest_state(folder)
+        stored = {k: v for k, v in content["args"].items() if k not in ("resume", "output_dir") and hasattr(args, k)}
+        paths = {action.dest for action in parser._actions if action.type is Path}
+        parser.set_defaults(**{k: Path(v) if k in paths and v is not None else v for k, v in stored.items()})
+        args = parser.parse_args(argv)
+        args.output_dir, args.resume_from = folder, content
+    size = SIZES[args.size]
+    try:
+        args.resolution = check_resolution(size, args.resolution)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    prefix = {"detector": "", "segmentation": "seg_", "seg_single": "single_"}[kind]
+    recipe = asdict(size.recipe)
+    for name, value in vars(args).items():
+        if value is None and (name in recipe or prefix + name in recipe):
+            setattr(args, name, recipe.get(prefix + name, recipe.get(name)))
+    if args.no_amp:
+        args.amp = "off"
+    if args.fast_dev_run:
+        args.epochs = 1
+    return args
+
+
+def newest_run(kind: str) -> Path:
+    folders = [p for p in Path("runs").glob(f"{kind}_*") if (p / "last.pt").exists() or (p / "checkpoint.pt").exists()]
+    if not folders:
+        raise UserError(
+            f"--resume auto: no run under runs/{kind}_* has a last.pt or checkpoint.pt. Name the run's folder."
+        )
+    return max(folders, key=lambda p: p.stat().st_mtime)
+
+
+def latest_state(folder: Path) -> dict:
+    """The furthest of a run's checkpoint.pt and last.pt; a damaged one is named and passed over."""
+    found, problems = [], []
+    for name in ("checkpoint.pt", "last.pt"):
+        if (folder / name).exists():
+            try:
+                found.append(checkpoint.load(folder / name))
+            except UserError as error:
+                problems.append(str(error))
+    if not found:
+        raise UserError("; ".join(problems) or f"--resume {folder}: there is no last.pt or checkpoint.pt in it")
+    for problem in problems:
+        warn(f"{problem}: going on from the other one")
+    return max(found, key=lambda content: content["training"]["progress"]["step"])

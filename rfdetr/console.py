@@ -1,0 +1,107 @@
+"""What the scripts share about the command line: errors, flags and printing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+
+TICK, WARN = "✓", "⚠"
+
+
+class UserError(Exception):
+    """Bad input: the message is one paragraph saying what, where and the next command to type."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved its state; `code` is the exit status."""
+
+    def __init__(self, code: int):
+        super().__init__(f"stopped with exit status {code}")
+        self.code = code
+
+
+def boolean(text: str) -> bool:
+    """argparse type of the guide's 0|1 flags; also takes true/false and yes/no."""
+    value = text.strip().lower()
+    if value in ("1", "true", "yes"):
+        return True
+    if value in ("0", "false", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected 0, 1, true, false, yes or no, got {text!r}")
+
+
+def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
+    """argparse type: an int or float within [low, high]; the error names the accepted range."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        # `value != value` catches nan
+        if value is None or value != value or (low is not None and value < low) or (high is not None and value > high):
+            bounds = " and ".join(
+                part for part in (low is not None and f">= {low}", high is not None and f"<= {high}") if part
+            )
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__} {bounds}".rstrip() + f", got {text!r}")
+        return value
+
+    return parse
+
+
+def make_printable() -> None:
+    """Let stdout and stderr replace what their code page lacks (a tick on a Windows console) instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def tick(message: str) -> None:
+    print(f"{TICK} {message}", flush=True)
+
+
+def warn(message: str) -> None:
+    print(f"{WARN} {message}", flush=True)
+
+
+def banner(title: str, rows: dict[str, object]) -> None:
+    """Print a stage's banner and its `Name: value` rows."""
+    width = max(len(title) + 4, 60)
+    print("=" * width + f"\n  {title}\n" + "=" * width)
+    for name, value in rows.items():
+        print(f"{name + ':':<13} {value}")
+    print(flush=True)
+
+
+def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """Run a script's main(argv) and leave with its exit status.
+
+    UserError: one paragraph on stderr, 2. Ctrl-C: 130. Stopped: its own code. `--debug` shows tracebacks.
+    """
+    make_printable()
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        main(argv)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Stopped as stopped:
+        sys.exit(stopped.code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        print(
+            f"error: unexpected {kind}: {' '.join(str(error).split())}\n"
+            "This is a defect of the program. Run the command again with --debug to see where it happened.",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)

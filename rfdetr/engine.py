@@ -1,0 +1,173 @@
+"""The training loop: one epoch, one optimizer step."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rfdetr import distributed
+from rfdetr.console import UserError, warn
+from rfdetr.data.loaders import Batch
+
+
+@dataclass
+class Progress:
+    """Where a run stands; plain values, saved with every checkpoint."""
+
+    epoch: int = 0  # finished epochs
+    step_in_epoch: int = 0  # optimizer steps done in the running epoch
+    step: int = 0  # optimizer steps done in all
+    micro_batch: int = 0  # images in one forward pass; out of memory halves it
+    nan_steps: int = 0
+    sums: dict = field(default_factory=dict)  # running sums of the epoch's losses
+
+
+@dataclass
+class Trainer:
+    """All that a run trains with. A batch is anything with a length, slices, `objects` and
+    `indices`. `losses(model, batch, objects)` gives {name: weighted scalar}, each already divided by
+    `objects`, the objects of the whole effective batch; `schedule(step)` the factor on each group's base_lr."""
+
+    model: nn.Module
+    losses: Callable[[nn.Module, Batch, float], dict[str, Tensor]]
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    clip: float
+    device: torch.device
+    progress: Progress
+
+
+def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[list[int], bool], None]) -> dict:
+    """Train on every batch of `loader`, one optimizer step each; returns the epoch's mean losses, rates and times.
+
+    `after_step(image indices, finite)` is called after each step, for signals and timed saves.
+    """
+    progress, device = trainer.progress, trainer.device
+    trainer.model.train()
+    data_s = compute_s = images = 0.0
+    bar = tqdm(loader, desc=f"epoch {progress.epoch + 1}", disable=not distributed.is_main(), leave=False)
+    begin = mark = time.perf_counter()
+    for batch in bar:
+        data_s += time.perf_counter() - mark
+        mark = time.perf_counter()
+        factor = trainer.schedule(progress.step)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        losses = optimise(trainer, batch)
+        finite = math.isfinite(losses["loss"])
+        progress.step += 1
+        progress.step_in_epoch += 1
+        progress.nan_steps = 0 if finite else progress.nan_steps + 1
+        if finite:
+            for name, value in (losses | {"steps": 1.0}).items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
+        images += len(batch) * distributed.world_size()
+        compute_s += time.perf_counter() - mark
+        rate = images / (time.perf_counter() - begin)
+        bar.set_postfix_str(
+            f"loss {losses['loss']:.3f}, {rate:.1f} images/s, {memory_mb(device):.0f} MB", refresh=False
+        )
+        after_step(batch.indices, finite)
+        mark = time.perf_counter()
+    bar.close()
+    seconds = time.perf_counter() - begin
+    sums = dict(progress.sums)
+    steps = max(sums.pop("steps", 0.0), 1.0)
+    return {name: value / steps for name, value in sums.items()} | {
+        "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
+        "images_per_s": images / seconds,
+        "data_s": data_s,
+        "compute_s": compute_s,
+        "epoch_s": seconds,
+        "peak_memory_mb": memory_mb(device),
+    }
+
+
+def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """One optimizer step on an effective batch; returns its losses over all ranks and the gradient norm.
+
+    Out of memory: the batch is cut into smaller parts, which changes nothing but memory, and the step is repeated. A
+    loss that is not finite skips the step.
+    """
+    trainer.optimizer.zero_grad(set_to_none=True)
+    losses = backward_in_parts(trainer, batch)
+    distributed.sum_gradients(trainer.model.parameters())
+    names = list(losses)
+    # the one copy to the CPU after the backward pass
+    values = distributed.sum_tensor(torch.stack(list(losses.values()))).tolist()
+    result = dict(zip(names, values)) | {"loss": sum(values)}
+    if math.isfinite(result["loss"]):
+        trainer.scaler.unscale_(trainer.optimizer)
+        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        result["grad_norm"] = nn.utils.clip_grad_norm_(parameters, trainer.clip or math.inf).item()
+        trainer.scaler.step(trainer.optimizer)  # leaves the weights alone where fp16 gradients overflowed
+        trainer.scaler.update()
+        if trainer.ema is not None:
+            trainer.ema.update(trainer.model, trainer.progress.step + 1)
+    return result
+
+
+def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
+    """Gradients of a whole effective batch, `micro_batch` images at a time; returns its losses, detached."""
+    progress = trainer.progress
+    objects = max(distributed.sum_over_ranks(batch.objects, trainer.device), 1.0)
+    random_state = torch.get_rng_state()
+    while True:
+        try:
+            losses: dict[str, Tensor] = {}
+            for first in range(0, len(batch), progress.micro_batch):
+                part = trainer.losses(trainer.model, batch[first : first + progress.micro_batch], objects)
+                trainer.scaler.scale(sum(part.values())).backward()
+                for name, value in part.items():
+                    losses[name] = losses.get(name, 0.0) + value.detach()
+            return losses
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            lower_micro_batch(progress, len(batch))
+        # outside the handler, where the failed step's tensors are no longer referenced
+        trainer.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(random_state)
+        if trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def lower_micro_batch(progress: Progress, images: int) -> None:
+    """Halve the images in one forward pass, saying so.  Raises UserError with what is left to try at one image."""
+    size = min(progress.micro_batch, images)
+    if size <= 1:
+        raise UserError(
+            "out of memory with a single image. What is left: a smaller --resolution or --size, --grad_checkpoint 1, "
+            "--multi_scale 0, --amp bf16 where the hardware has it, or --device cpu"
+        )
+    progress.micro_batch = -(-size // 2)
+    warn(
+        f"out of memory: going on with --batch {progress.micro_batch} and the accumulation raised to match "
+        f"(the effective batch stays {images})"
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory so far: allocated on a GPU, resident of the process elsewhere; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

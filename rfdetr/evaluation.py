@@ -1,0 +1,182 @@
+"""From a split to scores and pictures: detections, masks for the kept ones, COCO evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pycocotools.mask
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from rfdetr import distributed
+from rfdetr.boxes import cxcywh_to_xyxy
+from rfdetr.classes import ClassTable
+from rfdetr.data.coco import CocoSplit, load_image
+from rfdetr.data.loaders import Batch
+from rfdetr.data.transforms import to_model_input
+from rfdetr.metrics.coco_eval import CocoEvaluator
+from rfdetr.metrics.overlap import to_rle
+from rfdetr.models.detector import Detector, select_detections
+from rfdetr.models.segmentation import MaskHead
+from rfdetr.precision import Precision
+from rfdetr.visualise import class_colours, draw, nms_for_drawing, side_by_side
+
+MASKS_PER_IMAGE = 100  # COCO counts no more detections than that
+DRAW_THRESHOLD = 0.5
+
+
+@dataclass
+class Detections:
+    """What a detector found in a batch, best first, and what a mask head needs to draw it.
+
+    index: positions in the split; scores, labels (B, k); boxes (B, k, 4) cxcywh 0..1; queries (B, k, C);
+    features (B, C, h, w); images uint8 (B, 3, R, R).
+    """
+
+    index: list[int]
+    scores: Tensor
+    labels: Tensor
+    boxes: Tensor
+    queries: Tensor
+    features: Tensor
+    images: Tensor
+
+    def __getitem__(self, part: slice) -> Detections:
+        values = (self.index, self.scores, self.labels, self.boxes, self.queries, self.features, self.images)
+        return Detections(*(value[part] for value in values))
+
+    def pixel_boxes(self, i: int, height: int, width: int) -> np.ndarray:
+        """Image i's boxes as (k, 4) xyxy in pixels of a height x width original."""
+        return cxcywh_to_xyxy(self.boxes[i].float().cpu()).numpy() * np.array([width, height] * 2, dtype=np.float32)
+
+
+@torch.inference_mode()
+def detect(model: Detector, images: Tensor, index: list[int], rows: Tensor, precision: Precision) -> Detections:
+    """Detections in uint8 (B, 3, R, R) images; `rows` (N,) is each label's head row."""
+    with precision.autocast():
+        outputs = model(to_model_input(images, precision.device))
+    scores, labels, boxes, chosen = select_detections(outputs, rows, model.size.select)
+    queries = outputs["queries"].gather(1, chosen[..., None].expand(-1, -1, outputs["queries"].shape[-1]))
+    return Detections(index, scores, labels, boxes, queries.float(), outputs["features"].float(), images)
+
+
+def detect_split(
+    model: Detector, loader: Iterable[Batch], table: ClassTable, precision: Precision
+) -> Iterator[Detections]:
+    """Detections of every batch of a split."""
+    model.eval()
+    rows = torch.tensor(table.rows, device=precision.device)
+    for batch in tqdm(loader, desc="detecting", disable=not distributed.is_main(), leave=False):
+        yield detect(model, batch.images, batch.indices, rows, precision)
+
+
+@torch.inference_mode()
+def draw_masks(
+    head: MaskHead, found: Detections, sizes: list[tuple[int, int]], counts: list[int], precision: Precision
+) -> list[list[dict]]:
+    """COCO RLEs of the first counts[i] detections of image i at its original (height, width), in pixels."""
+    head.eval()
+    with precision.autocast():
+        pixels = head.pixels(found.features, to_model_input(found.images, precision.device))
+    rles = []
+    for i, ((height, width), count) in enumerate(zip(sizes, counts)):
+        masks = head.paste(pixels[i], found.queries[i, :count], found.boxes[i, :count], height, width)
+        rles.append([encode(*mask, height, width) for mask in masks])
+    return rles
+
+
+def encode(left: int, top: int, mask: Tensor, height: int, width: int) -> dict:
+    """COCO RLE of an image-sized mask that is `mask` (h, w) at (left, top) and empty elsewhere."""
+    canvas = np.zeros((height, width), dtype=np.uint8, order="F")
+    canvas[top : top + mask.shape[0], left : left + mask.shape[1]] = mask.numpy()
+    rle = pycocotools.mask.encode(canvas)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def score(
+    detections: Iterable[Detections], head: MaskHead | None, split: CocoSplit, precision: Precision
+) -> CocoEvaluator:
+    """Gather a split's detections, with masks where there is a head, in a COCO evaluator (all ranks' on each)."""
+    found = []
+    for batch in detections:
+        records = [split.images[i] for i in batch.index]
+        sizes = [(record.height, record.width) for record in records]
+        k = batch.scores.shape[1] if head is None else min(MASKS_PER_IMAGE, batch.scores.shape[1])
+        rles = draw_masks(head, batch, sizes, [k] * len(sizes), precision) if head is not None else [None] * len(sizes)
+        for i, (record, (height, width)) in enumerate(zip(records, sizes)):
+            boxes = batch.pixel_boxes(i, height, width)[:k]
+            labels = np.asarray(split.category_ids)[batch.labels[i, :k].cpu().numpy()]
+            found.append((record.id, boxes, batch.scores[i, :k].cpu().numpy(), labels, rles[i]))
+    evaluator = CocoEvaluator(split.ground_truth, masks=head is not None)
+    for part in distributed.gather_objects(found):
+        for image_id, boxes, scores, labels, masks in part:
+            evaluator.add(image_id, boxes, scores, labels, masks)
+    return evaluator
+
+
+class Judge:
+    """Scores a model on a split and draws what it finds.
+
+    With `frozen`, the trained module is a mask head on that detector, whose detections are computed once and kept.
+    """
+
+    def __init__(
+        self, loader: DataLoader, table: ClassTable, precision: Precision, masks: bool, frozen: Detector | None = None
+    ):
+        self.loader, self.table, self.precision = loader, table, precision
+        self.masks, self.frozen = masks, frozen
+        self.split: CocoSplit = loader.dataset.split
+        self.kept: list[Detections] | None = None
+
+    def detections(self, model: nn.Module) -> Iterable[Detections]:
+        if self.kept is not None:
+            return self.kept
+        found = detect_split(self.frozen or model, self.loader, self.table, self.precision)
+        if self.frozen is not None:
+            found = self.kept = list(found)
+        return found
+
+    def head(self, model: nn.Module) -> MaskHead | None:
+        return model if self.frozen is not None else model.mask_head if self.masks else None
+
+    def evaluator(self, model: nn.Module) -> CocoEvaluator:
+        """All ranks' detections of the split, ready to be summed up or saved."""
+        return score(self.detections(model), self.head(model), self.split, self.precision)
+
+    def __call__(self, model: nn.Module) -> dict:
+        """The summary of metrics.json's "valid", on every rank."""
+        evaluator = self.evaluator(model)
+        return distributed.from_main(evaluator.summary() if distributed.is_main() else None)
+
+    def pictures(self, model: nn.Module, count: int) -> Iterator[tuple[str, Image.Image]]:
+        """(name, ground truth beside prediction) of the first `count` images."""
+        for found in self.detections(model):
+            for i in range(min(count, len(found.index))):
+                yield self.split.images[found.index[i]].path.stem, self.picture(found[i : i + 1], self.head(model))
+            count -= len(found.index)
+            if count <= 0:
+                return
+
+    def picture(self, found: Detections, head: MaskHead | None) -> Image.Image:
+        """Ground truth at the left, what was found in this one image at the right."""
+        record, names = self.split.images[found.index[0]], self.split.class_names
+        image, size = load_image(record), (record.height, record.width)
+        colours = class_colours(names)
+        above = int((found.scores[0] >= DRAW_THRESHOLD).sum())
+        boxes = found.pixel_boxes(0, *size)[:above]
+        scores, labels = found.scores[0, :above].cpu().numpy(), found.labels[0, :above].cpu().numpy()
+        keep = nms_for_drawing(boxes, scores, labels)
+        masks = truth_masks = None
+        if head is not None:
+            drawn = draw_masks(head, found, [size], [above], self.precision)[0]
+            masks = [drawn[k] for k in keep]
+            empty = to_rle([[0, 0, 0, 0, 0, 0]], *size)
+            truth_masks = [to_rle(s, *size) if s is not None else empty for s in record.segmentations]
+        predicted = draw(image, boxes[keep], [names[labels[k]] for k in keep], scores[keep].tolist(), masks, colours)
+        truth = draw(image, record.boxes, [names[label] for label in record.labels], None, truth_masks, colours)
+        return side_by_side(truth, predicted, ("ground truth", "prediction"))

@@ -1,0 +1,242 @@
+"""What a frozen detector gives the mask head, computed once and kept.
+
+The detector never changes in stage 2, so one pass over a few fixed views of each image (flips) serves every epoch:
+feature maps, the queries matched to objects, their boxes, and the objects' masks on the grid the loss looks at.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rfdetr import distributed
+from rfdetr.auto_batch import free_memory_mb
+from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
+from rfdetr.console import UserError
+from rfdetr.data.loaders import Batch, EpochSampler, SplitDataset, collate
+from rfdetr.data.transforms import draw_side, to_model_input
+from rfdetr.engine import Progress
+from rfdetr.losses.criterion import LossWeights, mask_losses
+from rfdetr.losses.matcher import match
+from rfdetr.models.detector import Detector
+from rfdetr.models.projector import LEVEL_SCALE
+from rfdetr.models.segmentation import GRID, MaskHead, sample_in_boxes
+from rfdetr.precision import Precision
+
+MATCH_IOU = 0.5  # a query that misses its object by more teaches the mask head nothing
+
+
+@dataclass
+class FrozenBatch:
+    """A batch as the mask head sees it.
+
+    images uint8 (n, 3, R, R); features (n, C, h, w); one list entry an image: queries (m, C), boxes (m, 4) cxcywh
+    0..1 as predicted, grids uint8 (m, GRID, GRID), the object's mask inside the enlarged box; index: in the split.
+    """
+
+    images: Tensor
+    features: Tensor
+    queries: list[Tensor]
+    boxes: list[Tensor]
+    grids: list[Tensor]
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, part: slice) -> FrozenBatch:
+        values = (self.images, self.features, self.queries, self.boxes, self.grids, self.indices)
+        return FrozenBatch(*(value[part] for value in values))
+
+    @property
+    def objects(self) -> int:
+        return sum(len(boxes) for boxes in self.boxes)
+
+
+@torch.no_grad()
+def freeze(model: Detector, batch: Batch, class_rows: Tensor, precision: Precision, side: int | None) -> FrozenBatch:
+    """Run the frozen detector on a batch with masks and keep what the mask head learns from.
+
+    Objects are matched to queries as in training; matches below MATCH_IOU and objects without a mask are left out.
+    """
+    device = precision.device
+    with precision.autocast():
+        outputs = model(to_model_input(batch.images, device, side))
+    labels = torch.cat([t["labels"] for t in batch.targets]).to(device)
+    truth = torch.cat([t["boxes"] for t in batch.targets]).to(device)
+    has_mask = torch.cat([t["has_mask"] for t in batch.targets]).to(device)
+    counts = [len(t["labels"]) for t in batch.targets]
+    ((image, query, obj),) = match([outputs], class_rows[labels], truth, counts, groups=1)
+    boxes = outputs["pred_boxes"].float()[image, query]
+    iou, _ = box_iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth[obj]))
+    good = (iou > MATCH_IOU) & has_mask[obj]
+    image, query, obj, boxes = image[good], query[good], obj[good], boxes[good]
+    grids = torch.zeros(len(obj), GRID, GRID, dtype=torch.uint8, device=device)
+    if len(obj):
+        masks = torch.cat([t["masks"] for t in batch.targets]).to(device)
+        one = torch.arange(len(obj), device=device)
+        grids = (sample_in_boxes(masks[obj][:, None], boxes, one)[:, 0] > 0.5).to(torch.uint8)
+    per_image = torch.bincount(image, minlength=len(batch)).tolist()
+    queries = outputs["queries"].float()[image, query]
+    return FrozenBatch(
+        batch.images,
+        outputs["features"].float(),
+        list(queries.split(per_image)),
+        list(boxes.split(per_image)),
+        list(grids.split(per_image)),
+        batch.indices,
+    )
+
+
+def apply_view(images: Tensor, view: int) -> Tensor:
+    """Flip (..., H, W) images: bit 0 of `view` left-right, bit 1 up-down."""
+    axes = [axis for bit, axis in ((1, -1), (2, -2)) if view & bit]
+    return images.flip(axes) if axes else images
+
+
+def apply_view_to_boxes(boxes: Tensor, view: int) -> Tensor:
+    """The same flips on (t, 4) cxcywh 0..1 boxes."""
+    boxes = boxes.clone()
+    for bit, axis in ((1, 0), (2, 1)):
+        if view & bit:
+            boxes[:, axis] = 1 - boxes[:, axis]
+    return boxes
+
+
+def flipped(batch: Batch, view: int) -> Batch:
+    """A batch with masks under one of the views."""
+    targets = [
+        t | {"boxes": apply_view_to_boxes(t["boxes"], view), "masks": apply_view(t["masks"], view)}
+        for t in batch.targets
+    ]
+    return Batch(apply_view(batch.images, view), targets)
+
+
+def bytes_needed(images: int, resolution: int, views: int, model: Detector) -> int:
+    """What a cache would take, with about ten objects an image."""
+    side = resolution // model.size.patch * LEVEL_SCALE[model.size.levels[0]]
+    view = 2 * model.size.hidden * (side**2 + 10) + 10 * GRID**2
+    return int(images * (views * view + 3 * resolution**2))
+
+
+def choose_cache(mode: str, needed: int, folder: Path, multi_scale: bool) -> tuple[str, str]:
+    """What becomes of `--cache`: ("ram" | "disk" | "off", why, for the user).
+
+    auto: RAM while half of what is free suffices, else the disk of `folder`, else off.
+    """
+    size = f"{needed / 1e6:,.0f} MB"
+    if multi_scale:
+        if mode in ("ram", "disk"):
+            raise UserError(f"--cache {mode} keeps features of one scale: use it with --multi_scale 0, or --cache off")
+        return "off", "off, since --multi_scale 1 asks for new features at every step"
+    if mode != "auto":
+        return mode, "off, as asked" if mode == "off" else f"{mode}, as asked, about {size}"
+    free = free_memory_mb()
+    if free is None or needed < free * 2**20 / 2:
+        return "ram", f"in RAM, about {size}"
+    if needed < shutil.disk_usage(folder).free / 2:
+        return "disk", f"on disk, about {size} (more than half of the free RAM)"
+    return "off", f"off: {size} fit neither RAM nor disk"
+
+
+class FeatureCache:
+    """FrozenBatches of `views` fixed views of every image of a dataset.
+
+    The features lie in RAM or, with a `folder`, in a memory-mapped file there that goes with the cache; images are kept
+    once each and flipped when read.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        dataset: SplitDataset,
+        views: int,
+        rows: Tensor,
+        precision: Precision,
+        folder: Path | None,
+    ):
+        self.views = views
+        self.folder = tempfile.TemporaryDirectory(dir=folder, prefix="cache_") if folder else None
+        self.features: Tensor | None = None
+        self.images: list[Tensor] = []
+        self.objects: list[list[tuple[Tensor, ...]]] = []  # per image and view: queries fp16, boxes, grids
+        model.eval()
+        for index in tqdm(range(len(dataset)), desc="caching", disable=not distributed.is_main(), leave=False):
+            batch = collate([dataset[index, None]])
+            self.images.append(batch.images[0])
+            self.objects.append([])
+            for view in range(views):
+                frozen = freeze(model, flipped(batch, view), rows, precision, None)
+                if self.features is None:
+                    self.features = self._allocate(len(dataset) * views, frozen.features.shape[1:])
+                self.features[index * views + view] = frozen.features[0].half().cpu()
+                parts = (frozen.queries[0].half(), frozen.boxes[0], frozen.grids[0])
+                self.objects[index].append(tuple(part.cpu() for part in parts))
+
+    def _allocate(self, count: int, shape: torch.Size) -> Tensor:
+        if self.folder is None:
+            return torch.empty(count, *shape, dtype=torch.float16)
+        path = str(Path(self.folder.name) / "features.f16")
+        flat = torch.from_file(path, shared=True, size=count * shape.numel(), dtype=torch.float16)
+        return flat.view(count, *shape)
+
+    def read(self, keys: list[tuple[int, int]]) -> FrozenBatch:
+        """The batch of (image index, any number); the number's remainder chooses the view."""
+        views = [(index, seed % self.views) for index, seed in keys]
+        objects = [self.objects[index][view] for index, view in views]
+        return FrozenBatch(
+            torch.stack([apply_view(self.images[index], view) for index, view in views]),
+            self.features[[index * self.views + view for index, view in views]],
+            [o[0] for o in objects],
+            [o[1] for o in objects],
+            [o[2] for o in objects],
+            [index for index, _ in views],
+        )
+
+
+class CachedLoader:
+    """Batches from a cache in a sampler's order; stands where a DataLoader does."""
+
+    def __init__(self, cache: FeatureCache, sampler: EpochSampler):
+        self.cache, self.batch_sampler = cache, sampler
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[FrozenBatch]:
+        for keys in self.batch_sampler:
+            yield self.cache.read(keys)
+
+
+@dataclass(frozen=True)
+class MaskObjective:
+    """The mask head's losses on a cached batch, or on a fresh one that the frozen detector is run on first."""
+
+    detector: Detector
+    class_rows: Tensor  # (N,) head row of each label, on the detector's device
+    weights: LossWeights
+    precision: Precision
+    sides: tuple[int, ...]  # multi-scale: the input sides to draw from
+    seed: int
+    progress: Progress
+
+    def __call__(self, head: MaskHead, batch: Batch | FrozenBatch, objects: float) -> dict[str, Tensor]:
+        device = self.precision.device
+        if isinstance(batch, Batch):
+            side = draw_side(self.sides, self.seed, self.progress.step) if self.sides else None
+            batch = freeze(self.detector, batch, self.class_rows, self.precision, side)
+        counts = torch.tensor([len(boxes) for boxes in batch.boxes])
+        image_index = torch.repeat_interleave(torch.arange(len(batch)), counts).to(device)
+        queries = torch.cat(batch.queries).to(device).float()
+        boxes = torch.cat(batch.boxes).to(device)
+        with self.precision.autocast():
+            pixels = head.pixels(batch.features.to(device).float(), to_model_input(batch.images, device))
+            logits = head.grid_logits(pixels, queries, boxes, image_index)
+        return mask_losses(logits, torch.cat(batch.grids).to(device), objects, self.weights)

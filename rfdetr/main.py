@@ -1,0 +1,545 @@
+"""What the training scripts share: opening a run, the objective, and fit(), epoch by epoch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from rfdetr import checkpoint, distributed
+from rfdetr.classes import ClassTable, is_class_head
+from rfdetr.console import Stopped, UserError, banner, tick, warn
+from rfdetr.convert import load_pretrained
+from rfdetr.data.coco import CocoSplit, read_dataset
+from rfdetr.data.loaders import Batch, EpochSampler, SplitDataset, evaluation_loader
+from rfdetr.data.transforms import draw_side, multi_scale_sides, to_model_input
+from rfdetr.engine import Progress, Trainer, train_one_epoch
+from rfdetr.evaluation import Judge
+from rfdetr.losses.criterion import LossWeights, detection_losses, mask_losses
+from rfdetr.metrics.coco_eval import format_table
+from rfdetr.models.detector import Detector
+from rfdetr.models.segmentation import sample_in_boxes
+from rfdetr.precision import Precision, pick_device, pick_precision
+from rfdetr.rundir import Run, check_free_disk, environment, given_run, new_run, write_json
+from rfdetr.sizes import SIZES, ModelSize
+from rfdetr.visualise import contact_sheet
+
+NAN_STEPS = 10  # steps in a row without a finite loss end the run
+PICTURES = 4  # validation images drawn after an epoch
+
+
+@dataclass
+class Session:
+    """One run of a training script: its flags and what follows from them.  `run` is open on rank 0 alone."""
+
+    args: argparse.Namespace
+    kind: str  # "detector", "segmentation" or "seg_single": the run folder's first word
+    precision: Precision
+    splits: dict[str, CocoSplit]
+    progress: Progress
+    folder: Path | None = None
+    run: Run | None = None
+
+    @property
+    def size(self) -> ModelSize:
+        return SIZES[self.args.size]
+
+    @property
+    def device(self) -> torch.device:
+        return self.precision.device
+
+
+def begin(args: argparse.Namespace, kind: str) -> Session:
+    """Device, seed and data, before anything is written; the dataset's warnings are printed."""
+    device = pick_device(args.device)
+    distributed.start(device)
+    torch.manual_seed(args.seed)
+    splits = read_dataset(args.dataset, args.val_fraction)
+    if args.run_test and "test" not in splits:
+        warn(f"--run_test 1: {args.dataset} has no test split, it is skipped")
+    if not args.run_test:
+        splits.pop("test", None)
+    for split in splits.values():
+        for message in split.warnings if distributed.is_main() else ():
+            warn(message)
+    if not splits["train"].images:
+        raise UserError(f"{splits['train'].annotation_file} lists no images: there is nothing to train on")
+    progress = Progress()
+    if args.resume_from:
+        progress = Progress(**args.resume_from["training"]["progress"])
+        if args.epochs <= progress.epoch:
+            raise UserError(
+                f"{args.output_dir} has finished its {progress.epoch} epochs. To train longer, give more: "
+                f"--resume {args.output_dir} --epochs {progress.epoch + 20}"
+            )
+    return Session(args, kind, pick_precision(args.amp, device), splits, progress)
+
+
+def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: Judge) -> None:
+    """Make the run's folder, start its log and print the banner; from here on everything is kept."""
+    args, device = session.args, session.device
+    if distributed.is_main():
+        weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        parent = args.output_dir or Path("runs")
+        check_free_disk(parent, 12 * weights + (64 << 20))
+        stem = f"{session.kind}_{args.size}_{args.resolution}"
+        if args.resume_from:
+            folder = args.output_dir
+        else:
+            folder = given_run(args.output_dir) if args.output_dir else new_run(parent, stem)
+        header = {
+            "stage": stage,
+            "size": args.size,
+            "resolution": args.resolution,
+            "class_names": list(session.splits["train"].class_names),
+            "args": plain_args(args),
+            "environment": environment(device),
+        }
+        session.run = Run(folder, header, session.progress.epoch if args.resume_from else 0)
+        counts = ", ".join(f"{len(split.images)} {name}" for name, split in session.splits.items())
+        precision = str(session.precision.dtype).removeprefix("torch.") if session.precision.dtype else "fp32"
+        banner(
+            title,
+            {
+                "Model Size": f"{args.size} ({sum(p.numel() for p in model.parameters()):,} parameters)",
+                "Resolution": args.resolution,
+                "Epochs": args.epochs,
+                "Batch": f"{args.batch} x {args.accum} accumulated",
+                "Device": f"{environment(device)['device']}, {precision}",
+                "Dataset": f"{args.dataset} ({counts} images; {', '.join(session.splits['train'].class_names)})",
+                "Output": folder,
+            },
+        )
+        if judge.split.images == []:
+            warn("the valid split is empty: there are no scores, and best.pt holds the last epoch's weights")
+    session.folder = distributed.from_main(session.run.folder if session.run else None)
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """The flags as plain values, for checkpoints and JSON."""
+    values = {name: value for name, value in vars(args).items() if name not in ("resume_from", "debug", "fast_dev_run")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def training_data(session: Session, masks: bool, augment: str) -> tuple[SplitDataset, EpochSampler]:
+    """The training images and their order; each list of the sampler is one optimizer step of this rank."""
+    args = session.args
+    dataset = SplitDataset(session.splits["train"], args.resolution, augment, masks)
+    per_step = args.batch * args.accum
+    sampler = EpochSampler(
+        len(dataset), per_step, args.seed, args.min_steps, distributed.rank(), distributed.world_size()
+    )
+    if args.fast_dev_run:
+        sampler.steps = min(sampler.steps, args.fast_dev_run)
+    return dataset, sampler
+
+
+def start_from(model: Detector, table: ClassTable, weights: Path | None, exclude: list[str]) -> None:
+    """Load pretrained weights into a new model and print what was loaded, skipped and left as it was.
+
+    Class rows go to the class of the same name; from COCO's head to COCO's, every row goes to itself.
+    """
+    if weights is None:
+        if distributed.is_main():
+            tick("Weights: none, training from scratch")
+        return
+    content = checkpoint.load(weights)
+    source, state = checkpoint.table_of(content), content["model"]
+    if source.is_coco and table.background == 0:
+        pairs = {row: row for row in range(source.rows_total)}
+    else:
+        pairs = {
+            row: source.rows[source.names.index(n)] for n, row in zip(table.names, table.rows) if n in source.names
+        }
+    for name, own in model.state_dict().items():
+        if is_class_head(name) and name in state:
+            rows = own.cpu().clone()
+            for row, other in pairs.items():
+                rows[row] = state[name][other]
+            state[name] = rows
+    report = load_pretrained(model, state, exclude)
+    if distributed.is_main():
+        tick(f"Weights: {weights}")
+        print(report.summary(), flush=True)
+
+
+def judge_of(session: Session, name: str, table: ClassTable, masks: bool, frozen: Detector | None = None) -> Judge:
+    """The judge of one split; with --fast_dev_run of its first few images."""
+    args = session.args
+    dataset = SplitDataset(session.splits[name], args.resolution, None, masks=False)
+    rank, world = distributed.rank(), distributed.world_size()
+    loader = evaluation_loader(dataset, min(16, args.batch * args.accum), args.workers, rank, world)
+    return Judge(loader, table, session.precision, masks, frozen)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The detector's losses on a batch of images, and with `masks` the mask head's on the matched queries."""
+
+    table: ClassTable
+    weights: LossWeights
+    precision: Precision
+    masks: bool
+    groups: int
+    sides: tuple[int, ...]  # multi-scale: the input sides to draw from
+    seed: int
+    progress: Progress
+
+    def __call__(self, model: Detector, batch: Batch, objects: float) -> dict[str, Tensor]:
+        device = self.precision.device
+        side = draw_side(self.sides, self.seed, self.progress.step) if self.sides else None
+        images = to_model_input(batch.images, device, side)
+        rows = torch.tensor(self.table.rows, device=device)
+        targets = [{"rows": rows[t["labels"].to(device)], "boxes": t["boxes"].to(device)} for t in batch.targets]
+        with self.precision.autocast():
+            outputs = model(images)
+        losses, (image, query, obj) = detection_losses(
+            outputs, targets, self.groups, objects * self.groups, self.weights
+        )
+        if self.masks:
+            has_mask = torch.cat([t["has_mask"] for t in batch.targets]).to(device)[obj]
+            image, query, obj = image[has_mask], query[has_mask], obj[has_mask]
+            truth = torch.cat([t["masks"] for t in batch.targets]).to(device)
+            boxes = outputs["pred_boxes"].detach()[image, query]
+            one = torch.arange(len(truth), device=device)[obj]
+            target = sample_in_boxes(truth[:, None], boxes, one)[:, 0]
+            with self.precision.autocast():
+                pixels = model.mask_head.pixels(outputs["features"], images)
+                logits = model.mask_head.grid_logits(pixels, outputs["queries"][image, query], boxes, image)
+            losses |= mask_losses(logits, target, objects * self.groups, self.weights)
+        return losses
+
+
+def make_objective(session: Session, table: ClassTable, weights: LossWeights, masks: bool) -> Objective:
+    args, size = session.args, session.size
+    sides = multi_scale_sides(size, args.resolution, args.expanded_scales) if args.multi_scale else []
+    return Objective(
+        table=table,
+        weights=weights,
+        precision=session.precision,
+        masks=masks,
+        groups=size.recipe.group_detr,
+        sides=tuple(sides),
+        seed=args.seed,
+        progress=session.progress,
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate goes: a linear warm-up, then "cosine" (after a flat part), "step" or "constant"."""
+
+    warmup: int
+    flat: float = 0.0  # cosine: share of all steps at the full rate first
+    floor: float = 0.0  # cosine: where it ends
+    kind: str = "cosine"
+
+
+def learning_rate_factor(step: int, total: int, schedule: Schedule) -> float:
+    """The factor on every base rate at an optimizer step of `total`; "step" drops to a tenth at 80 %.
+
+    A function of the step and the total alone: a finished run resumed with more epochs goes on where the longer
+    schedule stands at that step.
+    """
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    if schedule.kind == "constant":
+        return 1.0
+    if schedule.kind == "step":
+        return 1.0 if step < 0.8 * total else 0.1
+    start = max(schedule.warmup, schedule.flat * total)
+    if step < start or total <= start:
+        return 1.0
+    done = min((step - start) / (total - start), 1.0)
+    return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, lr_encoder: float, weight_decay: float, size: ModelSize
+) -> list[dict]:
+    """Few AdamW groups with RF-DETR's rates: layer-wise decay on the encoder, a factor on the decoder's layers.
+
+    Encoder biases, norms, embeddings and layer scales get no weight decay, everything else does, as published.
+    """
+    recipe = size.recipe
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate, decay = lr, weight_decay
+        if name.startswith("backbone.0.encoder."):
+            layer = int(name.split(".layer.")[1].split(".")[0]) + 1 if ".layer." in name else None
+            layer = 0 if "embeddings" in name else size.used_depth + 2 if layer is None else layer
+            rate = lr_encoder * recipe.lr_layer_decay ** (size.used_depth + 2 - layer) * recipe.lr_decoder_factor**2
+            if any(part in name for part in ("bias", "norm", "embeddings", "gamma")):
+                decay = 0.0
+        elif name.startswith("transformer.decoder."):
+            rate = lr * recipe.lr_decoder_factor
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": p, "base_lr": rate, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+
+def make_trainer(session: Session, model: nn.Module, losses: Callable, groups: list[dict], steps: int) -> Trainer:
+    """AdamW (fused where torch has it), a gradient scaler for fp16 alone, an average of the weights, and the schedule.
+
+    `steps`: optimizer steps in an epoch.
+    """
+    args, device, recipe = session.args, session.device, session.size.recipe
+    total = args.epochs * steps
+    warmup = round(args.warmup_epochs * steps) if "warmup_epochs" in args else min(recipe.warmup_steps, total // 10)
+    kind = getattr(args, "lr_scheduler", "cosine")
+    schedule = Schedule(warmup, recipe.flat_fraction, recipe.lr_min_factor, kind)
+    clip = recipe.seg_clip if session.kind == "segmentation" else recipe.clip
+    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=session.precision.dtype is torch.float16)
+    ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if args.ema else None
+    session.progress.micro_batch = session.progress.micro_batch or args.batch
+    return Trainer(
+        model=model,
+        losses=losses,
+        optimizer=optimizer,
+        schedule=lambda step: learning_rate_factor(step, total, schedule),
+        scaler=scaler,
+        ema=ema,
+        clip=clip,
+        device=device,
+        progress=session.progress,
+    )
+
+
+# ---------------------------------------------------------------- fit
+
+
+class Keeper:
+    """Writes a run's checkpoints: after epochs, every few minutes inside them, and on a signal.
+
+    `pack(state)` turns the trained module's state dict into a self-contained checkpoint's content.
+    """
+
+    def __init__(self, session: Session, trainer: Trainer, pack: Callable[[dict], dict]):
+        self.session, self.trainer, self.pack = session, trainer, pack
+        self.best: dict | None = None
+        self.each: dict[str, float] = {}  # best value so far of regular and ema weights
+        self.epochs_without_gain = 0
+        self.last_save = time.monotonic()
+        self.nan_batches: list[dict] = []
+        self.signal: int | None = None
+
+    def watch_signals(self) -> None:
+        def note(number: int, frame: object) -> None:
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
+
+    def state(self) -> dict:
+        trainer = self.trainer
+        cuda = torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else []
+        return self.pack(trainer.model.state_dict()) | {
+            "ema": self.pack(trainer.ema.module.state_dict())["model"] if trainer.ema else None,
+            "training": {
+                "progress": asdict(trainer.progress),
+                "optimizer": trainer.optimizer.state_dict(),
+                "scaler": trainer.scaler.state_dict(),
+                "trained": trainer.model.state_dict(),
+                "trained_ema": trainer.ema.module.state_dict() if trainer.ema else None,
+                "random": {"torch": torch.get_rng_state(), "cuda": cuda},
+                "best": self.best,
+                "each": self.each,
+                "epochs_without_gain": self.epochs_without_gain,
+            },
+        }
+
+    def restore(self, content: dict) -> None:
+        """Put back everything state() took; progress itself was read when the session began."""
+        trainer, state = self.trainer, content["training"]
+        trainer.model.load_state_dict(state["trained"])
+        if trainer.ema and state["trained_ema"]:
+            trainer.ema.module.load_state_dict(state["trained_ema"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"]["torch"])
+        if state["random"]["cuda"] and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        self.best, self.each = state["best"], state["each"]
+        self.epochs_without_gain = state["epochs_without_gain"]
+
+    def save(self, names: tuple[str, ...]) -> None:
+        """Write the state under the first name; further names share the file."""
+        self.last_save = time.monotonic()
+        if not distributed.is_main():
+            return
+        first, *others = [self.session.folder / name for name in names]
+        checkpoint.save(first, self.state())
+        for other in others:
+            temporary = other.with_name(other.name + ".tmp")
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(first, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(first, temporary)
+            os.replace(temporary, other)
+
+    def after_step(self, images: list[int], finite: bool) -> None:
+        """Timed saves, the record of steps without a finite loss, and the end after a signal."""
+        if not finite:
+            self.note_nan(images)
+        if time.monotonic() - self.last_save > self.session.args.save_minutes * 60:
+            self.save(("checkpoint.pt",))
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        code = max(distributed.gather_objects(self.signal or 0)) if distributed.world_size() > 1 else self.signal
+        if code:
+            self.save(("checkpoint.pt",))
+            if distributed.is_main():
+                print(f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:")
+                print(f"  {resume_command(self.session.folder)}", flush=True)
+            raise Stopped(128 + code)
+
+    def note_nan(self, images: list[int]) -> None:
+        split, progress = self.session.splits["train"], self.trainer.progress
+        names = [{"id": split.images[i].id, "file": str(split.images[i].path)} for i in images]
+        self.nan_batches.append({"epoch": progress.epoch + 1, "step": progress.step, "images": names})
+        if distributed.is_main():
+            write_json(self.session.folder / "nan_batches.json", self.nan_batches)
+            warn(f"the loss of step {progress.step} is not finite: skipped, its images are in nan_batches.json")
+        if progress.nan_steps >= NAN_STEPS:
+            raise UserError(
+                f"{NAN_STEPS} steps in a row had no finite loss. The best checkpoints so far are kept in "
+                f"{self.session.folder}. Try a lower --lr, or --amp off"
+            )
+
+    def keep_best(self, epoch: int, scores: dict[str, dict], metric: str) -> bool:
+        """Write best.pt (and stage 1's best of each kind) where an epoch's scores ask for it; True for a new best."""
+        kind, name = metric.split("/")
+        gained = False
+        for weights, summary in scores.items():
+            value = summary[kind][name]
+            state = self.trainer.model if weights == "regular" else self.trainer.ema.module
+            content = self.pack(state.state_dict()) | {"weights": weights, "epoch": epoch, "scores": summary}
+            if weights not in self.each or (value is not None and value > self.each[weights]):
+                self.each[weights] = -1.0 if value is None else value
+                if self.session.kind == "detector" and distributed.is_main():
+                    checkpoint.save(self.session.folder / f"checkpoint_best_{weights}.pth", content)
+            if self.best is None or (value or 0.0) > (self.best["value"] or 0.0) or value is self.best["value"] is None:
+                gained = True
+                self.best = {"epoch": epoch, "metric": metric, "value": value, "weights": weights}
+                if distributed.is_main():
+                    checkpoint.save(self.session.folder / "best.pt", content)
+        return gained
+
+
+def resume_command(folder: Path) -> str:
+    """The command that was typed, with --resume RUN."""
+    words, skip = [Path(sys.argv[0]).name], False
+    for word in sys.argv[1:]:
+        if word == "--resume" or word.startswith("--resume="):
+            skip = word == "--resume"
+        elif skip and not word.startswith("--"):
+            skip = False
+        else:
+            words.append(word)
+            skip = False
+    return shlex.join(["python", *words, "--resume", str(folder)])
+
+
+def fit(
+    session: Session, trainer: Trainer, loader: Iterable, judge: Judge, pack: Callable[[dict], dict]
+) -> dict | None:
+    """Train to the last epoch; after each, evaluate, save and write metrics.json.  Returns the best epoch's entry.
+
+    loader: batches in the order of its `batch_sampler`, an EpochSampler; judge scores the trained module; `pack` as in
+    Keeper. The best is chosen by valid bbox/mAP for a detector, by segm/mAP where masks are trained.
+    """
+    args, progress, run = session.args, trainer.progress, session.run
+    sampler: EpochSampler = loader.batch_sampler
+    metric = "bbox/mAP" if session.kind == "detector" else "segm/mAP"
+    keeper = Keeper(session, trainer, pack)
+    if args.resume_from:
+        keeper.restore(args.resume_from)
+    keeper.watch_signals()
+    for epoch in range(progress.epoch, args.epochs):
+        sampler.set_epoch(epoch, progress.step_in_epoch)
+        record = {"epoch": epoch + 1, "train": train_one_epoch(trainer, loader, keeper.after_step)}
+        progress.epoch, progress.step_in_epoch, progress.sums = epoch + 1, 0, {}
+        gained = None
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            gained = evaluate_epoch(keeper, judge, record, metric)
+            keeper.epochs_without_gain = 0 if gained else keeper.epochs_without_gain + 1
+        if run:
+            run.add_epoch(record)
+            run.set(best=keeper.best)
+            if args.tensorboard:
+                for name in record.keys() - {"epoch"}:
+                    run.scalars(name, record[name], epoch + 1)
+            if gained:
+                draw_pictures(session, judge, trainer, keeper.best, epoch + 1)
+        keeper.save(("last.pt", "checkpoint.pt"))
+        keeper.stop_if_asked()
+        if args.patience and keeper.epochs_without_gain >= args.patience:
+            tick(f"Stopped early: no gain in {metric} for {args.patience} evaluations")
+            break
+    return keeper.best
+
+
+def evaluate_epoch(keeper: Keeper, judge: Judge, record: dict, metric: str) -> bool:
+    """Score regular and averaged weights into `record`, print the table, keep the best; True for a new best."""
+    trainer, epoch = keeper.trainer, record["epoch"]
+    begin = time.perf_counter()
+    scores = {"regular": judge(trainer.model)}
+    record["valid"] = scores["regular"]
+    if trainer.ema:
+        scores["ema"] = record["valid_ema"] = judge(trainer.ema.module)
+    record["train"]["evaluation_s"] = time.perf_counter() - begin
+    gained = keeper.keep_best(epoch, scores, metric)
+    if distributed.is_main():
+        weights = keeper.best["weights"] if gained else max(keeper.each, key=keeper.each.get)
+        print(
+            f"\nepoch {epoch}/{keeper.session.args.epochs}  loss {record['train'].get('loss', math.nan):.3f}  "
+            f"{record['train']['images_per_s']:.1f} images/s" + (f"  new best ({weights} weights)" if gained else "")
+        )
+        print(format_table(scores[weights]), flush=True)
+    return gained
+
+
+def draw_pictures(session: Session, judge: Judge, trainer: Trainer, best: dict, epoch: int) -> None:
+    """Draw a few validation images with the best weights, into predictions/ and TensorBoard."""
+    model = trainer.model if best["weights"] == "regular" else trainer.ema.module
+    folder = session.folder / "predictions"
+    folder.mkdir(exist_ok=True)
+    pictures = []
+    for name, drawn in judge.pictures(model, PICTURES):
+        drawn.save(folder / f"valid_{name}.png")
+        pictures.append(drawn)
+    if pictures and session.args.tensorboard:
+        session.run.image("valid/predictions", contact_sheet(pictures, columns=1), epoch)
+
+
+def finish(session: Session, table: ClassTable, masks: bool, next_command: str) -> None:
+    """Score the test split with the best weights, say where the files are, and what to type next."""
+    if "test" in session.splits:
+        model, _ = checkpoint.build_model(checkpoint.load(session.folder / "best.pt"))
+        scores = judge_of(session, "test", table, masks)(model.to(session.device))
+        if distributed.is_main():
+            print(f"test split\n{format_table(scores)}")
+            session.run.set(test=scores)
+    if distributed.is_main():
+        tick(f"Done. Files: {session.folder} (best.pt, last.pt, metrics.json, tb/, predictions/)")
+        print(f"Look at the curves:  tensorboard --logdir {shlex.quote(str(session.folder))}")
+        print(f"Next:  {next_command}", flush=True)
+        session.run.close()
+    distributed.stop()

@@ -1,0 +1,78 @@
+"""From the encoder's feature maps to the decoder's levels.  Source: LW-DETR, arXiv:2406.03459 (after YOLOv8's C2f)."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+# a level's side relative to the patch grid
+LEVEL_SCALE = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, LayerNorm over channels, activation."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, activation: type[nn.Module] = nn.SiLU):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn = LayerNorm2d(outputs)  # the official name; a layer norm all the same
+        self.act = activation(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.cv1 = ConvNorm(channels, channels, 3)
+        self.cv2 = ConvNorm(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv2(self.cv1(x))
+
+
+class C2f(nn.Module):
+    """Split the channels in two, run one half through bottlenecks, fuse everything seen on the way."""
+
+    def __init__(self, inputs: int, outputs: int, bottlenecks: int = 3):
+        super().__init__()
+        half = outputs // 2
+        self.cv1 = ConvNorm(inputs, 2 * half, 1)
+        self.cv2 = ConvNorm((2 + bottlenecks) * half, outputs, 1)
+        self.m = nn.ModuleList(Bottleneck(half) for _ in range(bottlenecks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.cv1(x).chunk(2, dim=1))
+        for bottleneck in self.m:
+            parts.append(bottleneck(parts[-1]))
+        return self.cv2(torch.cat(parts, dim=1))
+
+
+class Projector(nn.Module):
+    """Feature maps, each (B, D, h, w), -> one (B, hidden, h*s, w*s) map per level, s = LEVEL_SCALE."""
+
+    def __init__(self, dim: int, features: int, hidden: int, levels: tuple[str, ...]):
+        super().__init__()
+        self.stages_sampling = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        for level in levels:
+            scale = LEVEL_SCALE[level]
+            self.stages_sampling.append(nn.ModuleList(self._resample(dim, scale) for _ in range(features)))
+            fused = features * (dim // 2 if scale == 2.0 else dim)
+            self.stages.append(nn.Sequential(C2f(fused, hidden), LayerNorm2d(hidden)))
+
+    @staticmethod
+    def _resample(dim: int, scale: float) -> nn.Sequential:
+        if scale == 2.0:
+            return nn.Sequential(nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2))
+        if scale == 0.5:
+            return nn.Sequential(ConvNorm(dim, dim, 3, stride=2, activation=nn.ReLU))
+        return nn.Sequential()
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return [
+            stage(torch.cat([resample(x) for resample, x in zip(resamplers, features)], dim=1))
+            for resamplers, stage in zip(self.stages_sampling, self.stages)
+        ]

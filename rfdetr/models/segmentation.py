@@ -1,0 +1,146 @@
+"""Mask heads on top of a detector.
+
+A mask is a query's kernel dotted with every pixel's embedding (MaskFormer, arXiv:2107.06278; CondInst,
+arXiv:2003.05664) plus a quadratic in the position inside the query's own box. Training looks inside the predicted box
+only, on a fixed grid, so that a small object weighs as much as a large one.
+Letters: B images, M chosen queries of all images, C channels, P pixel-embedding channels, G grid side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from rfdetr.boxes import cxcywh_to_xyxy
+
+GRID = 28  # samples per side inside a box
+ENLARGE = 1.15  # masks may reach a little over the predicted box
+
+
+def enlarged(boxes: Tensor) -> Tensor:
+    """The region a mask lives in: cxcywh boxes 0..1 enlarged by ENLARGE, as xyxy 0..1 (not clipped)."""
+    return cxcywh_to_xyxy(torch.cat((boxes[..., :2], boxes[..., 2:] * ENLARGE), dim=-1))
+
+
+def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+    """Bilinear samples on a GRID x GRID grid of each enlarged box.
+
+    maps (B, P, h, w), boxes (M, 4) cxcywh 0..1, image_index (M,) -> (M, P, GRID, GRID) fp32.
+    """
+    h, w = maps.shape[-2:]
+    regions = enlarged(boxes.float()) * torch.tensor([w, h, w, h], device=boxes.device)
+    regions = torch.cat((image_index[:, None].to(regions.dtype), regions), dim=1)
+    return roi_align(maps.float(), regions, output_size=GRID, sampling_ratio=1, aligned=True)
+
+
+def box_quadratic(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """weights (M, 6) times (x, y, x2, y2, xy, 1); x and y, in -1..1 over the enlarged box, broadcast to (M, h, w)."""
+    a, b, c, d, e, f = weights[..., None, None].unbind(1)
+    return a * x + b * y + c * x * x + d * y * y + e * x * y + f
+
+
+class MaskHead(nn.Module):
+    """Pixel embeddings at 4x the feature map's side from features and image, and a kernel for each chosen query."""
+
+    def __init__(self, hidden: int, trunk: int, pixel: int, context: int, query: int):
+        """`trunk` 3x3 convolutions at `context` channels on the features, `pixel` embedding channels, `query` width."""
+        super().__init__()
+        layers: list[nn.Module] = [conv_norm_act(hidden, context, kernel=1)]
+        layers += [conv_norm_act(context, context) for _ in range(trunk)]
+        self.context = nn.Sequential(*layers, nn.Conv2d(context, pixel, kernel_size=1))
+        half = pixel // 2
+        self.detail = nn.Sequential(conv_norm_act(3, half, stride=2), conv_norm_act(half, pixel, stride=2))
+        self.fuse = nn.Sequential(conv_norm_act(pixel, pixel), conv_norm_act(pixel, pixel, depthwise=trunk == 0))
+        self.out = nn.Conv2d(pixel, pixel, kernel_size=1)
+        self.query = nn.Sequential(nn.Linear(hidden + 4, query), nn.SiLU(), nn.Linear(query, pixel + 6))
+
+    def pixels(self, features: Tensor, images: Tensor) -> Tensor:
+        """features (B, C, h, w), images (B, 3, H, W) normalised -> pixel embeddings (B, P, H/4, W/4)."""
+        detail = self.detail(images)
+        context = F.interpolate(self.context(features), size=detail.shape[-2:], mode="bilinear", align_corners=False)
+        return self.out(self.fuse(context + detail))
+
+    def kernels(self, queries: Tensor, boxes: Tensor) -> Tensor:
+        """queries (M, C), boxes (M, 4) cxcywh 0..1 -> (M, P + 6): dot-product weights, then the quadratic's six."""
+        return self.query(torch.cat((queries, boxes.to(queries.dtype)), dim=-1)).float()
+
+    def grid_logits(self, pixels: Tensor, queries: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+        """Mask logits (M, GRID, GRID) on the grid of each query's enlarged box: what the loss sees."""
+        kernels = self.kernels(queries, boxes)
+        samples = sample_in_boxes(pixels, boxes, image_index)
+        axis = (torch.arange(GRID, device=boxes.device) + 0.5) / GRID * 2 - 1
+        quadratic = box_quadratic(kernels[:, -6:], axis[None, None, :], axis[None, :, None])
+        return torch.einsum("mphw,mp->mhw", samples, kernels[:, :-6]) + quadratic
+
+    def paste(self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int) -> list[tuple]:
+        """Masks of one image's chosen queries at its original height and width, in pixels.
+
+        pixels (P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1 -> M x (left, top, bool (bh, bw) mask of the part
+        of the enlarged box inside the image); outside of it a mask is empty.
+        """
+        kernels = self.kernels(queries, boxes)
+        h, w = pixels.shape[-2:]
+        regions = enlarged(boxes.float()) * torch.tensor([width, height, width, height], device=boxes.device)
+        logits = (kernels[:, :-6] @ pixels.float().flatten(1)).unflatten(1, (h, w))
+        corners = torch.stack((regions[:, :2].floor(), regions[:, 2:].ceil()), dim=1).long()
+        corners[..., 0].clamp_(0, width)
+        corners[..., 1].clamp_(0, height)
+        masks = []
+        for i, ((left, top), (right, bottom)) in enumerate(corners.tolist()):
+            if right <= left or bottom <= top:
+                masks.append((0, 0, torch.zeros(0, 0, dtype=torch.bool)))
+                continue
+            x = torch.arange(left, right, device=boxes.device) + 0.5
+            y = torch.arange(top, bottom, device=boxes.device) + 0.5
+            grid = torch.stack(torch.meshgrid(x / width * 2 - 1, y / height * 2 - 1, indexing="xy"), dim=-1)[None]
+            part = F.grid_sample(logits[i][None, None], grid, padding_mode="border", align_corners=False)[0]
+            x0, y0, x1, y1 = regions[i].unbind()
+            u, v = (2 * x - x0 - x1) / (x1 - x0), (2 * y - y0 - y1) / (y1 - y0)
+            part = part + box_quadratic(kernels[i : i + 1, -6:], u[None, None, :], v[None, :, None])
+            inside = (u.abs() <= 1)[None, :] & (v.abs() <= 1)[:, None]
+            masks.append((left, top, ((part[0] > 0) & inside).cpu()))
+        return masks
+
+
+class MaskHeadNano(MaskHead):
+    """The light head of the family, at most a quarter of the standard one."""
+
+    def __init__(self, hidden: int):
+        super().__init__(hidden, trunk=0, pixel=32, context=32, query=40 if hidden < 128 else 128)
+
+
+class MaskHeadStandard(MaskHead):
+    """The roomier head: context convolutions at the features' stride, wider pixel embeddings and kernels."""
+
+    def __init__(self, hidden: int):
+        wide = hidden >= 128
+        super().__init__(
+            hidden,
+            trunk=2 if wide else 1,
+            pixel=64 if wide else 48,
+            context=128 if wide else 56,
+            query=256 if wide else 104,
+        )
+
+
+MASK_HEADS = {"nano": MaskHeadNano, "standard": MaskHeadStandard}
+
+
+def build_mask_head(name: str, hidden: int) -> MaskHead:
+    return MASK_HEADS[name](hidden)
+
+
+def conv_norm_act(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, depthwise: bool = False
+) -> nn.Sequential:
+    """Convolution, group norm over 8 channels a group, SiLU."""
+    if depthwise:
+        conv: nn.Module = nn.Sequential(
+            nn.Conv2d(inputs, inputs, kernel, stride, padding=kernel // 2, groups=inputs, bias=False),
+            nn.Conv2d(inputs, outputs, 1, bias=False),
+        )
+    else:
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.GroupNorm(outputs // 8, outputs), nn.SiLU())

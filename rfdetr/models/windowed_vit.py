@@ -1,0 +1,117 @@
+"""Windowed DINOv2 vision transformer on timm's blocks.
+
+Most blocks attend inside windows, a few over the whole image.  Sources: RF-DETR (arXiv:2511.09554), LW-DETR
+(arXiv:2406.03459), DINOv2 (arXiv:2304.07193).  Letters: B images, N windows per side, T patches per window, D channels.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rfdetr.sizes import ModelSize
+
+
+class Embeddings(nn.Module):
+    """Patches, position embedding and the CLS token, cut into windows that each get a CLS token of their own."""
+
+    def __init__(self, size: ModelSize):
+        super().__init__()
+        self.windows, self.grid = size.windows, size.position_grid
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
+        self.mask_token = nn.Parameter(
+            torch.zeros(1, size.dim), requires_grad=False
+        )  # in the official files, never used
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + size.position_grid**2, size.dim))
+        self.patch_embeddings = nn.ModuleDict(
+            {"projection": nn.Conv2d(3, size.dim, kernel_size=size.patch, stride=size.patch)}
+        )
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.position_embeddings, std=0.02)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """The position embedding of height x width patches, (1, height, width, D); bicubic from the stored one."""
+        stored = self.position_embeddings[:, 1:].unflatten(1, (self.grid, self.grid))
+        if (height, width) == (self.grid, self.grid):
+            return stored
+        resized = F.interpolate(
+            stored.permute(0, 3, 1, 2).float(),
+            size=(height, width),
+            mode="bicubic",
+            align_corners=False,
+            antialias=stored.device.type != "mps",  # no such kernel on MPS
+        )
+        return resized.permute(0, 2, 3, 1).to(stored.dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embeddings["projection"](images).permute(0, 2, 3, 1)  # (B, H/p, W/p, D)
+        B, height, width, D = patches.shape
+        patches = patches + self.positions(height, width)
+        N = self.windows
+        patches = patches.reshape(B, N, height // N, N, width // N, D).transpose(2, 3).reshape(B * N * N, -1, D)
+        cls = (self.cls_token + self.position_embeddings[:, :1]).expand(B * N * N, -1, -1).to(patches.dtype)
+        return torch.cat((cls, patches), dim=1)  # (B*N*N, 1+T, D)
+
+
+class WindowedViT(nn.Module):
+    """(B, 3, H, W) normalised images -> one (B, D, H/patch, W/patch) map per feature layer.
+
+    H and W are multiples of patch x windows.  Blocks after the last feature layer are kept for the official files'
+    sake, frozen and never run.
+    """
+
+    def __init__(self, size: ModelSize, drop_path: float = 0.0, grad_checkpoint: bool = False):
+        super().__init__()
+        self.size, self.grad_checkpoint = size, grad_checkpoint
+        self.embeddings = Embeddings(size)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        blocks = [
+            Block(
+                size.dim,
+                size.heads,
+                mlp_ratio=size.mlp_ratio,
+                qkv_bias=True,
+                init_values=1.0,  # LayerScale, as in DINOv2
+                drop_path=drop_path,
+                norm_layer=norm,
+            )
+            for _ in range(size.depth)
+        ]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(blocks)})
+        self.layernorm = norm(size.dim)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for block in blocks[size.used_depth :]:
+            block.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        B, _, H, W = images.shape
+        N, height, width = self.size.windows, H // self.size.patch, W // self.size.patch
+        x = self.embeddings(images)
+        features = []
+        for i, block in enumerate(self.encoder["layer"][: self.size.used_depth]):
+            # attention alone mixes tokens, so a global block is a plain block on all windows in one row
+            x = x.reshape(B, -1, x.shape[-1]) if i in self.size.global_blocks else x.reshape(B * N * N, -1, x.shape[-1])
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
+            if i + 1 in self.size.feature_layers:
+                patches = self.layernorm(x).reshape(B * N * N, -1, x.shape[-1])[:, 1:]
+                patches = patches.reshape(B, N, N, height // N, width // N, -1).transpose(2, 3)
+                features.append(patches.reshape(B, height, width, -1).permute(0, 3, 1, 2))  # (B, D, H/p, W/p)
+        return features
+
+
+def standardise(images: Tensor) -> Tensor:
+    """Zero mean and unit variance per image and channel, (B, 3, H, W) -> the same shape.
+
+    Lets a network from scratch learn at a high rate on data of any stain or exposure.
+    """
+    mean = images.mean((2, 3), keepdim=True)
+    std = images.std((2, 3), keepdim=True, unbiased=False)
+    return (images - mean) / (std + 1e-2)

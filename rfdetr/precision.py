@@ -1,0 +1,54 @@
+"""What a forward pass computes in, and on which device."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from rfdetr import distributed
+from rfdetr.console import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the forward pass computes in; losses are always fp32."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None  # None: fp32
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else MPS, else CPU.  Raises UserError for a device this machine has not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or distributed.local_rank())
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name} is not usable here ({str(error).splitlines()[0]}): try --device cpu"
+        ) from error
+    return device
+
+
+def pick_precision(amp: str, device: torch.device) -> Precision:
+    """auto: bf16 where the hardware computes in it, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU (a CPU computes fp16 many times slower): use --amp auto, bf16 or off")
+    if amp == "auto":
+        amp = "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "off"
+    return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])

@@ -1,0 +1,247 @@
+"""The model sizes: one frozen dataclass each, the only home of every architecture and recipe number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Training defaults of a size; each is a flag's default or documented beside it."""
+
+    epochs: int = 50
+    batch: int = 4
+    accum: int = 4
+    lr: float = 1e-4
+    lr_encoder: float = 1.5e-4
+    lr_layer_decay: float = 0.8  # encoder: each block's rate is this times the next one's
+    lr_decoder_factor: float = 0.7  # decoder layers; the encoder gets it squared
+    weight_decay: float = 1e-4
+    clip: float = 0.1
+    warmup_steps: int = 100
+    flat_fraction: float = 0.0  # share of the steps at the full rate before the cosine begins
+    lr_min_factor: float = 0.0
+    ema_decay: float = 0.993
+    group_detr: int = 13
+    augment: str = "crops"  # "crops": flip + random crop; "dihedral": 8 flips and rotations + colour jitter
+    amp: str = "auto"
+    drop_path: float = 0.0
+    multi_scale: bool = True
+    workers: int = 2
+    min_steps: int = 5  # a small dataset is repeated until an epoch has this many optimizer steps
+    # stage 2, the mask head on the frozen detector
+    seg_epochs: int = 50
+    seg_batch: int = 4
+    seg_accum: int = 2
+    seg_lr: float = 1e-3
+    seg_weight_decay: float = 1e-4
+    seg_multi_scale: bool = False
+    seg_min_steps: int = 5
+    seg_clip: float = 1.0
+    cache_views: int = 2  # flips of each image whose features are kept: 2 left-right, 4 up-down too
+    # single stage, both at once
+    single_lr: float = 5e-5
+    single_lr_encoder: float = 1e-4
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """One size of the RF-DETR family.  Source of the numbers: PyPI rfdetr 1.11, config.py and model_weights.py.
+
+    Pixels unless said otherwise. `feature_layers` counts blocks: 3 is the output of the third block; the blocks with
+    the 0-based same numbers attend globally, all others inside windows (windows x windows of them).
+    """
+
+    name: str
+    resolution: int
+    patch: int
+    windows: int
+    dim: int
+    heads: int
+    position_grid: int  # side of the stored position embedding, in patches
+    feature_layers: tuple[int, ...]
+    decoder_layers: int
+    depth: int = 12
+    mlp_ratio: float = 4.0
+    levels: tuple[str, ...] = ("P4",)
+    hidden: int = 256
+    self_heads: int = 8
+    cross_heads: int = 16
+    points: int = 2
+    feedforward: int = 2048
+    queries: int = 300
+    select: int = 300  # detections kept per image
+    standardise: bool = False  # per image and channel, inside the backbone
+    mask_head: str = "standard"
+    weights_url: str | None = None
+    weights_md5: str | None = None
+    recipe: Recipe = Recipe()
+
+    def __post_init__(self):
+        if self.resolution % self.block:
+            raise ValueError(f"size {self.name}: resolution {self.resolution} is not a multiple of {self.block}")
+        if self.hidden % self.cross_heads or self.hidden % self.self_heads:
+            raise ValueError(f"size {self.name}: hidden {self.hidden} is not divisible by its numbers of heads")
+        if max(self.feature_layers) > self.depth:
+            raise ValueError(f"size {self.name}: feature layer {max(self.feature_layers)} of {self.depth} blocks")
+
+    @property
+    def block(self) -> int:
+        """Inputs are a multiple of this many pixels: patch x windows."""
+        return self.patch * self.windows
+
+    @property
+    def global_blocks(self) -> tuple[int, ...]:
+        """0-based blocks that attend over the whole image."""
+        return tuple(i for i in self.feature_layers if i < self.depth)
+
+    @property
+    def used_depth(self) -> int:
+        """Blocks that influence an output; later ones exist in the official files and are never run."""
+        return max(self.feature_layers)
+
+    @property
+    def weights_file(self) -> str | None:
+        return self.weights_url and f"rf-detr-{self.name}.pth"
+
+
+_URL = "https://storage.googleapis.com/rfdetr/"
+_SMALL = dict(dim=384, heads=6, patch=16, windows=2, feature_layers=(3, 6, 9, 12))
+
+SIZES: dict[str, ModelSize] = {
+    size.name: size
+    for size in (
+        ModelSize(
+            name="tiny",
+            resolution=128,
+            patch=8,
+            windows=2,
+            dim=96,
+            heads=3,
+            position_grid=16,
+            depth=2,
+            mlp_ratio=3.0,
+            feature_layers=(1, 2),
+            decoder_layers=2,
+            hidden=96,
+            self_heads=4,
+            cross_heads=8,
+            feedforward=256,
+            queries=100,
+            select=100,
+            standardise=True,
+            mask_head="nano",
+            recipe=Recipe(
+                accum=1,
+                lr=1e-3,
+                lr_encoder=1e-3,
+                lr_layer_decay=1.0,
+                lr_decoder_factor=1.0,
+                warmup_steps=50,
+                flat_fraction=0.6,
+                lr_min_factor=0.02,
+                ema_decay=0.99,
+                group_detr=1,
+                augment="dihedral",
+                amp="off",
+                multi_scale=False,
+                workers=0,
+                min_steps=250,
+                seg_batch=16,
+                seg_accum=1,
+                seg_lr=2e-3,
+                seg_min_steps=50,
+                cache_views=4,
+                single_lr=1e-3,
+                single_lr_encoder=1e-3,
+            ),
+        ),
+        ModelSize(
+            name="nano",
+            resolution=384,
+            position_grid=24,
+            decoder_layers=2,
+            mask_head="nano",
+            weights_url=_URL + "nano_coco/checkpoint_best_regular.pth",
+            weights_md5="fb6504cce7fbdc783f7a46991f07639f",
+            **_SMALL,
+        ),
+        ModelSize(
+            name="small",
+            resolution=512,
+            position_grid=32,
+            decoder_layers=3,
+            weights_url=_URL + "small_coco/checkpoint_best_regular.pth",
+            weights_md5="fb37061c1af7bace359c91b723a8d5c1",
+            **_SMALL,
+        ),
+        ModelSize(
+            name="medium",
+            resolution=576,
+            position_grid=36,
+            decoder_layers=4,
+            weights_url=_URL + "medium_coco/checkpoint_best_regular.pth",
+            weights_md5="7223f764a87b863f02eb8d52bf0ce2ee",
+            **_SMALL,
+        ),
+        ModelSize(
+            name="base",
+            resolution=560,
+            patch=14,
+            windows=4,
+            dim=384,
+            heads=6,
+            position_grid=37,
+            feature_layers=(2, 5, 8, 11),
+            decoder_layers=3,
+            weights_url=_URL + "rf-detr-base-coco.pth",
+            weights_md5="b4d3ce46099eaed50626ede388caf979",
+        ),
+        ModelSize(
+            name="large",
+            resolution=560,
+            patch=14,
+            windows=4,
+            dim=768,
+            heads=12,
+            position_grid=37,
+            feature_layers=(2, 5, 8, 11),
+            decoder_layers=3,
+            levels=("P3", "P5"),
+            hidden=384,
+            self_heads=12,
+            cross_heads=24,
+            points=4,
+            weights_url=_URL + "rf-detr-large.pth",
+            weights_md5="992c8e862aa733a7bb2777e45d49f1a0",
+        ),
+    )
+}
+
+
+def check_resolution(size: ModelSize, resolution: int | None) -> int:
+    """The input side in pixels: the size's own, or `resolution` if it fits the grid.
+
+    Raises ValueError naming the nearest valid sides.
+    """
+    if resolution is None:
+        return size.resolution
+    if resolution < size.block or resolution % size.block:
+        below = max(resolution // size.block, 1) * size.block
+        raise ValueError(
+            f"--resolution {resolution} does not fit {size.name}: it must be a multiple of {size.block} "
+            f"(patch {size.patch} x {size.windows} windows), the nearest are {below} and {below + size.block}"
+        )
+    return resolution
+
+
+def size_from_dict(values: dict) -> ModelSize:
+    """Rebuild a size from a checkpoint's plain dict.  Raises ValueError for unknown or missing names."""
+    known = {field.name for field in fields(ModelSize)}
+    unknown = set(values) - known
+    if unknown:
+        raise ValueError(f"unknown size fields {sorted(unknown)}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    if isinstance(values.get("recipe"), dict):
+        values["recipe"] = Recipe(**values["recipe"])
+    return ModelSize(**values)

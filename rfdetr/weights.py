@@ -1,0 +1,166 @@
+"""The official weight files: where they are kept, and how they get there.
+
+python -m rfdetr.weights list
+python -m rfdetr.weights get nano
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import http.client
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rfdetr import distributed
+from rfdetr.console import UserError, run_script
+from rfdetr.sizes import SIZES, ModelSize
+
+CHUNK = 1 << 20
+TIMEOUT = 30.0  # seconds without a byte
+PAUSE = 2.0  # seconds before a broken transfer goes on
+
+
+def cache_dir() -> Path:
+    """Torch's own cache for weights; TORCH_HOME moves it."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def find_weights(spec: str, size: ModelSize) -> Path | None:
+    """The file that `--pretrain_weights` means, downloaded where need be: auto, none, a path or a URL.
+
+    `auto` is the size's official file (None for a size that has none), `none` is None. Under torchrun the main process
+    downloads for all. A file of the user's is only ever read. Raises UserError.
+    """
+    answer: Path | UserError | None = None
+    if distributed.is_main():
+        try:
+            answer = _find(spec, size)
+        except UserError as error:  # the other ranks have to hear of it, or they would wait for ever
+            answer = error
+    answer = distributed.from_main(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _find(spec: str, size: ModelSize) -> Path | None:
+    official = size if spec == "auto" else next((known for known in SIZES.values() if known.weights_url == spec), None)
+    if spec == "none" or (official is not None and official.weights_url is None):
+        return None
+    if official is not None:
+        return _cached(official.weights_url, cache_dir() / official.weights_file, official.weights_md5)
+    if spec.startswith(("http://", "https://")):
+        name = re.sub(r"[^\w.-]", "_", urllib.parse.urlsplit(spec).path.rsplit("/", 1)[-1])
+        tag = hashlib.sha256(spec.encode()).hexdigest()[:8]  # many files out there are called best.pth
+        return _cached(spec, cache_dir() / f"{tag}-{name}", None)
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise UserError(f"--pretrain_weights {spec}: there is no such file. Give auto, none, a file or a URL")
+    return path
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _cached(url: str, path: Path, md5: str | None) -> Path:
+    if not path.exists():
+        download(url, path, md5)
+    elif md5 is not None and (found := _md5(path)) != md5:
+        raise UserError(
+            f"{path} is not the official file: its md5 is {found}, expected {md5}. Move it away and run again to "
+            f"download {url}, or use it as it is with --pretrain_weights {path}"
+        )
+    return path
+
+
+def download(url: str, path: Path, md5: str | None = None) -> None:
+    """Fetch `url` into `path` by way of PATH.part, checked by its length and, where given, its md5.
+
+    A transfer that breaks goes on where it stopped; so does the .part file of a run that was killed, if an md5 can
+    tell that both halves belong together. Raises UserError with the URL and the place; then no .part file is left.
+    """
+    part = path.with_name(path.name + ".part")
+    print(f"Downloading {url} to {path}", flush=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if md5 is None:
+            part.unlink(missing_ok=True)
+        so_far = -1
+        while not _transfer(url, part, path.name):
+            if part.stat().st_size <= so_far:
+                raise ConnectionError(f"the transfer breaks off at {so_far} bytes again and again")
+            so_far = part.stat().st_size
+            time.sleep(PAUSE)
+        if md5 is not None and (found := _md5(part)) != md5:
+            raise ValueError(f"its md5 is {found}, expected {md5}")
+        part.replace(path)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # OSError: no network, HTTP 4xx, a full disk
+        if part.exists():
+            part.unlink()
+        raise UserError(
+            f"could not download {url} ({error}). Run again, or download it in another way and put it here: {path} "
+            "(or anywhere, with --pretrain_weights PATH)"
+        ) from error
+
+
+def _transfer(url: str, part: Path, label: str) -> bool:
+    """One request for what `part` has not yet; whether it is whole now."""
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not start:  # 416: the server has nothing after `start`
+            raise
+        return error.headers.get("Content-Range", "").endswith(f"/{start}")
+    with response:
+        if response.status != 206:  # a server that cannot resume sends all of it
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with (
+            open(part, "ab" if start else "wb") as file,
+            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=label, disable=None) as bar,
+        ):
+            while True:
+                try:
+                    chunk = response.read1(CHUNK)
+                except (OSError, http.client.HTTPException):
+                    return False
+                if not chunk:
+                    return total is None or file.tell() >= total
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m rfdetr.weights", description="The official weight files.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="sizes, addresses, checksums and what is here already")
+    get = commands.add_parser("get", help="download a size's file into the cache, or check the one that is there")
+    get.add_argument("size", choices=[name for name, size in SIZES.items() if size.weights_url])
+    args = parser.parse_args(argv)
+    if args.command == "get":
+        print(find_weights("auto", SIZES[args.size]))
+        return
+    for name, size in SIZES.items():
+        if size.weights_url:
+            path = cache_dir() / size.weights_file
+            print(f"{name:<7} {size.weights_url}  md5 {size.weights_md5}  {'in' if path.exists() else 'not in'} {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

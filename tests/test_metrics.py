@@ -1,0 +1,334 @@
+"""The figures equal plain pycocotools on what was saved, and the overlap equals a count of decoded pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from rfdetr.metrics import coco_eval
+from rfdetr.metrics.coco_eval import CocoEvaluator, format_table
+from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap, to_rle
+
+# pycocotools.mask.decode under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+FIGURES = ["mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large"]
+FIGURES += ["AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]
+
+
+def random_segmentation(rng, box, height, width):
+    """A polygon, compressed or uncompressed RLE of an ellipse in the box (xywh)."""
+    x, y, w, h = box
+    turns = np.linspace(0, 2 * np.pi, 9)[:-1]
+    points = np.stack([x + w / 2 + w / 2 * np.cos(turns), y + h / 2 + h / 2 * np.sin(turns)], axis=1)
+    polygon = [points.round(2).ravel().tolist()]
+    kind = rng.integers(3)
+    if kind == 0:
+        return polygon
+    rle = to_rle(polygon, height, width)
+    if kind == 1:
+        return {"size": rle["size"], "counts": rle["counts"].decode()}
+    flat = mask_api.decode(rle).ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *([0] if flat[0] else []), *edges, flat.size]).tolist()
+    return {"size": [height, width], "counts": counts}
+
+
+def random_boxes(rng, count, height, width):
+    """(count, 4) xywh: small, medium and large objects inside the image."""
+    sides = np.exp(rng.uniform(np.log(6), np.log(min(height, width) - 1), (count, 2)))
+    corners = rng.uniform(0, 1, (count, 2)) * (np.array([width, height]) - sides)
+    return np.concatenate([corners, sides], axis=1).round(1)
+
+
+def random_split(seed, image_ids=(7, 3, 900000000001, 12, 40, 41), category_ids=(5, 90, 17), first_id=1):
+    """Ground truth with crowds, an image without annotations and a category (the last) without any."""
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    for image_id in image_ids:
+        height, width = (int(side) for side in rng.integers(160, 320, 2))
+        images.append({"id": image_id, "file_name": f"{image_id}.png", "height": height, "width": width})
+        if image_id == image_ids[1]:
+            continue
+        for box in random_boxes(rng, int(rng.integers(1, 9)), height, width):
+            segmentation = random_segmentation(rng, box, height, width)
+            crowd = int(rng.random() < 0.15)
+            if crowd:
+                segmentation = {"size": [height, width], "counts": to_rle(segmentation, height, width)["counts"]}
+                if isinstance(segmentation["counts"], bytes):
+                    segmentation["counts"] = segmentation["counts"].decode()
+            annotation = {
+                "id": len(annotations) + first_id,
+                "image_id": image_id,
+                "category_id": int(rng.choice(category_ids[:-1])),
+                "bbox": box.tolist(),
+                "area": float(mask_api.area(to_rle(segmentation, height, width))),
+                "iscrowd": crowd,
+                "segmentation": segmentation,
+            }
+            annotations.append(annotation)
+    categories = [{"id": category_id, "name": f"class {category_id}"} for category_id in category_ids]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def add_random_detections(evaluator, truth, seed):
+    """Near copies of the truth and noise, with ties among the scores; the last image gets no detections."""
+    rng = np.random.default_rng(seed)
+    category_ids = [category["id"] for category in truth["categories"]]
+    for image in truth["images"][:-1]:
+        height, width = image["height"], image["width"]
+        own = [a for a in truth["annotations"] if a["image_id"] == image["id"] for _ in range(2)]
+        near = np.array([a["bbox"] for a in own]).reshape(-1, 4) * rng.uniform(0.9, 1.1, (len(own), 4))
+        noise = random_boxes(rng, int(rng.integers(0, 130)), height, width)
+        boxes = np.concatenate([near, noise])
+        labels = np.array([a["category_id"] for a in own] + rng.choice(category_ids, len(noise)).tolist(), dtype=int)
+        scores = rng.integers(1, 40, len(boxes)) / 40  # ties
+        scores[: len(own)] += rng.choice([0, 0.5])
+        rles = []
+        for box in boxes:
+            rle = to_rle([random_segmentation_polygon(box)], height, width)
+            rles.append({"size": rle["size"], "counts": rle["counts"].decode()})
+        xyxy = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        evaluator.add(image["id"], xyxy, scores, labels, rles)
+
+
+def random_segmentation_polygon(box):
+    x, y, w, h = box
+    return [x, y + h / 2, x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h]
+
+
+def plain_pycocotools(truth_file, results_file, kind):
+    """(the twelve figures, per-class mAP and mAP50 by category id), -1 for none."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(truth_file))
+        evaluation = COCOeval(truth, truth.loadRes(str(results_file)), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    per_class = {}
+    for row, category_id in enumerate(evaluation.params.catIds):
+        values = evaluation.eval["precision"][:, :, row, 0, 2]
+        per_class[category_id] = [v[v > -1].mean() if (v > -1).any() else -1 for v in (values, values[:1])]
+    return evaluation.stats, per_class
+
+
+def assert_same(own, plain):
+    assert (-1 if own is None else own) == pytest.approx(plain, abs=1e-9)
+
+
+@pytest.fixture(params=["faster-coco-eval", "pycocotools"])
+def backend(request, monkeypatch):
+    if request.param == "pycocotools":
+        monkeypatch.setattr(coco_eval, "COCO", COCO)
+        monkeypatch.setattr(coco_eval, "COCOeval", COCOeval)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"seed": 0},
+        {"seed": 1, "first_id": 0},  # pycocotools has its own view of annotation 0; the figures follow it
+        {"seed": 2, "image_ids": ("b", "a", "d", "c")},
+        {"seed": 3, "category_ids": (10**12, 0, 3)},
+        {"seed": 4, "image_ids": tuple(range(30))},
+    ],
+    ids=lambda case: f"seed {case['seed']}",
+)
+def test_equals_plain_pycocotools_on_the_saved_files(case, backend, tmp_path, capsys):
+    truth = random_split(**case)
+    evaluator = CocoEvaluator(copy.deepcopy(truth), masks=True)
+    add_random_detections(evaluator, truth, case["seed"])
+    summary = evaluator.summary()
+    evaluator.save(tmp_path / "results")
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    assert 0.05 < summary["bbox"]["mAP"] < 0.95
+    for kind in ("bbox", "segm"):
+        stats, per_class = plain_pycocotools(tmp_path / "truth.json", tmp_path / "results" / f"{kind}.json", kind)
+        for name, plain in zip(FIGURES, stats, strict=True):
+            assert_same(summary[kind][name], plain)
+        assert list(summary[kind]["per_class"]) == [f"class {category_id}" for category_id in sorted(per_class)]
+        for category_id, (every, at50) in per_class.items():
+            assert_same(summary[kind]["per_class"][f"class {category_id}"]["mAP"], every)
+            assert_same(summary[kind]["per_class"][f"class {category_id}"]["mAP50"], at50)
+
+
+def test_a_second_summary_is_the_same_and_found_can_be_joined_or_cleared():
+    truth = random_split(5)
+    evaluator, other = CocoEvaluator(truth, masks=True), CocoEvaluator(truth, masks=True)
+    add_random_detections(evaluator, truth, 0)
+    first = evaluator.summary()
+    assert evaluator.summary() == first
+    other.found.update(dict(list(evaluator.found.items())[:2]))
+    other.found.update(dict(list(evaluator.found.items())[1:]))
+    assert other.summary() == first
+    add_random_detections(other, truth, 0)  # the same images again, as a padded sampler gives them
+    assert other.summary() == first
+    other.found.clear()
+    assert other.summary()["bbox"]["mAP"] == 0
+
+
+def test_the_library_does_not_log(caplog):
+    caplog.set_level(logging.DEBUG)
+    truth = random_split(6, first_id=0)
+    evaluator = CocoEvaluator(truth, masks=True)
+    add_random_detections(evaluator, truth, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluator.summary()
+    assert not caplog.records
+
+
+def test_nothing_found_gives_zero_and_missing_sizes_give_none(backend):
+    box = {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 1, 10, 10], "area": 100, "iscrowd": 0}
+    box["segmentation"] = [[1, 1, 11, 1, 11, 11, 1, 11]]
+    images = [{"id": 1, "height": 50, "width": 50}, {"id": 2, "height": 50, "width": 50}]
+    categories = [{"id": 2, "name": "a"}, {"id": 1, "name": "b"}]
+    evaluator = CocoEvaluator({"images": images, "annotations": [box], "categories": categories}, masks=True)
+    evaluator.add(2, np.zeros((0, 4)), np.zeros(0), np.zeros(0), [])
+    summary = evaluator.summary()
+    for kind in ("bbox", "segm"):
+        assert summary[kind]["mAP"] == summary[kind]["mAP_small"] == summary[kind]["AR100"] == 0
+        assert summary[kind]["mAP_large"] is None and summary[kind]["AR_medium"] is None
+        assert summary[kind]["per_class"] == {"b": {"mAP": None, "mAP50": None}, "a": {"mAP": 0, "mAP50": 0}}
+    assert summary["mask"] == {"giou": 0, "ciou": 0, "dice": 0}
+
+
+@pytest.mark.parametrize("images", [[], [{"id": 1, "height": 9, "width": 9}]], ids=["no images", "no annotations"])
+@pytest.mark.parametrize("categories", [[], [{"id": 1, "name": "a"}]], ids=["no classes", "one class"])
+def test_an_empty_split_has_no_figures(images, categories, backend, tmp_path):
+    evaluator = CocoEvaluator({"images": images, "annotations": [], "categories": categories}, masks=True)
+    summary = evaluator.summary()
+    per_class = {category["name"]: {"mAP": None, "mAP50": None} for category in categories}
+    nothing = {**dict.fromkeys(FIGURES), "per_class": per_class}
+    assert summary == {"bbox": nothing, "segm": nothing, "mask": dict.fromkeys(("giou", "ciou", "dice"))}
+    evaluator.save(tmp_path)
+    assert json.loads((tmp_path / "bbox.json").read_text()) == json.loads((tmp_path / "segm.json").read_text()) == []
+    assert "-" in format_table(summary)
+
+
+def square(x, y, side, height=60, width=80):
+    return {
+        "size": [height, width],
+        "counts": to_rle([[x, y, x + side, y, x + side, y + side, x, y + side]], height, width)["counts"].decode(),
+    }
+
+
+def two_objects(**second):
+    """One image with two squares; `second` changes the second annotation."""
+    first = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+    annotations = [{**first, "segmentation": square(5, 5, 20)}, {**first, "id": 2, "bbox": [40, 20, 20, 20], **second}]
+    images = [{"id": 1, "height": 60, "width": 80}]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
+
+
+@pytest.mark.parametrize("missing", [{}, {"segmentation": None}, {"segmentation": []}])
+def test_an_object_without_mask_neither_helps_nor_hurts_the_mask_figures(missing, backend):
+    truth = two_objects(**missing)
+    boxes, rles = np.array([[5, 5, 25, 25], [40, 20, 60, 40.0]]), [square(5, 5, 20), square(40, 20, 18)]
+    for found in ([0], [0, 1], [1, 0]):
+        evaluator = CocoEvaluator(truth, masks=True)
+        scores = np.linspace(0.9, 0.8, len(found))
+        evaluator.add(1, boxes[found], scores, np.ones(len(found)), [rles[i] for i in found])
+        summary = evaluator.summary()
+        assert summary["segm"]["mAP"] == pytest.approx(1)
+        assert summary["mask"] == {"giou": 1, "ciou": 1, "dice": 1}
+        assert (summary["bbox"]["mAP"] > 0.99) == (len(found) == 2)
+
+
+def test_boxes_only():
+    truth = random_split(8)
+    for annotation in truth["annotations"]:
+        del annotation["segmentation"]
+    evaluator = CocoEvaluator(truth, masks=False)
+    evaluator.add(7, np.array([[1, 2, 30, 40]], dtype=np.float32), np.array([0.5], dtype=np.float32), np.array([5]))
+    assert evaluator.bbox_results == [{"image_id": 7, "category_id": 5, "bbox": [1, 2, 29, 38], "score": 0.5}]
+    assert set(evaluator.summary()) == {"bbox"}
+
+
+def test_bad_detections():
+    truth = two_objects(segmentation=square(40, 20, 20))
+    evaluator = CocoEvaluator(truth, masks=True)
+    boxes, scores = np.array([[1, 1, 9, 9], [1, np.nan, 9, 9], [1, 1, 9, 9]]), np.array([0.5, 0.6, np.inf])
+    evaluator.add(1, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3)
+    assert len(evaluator.bbox_results) == len(evaluator.segm_results) == 1
+    evaluator.add(99, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3)  # not an image of the ground truth
+    assert list(evaluator.found) == [1]
+    with pytest.raises(ValueError, match="category ids \\[7\\]"):
+        evaluator.add(1, boxes[:1], scores[:1], np.array([7]), [square(1, 1, 8)])
+    with pytest.raises(ValueError, match="\\[80, 60\\], the image has \\[60, 80\\]"):
+        evaluator.add(1, boxes[:1], scores[:1], np.ones(1), [square(1, 1, 8, height=80, width=60)])
+    with pytest.raises(ValueError):
+        evaluator.add(1, boxes[:1], scores[:1], np.ones(1), [])
+
+
+@st.composite
+def overlap_case(draw):
+    """Random bitmaps: results and annotations of two images and two classes, crowds among them."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+
+    def rows(count):
+        for _ in range(count):
+            bitmap = rng.random(shape) < rng.choice([0, 0.3, 0.7])
+            yield {
+                "image_id": int(rng.integers(2)),
+                "category_id": int(rng.integers(2)),
+                "segmentation": mask_api.encode(np.asfortranarray(bitmap, dtype=np.uint8)),
+                "score": float(rng.choice([0.3, SCORE_THRESHOLD, 0.9])),
+                "iscrowd": int(rng.random() < 0.3),
+                "bitmap": bitmap,
+            }
+
+    return list(rows(draw(st.integers(0, 6)))), list(rows(draw(st.integers(0, 6)))), shape
+
+
+@settings(max_examples=150, deadline=None)
+@given(overlap_case())
+def test_overlap_equals_counting_decoded_pixels(case):
+    results, annotations, shape = case
+    ious, dices, total = [], [], np.zeros(2)
+    for pair in [(i, c) for i in range(2) for c in range(2)]:
+
+        def union(rows, pair=pair):
+            own = [row["bitmap"] for row in rows if (row["image_id"], row["category_id"]) == pair]
+            return np.any([np.zeros(shape, dtype=bool), *own], axis=0)
+
+        true, crowd = (union([a for a in annotations if a["iscrowd"] == flag]) for flag in (0, 1))
+        found = union([r for r in results if r["score"] >= SCORE_THRESHOLD]) & (true | ~crowd)
+        if (found | true).any():
+            both, either = (found & true).sum(), (found | true).sum()
+            ious.append(both / either)
+            dices.append(2 * both / (found.sum() + true.sum()))
+            total += both, either
+    overlap = mask_overlap(results, annotations)
+    if not ious:
+        assert overlap == {"giou": None, "ciou": None, "dice": None}
+    else:
+        expected = {"giou": np.mean(ious), "ciou": total[0] / total[1], "dice": np.mean(dices)}
+        assert overlap == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_table_is_plain_and_compact():
+    truth = random_split(9, category_ids=tuple(range(1, 20)))
+    truth["categories"][0]["name"] = "a name that is much too long for a column of the table"
+    evaluator = CocoEvaluator(truth, masks=True)
+    add_random_detections(evaluator, truth, 9)
+    text = format_table(evaluator.summary())
+    assert text.isascii() and max(map(len, text.splitlines())) <= 100 and len(text.splitlines()) == 3 + 2 + 1 + 13
+    assert text.splitlines()[-1] == "... and 7 more"
+    boxes_only = {"bbox": evaluator.summary()["bbox"]}
+    assert "mask" not in format_table(boxes_only)

@@ -1,0 +1,249 @@
+"""The detector and the mask heads: shapes, gradients, batches, and what must never matter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from rfdetr.models.decoder import move_boxes
+from rfdetr.models.deformable_attention import DeformableAttention
+from rfdetr.models.detector import Detector, select_detections, unused_parameters
+from rfdetr.models.segmentation import GRID, MASK_HEADS, build_mask_head, enlarged, sample_in_boxes
+from rfdetr.sizes import SIZES, Recipe, check_resolution, size_from_dict
+
+OFFICIAL = ["nano", "small", "medium", "base", "large"]
+
+
+def package_mask_head_parameters(size) -> int:
+    """Parameters of the published package's segmentation head at this size (counted from its layers' shapes)."""
+    c = size.hidden
+    block = 9 * c + c + 2 * c + c * c + c
+    mlp = 2 * c + 4 * c * c + 4 * c + 4 * c * c + c
+    return size.decoder_layers * block + 2 * (c * c + c) + mlp + 1
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_mask_heads_keep_their_parameter_bounds(name):
+    size = SIZES[name]
+    count = {head: sum(p.numel() for p in build_mask_head(head, size.hidden).parameters()) for head in MASK_HEADS}
+    assert count["nano"] <= 0.25 * count["standard"]
+    assert count["standard"] <= package_mask_head_parameters(size)
+
+
+def test_nano_and_tiny_use_the_light_head():
+    assert SIZES["nano"].mask_head == SIZES["tiny"].mask_head == "nano"
+    assert {SIZES[name].mask_head for name in ("small", "medium", "base", "large")} == {"standard"}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_sizes_have_the_published_shape(name):
+    size = SIZES[name]
+    with torch.device("meta"):
+        model = Detector(size, rows=91)
+    shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    assert shapes["query_feat.weight"] == (13 * 300, size.hidden)
+    assert shapes["transformer.enc_out_class_embed.12.weight"] == (91, size.hidden)
+    assert shapes["backbone.0.encoder.encoder.embeddings.position_embeddings"] == (
+        1,
+        1 + size.position_grid**2,
+        size.dim,
+    )
+    assert len({key.split(".layer.")[1].split(".")[0] for key in shapes if ".encoder.layer." in key}) == 12
+
+
+def test_a_size_survives_its_dict():
+    for size in SIZES.values():
+        assert size_from_dict(asdict(size)) == size
+    with pytest.raises(ValueError, match="unknown"):
+        size_from_dict({"name": "x", "colour": 1})
+    with pytest.raises(ValueError, match="multiple"):
+        replace(SIZES["nano"], resolution=385)
+
+
+def test_resolution_off_the_grid_names_the_nearest():
+    assert check_resolution(SIZES["nano"], None) == 384
+    assert check_resolution(SIZES["nano"], 416) == 416
+    with pytest.raises(ValueError, match="416 and 448"):
+        check_resolution(SIZES["nano"], 420)
+    with pytest.raises(ValueError, match="32 and 64"):
+        check_resolution(SIZES["nano"], 5)
+
+
+def test_every_used_parameter_gets_a_gradient_and_no_other(small_model):
+    small_model.train()
+    images = torch.randn(2, 3, 64, 64)
+    outputs = small_model(images)
+    total = sum(p["pred_logits"].square().mean() + p["pred_boxes"].square().mean() for p in every_prediction(outputs))
+    image = torch.tensor([0, 1, 1])
+    pixels = small_model.mask_head.pixels(outputs["features"], images)
+    queries, boxes = outputs["queries"][image, :3].diagonal().T, torch.rand(3, 4) * 0.3 + 0.2
+    total = total + small_model.mask_head.grid_logits(pixels, queries, boxes, image).square().mean()
+    total.backward()
+    unused = set(unused_parameters(small_model))
+    assert any("mask_token" in name for name in unused) and any("layer.2." in name for name in unused)
+    for name, parameter in small_model.named_parameters():
+        assert (parameter.grad is None) == (name in unused), name
+        assert parameter.requires_grad == (name not in unused), name
+
+
+def every_prediction(outputs: dict) -> list[dict]:
+    return [outputs, *outputs["aux_outputs"], outputs["enc_outputs"]]
+
+
+def test_a_batch_equals_its_images_one_by_one(small_model):
+    small_model.eval()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        together = small_model(images)
+        for i in range(3):
+            alone = small_model(images[i : i + 1])
+            for key in ("pred_logits", "pred_boxes", "queries", "features"):
+                torch.testing.assert_close(together[key][i], alone[key][0], atol=2e-5, rtol=1e-4)
+
+
+def test_training_uses_all_groups_and_inference_one(small_model):
+    images = torch.randn(1, 3, 64, 64)
+    assert small_model.train()(images)["pred_logits"].shape == (1, 20, 5)
+    outputs = small_model.eval()(images)
+    assert outputs["pred_logits"].shape == (1, 10, 5)
+    assert "aux_outputs" not in outputs
+
+
+def test_groups_do_not_see_each_other(small_model):
+    small_model.train()
+    images = torch.randn(1, 3, 64, 64)
+    before = small_model(images)["pred_logits"]
+    with torch.no_grad():
+        small_model.query_feat.weight[10:] += 1.0
+    after = small_model(images)["pred_logits"]
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_background_row_never_ranks_a_proposal(small_model):
+    small_model.eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = small_model(images)
+        for head in small_model.transformer.enc_out_class_embed:
+            head.bias[-1] += 100
+        after = small_model(images)
+    assert torch.equal(before["pred_boxes"], after["pred_boxes"])
+
+
+def test_standardised_images_make_brightness_and_contrast_irrelevant(small_model):
+    small_model.eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        a, b = small_model(images), small_model(images * 3 + 1)
+    torch.testing.assert_close(a["features"], b["features"], atol=0.1, rtol=0.1)
+
+
+def test_other_resolutions_and_fewer_tokens_than_queries_work(small_size):
+    torch.manual_seed(0)
+    model = Detector(replace(small_size, queries=100, select=100), rows=3).eval()
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 32, 64))["pred_boxes"].shape == (1, 100, 4)
+        assert model(torch.randn(1, 3, 160, 160))["features"].shape[-2:] == (20, 20)
+
+
+def test_gradient_checkpointing_changes_memory_not_results(small_size):
+    images = torch.randn(1, 3, 64, 64)
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Detector(small_size, rows=3, grad_checkpoint=checkpointing).train()
+        model(images)["pred_logits"].square().sum().backward()
+        grads.append(model.backbone[0].encoder["encoder"].embeddings.cls_token.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_drop_path_acts_while_training_alone(small_size):
+    torch.manual_seed(0)
+    model = Detector(small_size, rows=3, drop_path=0.5)
+    images = torch.randn(1, 3, 64, 64)
+    model.train()
+    features = [model(images)["features"] for _ in range(4)]
+    assert any(not torch.equal(features[0], other) for other in features[1:])
+    model.eval()
+    assert torch.equal(model(images)["features"], model(images)["features"])
+
+
+def test_deformable_attention_reads_where_its_offsets_point():
+    attention = DeformableAttention(hidden=8, heads=1, levels=1, points=1)
+    with torch.no_grad():
+        attention.sampling_offsets.bias.zero_()
+        for layer in (attention.value_proj, attention.output_proj):
+            layer.weight.copy_(torch.eye(8))
+            layer.bias.zero_()
+    memory = torch.randn(1, 16, 8)
+    box = torch.tensor([[[0.375, 0.625, 0.5, 0.5]]])  # the centre of column 1, row 2 of a 4 x 4 map
+    out = attention(torch.randn(1, 1, 8), box, memory, [(4, 4)])
+    torch.testing.assert_close(out[0, 0], memory[0, 2 * 4 + 1])
+
+
+def test_select_detections_ranks_pairs_of_query_and_class():
+    logits = torch.tensor([[[0.0, 5.0, 9.0], [3.0, 1.0, 9.0]]])  # row 2 belongs to no class
+    boxes = torch.rand(1, 2, 4)
+    scores, labels, chosen, queries = select_detections(
+        {"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([1, 0]), select=3
+    )
+    assert labels.tolist() == [[0, 1, 0]] and queries.tolist() == [[0, 1, 1]]
+    torch.testing.assert_close(scores, torch.tensor([[5.0, 3.0, 1.0]]).sigmoid())
+    assert torch.equal(chosen[0], boxes[0, [0, 1, 1]])
+
+
+def test_move_boxes_is_relative_to_the_box():
+    box = torch.tensor([0.5, 0.5, 0.2, 0.1])
+    moved = move_boxes(box, torch.tensor([1.0, -1.0, 0.0, 0.6931472]))
+    torch.testing.assert_close(moved, torch.tensor([0.7, 0.4, 0.2, 0.2]))
+
+
+@pytest.mark.parametrize("name", list(MASK_HEADS))
+def test_pasted_masks_agree_with_the_training_grid(name):
+    torch.manual_seed(0)
+    head = build_mask_head(name, 96).eval()
+    features, images = torch.randn(1, 96, 16, 16), torch.randn(1, 3, 128, 128)
+    queries, boxes = (
+        torch.randn(3, 96),
+        torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.3, 0.6, 0.3, 0.3], [0.9, 0.1, 0.3, 0.4]]),
+    )
+    with torch.inference_mode():
+        pixels = head.pixels(features, images)
+        grid = head.grid_logits(pixels, queries, boxes, torch.zeros(3, dtype=torch.long)) > 0
+        pasted = head.paste(pixels[0], queries, boxes, 200, 300)
+    for i, (left, top, mask) in enumerate(pasted):
+        whole = torch.zeros(200, 300)
+        whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask.float()
+        again = sample_in_boxes(whole[None, None], boxes[i : i + 1], torch.zeros(1, dtype=torch.long))[0, 0] > 0.5
+        if i < 2:  # the third hangs over the border, where the grid sees nothing
+            assert (again == grid[i]).float().mean() > 0.9
+        x0, y0, x1, y1 = (enlarged(boxes[i]) * torch.tensor([300, 200, 300, 200])).tolist()
+        ys, xs = whole.nonzero(as_tuple=True)
+        assert len(xs) == 0 or (xs.min() >= x0 - 1 and xs.max() <= x1 + 1 and ys.min() >= y0 - 1 and ys.max() <= y1 + 1)
+
+
+def test_masks_of_no_queries_are_none():
+    head = build_mask_head("nano", 96)
+    pixels = head.pixels(torch.randn(1, 96, 8, 8), torch.randn(1, 3, 64, 64))
+    empty = head.grid_logits(pixels, torch.zeros(0, 96), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    assert empty.shape == (0, GRID, GRID)
+    assert head.paste(pixels[0], torch.zeros(0, 96), torch.zeros(0, 4), 50, 50) == []
+
+
+def test_box_samples_are_the_mask_inside_the_box():
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:48, 8:40] = 1
+    box = torch.tensor([[24 / 64, 0.5, 0.5, 0.5]])  # exactly the square
+    inside = sample_in_boxes(mask, box, torch.zeros(1, dtype=torch.long))[0, 0]
+    assert inside[GRID // 2, GRID // 2] == 1 and inside[0, 0] == 0  # the corner lies in the margin
+    expected = 1 / 1.15**2
+    assert abs(inside.mean().item() - expected) < 0.03
+
+
+def test_recipes_are_the_only_home_of_training_defaults():
+    assert SIZES["nano"].recipe == Recipe()
+    tiny = SIZES["tiny"].recipe
+    assert (tiny.lr, tiny.group_detr, tiny.batch, tiny.ema_decay) == (1e-3, 1, 4, 0.99)

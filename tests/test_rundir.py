@@ -1,0 +1,372 @@
+"""Run folders: numbering, atomic JSON, metrics.json over a resume, the log and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from rfdetr import rundir
+from rfdetr.console import UserError
+from rfdetr.rundir import Run, atomic_write, check_free_disk, environment, given_run, new_run, write_json
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+HEADER = {"stage": "detector", "size": "tiny", "resolution": 128, "class_names": ["cells"], "args": {}}
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    return [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
+
+
+FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")  # spawning imports torch again
+
+
+# --- folders ---
+
+
+def test_new_run_takes_the_first_free_number(tmp_path):
+    parent = tmp_path / "a folder" / "runs"
+    assert new_run(parent, "detector_tiny_128") == parent / "detector_tiny_128_1"
+    (parent / "detector_tiny_128_2").write_text("a file, not a folder")
+    assert new_run(parent, "detector_tiny_128").name == "detector_tiny_128_3"
+    assert new_run(parent, "detector_nano_384").name == "detector_nano_384_1"
+
+
+def take_fifty(parent: Path, start, names) -> None:
+    start.wait(60)
+    names.put([new_run(parent, "run").name for _ in range(50)])
+
+
+def test_processes_that_start_at_once_get_different_folders(tmp_path):
+    start, names = FORK.Barrier(2), FORK.Queue()
+    racers = [FORK.Process(target=take_fifty, args=(tmp_path / "runs", start, names)) for _ in range(2)]
+    for racer in racers:
+        racer.start()
+    taken = names.get(timeout=60) + names.get(timeout=60)
+    for racer in racers:
+        racer.join()
+    assert sorted(taken) == sorted(f"run_{n}" for n in range(1, 101))
+
+
+def test_a_file_in_the_way_of_the_runs_folder_is_named(tmp_path):
+    (tmp_path / "runs").write_text("")
+    for parent in (tmp_path / "runs", tmp_path / "runs" / "deeper"):
+        with pytest.raises(UserError, match="cannot write to the folder .*runs"):
+            new_run(parent, "detector")
+
+
+def test_a_named_folder_must_be_new_or_empty(tmp_path):
+    assert given_run(tmp_path / "new" / "run") == given_run(tmp_path / "new" / "run")
+    with pytest.raises(UserError, match=r"not empty \(it holds run\).*--output_dir"):
+        given_run(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to the folder .*file"):
+        given_run(tmp_path / "file")
+
+
+def test_an_unwritable_parent_is_named(tmp_path, monkeypatch):
+    def refuse(self, *args, **options):
+        if self.name == "run_1":
+            raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="Permission denied .*run_1.*--output_dir"):
+        new_run(tmp_path, "run")
+
+
+def test_check_free_disk_works_before_the_folder_exists(tmp_path):
+    check_free_disk(tmp_path / "not" / "yet", 1)
+    with pytest.raises(UserError, match="GB free and this run needs about 1000000.0 GB"):
+        check_free_disk(tmp_path / "not" / "yet", 10**15)
+
+
+# --- atomic files ---
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+
+
+@settings(max_examples=30, deadline=None)  # each waits for the disk
+@given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
+def test_any_plain_value_becomes_strict_json(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    write_json(path, {"value": value})
+    written = json.loads(path.read_bytes(), parse_constant=pytest.fail)
+    if "nan" not in repr(value) and "inf" not in repr(value) and repr(value).isascii():
+        assert written == {"value": value}
+
+
+def test_write_json_turns_numbers_of_other_kinds_into_plain_ones(tmp_path):
+    data = {
+        "nan": float("nan"),
+        "infinite": np.float32("-inf"),
+        "tensor": torch.tensor([1.5, float("nan")]),
+        "scalar": torch.tensor(3),
+        "numpy": np.int64(4),
+        "yes": np.bool_(True),
+        "path": Path("runs"),
+        "device": torch.device("cpu"),
+        "pair": (1, 2),
+        5: "Zellen – 细胞",
+    }
+    write_json(tmp_path / "x.json", data)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {
+        "nan": None,
+        "infinite": None,
+        "tensor": [1.5, None],
+        "scalar": 3,
+        "numpy": 4,
+        "yes": True,
+        "path": "runs",
+        "device": "cpu",
+        "pair": [1, 2],
+        "5": "Zellen – 细胞",
+    }
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"what": object()})
+    assert os.listdir(tmp_path) == ["x.json"] and "tensor" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_failed_write_keeps_the_old_file_and_no_temporary(tmp_path, error):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(UserError, match="could not write .*last.pt"):
+        atomic_write(path, write)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def write_beyond_the_limit(path: Path, said) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        write_json(path, {"new": list(range(1000))})
+    except UserError as error:
+        said.send(str(error))
+
+
+def test_a_disk_that_takes_no_more_keeps_the_old_file(tmp_path):
+    pytest.importorskip("resource")
+    path = tmp_path / "metrics.json"
+    write_json(path, {"old": 1})
+    said, writer = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=write_beyond_the_limit, args=(path, writer))
+    process.start()
+    process.join()
+    assert said.poll() and f"could not write {path}" in said.recv()
+    assert json.loads(path.read_text()) == {"old": 1} and os.listdir(tmp_path) == ["metrics.json"]
+
+
+# --- a run ---
+
+
+def test_metrics_has_the_documented_form_from_the_first_moment(tmp_path):
+    with Run(tmp_path, {**HEADER, "environment": environment()}) as run:
+        assert list(read(tmp_path)) == ["format", *HEADER, "environment", "epochs", "best"]
+        run.add_epoch({"epoch": 1, "train": {"loss": torch.tensor(0.5)}, "valid": {"bbox": {"mAP": float("nan")}}})
+        run.set(best={"epoch": 1, "metric": "bbox/mAP", "value": 0.25, "weights": "ema"})
+        run.set(test={"bbox": {"mAP": 0.5}})
+    metrics = read(tmp_path)
+    assert metrics["format"] == 1 and metrics["stage"] == "detector"
+    assert metrics["epochs"] == [{"epoch": 1, "train": {"loss": 0.5}, "valid": {"bbox": {"mAP": None}}}]
+    assert metrics["best"]["weights"] == "ema" and metrics["test"] == {"bbox": {"mAP": 0.5}}
+
+
+def make_run(folder: Path, epochs: int) -> None:
+    with Run(folder, HEADER) as run:
+        for epoch in range(1, epochs + 1):
+            run.add_epoch({"epoch": epoch})
+            run.scalars("train", {"loss": float(epoch)}, epoch)
+        run.set(best={"epoch": epochs, "value": 0.5})
+
+
+def test_resume_drops_what_lies_beyond_the_saved_state(tmp_path):
+    make_run(tmp_path, 3)
+    with Run(tmp_path, {**HEADER, "args": {"epochs": 9}}, done_epochs=2) as run:
+        assert run.metrics["best"] is None  # it was of epoch 3
+        run.add_epoch({"epoch": 3, "again": True})
+        run.scalars("train", {"loss": 30.0}, 3)
+    assert read(tmp_path)["epochs"] == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": True}]
+    assert read(tmp_path)["args"] == {"epochs": 9}
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_resume_keeps_a_best_that_still_stands(tmp_path):
+    make_run(tmp_path, 2)
+    Run(tmp_path, HEADER, done_epochs=2).close()
+    assert read(tmp_path)["best"] == {"epoch": 2, "value": 0.5} and len(read(tmp_path)["epochs"]) == 2
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 1, "epo', "[]", "{}", '{"epochs": [{}], "best": null}', "\udcff"])
+def test_a_damaged_metrics_file_is_set_aside(tmp_path, capsys, content):
+    content = content.encode("utf-8", "surrogateescape")
+    (tmp_path / "metrics.damaged-1.json").write_text("an earlier one")
+    (tmp_path / "metrics.json").write_bytes(content)
+    with Run(tmp_path, HEADER, done_epochs=4) as run:
+        run.add_epoch({"epoch": 5})
+    assert read(tmp_path)["epochs"] == [{"epoch": 5}]
+    assert (tmp_path / "metrics.damaged-1.json").read_text() == "an earlier one"
+    assert (tmp_path / "metrics.damaged-2.json").read_bytes() == content
+    note = "metrics.json is damaged: kept as metrics.damaged-2.json, a new one begins at epoch 5"
+    assert note in capsys.readouterr().out and note in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
+def test_damaged_tensorboard_events_are_set_aside(tmp_path, capsys):
+    make_run(tmp_path, 2)
+    (events,) = (tmp_path / "tb").iterdir()
+    events.write_bytes(b"\0" * 100)
+    with Run(tmp_path, HEADER, done_epochs=2) as run:
+        run.scalars("train", {"loss": 3.0}, 3)
+    assert f"{events.name} is damaged: kept as events.damaged-1" in capsys.readouterr().out
+    assert len(list((tmp_path / "tb").glob("events.damaged-1*"))) == 1
+    assert scalars(tmp_path, "train/loss") == [(3, 3.0)]
+
+
+def test_events_that_a_kill_cut_short_stay_readable(tmp_path, capsys):
+    make_run(tmp_path, 2)
+    (events,) = (tmp_path / "tb").iterdir()
+    events.write_bytes(events.read_bytes()[:-5])
+    with Run(tmp_path, HEADER, done_epochs=1) as run:
+        run.scalars("train", {"loss": 2.0}, 2)
+    assert "damaged" not in capsys.readouterr().out
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_tensorboard_gets_nested_numbers_and_pictures(tmp_path):
+    values = {"bbox": {"mAP": np.float64(0.5), "mAP_small": None, "per_class": {"cells": {"mAP": torch.tensor(0.25)}}}}
+    with Run(tmp_path, HEADER) as run:
+        run.scalars("valid", values, 7)
+        run.image("predictions/0", Image.new("RGBA", (8, 6), "red"), 7)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert set(events.Tags()["scalars"]) == {"valid/bbox/mAP", "valid/bbox/per_class/cells/mAP"}
+    (picture,) = events.Images("predictions/0")
+    assert (picture.step, picture.width, picture.height) == (7, 8, 6)
+
+
+def test_an_unwritable_run_folder_is_a_user_error(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(UserError, match="cannot write to the folder"):
+        Run(tmp_path, HEADER)
+    assert not isinstance(sys.stdout, rundir._Tee)
+
+
+# --- the log ---
+
+
+def log_of(folder: Path) -> list[str]:
+    return (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_log_has_both_streams_and_only_the_last_state_of_a_bar(tmp_path, capsys):
+    with Run(tmp_path, HEADER):
+        print("STAGE 1 ✓")
+        for percent in range(0, 101, 10):
+            sys.stderr.write(f"\r{percent}%|##|")
+        sys.stderr.write("\n")
+        for percent in range(3):
+            sys.stderr.write(f"\x1b[A\rbar {percent}\r")
+            sys.stderr.write("      \r")
+        print("unfinished", end="")
+    first, *lines = log_of(tmp_path)
+    assert first.startswith("--- ")
+    assert lines == ["STAGE 1 ✓", "100%|##|", "unfinished", "bar 2"]
+    out, err = capsys.readouterr()
+    assert out == "STAGE 1 ✓\nunfinished" and err.count("%") == 11
+
+
+def test_a_progress_bar_leaves_one_line(tmp_path, capsys):
+    from tqdm import tqdm
+
+    with Run(tmp_path, HEADER):
+        for _ in tqdm(range(500), desc="epoch 1", mininterval=0):
+            pass
+    assert capsys.readouterr().err.count("\r") > 100
+    assert len(log_of(tmp_path)) == 2 and "epoch 1: 100%" in log_of(tmp_path)[1]
+
+
+def test_the_console_comes_back_and_a_second_close_does_nothing(tmp_path, capsys):
+    streams = sys.stdout, sys.stderr
+    run = Run(tmp_path, HEADER)
+    assert sys.stdout is not streams[0]
+    run.close()
+    run.close()
+    assert (sys.stdout, sys.stderr) == streams
+    print("not for the log")
+    assert len(log_of(tmp_path)) == 1
+
+
+def test_the_log_says_what_ended_a_run_and_is_appended_to(tmp_path, capsys):
+    with pytest.raises(UserError), Run(tmp_path, HEADER):
+        raise UserError("no masks")
+    Run(tmp_path, HEADER).close()
+    assert log_of(tmp_path)[1] == "ended by UserError: no masks" and len(log_of(tmp_path)) == 3
+
+
+def test_printing_goes_on_when_the_log_cannot_be_written(tmp_path, capsys):
+    with Run(tmp_path, HEADER) as run:
+        run._log.close()
+        print("still here")
+    assert capsys.readouterr().out == "still here\n"
+
+
+# --- environment ---
+
+
+def test_environment_is_json_and_tells_hardware_and_command(tmp_path):
+    found = environment()
+    assert found["torch"] == torch.__version__ and found["device"] == "cpu" and found["threads"] >= 1
+    assert found["cpu"] and found["os"] and found["command"]
+    write_json(tmp_path / "environment.json", found)
+    assert json.loads((tmp_path / "environment.json").read_text(encoding="utf-8")) == found
+
+
+def test_commit_is_the_hash_with_a_mark_for_changed_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "REPOSITORY", tmp_path)
+    assert environment()["commit"] is None
+
+    def git(*arguments):
+        author = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        git("init", "-q")
+    except FileNotFoundError:
+        pytest.skip("no git")
+    assert environment()["commit"] is None
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    git("tag", "v1")
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "untracked").write_text("")
+    assert environment()["commit"] == commit
+    (tmp_path / "file").write_text("2")
+    assert environment()["commit"] == commit + "-dirty"
+    monkeypatch.setattr(rundir, "REPOSITORY", tmp_path / "inside")  # an archive unpacked inside a repository
+    (tmp_path / "inside").mkdir()
+    assert environment()["commit"] is None

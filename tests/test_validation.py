@@ -1,0 +1,452 @@
+"""Every fault of a dataset: its code, its severity, and what it does to what is read; validate_setup.py as a whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+import validate_setup
+from rfdetr.console import UserError
+from rfdetr.data.coco import read_dataset, read_split
+from rfdetr.data.validation import check_annotations, check_dataset, decompress_runs, require_masks
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH, HEIGHT = 40, 30
+SQUARE = [[4, 5, 14, 5, 14, 13, 4, 13]]
+EMPTY_RLE = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+
+
+def coco(images: int = 2) -> dict:
+    """A sound file: one cell in every image, the vessel in the first one too."""
+    entry = {"bbox": [4, 5, 10, 8], "area": 80, "iscrowd": 0, "segmentation": SQUARE}
+    annotations = [{"id": n, "image_id": n, "category_id": 1} | entry for n in range(1, images + 1)]
+    annotations.append({"id": 50, "image_id": 1, "category_id": 2} | entry | {"bbox": [20, 5, 10, 8]})
+    return {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT} for n in range(1, images + 1)],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cell"}, {"id": 2, "name": "vessel"}],
+    }
+
+
+def write(folder: Path, data: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, entry in enumerate(data["images"]):
+        image = Image.new("RGB", (WIDTH, HEIGHT), (number % 256, ord(folder.name[0]), number // 256))
+        image.save(folder / Path(entry["file_name"]).name)
+    file = folder / "_annotations.coco.json"
+    file.write_text(json.dumps(data), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    write(tmp_path / "data/train", coco(4))
+    write(tmp_path / "data/valid", coco(1))
+    return tmp_path / "data"
+
+
+def rewrite(file: Path, change) -> None:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    change(data)
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def codes(problems: list) -> dict[str, str]:
+    return {problem.code: problem.severity for problem in problems}
+
+
+def test_a_sound_dataset_has_no_problems(dataset):
+    assert check_annotations(coco(), "x.json") == []
+    assert check_dataset(dataset, need_masks=True, check_images=True) == []
+
+
+# what the first annotation is updated with -> code, severity
+ANNOTATION_FAULTS = [
+    ({"bbox": [math.nan, 5, 10, 8]}, "ANN_BBOX_NAN", "error"),
+    ({"bbox": [4, 5, math.inf, 8]}, "ANN_BBOX_NAN", "error"),
+    ({"bbox": [4, 5, -math.inf, math.inf]}, "ANN_BBOX_NAN", "error"),
+    ({"bbox": [4, 5, 1e8, 8]}, "ANN_BBOX_NAN", "error"),
+    ({"bbox": [4, 5, 10**400, 8]}, "ANN_BBOX_NAN", "error"),
+    ({"bbox": [4, 5, 10**400, 8.5]}, "ANN_BBOX_NAN", "error"),
+    ({"bbox": ["4", 5, 10, 8]}, "ANN_BBOX_TYPE", "error"),
+    ({"bbox": [4, 5, 10]}, "ANN_BBOX_TYPE", "error"),
+    ({"bbox": None}, "ANN_BBOX_TYPE", "error"),
+    ({"bbox": [[4], 5, 10, 8]}, "ANN_BBOX_TYPE", "error"),
+    ({"bbox": [4, 5, 0, 8]}, "ANN_BBOX_EMPTY", "warning"),
+    ({"bbox": [4, 5, 10, -8]}, "ANN_BBOX_EMPTY", "warning"),
+    ({"bbox": [4, 5, 1e-9, 8]}, "ANN_BBOX_EMPTY", "warning"),
+    ({"bbox": [-4, 5, 10, 8]}, "ANN_BBOX_CLIPPED", "warning"),
+    ({"bbox": [35, 25, 10, 10]}, "ANN_BBOX_CLIPPED", "warning"),
+    ({"bbox": [50, 5, 10, 8]}, "ANN_BBOX_OUTSIDE", "warning"),
+    ({"bbox": [4, -20, 10, 8]}, "ANN_BBOX_OUTSIDE", "warning"),
+    ({"area": 0}, "ANN_AREA_EMPTY", "warning"),
+    ({"area": -3.5}, "ANN_AREA_EMPTY", "warning"),
+    ({"area": math.nan}, "ANN_AREA_INVALID", "error"),
+    ({"area": "80"}, "ANN_AREA_INVALID", "error"),
+    ({"iscrowd": 2}, "ANN_CROWD_INVALID", "error"),
+    ({"iscrowd": []}, "ANN_CROWD_INVALID", "error"),
+    ({"image_id": 99}, "ANN_IMAGE_UNKNOWN", "error"),
+    ({"image_id": [1]}, "ANN_IMAGE_UNKNOWN", "error"),
+    ({"category_id": 99}, "ANN_CATEGORY_UNKNOWN", "error"),
+    ({"category_id": "1"}, "ANN_CATEGORY_UNKNOWN", "error"),
+    ({"id": "a"}, "ANN_ID_INVALID", "error"),
+    ({"id": 2**64}, "ANN_ID_INVALID", "error"),
+    ({"segmentation": [[4, 5, 14, 5]]}, "ANN_POLYGON_SHORT", "warning"),
+    ({"segmentation": [[]]}, "ANN_POLYGON_SHORT", "warning"),
+    ({"segmentation": [[4, 5, 14, 5, 14, 13, 4]]}, "ANN_POLYGON_ODD", "warning"),
+    ({"segmentation": [[4, 5, 9e6, 5, 9e6, 13, 4, -9e6]]}, "ANN_POLYGON_FAR", "warning"),
+    ({"segmentation": []}, "ANN_NO_MASK", "warning"),
+    ({"segmentation": None}, "ANN_NO_MASK", "warning"),
+    ({"segmentation": [[4, 5, 14, math.nan, 14, 13]]}, "ANN_SEG_NAN", "error"),
+    ({"segmentation": [[4, 5, 14, 1e300, 14, 13]]}, "ANN_SEG_NAN", "error"),
+    ({"segmentation": [4, 5, 14, 5, 14, 13]}, "ANN_SEG_TYPE", "error"),
+    ({"segmentation": [["4", 5, 14, 5, 14, 13]]}, "ANN_SEG_TYPE", "error"),
+    ({"segmentation": "square"}, "ANN_SEG_TYPE", "error"),
+    ({"segmentation": EMPTY_RLE | {"size": [WIDTH, HEIGHT]}}, "ANN_RLE_SIZE", "error"),
+    ({"segmentation": EMPTY_RLE | {"size": "30x40"}}, "ANN_RLE_SIZE", "error"),
+    ({"segmentation": EMPTY_RLE | {"size": [-30, -40]}}, "ANN_RLE_SIZE", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": [1199]}}, "ANN_RLE_COUNTS", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": [1300, -100]}}, "ANN_RLE_COUNTS", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": []}}, "ANN_RLE_COUNTS", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": [1200.0]}}, "ANN_RLE_TYPE", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": 7}}, "ANN_RLE_TYPE", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": "0"}}, "ANN_RLE_COUNTS", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": ""}}, "ANN_RLE_COUNTS", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": "oooooooooooooo"}}, "ANN_RLE_COUNTS", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": "é~ \ud800"}}, "ANN_RLE_COUNTS", "error"),
+]
+
+
+@pytest.mark.parametrize(("change", "code", "severity"), ANNOTATION_FAULTS)
+def test_annotation_faults(tmp_path, change, code, severity):
+    data = coco()
+    data["annotations"][0].update(change)
+    file = write(tmp_path / "data/train", data)
+    problems = check_annotations(data, file)
+    assert codes(problems)[code] == severity
+    assert "error" not in {other.severity for other in problems if other.code != code}
+    problem = next(problem for problem in problems if problem.code == code)
+    assert problem.count == 1 and problem.message.startswith(f"{file}: 1 annotation ")
+    assert problem.places == [
+        f"annotation {data['annotations'][0]['id']} of image {data['annotations'][0]['image_id']}"
+    ]
+    if severity == "error":
+        with pytest.raises(UserError, match="validate_setup.py --dataset") as caught:
+            read_split(file, file.parent, "train")
+        assert "\n" not in str(caught.value)
+    else:
+        split = read_split(file, file.parent, "train")
+        assert code == "ANN_NO_MASK" or sum(problem.message in split.warnings for problem in problems) >= 1
+        assert all(0 <= x <= WIDTH for image in split.images for x in image.boxes[:, 0::2].ravel())
+
+
+DATA_FAULTS = [
+    (lambda d: d.pop("images"), "JSON_STRUCTURE"),
+    (lambda d: d.update(annotations={}), "JSON_STRUCTURE"),
+    (lambda d: d["annotations"].append(None), "JSON_STRUCTURE"),
+    (lambda d: d["categories"].append([1]), "JSON_STRUCTURE"),
+    (lambda d: d["images"].append(dict(d["images"][0], file_name="9.png")), "IMG_ID_DUPLICATE"),
+    (lambda d: d["images"][1].update(id=None), "IMG_ID_INVALID"),
+    (lambda d: d["images"][1].update(id={}), "IMG_ID_INVALID"),
+    (lambda d: d["images"][1].update(file_name="../2.png"), "IMG_PATH"),
+    (lambda d: d["images"][1].update(file_name=3), "IMG_PATH"),
+    (lambda d: d["images"][1].update(file_name=""), "IMG_PATH"),
+    (lambda d: d["images"][1].update(width=0), "IMG_SIZE_INVALID"),
+    (lambda d: d["images"][1].update(width="40"), "IMG_SIZE_INVALID"),
+    (lambda d: d["images"][1].update(height=math.nan), "IMG_SIZE_INVALID"),
+    (lambda d: d["annotations"][0].update(id=2), "ANN_ID_DUPLICATE"),
+    (lambda d: d["categories"][0].update(id="1"), "CAT_INVALID"),
+    (lambda d: d["categories"][0].update(id=True), "CAT_INVALID"),
+    (lambda d: d["categories"][0].pop("name"), "CAT_INVALID"),
+    (lambda d: d["categories"].append({"id": 1, "name": "x"}), "CAT_ID_DUPLICATE"),
+    (lambda d: d["categories"].append({"id": 3, "name": "cell"}), "CAT_NAME_DUPLICATE"),
+]
+
+
+@pytest.mark.parametrize(("change", "code"), DATA_FAULTS)
+def test_faults_of_tables_are_errors(change, code):
+    data = coco()
+    change(data)
+    assert codes(check_annotations(data, "x.json"))[code] == "error"
+
+
+@pytest.mark.parametrize("name", ["", "Gefäß 血管", "x" * 5000, "a/b\\c:*?"])
+def test_any_category_name_works(name):
+    data = coco()
+    data["categories"][0]["name"] = name
+    assert check_annotations(data, "x.json") == []
+
+
+def test_all_problems_are_reported_at_once_with_counts_and_first_places(tmp_path):
+    data = coco(30)
+    for entry in data["annotations"][:25]:
+        entry["bbox"] = [math.nan] * 4
+    data["annotations"][27]["bbox"] = [0, 0, 0, 0]
+    problems = check_annotations(data, "x.json")
+    assert [(problem.code, problem.count, len(problem.places)) for problem in problems] == [
+        ("ANN_BBOX_NAN", 25, 20),
+        ("ANN_BBOX_EMPTY", 1, 1),
+    ]
+    data["images"][3]["width"] = -1
+    file = write(tmp_path / "my data/train", data)
+    with pytest.raises(UserError, match=r'1 more kinds of errors\..*--dataset ".*my data"'):
+        read_split(file, file.parent, "train")
+
+
+def test_identical_annotations_leave_one(tmp_path):
+    data = coco()
+    data["annotations"].append(copy.deepcopy(data["annotations"][0]))
+    data["annotations"].append(data["annotations"][0] | {"id": 77})
+    data["annotations"].append(data["annotations"][0] | {"id": 78, "segmentation": [[4, 5, 14, 5, 14, 13]]})
+    file = write(tmp_path / "train", data)
+    split = read_split(file, file.parent, "train")
+    assert [(p.code, p.count) for p in check_annotations(data, "x.json")] == [("ANN_DUPLICATE", 2)]
+    assert split.images[0].annotation_ids.tolist() == [1, 50, 78] and len(split.warnings) == 1
+
+
+def test_dropped_and_clipped_annotations(tmp_path):
+    data = coco()
+    data["annotations"][0]["bbox"] = [-4, 25, 10, 10]
+    data["annotations"][1]["bbox"] = [50, 50, 5, 5]
+    data["annotations"][2]["segmentation"] = [[1, 2, 3, 4], *SQUARE]
+    file = write(tmp_path / "train", data)
+    first, second = read_split(file, file.parent, "train").images
+    assert first.boxes[0].tolist() == [0, 25, 6, 30] and len(second.boxes) == 0
+    assert first.segmentations == [SQUARE, SQUARE]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=600), st.integers(1, 25))
+def test_compressed_runs_decode_as_pycocotools_does(bits, height):
+    width = -(-len(bits) // height)
+    mask = np.zeros(height * width, np.uint8)
+    mask[: len(bits)] = bits
+    mask = np.asfortranarray(mask.reshape(width, height).T)
+    runs = decompress_runs(mask_utils.encode(mask)["counts"].decode())
+    assert sum(runs) == mask.size and min(runs) >= 0
+    edges = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=0, append=2))
+    assert sorted(runs) == sorted(np.diff(edges, prepend=0).tolist())
+
+
+def test_large_runs_decode():
+    mask = np.zeros((3000, 4000), np.uint8, order="F")
+    mask[100:2000, 500:3900:7] = 1
+    runs = decompress_runs(mask_utils.encode(mask)["counts"].decode())
+    assert sum(runs) == mask.size and max(runs) == 500 * 3000 + 100
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_content_makes_the_check_itself_fail(data):
+    content = coco()
+    for _ in range(data.draw(st.integers(1, 3))):
+        table = data.draw(st.sampled_from(["images", "annotations", "categories"]))
+        key = data.draw(st.sampled_from([*content[table][0], "supercategory"]))
+        content[table][0][key] = data.draw(anything)
+    for problem in check_annotations(content, "x.json"):
+        assert problem.severity in ("error", "warning") and 1 <= len(problem.places) <= problem.count
+
+
+def test_missing_images_are_listed(dataset):
+    for number in (1, 2):
+        (dataset / f"train/{number}.png").unlink()
+    (problem,) = check_dataset(dataset)
+    assert (problem.code, problem.severity, problem.count) == ("IMG_MISSING", "error", 2)
+    assert problem.places == [str(dataset / "train/1.png"), str(dataset / "train/2.png")]
+
+
+def test_other_size_than_the_annotations_say(dataset):
+    Image.new("RGB", (33, 44)).save(dataset / "train/2.png")
+    (problem,) = check_dataset(dataset)
+    assert (problem.code, problem.severity) == ("IMG_SIZE", "error") and "33x44" in problem.message
+
+
+def test_a_few_unreadable_images_are_left_out_many_are_an_error(tmp_path):
+    for split in ("train", "valid"):
+        write(tmp_path / split, coco(8))
+    for number in range(1, 4):
+        (tmp_path / f"train/{number}.png").write_bytes(b"no image")
+    train = read_dataset(tmp_path)["train"]
+    assert len(train.images) == 5 and len(train.warnings) == 1 and len(train.ground_truth["images"]) == 5
+    assert codes(check_dataset(tmp_path, check_images=True)) == {"IMG_CORRUPT": "error"}
+    (tmp_path / "train/4.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="4 images that cannot be read"):
+        read_dataset(tmp_path)
+
+
+def test_truncated_pixels_show_only_when_images_are_decoded(dataset):
+    noise = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(dataset / "train/1.png")
+    whole = (dataset / "train/1.png").read_bytes()
+    (dataset / "train/1.png").write_bytes(whole[: len(whole) // 2])
+    assert check_dataset(dataset) == []
+    assert codes(check_dataset(dataset, check_images=True)) == {"IMG_CORRUPT": "error"}
+
+
+def test_decompression_bomb(dataset, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert codes(check_dataset(dataset))["IMG_BOMB"] == "error"
+
+
+def test_shared_images_and_classes_missing_in_train(dataset):
+    rewrite(dataset / "train/_annotations.coco.json", lambda data: data["annotations"].pop())  # the only vessel
+    (dataset / "valid/1.png").write_bytes((dataset / "train/3.png").read_bytes())
+    problems = check_dataset(dataset, check_images=True)
+    assert codes(problems) == {"CLASS_NOT_IN_TRAIN": "warning", "IMG_SHARED": "warning"}
+    assert {place for problem in problems for place in problem.places} == {"'vessel'", "1.png"}
+    assert len(read_dataset(dataset)["valid"].warnings) == 1
+
+
+def test_empty_splits(dataset):
+    def clear(data: dict) -> None:
+        data.update(annotations=[], images=[])
+
+    rewrite(dataset / "valid/_annotations.coco.json", clear)
+    assert codes(check_dataset(dataset)) == {"SPLIT_EMPTY": "warning"}
+    assert read_dataset(dataset)["valid"].images == []
+    rewrite(dataset / "train/_annotations.coco.json", clear)
+    assert check_dataset(dataset)[0].severity == "error"
+    with pytest.raises(UserError, match="without a usable object"):
+        read_dataset(dataset)
+
+
+def test_more_objects_than_queries(dataset):
+    def crowd_in(data: dict) -> None:
+        for n in range(301):
+            data["annotations"].append(data["annotations"][0] | {"id": 1000 + n, "bbox": [n / 20, 1, 5, 5]})
+
+    rewrite(dataset / "train/_annotations.coco.json", crowd_in)
+    assert codes(check_dataset(dataset)) == {"IMG_MANY_OBJECTS": "warning"}
+    assert read_dataset(dataset)["train"].object_count == 306
+
+
+def test_layout_and_broken_files_are_problems_too(dataset):
+    assert codes(check_dataset(dataset / "nowhere")) == {"DATASET_LAYOUT": "error"}
+    (dataset / "train/_annotations.coco.json").write_text('{"images": [\n')
+    (dataset / "valid/_annotations.coco.json").write_text("")
+    problems = check_dataset(dataset)
+    assert [problem.code for problem in problems] == ["JSON_INVALID"] * 2 and "line 2, column 1" in problems[0].message
+    (dataset / "valid/_annotations.coco.json").unlink()
+    assert codes(check_dataset(dataset))["SPLIT_VALID_MISSING"] == "error"
+
+
+def test_val_fraction_beside_a_valid_split_is_not_used(dataset):
+    assert codes(check_dataset(dataset, 0.1)) == {"SPLIT_FRACTION_UNUSED": "warning"}
+    assert len(read_dataset(dataset, 0.1)["valid"].images) == 1
+
+
+def test_masks_are_required_where_they_are_needed(dataset, capsys):
+    require_masks(read_dataset(dataset)["train"])
+    assert capsys.readouterr().out == "✓ Validated: 5/5 sample annotations contain segmentation masks\n"
+
+    def strip(data: dict, keep: int) -> None:
+        for entry in data["annotations"][keep:]:
+            entry["segmentation"] = []
+
+    file = dataset / "train/_annotations.coco.json"
+    rewrite(file, lambda data: strip(data, 2))
+    train = read_dataset(dataset)["train"]
+    require_masks(train)
+    out = capsys.readouterr().out
+    assert "/5 sample annotations" in out and "3 of 5 annotations have no mask" in out and train.warnings == []
+    assert codes(check_dataset(dataset, need_masks=True)) == {"ANN_NO_MASK": "warning"}
+
+    rewrite(file, lambda data: strip(data, 0))
+    with pytest.raises(UserError, match="^No segmentation masks found in COCO annotations: .*0 of 5 annotations"):
+        require_masks(read_dataset(dataset)["train"])
+    assert check_dataset(dataset) == []
+    assert codes(check_dataset(dataset, need_masks=True)) == {"MASKS_NONE": "error"}
+
+
+def test_checking_takes_at_most_ten_times_as_long_as_loading():
+    data = coco(200)
+    polygon = np.random.default_rng(0).uniform(2, 28, 60).round(2).tolist()
+    data["annotations"] = [
+        {"id": n, "image_id": 1 + n % 200, "category_id": 1, "bbox": [1 + n / 4000, 2, 9, 9], "area": 81, "iscrowd": 0}
+        | {"segmentation": [polygon]}
+        for n in range(8000)
+    ]
+    text = json.dumps(data)
+
+    def seconds(action) -> float:
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            action()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(lambda: check_annotations(data, "x.json")) < 10 * seconds(lambda: json.loads(text))
+
+
+def test_reading_needs_no_torch_and_checking_no_pycocotools():
+    code = "import sys, rfdetr.data.{}; assert '{}' not in sys.modules"
+    for module, other in (("coco", "torch"), ("validation", "pycocotools")):
+        subprocess.run([sys.executable, "-c", code.format(module, other)], cwd=ROOT, check=True)
+
+
+def run_script(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "validate_setup.py"), *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "encoding": "utf-8", "errors": "replace"}
+    return subprocess.run(command, **options, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment)
+
+
+def test_validate_setup_of_a_good_dataset(dataset, tmp_path):
+    done = run_script("--dataset", dataset, "--json", tmp_path / "report.json", PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0, done.stderr
+    assert "Stage 2 and single stage (masks) are possible" in done.stdout and "vessel" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"Next: python train_detector_stage1.py --dataset {dataset}"
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["ok"] and report["problems"] == [] and all(report["stages"].values())
+    assert report["splits"]["train"]["objects"] == 5 and report["environment"]["torch"]
+
+
+def test_validate_setup_of_a_bad_dataset_reports_everything(dataset, tmp_path):
+    def spoil(data: dict) -> None:
+        data["annotations"][0]["bbox"] = [math.nan, 1, 2, 3]
+        data["annotations"][1]["bbox"] = [35, 5, 10, 8]
+        data["images"][3]["file_name"] = "gone.png"
+
+    rewrite(dataset / "train/_annotations.coco.json", spoil)
+    (dataset / "valid/1.png").write_bytes(b"no image")
+    done = run_script("--dataset", dataset, "--json", tmp_path / "report.json", "--check_images", "yes")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    found = {problem["code"] for problem in json.loads((tmp_path / "report.json").read_text())["problems"]}
+    assert found == {"ANN_BBOX_NAN", "ANN_BBOX_CLIPPED", "IMG_MISSING", "IMG_CORRUPT"}
+    assert all(code in done.stdout for code in found)
+
+
+def test_validate_setup_tells_which_stages_boxes_allow(dataset, capsys):
+    for split in ("train", "valid"):
+        rewrite(dataset / split / "_annotations.coco.json", lambda d: [a.pop("segmentation") for a in d["annotations"]])
+    validate_setup.main(["--dataset", str(dataset), "--check_images", "0"])
+    assert "Stage 2 and single stage are not possible" in capsys.readouterr().out
+    with pytest.raises(UserError, match="^No segmentation masks found in COCO annotations"):
+        validate_setup.main(["--dataset", str(dataset), "--need_masks", "1"])
+
+
+def test_validate_setup_names_the_packages_that_lack(monkeypatch):
+    versions = {"torch": "1.13.1+cu117", "numpy": "1.26.4"}
+    monkeypatch.setattr(validate_setup.metadata, "version", lambda name: versions.get(name, "99.0"))
+    with pytest.raises(UserError, match=r"^torch is 1\.13\.1\+cu117, 2\.\d+ or newer is needed\. Run: .*pip install"):
+        validate_setup.main([])

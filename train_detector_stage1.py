@@ -1,0 +1,75 @@
+"""Stage 1: fine-tune an RF-DETR detector on the boxes of a COCO-format dataset.
+
+python train_detector_stage1.py --size nano --epochs 50 --batch 4 --accum 4 --workers 2 --multi_scale 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from rfdetr.auto_batch import resolve_batch
+from rfdetr.checkpoint import make_content
+from rfdetr.classes import assign_rows
+from rfdetr.cli import add_common_flags, add_pretrained_flags, parse
+from rfdetr.console import number, run_script
+from rfdetr.data.loaders import training_loader
+from rfdetr.losses.criterion import LossWeights
+from rfdetr.main import (
+    begin,
+    finish,
+    fit,
+    judge_of,
+    make_objective,
+    make_trainer,
+    open_run,
+    parameter_groups,
+    plain_args,
+    start_from,
+    training_data,
+)
+from rfdetr.models.detector import Detector
+from rfdetr.weights import find_weights
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_flags(parser)
+    add_pretrained_flags(parser)
+    parser.add_argument("--lr", type=number(float, 0), help="learning rate (default: the size's own)")
+    parser.add_argument("--lr_encoder", type=number(float, 0), help="the encoder's (default: the size's own)")
+    parser.add_argument("--drop_path", type=number(float, 0, 0.9), help="encoder: share of blocks skipped at random")
+    parser.add_argument("--head", choices=["coco91", "dataset"], default="coco91", help="rows of the class head")
+    args = parse(parser, argv, "detector")
+
+    session = begin(args, "detector")
+    size, train = session.size, session.splits["train"]
+    table = assign_rows(train.class_names, train.category_ids, args.head)
+    model = Detector(
+        size, table.rows_total, table.background_last, drop_path=args.drop_path, grad_checkpoint=args.grad_checkpoint
+    ).to(session.device)
+    if not args.resume_from:
+        start_from(model, table, find_weights(args.pretrain_weights, size), args.pretrain_exclude_keys)
+
+    objective = make_objective(session, table, LossWeights(), masks=False)
+    resolve_batch(args, model, objective)
+    dataset, sampler = training_data(session, masks=False, augment=size.recipe.augment)
+    loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
+    groups = parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
+    trainer = make_trainer(session, model, objective, groups, sampler.steps)
+    judge = judge_of(session, "valid", table, masks=False)
+
+    def pack(state: dict) -> dict:
+        content = make_content("detector", size, args.resolution, table, None, state)
+        return content | {"args": plain_args(args), "left_out": train.left_out}
+
+    open_run(session, "detector", "STAGE 1: DETECTOR TRAINING", model, judge)
+    best = fit(session, trainer, loader, judge, pack)
+    weights = session.folder / f"checkpoint_best_{best['weights']}.pth"
+    command = ["python", "shrink_head.py", "--in_ckpt", str(weights)]
+    command += ["--out_ckpt", str(session.folder / "checkpoint_mydata.pth"), "--keep", *table.names]
+    finish(session, table, False, shlex.join(command))
+
+
+if __name__ == "__main__":
+    run_script(main)

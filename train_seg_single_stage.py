@@ -1,0 +1,89 @@
+"""Train detector and masks together, for who has the memory.
+
+python train_seg_single_stage.py --size nano --epochs 50 --batch 4 --accum 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from rfdetr.auto_batch import resolve_batch
+from rfdetr.checkpoint import make_content
+from rfdetr.classes import assign_rows
+from rfdetr.cli import add_common_flags, add_pretrained_flags, parse
+from rfdetr.console import boolean, number, run_script
+from rfdetr.data.loaders import training_loader
+from rfdetr.data.validation import require_masks
+from rfdetr.losses.criterion import LossWeights
+from rfdetr.main import (
+    begin,
+    finish,
+    fit,
+    judge_of,
+    make_objective,
+    make_trainer,
+    open_run,
+    parameter_groups,
+    plain_args,
+    start_from,
+    training_data,
+)
+from rfdetr.models.detector import Detector
+from rfdetr.weights import find_weights
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_flags(parser)
+    add_pretrained_flags(parser)
+    share = number(float, 0)
+    parser.add_argument("--init_ckpt", type=Path, help="start from this checkpoint instead of --pretrain_weights")
+    parser.add_argument("--lr", type=share, help="learning rate (default: 5e-5, tiny its own)")
+    parser.add_argument("--lr_encoder", type=share, help="the encoder's (default: 1e-4, tiny its own)")
+    parser.add_argument("--num_queries", type=number(int, 1), help="queries per image (default: the size's own)")
+    for name, default in LossWeights.flag_defaults().items():
+        parser.add_argument(f"--{name}_loss_coef", type=share, default=default, help=f"weight of the {name} loss")
+    parser.add_argument("--lr_scheduler", choices=["cosine", "step", "constant"], default="cosine")
+    parser.add_argument("--warmup_epochs", type=share, default=0.0, help="epochs of linear warm-up")
+    parser.add_argument("--early_stopping", type=boolean, default=False, metavar="0|1", help="with --patience (10)")
+    args = parse(parser, argv, "seg_single")
+    args.patience = (args.patience or 10) if args.early_stopping else args.patience
+
+    session = begin(args, "seg_single")
+    train = session.splits["train"]
+    require_masks(train)
+    size = replace(session.size, queries=args.num_queries) if args.num_queries else session.size
+    table = assign_rows(train.class_names, train.category_ids, "dataset")
+    model = Detector(
+        size, table.rows_total, table.background_last, size.mask_head, grad_checkpoint=args.grad_checkpoint
+    ).to(session.device)
+    if not args.resume_from:
+        source = args.init_ckpt or find_weights(args.pretrain_weights, size)
+        start_from(model, table, source, args.pretrain_exclude_keys)
+
+    coefficients = {name: getattr(args, f"{name}_loss_coef") for name in LossWeights.flag_defaults()}
+    objective = make_objective(session, table, LossWeights(**coefficients), masks=True)
+    resolve_batch(args, model, objective)
+    dataset, sampler = training_data(session, masks=True, augment=size.recipe.augment)
+    loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
+    groups = parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
+    trainer = make_trainer(session, model, objective, groups, sampler.steps)
+    judge = judge_of(session, "valid", table, masks=True)
+
+    def pack(state: dict) -> dict:
+        content = make_content("single", size, args.resolution, table, size.mask_head, state)
+        return content | {"args": plain_args(args), "left_out": train.left_out}
+
+    open_run(session, "single", "STAGE 1+2: SINGLE-STAGE TRAINING", model, judge)
+    fit(session, trainer, loader, judge, pack)
+    best = shlex.quote(str(session.folder / "best.pt"))
+    finish(
+        session, table, True, f"python predict.py --checkpoint {best} --input {args.dataset}/valid --output predictions"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,144 @@
+"""Stage 2: freeze the detector of stage 1 and train a light mask head on top of it.
+
+python train_seg_stage2.py --size nano --stage1_run runs/detector_nano_384_1
+    --checkpoint runs/detector_nano_384_1/checkpoint_mydata.pth --epochs 50 --batch 4 --accum 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+import torch
+
+from rfdetr import checkpoint
+from rfdetr.auto_batch import resolve_batch
+from rfdetr.cli import add_common_flags, parse
+from rfdetr.console import UserError, boolean, number, run_script, tick
+from rfdetr.data.loaders import training_loader
+from rfdetr.data.transforms import multi_scale_sides
+from rfdetr.data.validation import require_masks
+from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, bytes_needed, choose_cache
+from rfdetr.losses.criterion import LossWeights
+from rfdetr.main import begin, finish, fit, judge_of, make_trainer, open_run, plain_args, training_data
+from rfdetr.models.segmentation import build_mask_head
+from rfdetr.rundir import write_json
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_flags(parser)
+    share = number(float, 0)
+    parser.add_argument("--stage1_run", type=Path, help="run folder of stage 1")
+    parser.add_argument("--checkpoint", type=Path, help="detector to freeze (default: the run's best.pt, else last.pt)")
+    parser.add_argument("--seg_lr", type=share, help="learning rate of the mask head (default: the size's own)")
+    parser.add_argument("--mask_loss_coef", type=share, default=1.0, help="weight of the mask's BCE")
+    parser.add_argument("--dice_loss_coef", type=share, default=1.0, help="weight of the mask's dice loss")
+    parser.add_argument(
+        "--mask_head", choices=["auto", "nano", "standard"], default="auto", help="auto: the size's own"
+    )
+    parser.add_argument("--cache", choices=["auto", "ram", "disk", "off"], default="auto", help="the frozen features")
+    parser.add_argument("--cache_views", type=number(int, 1, 4), help="flips of each image that are cached")
+    parser.add_argument("--auto_shrink", type=boolean, default=False, metavar="0|1", help="cut the class head here")
+    args = parse(parser, argv, "segmentation")
+
+    session = begin(args, "segmentation")
+    train, device = session.splits["train"], session.device
+    require_masks(train)
+    path = detector_file(args)
+    content = checkpoint.load(path)
+    checkpoint.require_size(content, session.size, path)
+    table = checkpoint.table_of(content)
+    if table.rows_total != len(train.class_names) + 1:
+        if not args.auto_shrink:
+            raise UserError(unshrunk_message(table.rows_total, train.class_names, path))
+        content = checkpoint.shrink(content, train.class_names)
+    detector, table = checkpoint.build_model(content | {"mask_head": None}, groups=None)
+    table = table.in_order_of(train.class_names, train.category_ids, f"{args.dataset} (train)")
+    detector.to(device).requires_grad_(False)
+    size, frozen_hash = detector.size, checkpoint.fingerprint(detector)
+
+    name = size.mask_head if args.mask_head == "auto" else args.mask_head
+    head = build_mask_head(name, size.hidden).to(device)
+    weights = LossWeights(mask=args.mask_loss_coef, dice=args.dice_loss_coef)
+    rows = torch.tensor(table.rows, device=device)
+    sides = multi_scale_sides(size, args.resolution, args.expanded_scales) if args.multi_scale else []
+    objective = MaskObjective(detector, rows, weights, session.precision, tuple(sides), args.seed, session.progress)
+    resolve_batch(args, head, objective)
+    dataset, sampler = training_data(session, masks=True, augment=size.recipe.augment)
+    groups = [{"params": list(head.parameters()), "base_lr": args.seg_lr, "weight_decay": args.weight_decay}]
+    trainer = make_trainer(session, head, objective, groups, sampler.steps)
+    judge = judge_of(session, "valid", table, masks=True, frozen=detector)
+
+    def pack(state: dict) -> dict:
+        if checkpoint.fingerprint(detector) != frozen_hash:
+            raise RuntimeError("the frozen detector has changed")
+        weights = detector.state_dict() | {f"mask_head.{key}": value for key, value in state.items()}
+        whole = checkpoint.make_content("segmentation", size, args.resolution, table, name, weights)
+        return whole | {"args": plain_args(args), "left_out": train.left_out}
+
+    needed = bytes_needed(len(dataset), args.resolution, args.cache_views, detector)
+    cache, why = choose_cache(args.cache, needed, Path.cwd(), args.multi_scale)
+    open_run(session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge)
+    parameters = {
+        "detector": sum(p.numel() for p in detector.parameters()),
+        "mask_head": sum(p.numel() for p in head.parameters()),
+    }
+    if session.run:
+        tick(f"Found Stage-1 checkpoint: {path}")
+        tick(f"Detector frozen: {parameters['detector']:,} parameters")
+        tick(f"Segmentation head trainable: {parameters['mask_head']:,} parameters ({name})")
+        tick(f"Feature cache: {why}")
+        settings = plain_args(args) | {
+            "detector_file": str(path),
+            "detector_sha256": checkpoint.file_sha256(path),
+            "mask_head": name,
+            "cache": cache,
+            "class_names": list(table.names),
+            "parameters": parameters,
+        }
+        write_json(session.folder / "stage2_config.json", settings)
+    if cache == "off":
+        loader = training_loader(dataset, sampler, args.workers, pin=device.type == "cuda")
+    else:
+        folder = session.folder if cache == "disk" else None
+        features = FeatureCache(detector, dataset, args.cache_views, rows, session.precision, folder)
+        loader = CachedLoader(features, sampler)
+    fit(session, trainer, loader, judge, pack)
+    best = shlex.quote(str(session.folder / "best.pt"))
+    finish(
+        session, table, True, f"python predict.py --checkpoint {best} --input {args.dataset}/valid --output predictions"
+    )
+
+
+def detector_file(args: argparse.Namespace) -> Path:
+    """The checkpoint that was asked for, else best.pt or last.pt of the stage-1 run."""
+    if args.checkpoint:
+        return args.checkpoint
+    if args.stage1_run is None:
+        raise UserError("name the detector to freeze: --stage1_run runs/detector_... or --checkpoint FILE")
+    for name in ("best.pt", "last.pt"):
+        if (args.stage1_run / name).is_file():
+            return args.stage1_run / name
+    there = sorted(p.name for p in args.stage1_run.iterdir()) if args.stage1_run.is_dir() else None
+    raise UserError(
+        f"No checkpoint found in Stage-1 directory {args.stage1_run}: it has no best.pt and no last.pt. There is: "
+        f"{', '.join(there) if there else 'nothing' if there is not None else 'no such folder'}. "
+        "Run python train_detector_stage1.py, or name a file with --checkpoint"
+    )
+
+
+def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
+    keep = " ".join(f'"{name}"' for name in names)
+    return (
+        f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
+        f"{path} has a {rows}-row class head, the dataset has {len(names)} classes ({', '.join(names)}). Run:\n"
+        f"  python shrink_head.py --in_ckpt {shlex.quote(str(path))} "
+        f"--out_ckpt {shlex.quote(str(path.parent / 'checkpoint_mydata.pth'))} --keep {keep}\n"
+        "and pass the new file with --checkpoint, or add --auto_shrink 1."
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
