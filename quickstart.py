@@ -7,16 +7,12 @@
 Standard library only, and no syntax that an old Python cannot parse: it must live to say what it needs.
 """
 
-from __future__ import print_function
-
 import argparse
 import glob
-import hashlib
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +21,10 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 REQUIREMENTS = os.path.join(HERE, "requirements.txt")
 VENV = os.path.join(HERE, ".venv")
-STAMP = os.path.join(VENV, "requirements.sha256")  # written when pip has finished: of what it installed
 
-# A job takes about as many optimizer steps whatever the number of images; the epochs follow from that. The tiny size
-# starts from nothing and needs more steps of fewer images than one that starts from pretrained weights.
-STAGE1_STEPS = {"tiny": 3000}
-STAGE2_STEPS = {"tiny": 750}
-OTHER_STEPS = 1500
+# A job takes about as many optimizer steps of stages 1 and 2 whatever the number of images; the epochs follow from
+# that. The tiny size starts from nothing; the demo data are easier for it than what microscopes see.
+STEPS = {"demo": (750, 150), "tiny": (4000, 400), "others": (1500, 1500)}
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 100
 
 
@@ -39,52 +32,40 @@ class Stop(Exception):
     """Stop(code, paragraph) ends the program with that exit code after the paragraph on stderr."""
 
 
-def version(text):
-    """The leading numbers of a version, padded: "2.10.0+cpu" -> (2, 10, 0, 0, 0, 0)."""
-    numbers = [int(number) for number in re.match(r"[\d.]*", text).group().split(".") if number]
-    return tuple(numbers + [0] * (6 - len(numbers)))
-
-
 def unmet(requirements):
     """The lines of requirements.txt, each "name>=version", that this Python's packages do not satisfy."""
     from importlib import metadata
 
+    def version(text):  # the leading numbers, padded: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]
+        numbers = [int(number or 0) for number in re.match(r"[\d.]*", text).group().split(".")]
+        return numbers + [0] * (6 - len(numbers))
+
     missing = []
-    for line in filter(None, (line.split("#")[0].strip() for line in requirements.splitlines())):
-        name, least = line.split(">=")
+    for name, least in re.findall(r"^([\w-]+)>=([\d.]+)", requirements, re.MULTILINE):
         try:
-            installed = metadata.version(name)  # None for a package that was half removed
+            installed = metadata.version(name) or ""  # None for a package that was half removed
         except metadata.PackageNotFoundError:
-            installed = None
-        if installed is None or version(installed) < version(least):
-            missing.append(line)
+            installed = ""
+        if version(installed) < version(least):
+            missing.append(name + ">=" + least)
     return missing
 
 
 def set_up(argv):
     """None where this Python has what requirements.txt asks for; else the exit code of `argv` run inside .venv."""
-    requirements = read(REQUIREMENTS)
-    missing = unmet(requirements)
+    missing = unmet(read(REQUIREMENTS))
     if not missing:
         return None
-    python = os.path.join(VENV, *(("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")))
-    inside = os.path.realpath(sys.prefix) == os.path.realpath(VENV)
-    wanted = hashlib.sha256(requirements.encode()).hexdigest()
-    if inside or not runs(python, "-c", "") or not os.path.exists(STAMP) or read(STAMP) != wanted:
-        print("This Python lacks %s. Installing into %s; PyTorch is large." % (", ".join(missing), VENV))
-        if not inside:
+    print("This Python lacks %s. They are kept in %s; PyTorch is large." % (", ".join(missing), VENV))
+    if os.path.realpath(sys.prefix) != os.path.realpath(VENV):
+        python = os.path.join(VENV, *(("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")))
+        if not runs(python, "-m", "pip", "--version"):
             make_venv(python)
-        code = run(["-m", "pip", "install", "--disable-pip-version-check", "-r", REQUIREMENTS], python)
-        if code:
-            raise Stop(
-                130 if code == 130 else 2,
-                "pip could not install requirements.txt into %s; its last lines above say why: mostly the network, "
-                "less than 10 GB of free disk, or a Python too new for PyTorch (this is %d.%d). Mend that and start "
-                "this again: it goes on from there." % ((VENV,) + tuple(sys.version_info[:2])),
-            )
-        with open(STAMP, "w") as file:
-            file.write(wanted)
-    return None if inside else run([os.path.abspath(__file__)] + argv, python)
+        return run([os.path.abspath(__file__)] + argv, python)  # which comes here too, and goes on below
+    code = run(["-m", "pip", "install", "--disable-pip-version-check", "-r", REQUIREMENTS])
+    if code:
+        raise Stop(130 if code == 130 else 2, "pip could not install requirements.txt; above it says why, mostly the "
+                   "network, a full disk or a Python too new for PyTorch. Mend that and start this again.")
 
 
 def make_venv(python):
@@ -93,19 +74,12 @@ def make_venv(python):
 
     if os.path.lexists(VENV) and not os.path.exists(os.path.join(VENV, "pyvenv.cfg")):
         raise Stop(2, "%s is in the way: it is no virtual environment. Move it elsewhere and start this again." % VENV)
-    lacking = [module for module in ("venv", "ensurepip") if find_spec(module) is None]
+    lacking = " and ".join(module for module in ("venv", "ensurepip") if find_spec(module) is None)
     if lacking:
-        raise Stop(
-            2,
-            "This Python (%s) lacks %s, which virtual environments need. On Debian and Ubuntu: sudo apt install "
-            "python3-venv. Or install the packages into this Python yourself: python3 -m pip install -r "
-            "requirements.txt. Then start this again." % (sys.executable, " and ".join(lacking)),
-        )
-    if runs(python, "-m", "pip", "--version"):
-        return
+        raise Stop(2, "This Python (%s) lacks %s, which virtual environments need. On Debian and Ubuntu: sudo apt "
+                   "install python3-venv. Then start this again." % (sys.executable, lacking))
     # what lies in it is cleared only where its Python has gone, so that nothing there can be used any more
-    clear = ["--clear"] if os.path.lexists(VENV) and not runs(python, "-c", "") else []
-    code = run(["-m", "venv"] + clear + [VENV])
+    code = run(["-m", "venv", VENV] + ([] if runs(python, "-c", "") else ["--clear"]))
     if code:
         raise Stop(130 if code == 130 else 2, "Making %s failed: see above. Mend that and start this again." % VENV)
 
@@ -115,29 +89,23 @@ def read(path):
         return file.read()
 
 
-def shown(arguments, python=None):
+def shown(arguments, python=sys.executable):
     """A command as one would type it."""
-    python = python or sys.executable
-    python = next((name for name in ("python", "python3") if shutil.which(name) == python), python)
     near = os.path.join(os.getcwd(), "")
     words = [word[len(near) :] if word.startswith(near) else word for word in [python] + list(arguments)]
     return subprocess.list2cmdline(words) if os.name == "nt" else " ".join(shlex.quote(word) for word in words)
 
 
 def runs(python, *arguments):
-    """Whether `python ARGUMENTS` ends well; silent."""
-    try:
-        return subprocess.call((python,) + arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
-    except OSError:
-        return False
+    """Whether there is such a Python and `python ARGUMENTS` ends well; silent."""
+    return os.path.exists(python) and subprocess.run((python,) + arguments, capture_output=True).returncode == 0
 
 
-def run(arguments, python=None):
+def run(arguments, python=sys.executable):
     """Show and run `python ARGUMENTS`; returns its exit code (128 + n for signal n)."""
     print("\n> " + shown(arguments, python) + "\n")
     sys.stdout.flush()
-    child = subprocess.Popen([python or sys.executable] + list(arguments))
-    interrupts = []
+    child, interrupts = subprocess.Popen([python] + list(arguments)), []
     # Ctrl-C reaches the child by itself, which then saves its state: wait for it. SIGTERM comes to this process alone
     former_interrupt = signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
     former_terminate = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
@@ -151,8 +119,8 @@ def epochs_for(stage, steps, images, images_per_step, min_steps):
     """Epochs of at least `min_steps` that make about `steps` optimizer steps; printed with the reason."""
     per_epoch = max(images // images_per_step, min_steps)  # a small dataset is repeated
     epochs = min(max(-(-steps // per_epoch), FEWEST_EPOCHS), MOST_EPOCHS)
-    reason = (stage, epochs, images, per_epoch, steps, FEWEST_EPOCHS, MOST_EPOCHS)
-    print("\n%s: %d epochs (%d images make %d steps an epoch, about %d steps are wanted, in %d to %d epochs)" % reason)
+    reason = "%d images make %d steps an epoch, about %d are wanted" % (images, per_epoch, steps)
+    print("\n%s: %d epochs (%s)" % (stage, epochs, reason))
     return epochs
 
 
@@ -169,93 +137,75 @@ def scores(run_folder):
     best = metrics["best"] or {"epoch": None, "weights": "regular"}  # null where the valid split is empty
     record = next((epoch for epoch in metrics["epochs"] if epoch["epoch"] == best["epoch"]), {})
     valid = record.get("valid_ema" if best["weights"] == "ema" else "valid") or {}
-    texts = []
-    for name, table in (("box", valid.get("bbox")), ("mask", valid.get("segm"))):
-        for key in ("mAP50", "mAP"):
-            if table and table[key] is not None:
-                texts.append("%s %s %.3f" % (name, key, table[key]))
-    return ", ".join(texts) or "no scores", best["weights"]
-
-
-class Job(object):
-    """Runs the scripts one after the other; remembers their times and what stands already."""
-
-    def __init__(self, output_dir):
-        self.output_dir, self.times, self.stands = output_dir, [], []
-
-    def step(self, *arguments):
-        begin = time.time()
-        code = run(arguments)
-        name = arguments[1] if arguments[0] == "-m" else arguments[0]
-        self.times.append((name, time.time() - begin))
-        if code:
-            stands = "".join("\nWhat stands: " + line for line in self.stands)
-            raise Stop(code, "%s ended with exit code %d: see its message above.%s" % (name, code, stands))
-
-    def train(self, script, stem, *arguments):
-        """Run a training script; returns the run folder that it made."""
-        if self.output_dir != "runs":
-            folder = os.path.join(self.output_dir, stem)
-            self.step(script, *(arguments + ("--output_dir", folder)))
-            return folder
-        before = set(glob.glob("runs/%s_*" % stem))
-        self.step(script, *arguments)
-        return os.path.normpath(max(set(glob.glob("runs/%s_*" % stem)) - before, key=os.path.getmtime))
+    tables = [(name, valid.get(kind) or {}) for name, kind in (("box", "bbox"), ("mask", "segm"))]
+    found = [(name, key, table.get(key)) for name, table in tables for key in ("mAP50", "mAP")]
+    return ", ".join("%s %s %.3f" % row for row in found if row[2] is not None) or "no scores", best["weights"]
 
 
 def run_job(args):
-    job = Job(args.output_dir or "runs")
-    dataset, size = args.dataset or "dataset", args.size
-    if not args.dataset and not os.path.isdir(dataset):
-        dataset, size = os.path.join(job.output_dir, "demo_data"), size or "tiny"
-        if not os.path.exists(os.path.join(dataset, "valid", "_annotations.coco.json")):  # the last file it writes
+    """Run the scripts one after the other."""
+    begin, output_dir, stands = time.time(), args.output_dir or "runs", []
+
+    def flags(*names):
+        given = [(name, getattr(args, name)) for name in names if getattr(args, name) not in (None, "auto")]
+        return tuple(word for name, value in given for word in ("--" + name, str(value)))
+
+    def step(*arguments):
+        code = run(arguments)
+        if code:
+            name, so_far = " ".join(arguments).split(" --")[0], "".join("\nWhat stands: " + line for line in stands)
+            raise Stop(code, "%s ended with exit code %d: see its message above.%s" % (name, code, so_far))
+
+    def train(script, stem, what, *arguments):  # returns the run's folder and the weights that scored best
+        before, folder = set(glob.glob("runs/%s_*" % stem)), os.path.join(output_dir, stem)
+        step(script, *(arguments + (("--output_dir", folder) if output_dir != "runs" else ())))
+        if output_dir == "runs":
+            folder = os.path.normpath(max(set(glob.glob("runs/%s_*" % stem)) - before, key=os.path.getmtime))
+        found, weights = scores(folder)
+        stands.append("%s trained, %s (%s)" % (what, os.path.join(folder, "best.pt"), found))
+        return folder, weights
+
+    demo = not args.dataset and not os.path.isdir("dataset")
+    if demo:
+        args.dataset, args.size = os.path.join(output_dir, "demo_data"), args.size or "tiny"
+        if not os.path.exists(os.path.join(args.dataset, "valid", "_annotations.coco.json")):  # the last file it writes
             print("There is no dataset/ here: generating demo data.")
-            job.step("-m", "rfdetr.data.demo", dataset, "--seed", str(args.seed))
-    if not size:
+            step("-m", "rfdetr.data.demo", args.dataset, "--seed", str(args.seed))
+    dataset = args.dataset = args.dataset or "dataset"
+    if not args.size:
         has_gpu = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-        gpu = args.device.startswith("cuda") or (args.device == "auto" and runs(sys.executable, "-c", has_gpu))
-        size = "nano" if gpu else "tiny"
-    device = ("--device", args.device) if args.device != "auto" else ()
-    data = ("--dataset", dataset) + (("--val_fraction", str(args.val_fraction)) if args.val_fraction else ())
-    common = data + ("--size", size) + device
-    common += ("--resolution", str(args.resolution)) if args.resolution else ()
-    job.step("validate_setup.py", *common)
+        gpu = runs(sys.executable, "-c", has_gpu) if args.device == "auto" else args.device.startswith("cuda")
+        args.size = "nano" if gpu else "tiny"
+    kind = "demo" if demo else args.size if args.size in STEPS else "others"
+    common = flags("dataset", "val_fraction", "size", "device", "resolution")
+    step("validate_setup.py", *common)
     from rfdetr.sizes import SIZES  # validate_setup.py has said whether there is such a size
-
-    recipe, images = SIZES[size].recipe, training_images(dataset)
-    common += ("--seed", str(args.seed))
-    steps, batch = STAGE1_STEPS.get(size, OTHER_STEPS), recipe.batch * recipe.accum
-    epochs = args.epochs or epochs_for("Stage 1", steps, images, batch, recipe.min_steps)
-    weights = ("--pretrain_weights", args.pretrain_weights) if args.pretrain_weights else ()
-    detector = job.train("train_detector_stage1.py", "detector", *(common + ("--epochs", str(epochs)) + weights))
-    boxes, best = scores(detector)
-    job.stands.append("the detector is trained, %s (%s)" % (os.path.join(detector, "best.pt"), boxes))
+    recipe, images = SIZES[args.size].recipe, training_images(dataset)
+    common += flags("seed")
+    batch = recipe.batch * recipe.accum
+    args.epochs = args.epochs or epochs_for("Stage 1", STEPS[kind][0], images, batch, recipe.min_steps)
+    own = common + flags("epochs", "pretrain_weights")
+    detector, best = train("train_detector_stage1.py", "detector", "the detector is", *own)
     trained, shrunk = (os.path.join(detector, "checkpoint_%s.pth" % name) for name in ("best_" + best, "mydata"))
-    job.step("shrink_head.py", "--in_ckpt", trained, "--out_ckpt", shrunk)
-    steps, batch = STAGE2_STEPS.get(size, OTHER_STEPS), recipe.seg_batch * recipe.seg_accum
-    epochs = args.seg_epochs or epochs_for("Stage 2", steps, images, batch, recipe.seg_min_steps)
-    frozen = ("--stage1_run", detector, "--checkpoint", shrunk, "--epochs", str(epochs))
-    masks = job.train("train_seg_stage2.py", "segmentation", *(common + frozen))
-    job.stands.append("the masks are trained, %s (%s)" % (os.path.join(masks, "best.pt"), scores(masks)[0]))
-    use = ("--checkpoint", os.path.join(masks, "best.pt")) + device
-    job.step("evaluate.py", *(use + data + ("--split", "valid", "--results", os.path.join(masks, "results"))))
+    step("shrink_head.py", "--in_ckpt", trained, "--out_ckpt", shrunk)
+    batch = recipe.seg_batch * recipe.seg_accum
+    epochs = args.seg_epochs or epochs_for("Stage 2", STEPS[kind][1], images, batch, recipe.seg_min_steps)
+    own = common + ("--stage1_run", detector, "--checkpoint", shrunk, "--epochs", str(epochs))
+    masks, _ = train("train_seg_stage2.py", "segmentation", "the masks are", *own)
+    use = ("--checkpoint", os.path.join(masks, "best.pt")) + flags("device")
+    results, pictures = (os.path.join(masks, name) for name in ("results", "predictions"))
+    step("evaluate.py", *(use + flags("dataset", "val_fraction") + ("--split", "valid", "--results", results)))
     folders = [os.path.join(dataset, name) for name in ("valid", "val2017", "train", "train2017")]
-    pictures = os.path.join(masks, "predictions")
-    job.step("predict.py", *(use + ("--input", next(filter(os.path.isdir, folders), dataset), "--output", pictures)))
-    print("\n" + "=" * 60 + "\nDone in %.0f s" % sum(seconds for _, seconds in job.times))
-    print("\n".join("  %-26s %6.0f s" % step for step in job.times))
-    print("\nOn the valid split, %s;\n%s.\nPictures: %s" % (job.stands[0], job.stands[1], pictures))
-    print("\nNext, your own images:   " + shown(("predict.py",) + use + ("--input", "IMAGES", "--output", "found")))
-    print("your own COCO dataset:   " + shown(("quickstart.py", "--dataset", "DIR")))
-    print("the curves of training:  " + shown(("-m", "tensorboard.main", "--logdir", job.output_dir)))
-
-
-def from_here(path):
-    """A path that the user gave, as the scripts see it: they run in the repository's folder."""
-    return path if os.getcwd() == HERE or path in ("auto", "none") or "://" in path else os.path.abspath(path)
+    step("predict.py", *(use + ("--input", next(filter(os.path.isdir, folders), dataset), "--output", pictures)))
+    own = shown(("predict.py",) + use + ("--input", "IMAGES", "--output", "found"))
+    print("\n%s\nDone in %.0f s. On the valid split, %s;" % ("=" * 60, time.time() - begin, ";\n".join(stands)))
+    print("Pictures: %s\nYour own images: %s" % (pictures, own))
 
 
 def parse(argv):
+    def from_here(path):  # what the user typed, as the scripts see it: they run in the repository's folder
+        return path if os.getcwd() == HERE or path in ("auto", "none") or "://" in path else os.path.abspath(path)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", type=from_here, help="folder with train/ and valid/ (default: dataset/, else demo data)")
@@ -276,12 +226,8 @@ def main(argv):
     """Returns the exit code."""
     try:
         if sys.version_info[:2] < (3, 10):
-            raise Stop(
-                2,
-                "This is Python %d.%d (%s), and Python >= 3.10 is needed. Install a newer one from python.org or with "
-                "your system's package manager, and start this again with it, for example: python3.12 quickstart.py"
-                % (tuple(sys.version_info[:2]) + (sys.executable,)),
-            )
+            raise Stop(2, "This is Python %d.%d, and Python >= 3.10 is needed. Install it from python.org or from your "
+                       "system's packages, and start this with it: python3.12 quickstart.py" % sys.version_info[:2])
         sys.stdout.reconfigure(errors="replace")  # a Windows console may lack a letter of a folder's name
         args = parse(argv)
         code = set_up(argv)
@@ -290,7 +236,7 @@ def main(argv):
             code = run_job(args) if args.test is None else run(["-m", "pytest"] + args.test)
         return code or 0
     except Stop as stop:
-        print("\nerror: " + stop.args[1], file=sys.stderr)
+        sys.stderr.write("\nerror: " + stop.args[1] + "\n")
         return stop.args[0]
 
 

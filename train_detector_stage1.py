@@ -11,7 +11,7 @@ import shlex
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.checkpoint import make_content
 from rfdetr.classes import assign_rows
-from rfdetr.cli import add_common_flags, add_pretrained_flags, parse
+from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import number, run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.losses.criterion import LossWeights
@@ -35,7 +35,7 @@ from rfdetr.weights import find_weights
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
-    add_pretrained_flags(parser)
+    add_detector_flags(parser)
     parser.add_argument("--lr", type=number(float, 0), help="learning rate (default: the size's own)")
     parser.add_argument("--lr_encoder", type=number(float, 0), help="the encoder's (default: the size's own)")
     parser.add_argument("--drop_path", type=number(float, 0, 0.9), help="encoder: share of blocks skipped at random")

@@ -6,14 +6,13 @@ python train_seg_single_stage.py --size nano --epochs 50 --batch 4 --accum 4
 from __future__ import annotations
 
 import argparse
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.checkpoint import make_content
 from rfdetr.classes import assign_rows
-from rfdetr.cli import add_common_flags, add_pretrained_flags, parse
+from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import boolean, number, run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.data.validation import require_masks
@@ -28,6 +27,7 @@ from rfdetr.main import (
     open_run,
     parameter_groups,
     plain_args,
+    predict_command,
     start_from,
     training_data,
 )
@@ -38,7 +38,7 @@ from rfdetr.weights import find_weights
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
-    add_pretrained_flags(parser)
+    add_detector_flags(parser)
     share = number(float, 0)
     parser.add_argument("--init_ckpt", type=Path, help="start from this checkpoint instead of --pretrain_weights")
     parser.add_argument("--lr", type=share, help="learning rate (default: 5e-5, tiny its own)")
@@ -79,10 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
     open_run(session, "single", "STAGE 1+2: SINGLE-STAGE TRAINING", model, judge)
     fit(session, trainer, loader, judge, pack)
-    best = shlex.quote(str(session.folder / "best.pt"))
-    finish(
-        session, table, True, f"python predict.py --checkpoint {best} --input {args.dataset}/valid --output predictions"
-    )
+    finish(session, table, True, predict_command(session))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ python train_seg_stage2.py --size nano --stage1_run runs/detector_nano_384_1
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
-
-import torch
 
 from rfdetr import checkpoint
 from rfdetr.auto_batch import resolve_batch
@@ -21,7 +20,7 @@ from rfdetr.data.transforms import multi_scale_sides
 from rfdetr.data.validation import require_masks
 from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, bytes_needed, choose_cache
 from rfdetr.losses.criterion import LossWeights
-from rfdetr.main import begin, finish, fit, judge_of, make_trainer, open_run, plain_args, training_data
+from rfdetr.main import begin, finish, fit, judge_of, make_trainer, open_run, plain_args, predict_command, training_data
 from rfdetr.models.segmentation import build_mask_head
 from rfdetr.rundir import write_json
 
@@ -49,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     path = detector_file(args)
     content = checkpoint.load(path)
     checkpoint.require_size(content, session.size, path)
+    args.resolution = args.resolution or content["resolution"]
     table = checkpoint.table_of(content)
     if table.rows_total != len(train.class_names) + 1:
         if not args.auto_shrink:
@@ -62,14 +62,16 @@ def main(argv: list[str] | None = None) -> None:
     name = size.mask_head if args.mask_head == "auto" else args.mask_head
     head = build_mask_head(name, size.hidden).to(device)
     weights = LossWeights(mask=args.mask_loss_coef, dice=args.dice_loss_coef)
-    rows = torch.tensor(table.rows, device=device)
     sides = multi_scale_sides(size, args.resolution, args.expanded_scales) if args.multi_scale else []
-    objective = MaskObjective(detector, rows, weights, session.precision, tuple(sides), args.seed, session.progress)
+    objective = MaskObjective(detector, table, weights, session.precision, tuple(sides), args.seed, session.progress)
     resolve_batch(args, head, objective)
     dataset, sampler = training_data(session, masks=True, augment=size.recipe.augment)
     groups = [{"params": list(head.parameters()), "base_lr": args.seg_lr, "weight_decay": args.weight_decay}]
     trainer = make_trainer(session, head, objective, groups, sampler.steps)
+    needed = bytes_needed(len(dataset), args.resolution, args.cache_views, detector)
+    cache, why = choose_cache(args.cache, needed, Path.cwd(), args.multi_scale)
     judge = judge_of(session, "valid", table, masks=True, frozen=detector)
+    judge.keep = cache == "ram"
 
     def pack(state: dict) -> dict:
         if checkpoint.fingerprint(detector) != frozen_hash:
@@ -78,8 +80,6 @@ def main(argv: list[str] | None = None) -> None:
         whole = checkpoint.make_content("segmentation", size, args.resolution, table, name, weights)
         return whole | {"args": plain_args(args), "left_out": train.left_out}
 
-    needed = bytes_needed(len(dataset), args.resolution, args.cache_views, detector)
-    cache, why = choose_cache(args.cache, needed, Path.cwd(), args.multi_scale)
     open_run(session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge)
     parameters = {
         "detector": sum(p.numel() for p in detector.parameters()),
@@ -103,13 +103,10 @@ def main(argv: list[str] | None = None) -> None:
         loader = training_loader(dataset, sampler, args.workers, pin=device.type == "cuda")
     else:
         folder = session.folder if cache == "disk" else None
-        features = FeatureCache(detector, dataset, args.cache_views, rows, session.precision, folder)
+        features = FeatureCache(detector, dataset, args.cache_views, table, session.precision, folder)
         loader = CachedLoader(features, sampler)
     fit(session, trainer, loader, judge, pack)
-    best = shlex.quote(str(session.folder / "best.pt"))
-    finish(
-        session, table, True, f"python predict.py --checkpoint {best} --input {args.dataset}/valid --output predictions"
-    )
+    finish(session, table, True, predict_command(session))
 
 
 def detector_file(args: argparse.Namespace) -> Path:
@@ -130,7 +127,7 @@ def detector_file(args: argparse.Namespace) -> Path:
 
 
 def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
-    keep = " ".join(f'"{name}"' for name in names)
+    keep = " ".join(f'"{name}"' if re.fullmatch(r"[\w .-]+", name) else shlex.quote(name) for name in names)
     return (
         f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
         f"{path} has a {rows}-row class head, the dataset has {len(names)} classes ({', '.join(names)}). Run:\n"

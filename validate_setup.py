@@ -1,99 +1,96 @@
 """Tell before anything runs whether it will: packages, device, disk, and every problem of the dataset at once.
 
-python validate_setup.py --dataset dataset --check_images 1
+python validate_setup.py --dataset dataset --size nano --check_images 1
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import platform
 import re
 import shutil
-from collections import Counter
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 from rfdetr.console import UserError, banner, boolean, number, run_script, tick, warn
+from rfdetr.sizes import SIZES, check_resolution
 
 TEST_ONLY = {"pytest", "hypothesis"}
-SHOWN_CLASSES = 40
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
-    parser.add_argument("--val_fraction", type=number(float, 0.001, 0.9), help="without valid/: split this off train/")
-    parser.add_argument("--check_images", type=boolean, default=True, metavar="0|1", help="decode every image")
-    parser.add_argument("--need_masks", type=boolean, default=False, metavar="0|1", help="missing masks are an error")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that is said here too")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add = parser.add_argument
+    add("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
+    add("--val_fraction", type=number(float, 0.001, 0.9), help="without valid/: split this share off train/")
+    add("--size", choices=list(SIZES), default="nano", help="model size to be trained (default: nano)")
+    add("--resolution", type=number(int, 1), help="its input side in pixels (default: the size's own)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--check_images", type=boolean, default=True, metavar="0|1", help="decode every image")
+    add("--need_masks", type=boolean, default=False, metavar="0|1", help="missing masks are an error")
+    add("--json", type=Path, metavar="FILE", help="write all that is said here too")
+    add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
     packages = check_packages()
     # Only now: these need the packages that were just looked for.
-    from tqdm import tqdm
+    import torch
 
-    from rfdetr.data.coco import class_table
-    from rfdetr.data.validation import Problem, inspect_dataset
+    from rfdetr.data.coco import inspect_dataset
+    from rfdetr.precision import pick_device, pick_precision
+    from rfdetr.rundir import environment, write_json
 
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    devices = describe_devices()
-    disk = f"{free:.1f} GiB in {Path.cwd()}"
-    banner("SETUP CHECK", {"Python": packages["python"], "Devices": "; ".join(devices), "Free disk": disk})
-    progress = functools.partial(tqdm, desc="Images", unit="image", disable=None, leave=False)
+    size, device = SIZES[args.size], pick_device(args.device)
     try:
-        checks, problems = inspect_dataset(
-            args.dataset, args.val_fraction, args.need_masks, args.check_images, progress
-        )
-    except UserError as error:
-        checks, problems = {}, [Problem("DATASET_LAYOUT", "error", str(error), 1, [str(args.dataset)])]
-    errors = [problem for problem in problems if problem.severity == "error"]
-
-    names, ids, left_out = class_table(checks)
-    splits = {name: describe_split(check) for name, check in checks.items()}
-    print_dataset(names, ids, splits)
-    if left_out:
-        print(f"Left out (placeholder, parent of other classes): {', '.join(left_out)}")
+        side = check_resolution(size, args.resolution)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = {"size": f"{size.name}, {side} px", **packages, **environment(device)}
+    found["free_disk_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
+    if device.type == "cuda":
+        found["gpu_memory_gib"] = round(torch.cuda.mem_get_info(device)[1] / 2**30, 1)
+    found["precision"] = str(pick_precision("auto", device).dtype or "fp32")
+    banner("SETUP CHECK", found)
+    options = args.val_fraction, args.need_masks, args.check_images, size.queries
+    splits, problems = inspect_dataset(args.dataset, *options)
+    counts = {name: describe(split) for name, split in splits.items()}
+    if counts:
+        print_splits(counts)
     for problem in problems:
-        print_problem(problem)
+        more = [f"... and {problem.count - len(problem.places)} more"] * (problem.count > len(problem.places))
+        # the sentence has the first three
+        print(f"[{problem.severity}] {problem.code}: {problem.message}", *problem.places[3:], *more, sep="\n    ")
 
-    masks = splits.get("train", {}).get("masks", 0) > 0
+    errors = [problem for problem in problems if problem.severity == "error"]
+    masks = not errors and splits["train"].mask_count > 0
     report = {
         "format": 1,
         "ok": not errors,
-        "environment": {**packages, "os": platform.platform(), "devices": devices, "free_disk_gib": round(free, 1)},
-        "splits": splits,
-        "classes": [{"name": name, "ids": {split: ids[split][row] for split in ids}} for row, name in enumerate(names)],
-        "left_out": left_out,
-        "stages": {"detector": not errors, "segmentation": not errors and masks, "single": not errors and masks},
+        "environment": found,
+        "splits": counts,
+        "stages": {"detector": not errors, "segmentation": masks, "single": masks},
         "problems": [asdict(problem) for problem in problems],
     }
     if args.json:
-        from rfdetr.rundir import write_json
-
-        try:
-            write_json(args.json, report)
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from error
+        write_json(args.json, report)
     if errors:
         kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
-        raise UserError(
-            f"{errors[0].message.rstrip('.')}. All errors, listed above: {kinds}. Correct and run this again"
-        )
+        raise UserError(f"{errors[0].message.rstrip('.')}. All errors: {kinds}. Correct and run this again")
 
-    tick("Python and packages are as requirements.txt asks")
     images = "every image could be decoded" if args.check_images else "images were opened, not decoded (--check_images)"
-    tick(f"Dataset: {len(names)} classes, {sum(row['images'] for row in splits.values())} images; {images}")
+    tick(
+        f"{len(splits['train'].class_names)} classes, {sum(row['images'] for row in counts.values())} images; {images}"
+    )
     tick("Stage 1 (boxes) is possible")
     if masks:
         tick("Stage 2 and single stage (masks) are possible")
     else:
         warn("Stage 2 and single stage are not possible: the annotations have no masks")
     place = f'"{args.dataset}"' if " " in str(args.dataset) else args.dataset
-    fraction = f" --val_fraction {args.val_fraction:g}" if args.val_fraction else ""
-    print(f"Next: python train_detector_stage1.py --dataset {place}{fraction}")
+    given = {name: getattr(args, name) for name in ("val_fraction", "size", "resolution", "device")}
+    flags = "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
+    print(f"Next: python train_detector_stage1.py --dataset {place}{flags}")
 
 
 def check_packages() -> dict[str, str]:
@@ -102,78 +99,48 @@ def check_packages() -> dict[str, str]:
     def release(version: str) -> list[int]:
         return [int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3]]
 
-    python = platform.python_version()
-    found = {"python": python}
-    lacking = [f"Python is {python}, 3.10 or newer is needed"] if release(python) < [3, 10] else []
-    for line in Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").splitlines():
-        name, _, least = line.split("#")[0].strip().partition(">=")
-        if not name or name in TEST_ONLY:
-            continue
+    found, lacking = {"python": platform.python_version()}, []
+    requirements = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8")
+    for name, least in [("python", "3.10"), *re.findall(r"^([\w-]+)>=([\d.]+)", requirements, re.MULTILINE)]:
         try:
-            found[name] = metadata.version(name) or "0"  # None for a package half removed
-            if release(found[name]) < release(least):
-                lacking.append(f"{name} is {found[name]}, {least} or newer is needed")
+            if name != "python":
+                found[name] = metadata.version(name) or "damaged"  # None for a package half removed
         except metadata.PackageNotFoundError:
-            lacking.append(f"{name} is missing")
+            found[name] = "missing"
+        if release(found[name]) < release(least) and name not in TEST_ONLY:
+            lacking.append(f"{name} is {found[name]}, {least} or newer is needed")
     if lacking:
-        raise UserError(
-            f"{'; '.join(lacking)}. Run: python -m pip install -r requirements.txt, or python quickstart.py"
-        )
+        advice = "Run: python -m pip install -r requirements.txt, or python quickstart.py"
+        raise UserError(f"{'; '.join(lacking)}. {advice}")
     return found
 
 
-def describe_devices() -> list[str]:
-    """What torch can compute on, best first."""
-    import torch
-
-    lines = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        gpu = torch.cuda.get_device_properties(index)
-        bf16 = "with" if gpu.major >= 8 else "without"
-        lines.append(f"cuda:{index} {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, {bf16} bf16")
-    if torch.backends.mps.is_available():
-        lines.append("mps (Apple GPU)")
-    return [*lines, f"cpu, {torch.get_num_threads()} threads"]
-
-
-def describe_split(check) -> dict:
-    """Counts of one checked split (rfdetr.data.validation.SplitCheck)."""
-    objects = check.objects()
-    counts = Counter(item.entry["image_id"] for item in objects)
+def describe(split) -> dict:
+    """What the report says of a split (rfdetr.data.coco.CocoSplit); its classes by label."""
+    rows = zip(split.class_names, split.category_ids, split.per_class)
     return {
-        "file": str(check.found.file),
-        "images": len(check.images),
-        "negatives": len(check.images) - len(counts),
-        "objects": len(objects),
-        "masks": check.mask_count(),
-        "most_in_an_image": max(counts.values(), default=0),
-        "per_class": dict(check.class_counts()),
+        "file": str(split.annotation_file),
+        "images": len(split.images),
+        "negatives": split.per_image.count(0),
+        "objects": split.object_count,
+        "masks": split.mask_count,
+        "most_in_an_image": max(split.per_image, default=0),
+        "classes": [{"name": name, "category_id": key, "objects": count} for name, key, count in rows],
+        "left_out": split.left_out,
     }
 
 
-def print_dataset(names: list[str], ids: dict[str, list[int]], splits: dict[str, dict]) -> None:
+def print_splits(splits: dict[str, dict]) -> None:
     """One line a split, then one row a class: label, category id in the first split, name, objects per split."""
+    line = "{images} images ({negatives} without objects), {objects} objects, {masks} with masks"
     for name, row in splits.items():
-        print(
-            f"{name + ':':<7}{row['images']} images ({row['negatives']} without objects), {row['objects']} objects, "
-            f"{row['masks']} with masks, at most {row['most_in_an_image']} in an image"
-        )
-    if names:
-        print(f"{'label':>5} {'id':>8}  {'name':<24}" + "".join(f"{split:>9}" for split in splits))
-    for label, name in enumerate(names[:SHOWN_CLASSES]):
-        counts = "".join(f"{row['per_class'].get(name, 0):>9}" for row in splits.values())
-        print(f"{label:>5} {next(iter(ids.values()))[label]:>8}  {name[:24]:<24}{counts}")
-    if len(names) > SHOWN_CLASSES:
-        print(f"  ... and {len(names) - SHOWN_CLASSES} more classes")
-
-
-def print_problem(problem) -> None:
-    """The sentence, then up to 20 places one by one (rfdetr.data.validation.Problem)."""
-    print(f"[{problem.severity}] {problem.code}: {problem.message}")
-    for place in problem.places if problem.count > 3 else ():
-        print(f"    {place}")
-    if problem.count > len(problem.places):
-        print(f"    ... and {problem.count - len(problem.places)} more")
+        print(f"{name + ':':<7}" + line.format(**row) + f", at most {row['most_in_an_image']} in an image")
+    print(f"{'label':>5} {'id':>8}  {'name':<24}" + "".join(f"{split:>9}" for split in splits))
+    for label, rows in enumerate(zip(*(row["classes"] for row in splits.values()))):
+        numbers = "".join(f"{row['objects']:>9}" for row in rows)
+        print(f"{label:>5} {rows[0]['category_id']:>8}  {rows[0]['name'][:24]:<24}{numbers}")
+    for name in next(iter(splits.values()))["left_out"]:
+        print(f"Left out (placeholder, parent of other classes): {name}")
 
 
 if __name__ == "__main__":

@@ -33,13 +33,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-PEER_CONFIGS = {
-    "nano": "RFDETRNanoConfig",
-    "small": "RFDETRSmallConfig",
-    "medium": "RFDETRMediumConfig",
-    "base": "RFDETRBaseConfig",
-    "large": "RFDETRLargeDeprecatedConfig",
-}
+OFFICIAL = ("nano", "small", "medium", "base", "large")
 # size, resolution, with training: small inputs, other than the stored position grid, once fewer tokens than queries
 RECORDED = [
     ("nano", 320, True),
@@ -123,7 +117,8 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
     from rfdetr.utilities.tensors import nested_tensor_from_tensor_list
 
     # a name for the weights keeps the builder from downloading DINOv2's; nothing reads the file
-    model_config = getattr(config, PEER_CONFIGS[size])(pretrain_weights="none.pth", device="cpu")
+    name = f"RFDETR{size.capitalize()}{'Deprecated' if size == 'large' else ''}Config"
+    model_config = getattr(config, name)(pretrain_weights="none.pth", device="cpu")
     train_config = config.TrainConfig(dataset_dir=".", output_dir=".")
     model = build_model_from_config(model_config, train_config)
     criterion, _ = build_criterion_from_config(model_config, train_config)
@@ -156,9 +151,8 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         pairs = criterion.matcher(outputs, theirs, group_detr=model_config.group_detr)
         starts = [sum(OBJECTS[:i]) for i in range(len(OBJECTS))]
-        values["matches"] = torch.cat(
-            [torch.stack((torch.full_like(q, i), q, t + starts[i])) for i, (q, t) in enumerate(pairs)], 1
-        )
+        pairs = [torch.stack((torch.full_like(q, i), q, obj + starts[i])) for i, (q, obj) in enumerate(pairs)]
+        values["matches"] = torch.cat(pairs, dim=1)
     torch.save({"shapes": shapes, "values": values, "gradients": gradients}, out)
 
 
@@ -239,6 +233,7 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, flo
 
 
 def same_matches(ours: Tensor, theirs: Tensor) -> bool:
+    """(3, n) each: image, query, object, in any order."""
     return set(map(tuple, ours.T.tolist())) == set(map(tuple, theirs.T.tolist()))
 
 
@@ -256,12 +251,9 @@ def projections(name: str, gradient: Tensor) -> list[float]:
 def record(dump: dict, path: Path) -> None:
     """Keep of the peer's numbers what the tests compare; loads with torch's safe loading."""
     values = {name: sample(value, 256) if "/" in name else value.short() for name, value in dump["values"].items()}
-    content = {
-        "layout": layout(dump["shapes"]),
-        "gradients": {name: projections(name, gradient) for name, gradient in dump["gradients"].items()},
-    }
+    gradients = {name: projections(name, gradient) for name, gradient in dump["gradients"].items()}
     path.parent.mkdir(exist_ok=True)
-    torch.save(content | {"values": values}, path)
+    torch.save({"layout": layout(dump["shapes"]), "values": values, "gradients": gradients}, path)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e3:.0f} kB")
 
 
@@ -282,7 +274,7 @@ def ask_peer(python: str, size: str, resolution: int, train: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "peer.pt"
         command = [python, "-W", "ignore", __file__, "--as_peer", size, str(resolution), str(int(train)), str(out)]
-        subprocess.run(command, check=True, env=environment, cwd=folder, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env=environment, cwd=folder)
         dump = torch.load(out, weights_only=True)
     return dump | {"gradients": {f"gradient/{n}": g for n, g in from_official(dump["gradients"]).items()}}
 
@@ -290,7 +282,7 @@ def ask_peer(python: str, size: str, resolution: int, train: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer_python", help="the Python of an environment with rfdetr==1.11.*")
-    parser.add_argument("--sizes", nargs="+", choices=list(PEER_CONFIGS), default=list(PEER_CONFIGS))
+    parser.add_argument("--sizes", nargs="+", choices=OFFICIAL, default=OFFICIAL)
     parser.add_argument("--record", action="store_true", help="write tests/fixtures/ instead of comparing")
     parser.add_argument("--as_peer", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -306,23 +298,23 @@ def main() -> None:
         for size, resolution, train in RECORDED:
             record(ask_peer(python, size, resolution, train), ROOT / "tests" / "fixtures" / f"{size}_{resolution}.pt")
         return
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32")
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32", flush=True)
     for size in args.sizes:
         start, resolution = time.time(), SIZES[size].resolution
         dump = ask_peer(python, size, resolution, True)
         model, theirs = build_own(size, dump["shapes"]), dump["values"]
         ours = own_values(model, resolution, theirs)
         worst = compare(ours, theirs | dump["gradients"])
-        # a sampling point on a cell's edge has a gradient that rounding decides: how far does ours move by itself?
+        # rounding decides the gradient of a sampling point on a cell's edge: how far does ours move by itself?
         noise = compare(own_values(model, resolution, theirs, nudge=1e-7), ours)["gradient"]
         print(f"\n{size}: {len(dump['shapes'])} tensors, {sum(p.numel() for p in model.parameters()):,} parameters")
         for kind, value in worst.items():
-            print(f"  {kind:<13} {value:.1e}")
-        print(f"  (gradient of ours against ours with the images times 1 + 1e-7: {noise:.1e})")
-        print(f"  same matches: {same_matches(ours['matches'], theirs['matches'])}")
-        print(
-            f"  same order of proposals: {ours['order agreement']:.2%} in the worst group;  {time.time() - start:.0f} s"
-        )
+            print(
+                f"  {kind:<13} {value:.1e}" + (f"  ours with images nudged: {noise:.1e}" if kind == "gradient" else "")
+            )
+        matched = "same" if same_matches(ours["matches"], theirs["matches"]) else "OTHER"
+        print(f"  {matched} matches, proposals' order {ours['order agreement']:.2%} the same in the worst group")
+        print(f"  {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from rfdetr.console import tick, warn
 from rfdetr.data.loaders import Batch
 from rfdetr.engine import is_out_of_memory, memory_mb
-from rfdetr.sizes import SIZES
 
 OBJECTS = 30  # an image full of objects: the worst case that is tried
 HEADROOM = 0.8  # of the memory that is free, since a CPU does not refuse but swaps
@@ -46,11 +46,11 @@ def random_batch(images: int, resolution: int) -> Batch:
 def resolve_batch(
     args: argparse.Namespace, model: nn.Module, losses: Callable[[nn.Module, Batch, float], dict[str, Tensor]]
 ) -> None:
-    """Turn `args.batch` "auto" into a number, trying a step on the worst case; batch x accum stays the size's own."""
+    """Turn `args.batch` "auto" into a number, trying a step on the worst case; the effective batch is kept."""
     if args.batch != "auto":
         return
-    recipe = SIZES[args.size].recipe
-    effective = recipe.batch * args.accum
+    effective = args.effective_batch
+    losses = replace(losses, sides=losses.sides and (max(losses.sides),))  # the worst of multi-scale's
     fits = [b for b in range(effective, 0, -1) if effective % b == 0]
     device = next(model.parameters()).device
     if device.type == "cuda":

@@ -61,7 +61,7 @@ def load(path: Path) -> dict:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}). Use another one."
+            f"{path} is damaged or no checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")

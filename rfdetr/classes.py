@@ -68,7 +68,7 @@ class ClassTable:
             raise UserError(
                 f"the classes of {where} and of the checkpoint differ. Only in the dataset: {missing or 'none'}; only "
                 f"in the checkpoint: {extra or 'none'}. Dataset: {list(names)}; checkpoint: {list(self.names)}. Use "
-                "the checkpoint that was trained on these classes, or train stage 1 again: python train_detector_stage1.py"
+                "the checkpoint that was trained on these classes, or train again: python train_detector_stage1.py"
             )
         rows = tuple(row_of[name] for name in names)
         return ClassTable(tuple(names), tuple(ids), rows, self.rows_total, self.background)

@@ -32,7 +32,6 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--no_amp", action="store_true", help="the same as --amp off")
     add("--ema", type=boolean, default=True, metavar="0|1", help="keep an average of the weights, scored as well")
     add("--patience", type=number(int, 0), default=0, help="stop after this many epochs without gain (0: never)")
-    add("--grad_checkpoint", type=boolean, default=False, metavar="0|1", help="less memory, more time")
     add("--min_steps", type=positive, help="repeat small datasets until an epoch has this many steps")
     add("--eval_every", type=positive, default=1, help="epochs between evaluations (the last is always evaluated)")
     add("--save_minutes", type=share, default=5.0, help="minutes between saves inside an epoch")
@@ -44,8 +43,9 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--debug", action="store_true", help="show tracebacks")
 
 
-def add_pretrained_flags(parser: argparse.ArgumentParser) -> None:
-    """Where a detector starts from."""
+def add_detector_flags(parser: argparse.ArgumentParser) -> None:
+    """How a detector is trained and where it starts from."""
+    parser.add_argument("--grad_checkpoint", type=boolean, default=False, metavar="0|1", help="less memory, more time")
     parser.add_argument(
         "--pretrain_weights", default="auto", metavar="auto|none|PATH|URL", help="auto: the official file of the size"
     )
@@ -70,15 +70,20 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
         args = parser.parse_args(argv)
         args.output_dir, args.resume_from = folder, content
     size = SIZES[args.size]
-    try:
-        args.resolution = check_resolution(size, args.resolution)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if args.resolution or kind != "segmentation":  # stage 2 takes its detector's
+        try:
+            args.resolution = check_resolution(size, args.resolution)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     prefix = {"detector": "", "segmentation": "seg_", "seg_single": "single_"}[kind]
     recipe = asdict(size.recipe)
     for name, value in vars(args).items():
         if value is None and (name in recipe or prefix + name in recipe):
             setattr(args, name, recipe.get(prefix + name, recipe.get(name)))
+    usual = recipe.get(prefix + "batch", recipe["batch"])
+    args.effective_batch = args.accum * (usual if args.batch == "auto" else args.batch)
+    if args.expanded_scales and not args.multi_scale:
+        warn("--expanded_scales 1 changes nothing without --multi_scale 1")
     if args.no_amp:
         args.amp = "off"
     if args.fast_dev_run:

@@ -87,7 +87,7 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(error, file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(stopped.code)

@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -105,22 +106,20 @@ class LoadReport:
         """A line of counts, then a line a kind with its names, cut to three parts where several begin alike."""
         initial = len(self.excluded) + len(self.skipped) + len(self.missing)
         lines = [f"Pretrained weights: {len(self.loaded)} tensors loaded, {initial} left at their initial value"]
+        reasons = self.adapted | self.skipped
         for text, names in (
             ("loaded after a change", self.adapted),
-            ("excluded", dict.fromkeys(self.excluded)),
+            ("excluded", self.excluded),
             ("skipped, another shape", self.skipped),
-            ("not in the file", dict.fromkeys(self.missing)),
-            ("only in the file, unused", dict.fromkeys(self.unexpected)),
-            ("patterns that match nothing", dict.fromkeys(self.unmatched)),
+            ("not in the file", self.missing),
+            ("only in the file, unused", self.unexpected),
+            ("patterns that match nothing", self.unmatched),
         ):
-            alike: dict[str, list[str]] = {}
-            for name in names:
-                alike.setdefault(".".join(name.split(".")[:3]), []).append(name)
             shown = []
-            for start, members in alike.items():
-                why = names[members[0]]
-                shown.append(f"{start}.* x{len(members)}" if len(members) > 1 else members[0])
-                shown[-1] += f" ({why})" if why else ""
+            for start, members in groupby(names, lambda name: ".".join(name.split(".")[:3])):
+                first, *rest = members
+                shown.append(f"{start}.* x{1 + len(rest)}" if rest else first)
+                shown[-1] += f" ({reasons[first]})" if first in reasons else ""
             if shown:
                 lines.append(f"  {text}, {len(names)}: {', '.join(shown)}")
         return "\n".join(lines)

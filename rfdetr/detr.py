@@ -98,6 +98,8 @@ class RFDETR:
         """
         if not isinstance(images, list):
             return self.predict([images], threshold)[0]
+        if not images:
+            return []
         arrays = [read_image(image) for image in images]
         square = [self.resolution, self.resolution]
         tensors = [v2.functional.resize(torch.from_numpy(a).permute(2, 0, 1), square, antialias=True) for a in arrays]
@@ -112,7 +114,8 @@ class RFDETR:
 
     def _found(self, image: np.ndarray, found: Detections, i: int, count: int, masks: list | None) -> Found:
         labels = found.labels[i, :count].cpu().numpy()
-        boxes = found.pixel_boxes(i, *image.shape[:2])[:count]
+        height, width = image.shape[:2]
+        boxes = found.pixel_boxes(i, height, width)[:count].clip(0, [width, height, width, height])
         names = [self.table.names[label] for label in labels]
         return Found(image, boxes, found.scores[i, :count].cpu().numpy(), labels, names, masks)
 

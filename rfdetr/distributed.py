@@ -57,11 +57,13 @@ def sum_gradients(parameters) -> None:
     """Add the gradients of all ranks in place; the losses are already divided by the global number of boxes."""
     if world_size() == 1:
         return
-    for parameter in parameters:
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:  # no object on this rank
+            parameter.grad = torch.zeros_like(parameter)
+    flat = sum_tensor(torch.cat([parameter.grad.flatten() for parameter in trained]))  # one transfer for all
+    for parameter, part in zip(trained, flat.split([parameter.numel() for parameter in trained])):
+        parameter.grad.copy_(part.view_as(parameter))
 
 
 def gather_objects(value: object) -> list:

@@ -17,6 +17,8 @@ from rfdetr import distributed
 from rfdetr.console import UserError, warn
 from rfdetr.data.loaders import Batch
 
+SHOWN = ("loss_class", "loss_box", "loss_giou", "loss_mask", "loss_dice")  # in the progress bar
+
 
 @dataclass
 class Progress:
@@ -74,9 +76,9 @@ def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Calla
         images += len(batch) * distributed.world_size()
         compute_s += time.perf_counter() - mark
         rate = images / (time.perf_counter() - begin)
-        bar.set_postfix_str(
-            f"loss {losses['loss']:.3f}, {rate:.1f} images/s, {memory_mb(device):.0f} MB", refresh=False
-        )
+        parts = " ".join(f"{name.removeprefix('loss_')} {losses[name]:.2f}" for name in SHOWN if name in losses)
+        text = f"loss {losses['loss']:.2f} ({parts}), {rate:.1f} images/s, {memory_mb(device):.0f} MB"
+        bar.set_postfix_str(text, refresh=False)
         after_step(batch.indices, finite)
         mark = time.perf_counter()
     bar.close()
@@ -110,9 +112,12 @@ def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
         trainer.scaler.unscale_(trainer.optimizer)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         result["grad_norm"] = nn.utils.clip_grad_norm_(parameters, trainer.clip or math.inf).item()
+        finite = math.isfinite(result["grad_norm"])
+        if not finite and not trainer.scaler.is_enabled():
+            return result | {"loss": math.nan}
         trainer.scaler.step(trainer.optimizer)  # leaves the weights alone where fp16 gradients overflowed
         trainer.scaler.update()
-        if trainer.ema is not None:
+        if trainer.ema is not None and finite:
             trainer.ema.update(trainer.model, trainer.progress.step + 1)
     return result
 
@@ -121,7 +126,7 @@ def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
     """Gradients of a whole effective batch, `micro_batch` images at a time; returns its losses, detached."""
     progress = trainer.progress
     objects = max(distributed.sum_over_ranks(batch.objects, trainer.device), 1.0)
-    random_state = torch.get_rng_state()
+    random_state = random_states(trainer.device)
     while True:
         try:
             losses: dict[str, Tensor] = {}
@@ -137,9 +142,20 @@ def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
             lower_micro_batch(progress, len(batch))
         # outside the handler, where the failed step's tensors are no longer referenced
         trainer.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(random_state)
+        set_random_states(random_state)
         if trainer.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def random_states(device: torch.device) -> dict:
+    """The states of the generators that a step draws from."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_random_states(states: dict) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def lower_micro_batch(progress: Progress, images: int) -> None:

@@ -122,7 +122,7 @@ def score(
 class Judge:
     """Scores a model on a split and draws what it finds.
 
-    With `frozen`, the trained module is a mask head on that detector, whose detections are computed once and kept.
+    With `frozen`, the trained module is a mask head on that detector, whose detections are computed once where `keep`.
     """
 
     def __init__(
@@ -131,13 +131,13 @@ class Judge:
         self.loader, self.table, self.precision = loader, table, precision
         self.masks, self.frozen = masks, frozen
         self.split: CocoSplit = loader.dataset.split
-        self.kept: list[Detections] | None = None
+        self.keep, self.kept = frozen is not None, None
 
     def detections(self, model: nn.Module) -> Iterable[Detections]:
         if self.kept is not None:
             return self.kept
         found = detect_split(self.frozen or model, self.loader, self.table, self.precision)
-        if self.frozen is not None:
+        if self.keep:
             found = self.kept = list(found)
         return found
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from rfdetr import distributed
 from rfdetr.auto_batch import free_memory_mb
 from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
+from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
 from rfdetr.data.loaders import Batch, EpochSampler, SplitDataset, collate
 from rfdetr.data.transforms import draw_side, to_model_input
@@ -61,7 +62,7 @@ class FrozenBatch:
 
 
 @torch.no_grad()
-def freeze(model: Detector, batch: Batch, class_rows: Tensor, precision: Precision, side: int | None) -> FrozenBatch:
+def freeze(model: Detector, batch: Batch, table: ClassTable, precision: Precision, side: int | None) -> FrozenBatch:
     """Run the frozen detector on a batch with masks and keep what the mask head learns from.
 
     Objects are matched to queries as in training; matches below MATCH_IOU and objects without a mask are left out.
@@ -69,11 +70,12 @@ def freeze(model: Detector, batch: Batch, class_rows: Tensor, precision: Precisi
     device = precision.device
     with precision.autocast():
         outputs = model(to_model_input(batch.images, device, side))
+    rows = torch.tensor(table.rows, device=device)
     labels = torch.cat([t["labels"] for t in batch.targets]).to(device)
     truth = torch.cat([t["boxes"] for t in batch.targets]).to(device)
     has_mask = torch.cat([t["has_mask"] for t in batch.targets]).to(device)
     counts = [len(t["labels"]) for t in batch.targets]
-    ((image, query, obj),) = match([outputs], class_rows[labels], truth, counts, groups=1)
+    ((image, query, obj),) = match([outputs], rows[labels], truth, counts, groups=1)
     boxes = outputs["pred_boxes"].float()[image, query]
     iou, _ = box_iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth[obj]))
     good = (iou > MATCH_IOU) & has_mask[obj]
@@ -158,7 +160,7 @@ class FeatureCache:
         model: Detector,
         dataset: SplitDataset,
         views: int,
-        rows: Tensor,
+        table: ClassTable,
         precision: Precision,
         folder: Path | None,
     ):
@@ -173,7 +175,7 @@ class FeatureCache:
             self.images.append(batch.images[0])
             self.objects.append([])
             for view in range(views):
-                frozen = freeze(model, flipped(batch, view), rows, precision, None)
+                frozen = freeze(model, flipped(batch, view), table, precision, None)
                 if self.features is None:
                     self.features = self._allocate(len(dataset) * views, frozen.features.shape[1:])
                 self.features[index * views + view] = frozen.features[0].half().cpu()
@@ -220,7 +222,7 @@ class MaskObjective:
     """The mask head's losses on a cached batch, or on a fresh one that the frozen detector is run on first."""
 
     detector: Detector
-    class_rows: Tensor  # (N,) head row of each label, on the detector's device
+    table: ClassTable
     weights: LossWeights
     precision: Precision
     sides: tuple[int, ...]  # multi-scale: the input sides to draw from
@@ -231,7 +233,7 @@ class MaskObjective:
         device = self.precision.device
         if isinstance(batch, Batch):
             side = draw_side(self.sides, self.seed, self.progress.step) if self.sides else None
-            batch = freeze(self.detector, batch, self.class_rows, self.precision, side)
+            batch = freeze(self.detector, batch, self.table, self.precision, side)
         counts = torch.tensor([len(boxes) for boxes in batch.boxes])
         image_index = torch.repeat_interleave(torch.arange(len(batch)), counts).to(device)
         queries = torch.cat(batch.queries).to(device).float()

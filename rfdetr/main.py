@@ -25,7 +25,7 @@ from rfdetr.convert import load_pretrained
 from rfdetr.data.coco import CocoSplit, read_dataset
 from rfdetr.data.loaders import Batch, EpochSampler, SplitDataset, evaluation_loader
 from rfdetr.data.transforms import draw_side, multi_scale_sides, to_model_input
-from rfdetr.engine import Progress, Trainer, train_one_epoch
+from rfdetr.engine import Progress, Trainer, random_states, set_random_states, train_one_epoch
 from rfdetr.evaluation import Judge
 from rfdetr.losses.criterion import LossWeights, detection_losses, mask_losses
 from rfdetr.metrics.coco_eval import format_table
@@ -67,7 +67,7 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     distributed.start(device)
     torch.manual_seed(args.seed)
     splits = read_dataset(args.dataset, args.val_fraction)
-    if args.run_test and "test" not in splits:
+    if args.run_test and "test" not in splits and distributed.is_main():
         warn(f"--run_test 1: {args.dataset} has no test split, it is skipped")
     if not args.run_test:
         splits.pop("test", None)
@@ -76,9 +76,15 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
             warn(message)
     if not splits["train"].images:
         raise UserError(f"{splits['train'].annotation_file} lists no images: there is nothing to train on")
+    queries = getattr(args, "num_queries", None) or SIZES[args.size].queries
+    crowded = sum(int((~image.crowd).sum()) > queries for image in splits["train"].images)
+    if crowded and distributed.is_main():
+        warn(f"{crowded} images of train have more objects than the {queries} queries of {args.size}")
     progress = Progress()
     if args.resume_from:
         progress = Progress(**args.resume_from["training"]["progress"])
+        if args.batch != args.resume_from["args"]["batch"]:
+            progress.micro_batch = 0  # asked for anew
         if args.epochs <= progress.epoch:
             raise UserError(
                 f"{args.output_dir} has finished its {progress.epoch} epochs. To train longer, give more: "
@@ -107,7 +113,7 @@ def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: 
             "args": plain_args(args),
             "environment": environment(device),
         }
-        session.run = Run(folder, header, session.progress.epoch if args.resume_from else 0)
+        session.run = Run(folder, header, session.progress.epoch if args.resume_from else 0, args.tensorboard)
         counts = ", ".join(f"{len(split.images)} {name}" for name, split in session.splits.items())
         precision = str(session.precision.dtype).removeprefix("torch.") if session.precision.dtype else "fp32"
         banner(
@@ -137,10 +143,8 @@ def training_data(session: Session, masks: bool, augment: str) -> tuple[SplitDat
     """The training images and their order; each list of the sampler is one optimizer step of this rank."""
     args = session.args
     dataset = SplitDataset(session.splits["train"], args.resolution, augment, masks)
-    per_step = args.batch * args.accum
-    sampler = EpochSampler(
-        len(dataset), per_step, args.seed, args.min_steps, distributed.rank(), distributed.world_size()
-    )
+    rank, world = distributed.rank(), distributed.world_size()
+    sampler = EpochSampler(len(dataset), args.effective_batch, args.seed, args.min_steps, rank, world)
     if args.fast_dev_run:
         sampler.steps = min(sampler.steps, args.fast_dev_run)
     return dataset, sampler
@@ -176,11 +180,11 @@ def start_from(model: Detector, table: ClassTable, weights: Path | None, exclude
 
 
 def judge_of(session: Session, name: str, table: ClassTable, masks: bool, frozen: Detector | None = None) -> Judge:
-    """The judge of one split; with --fast_dev_run of its first few images."""
+    """The judge of one split."""
     args = session.args
     dataset = SplitDataset(session.splits[name], args.resolution, None, masks=False)
     rank, world = distributed.rank(), distributed.world_size()
-    loader = evaluation_loader(dataset, min(16, args.batch * args.accum), args.workers, rank, world)
+    loader = evaluation_loader(dataset, min(16, args.effective_batch), args.workers, rank, world)
     return Judge(loader, table, session.precision, masks, frozen)
 
 
@@ -269,26 +273,28 @@ def learning_rate_factor(step: int, total: int, schedule: Schedule) -> float:
 def parameter_groups(
     model: nn.Module, lr: float, lr_encoder: float, weight_decay: float, size: ModelSize
 ) -> list[dict]:
-    """Few AdamW groups with RF-DETR's rates: layer-wise decay on the encoder, a factor on the decoder's layers.
+    """AdamW groups with RF-DETR's rates: layer-wise decay on the encoder, a factor on the decoder's layers.
 
-    Encoder biases, norms, embeddings and layer scales get no weight decay, everything else does, as published.
+    Encoder biases, norms, embeddings and layer scales get no weight decay, everything else does, as published. Groups
+    are parts of the model, not rates, so that a run resumed with other rates has the same ones.
     """
-    recipe = size.recipe
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    recipe, top = size.recipe, size.used_depth + 2
+    groups: dict[str, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate, decay = lr, weight_decay
+        part, rate, decay = "other", lr, weight_decay
         if name.startswith("backbone.0.encoder."):
-            layer = int(name.split(".layer.")[1].split(".")[0]) + 1 if ".layer." in name else None
-            layer = 0 if "embeddings" in name else size.used_depth + 2 if layer is None else layer
-            rate = lr_encoder * recipe.lr_layer_decay ** (size.used_depth + 2 - layer) * recipe.lr_decoder_factor**2
-            if any(part in name for part in ("bias", "norm", "embeddings", "gamma")):
-                decay = 0.0
+            layer = int(name.split(".layer.")[1].split(".")[0]) + 1 if ".layer." in name else top
+            layer = 0 if "embeddings" in name else layer
+            rate = lr_encoder * recipe.lr_layer_decay ** (top - layer) * recipe.lr_decoder_factor**2
+            plain = any(word in name for word in ("bias", "norm", "embeddings", "gamma"))
+            part, decay = f"encoder {layer} {plain}", 0.0 if plain else weight_decay
         elif name.startswith("transformer.decoder."):
-            rate = lr * recipe.lr_decoder_factor
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": p, "base_lr": rate, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+            part, rate = "decoder", lr * recipe.lr_decoder_factor
+        group = groups.setdefault(part, {"params": [], "base_lr": rate, "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def make_trainer(session: Session, model: nn.Module, losses: Callable, groups: list[dict], steps: int) -> Trainer:
@@ -347,7 +353,6 @@ class Keeper:
 
     def state(self) -> dict:
         trainer = self.trainer
-        cuda = torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else []
         return self.pack(trainer.model.state_dict()) | {
             "ema": self.pack(trainer.ema.module.state_dict())["model"] if trainer.ema else None,
             "training": {
@@ -356,7 +361,7 @@ class Keeper:
                 "scaler": trainer.scaler.state_dict(),
                 "trained": trainer.model.state_dict(),
                 "trained_ema": trainer.ema.module.state_dict() if trainer.ema else None,
-                "random": {"torch": torch.get_rng_state(), "cuda": cuda},
+                "random": random_states(trainer.device),
                 "best": self.best,
                 "each": self.each,
                 "epochs_without_gain": self.epochs_without_gain,
@@ -367,13 +372,17 @@ class Keeper:
         """Put back everything state() took; progress itself was read when the session began."""
         trainer, state = self.trainer, content["training"]
         trainer.model.load_state_dict(state["trained"])
-        if trainer.ema and state["trained_ema"]:
-            trainer.ema.module.load_state_dict(state["trained_ema"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
+        if trainer.ema:  # an average that begins now begins at the weights
+            trainer.ema.module.load_state_dict(state["trained_ema"] or state["trained"])
+        rates = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in trainer.optimizer.param_groups]
+        try:
+            trainer.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise UserError(f"--resume: the optimizer's state does not fit these settings ({error})") from error
+        for group, given in zip(trainer.optimizer.param_groups, rates):  # flags given anew win over the stored ones
+            group.update(given)
         trainer.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["torch"])
-        if state["random"]["cuda"] and trainer.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        set_random_states(state["random"])
         self.best, self.each = state["best"], state["each"]
         self.epochs_without_gain = state["epochs_without_gain"]
 
@@ -402,13 +411,13 @@ class Keeper:
         self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
-        code = max(distributed.gather_objects(self.signal or 0)) if distributed.world_size() > 1 else self.signal
-        if code:
+        # any rank's signal stops them all, at the same step
+        if distributed.sum_over_ranks(self.signal or 0, self.trainer.device):
             self.save(("checkpoint.pt",))
             if distributed.is_main():
                 print(f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:")
                 print(f"  {resume_command(self.session.folder)}", flush=True)
-            raise Stopped(128 + code)
+            raise Stopped(128 + (self.signal or signal.SIGTERM))
 
     def note_nan(self, images: list[int]) -> None:
         split, progress = self.session.splits["train"], self.trainer.progress
@@ -445,7 +454,7 @@ class Keeper:
 
 def resume_command(folder: Path) -> str:
     """The command that was typed, with --resume RUN."""
-    words, skip = [Path(sys.argv[0]).name], False
+    words, skip = sys.argv[:1], False
     for word in sys.argv[1:]:
         if word == "--resume" or word.startswith("--resume="):
             skip = word == "--resume"
@@ -489,7 +498,8 @@ def fit(
             if gained:
                 draw_pictures(session, judge, trainer, keeper.best, epoch + 1)
         keeper.save(("last.pt", "checkpoint.pt"))
-        keeper.stop_if_asked()
+        if epoch + 1 < args.epochs:
+            keeper.stop_if_asked()
         if args.patience and keeper.epochs_without_gain >= args.patience:
             tick(f"Stopped early: no gain in {metric} for {args.patience} evaluations")
             break
@@ -507,7 +517,7 @@ def evaluate_epoch(keeper: Keeper, judge: Judge, record: dict, metric: str) -> b
     record["train"]["evaluation_s"] = time.perf_counter() - begin
     gained = keeper.keep_best(epoch, scores, metric)
     if distributed.is_main():
-        weights = keeper.best["weights"] if gained else max(keeper.each, key=keeper.each.get)
+        weights = keeper.best["weights"] if gained else max(scores, key=keeper.each.get)
         print(
             f"\nepoch {epoch}/{keeper.session.args.epochs}  loss {record['train'].get('loss', math.nan):.3f}  "
             f"{record['train']['images_per_s']:.1f} images/s" + (f"  new best ({weights} weights)" if gained else "")
@@ -527,6 +537,13 @@ def draw_pictures(session: Session, judge: Judge, trainer: Trainer, best: dict, 
         pictures.append(drawn)
     if pictures and session.args.tensorboard:
         session.run.image("valid/predictions", contact_sheet(pictures, columns=1), epoch)
+
+
+def predict_command(session: Session) -> str:
+    """What to type to see the valid images with everything drawn in."""
+    images = session.splits["valid"].images or session.splits["train"].images
+    words = ["--checkpoint", session.folder / "best.pt", "--input", images[0].path.parent, "--output", "predictions"]
+    return shlex.join(["python", "predict.py", *map(str, words)])
 
 
 def finish(session: Session, table: ClassTable, masks: bool, next_command: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,14 @@ from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, ModelSize
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Finished:
+    """What a script left: its folder (or file) and what it printed."""
+
+    folder: Path
+    output: str
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +65,85 @@ def run_script(*words: object, cwd: Path, check: bool = True, env: dict | None =
     if check and done.returncode:
         pytest.fail(f"{script} left with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """call(main, *flags): run a script's main(argv) in this process with tmp_path as the current folder.
+
+    What a script changes for its whole process (signal handlers, console streams) is put back.
+    """
+
+    def run(main: Callable, *words: object) -> None:
+        argv = [str(word) for word in words]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *argv])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        streams = sys.stdout, sys.stderr
+        try:
+            main(argv)
+        finally:
+            sys.stdout, sys.stderr = streams
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return run
+
+
+def train_flags(dataset: Path, resolution: int = 64) -> list[object]:
+    """Flags that make a training script small: two short epochs of the tiny size."""
+    flags = {"size": "tiny", "dataset": dataset, "resolution": resolution, "device": "cpu", "workers": 0}
+    flags |= {"batch": 2, "accum": 2, "min_steps": 3, "epochs": 2}
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """The folder whose runs/ the session's chain of stages writes to."""
+    return tmp_path_factory.mktemp("workplace")
+
+
+@pytest.fixture(scope="session")
+def stage1(demo, workplace) -> Finished:
+    """A stage-1 run long enough to find objects that it was trained on."""
+    done = run_script(
+        "train_detector_stage1.py", *train_flags(demo), "--accum", 1, "--batch", 4, "--min_steps", 60, cwd=workplace
+    )
+    return Finished(workplace / "runs/detector_tiny_64_1", done.stdout)
+
+
+@pytest.fixture(scope="session")
+def shrunk(stage1, workplace) -> Finished:
+    """Its detector with a head of the dataset's three classes, in another order than the dataset's."""
+    out = stage1.folder / "checkpoint_mydata.pth"
+    keep = ["--keep", "glomerulus", "cells", "blood_vessel"]
+    done = run_script("shrink_head.py", "--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out, *keep, cwd=workplace)
+    return Finished(out, done.stdout)
+
+
+@pytest.fixture(scope="session")
+def stage2(demo, stage1, shrunk, workplace) -> Finished:
+    done = run_script(
+        "train_seg_stage2.py", *train_flags(demo), "--stage1_run", stage1.folder, "--checkpoint", shrunk.folder,
+        "--run_test", 1, "--min_steps", 10, cwd=workplace,
+    )  # fmt: skip
+    return Finished(workplace / "runs/segmentation_tiny_64_1", done.stdout)
+
+
+@pytest.fixture(scope="session")
+def single(demo, workplace) -> Finished:
+    done = run_script("train_seg_single_stage.py", *train_flags(demo), cwd=workplace)
+    return Finished(workplace / "runs/seg_single_tiny_64_1", done.stdout)
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> Path:
+    """A dataset for tests that need a run but no quality: four training images, two of each other split."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    make_demo(folder, train=4, valid=2, test=2, size=64, seed=2)
+    return folder
+
+
+def quick_flags(dataset: Path) -> list[object]:
+    """Flags of a run of one epoch of two optimizer steps, two images each."""
+    return [*train_flags(dataset, 32), "--accum", 1, "--min_steps", 2, "--epochs", 1, "--tensorboard", 0]

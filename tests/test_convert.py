@@ -6,6 +6,7 @@ that both sides make themselves, so these tests need neither the package nor its
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -183,8 +184,6 @@ def test_other_numbers_of_groups_share_the_first_ones(in_file, in_model):
 
 
 def test_fewer_queries_are_taken_from_every_group():
-    import dataclasses
-
     file = tiny_file(groups=3)
     model = Detector(dataclasses.replace(SIZES["tiny"], queries=40), rows=91, groups=3)
     load_pretrained(model, file, [])
@@ -195,9 +194,9 @@ def test_fewer_queries_are_taken_from_every_group():
 def test_a_position_grid_of_another_side_is_resampled():
     name = "backbone.0.encoder.encoder.embeddings.position_embeddings"
     file, model = tiny_file(), tiny()
-    file[name] = torch.cat((torch.full((1, 1, 96), 5.0), torch.full((1, 20 * 20, 96), 2.0)), dim=1)
+    file[name] = torch.cat((torch.full((1, 1, 96), 5.0), torch.full((1, 16 * 16, 96), 2.0)), dim=1)
     report = load_pretrained(model, file, [])
-    assert report.adapted[name] == "resampled from 20x20 to 16x16 patches, bicubic"
+    assert report.adapted[name] == "resampled from 16x16 to 20x20 patches, bicubic"
     got = model.state_dict()[name]
     torch.testing.assert_close(got[:, 0], torch.full((1, 96), 5.0))
     torch.testing.assert_close(got[:, 1:], torch.full((1, 256, 96), 2.0))

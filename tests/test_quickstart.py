@@ -66,7 +66,6 @@ def bare(tmp_path, monkeypatch):
     Bare.venv.mkdir(parents=True)
     (Bare.venv / "pyvenv.cfg").touch()
     monkeypatch.setattr(quickstart, "VENV", str(Bare.venv))
-    monkeypatch.setattr(quickstart, "STAMP", str(Bare.venv / "stamp"))
     monkeypatch.setattr(quickstart, "unmet", lambda text: ["torch>=2.10"])
     monkeypatch.setattr(quickstart, "run", run)
     monkeypatch.setattr(quickstart, "runs", lambda python, *arguments: arguments[1] in Bare.working)
@@ -123,55 +122,47 @@ def test_this_environment_is_used_as_it_is(monkeypatch):
 # --- .venv ---
 
 
-def test_a_new_venv_is_made_filled_and_used(bare):
+@pytest.fixture
+def inside(bare, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(bare.venv))
+
+
+def test_a_new_venv_is_made_and_used(bare):
     shutil.rmtree(bare.venv)
     assert quickstart.main(["--size", "tiny"]) == 0
-    assert bare.commands == [("venv", None), ("pip", bare.python), ("again", bare.python)]
+    assert bare.commands == [("venv", None), ("again", bare.python)]
 
 
-def test_a_finished_venv_is_used_without_pip(bare):
+def test_a_finished_venv_is_used_as_it_is(bare):
     bare.working = {"", "pip"}
     bare.codes["again"] = 7
-    assert quickstart.main([]) == 7
-    assert bare.commands == [("pip", bare.python), ("again", bare.python)]
-    bare.commands.clear()
     assert quickstart.main([]) == 7
     assert bare.commands == [("again", bare.python)]
 
 
-def test_changed_requirements_are_installed_again(bare):
-    bare.working = {"", "pip"}
-    (bare.venv / "stamp").write_text("of other requirements")
-    assert quickstart.main([]) == 0
-    assert bare.commands == [("pip", bare.python), ("again", bare.python)]
-
-
 def test_a_half_made_venv_is_completed(bare):
     assert quickstart.main([]) == 0  # its Python does not start
-    assert bare.commands == [("venv", None), ("pip", bare.python), ("again", bare.python)]
+    assert bare.commands == [("venv", None), ("again", bare.python)]
 
 
-def test_a_failed_pip_is_one_paragraph_and_tried_again_the_next_time(bare, capsys):
-    bare.working = {"", "pip"}
+def test_what_is_missing_inside_the_venv_is_installed_there(bare, inside):
+    assert quickstart.set_up([]) is None
+    assert bare.commands == [("pip", None)]
+
+
+def test_a_failed_pip_is_one_paragraph_and_tried_again_the_next_time(bare, inside, capsys):
     bare.codes["pip"] = 1
     assert quickstart.main([]) == 2
     assert "pip could not install requirements.txt" in capsys.readouterr().err
     bare.codes["pip"] = 0
-    bare.commands.clear()
-    assert quickstart.main([]) == 0
-    assert bare.commands == [("pip", bare.python), ("again", bare.python)]
-
-
-@pytest.mark.parametrize("command", ["venv", "pip"])
-def test_ctrl_c_while_setting_up_exits_as_such(bare, command):
-    bare.codes[command] = 130
-    assert quickstart.main([]) == 130 and not (bare.venv / "stamp").exists()
-
-
-def test_a_package_missing_inside_the_venv_is_installed_there(bare, monkeypatch):
-    monkeypatch.setattr(sys, "prefix", str(bare.venv))
     assert quickstart.set_up([]) is None
-    assert bare.commands == [("pip", bare.python)]
+
+
+def test_ctrl_c_while_setting_up_exits_as_such(bare, monkeypatch):
+    bare.codes = {"venv": 130, "pip": 130}
+    assert quickstart.main([]) == 130
+    monkeypatch.setattr(sys, "prefix", str(bare.venv))
+    assert quickstart.main([]) == 130 and bare.commands == [("venv", None), ("pip", None)]
 
 
 def test_what_is_no_virtual_environment_is_left_alone(bare, capsys):

@@ -235,17 +235,6 @@ def test_a_damaged_metrics_file_is_set_aside(tmp_path, capsys, content):
     assert note in capsys.readouterr().out and note in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
-def test_damaged_tensorboard_events_are_set_aside(tmp_path, capsys):
-    make_run(tmp_path, 2)
-    (events,) = (tmp_path / "tb").iterdir()
-    events.write_bytes(b"\0" * 100)
-    with Run(tmp_path, HEADER, done_epochs=2) as run:
-        run.scalars("train", {"loss": 3.0}, 3)
-    assert f"{events.name} is damaged: kept as events.damaged-1" in capsys.readouterr().out
-    assert len(list((tmp_path / "tb").glob("events.damaged-1*"))) == 1
-    assert scalars(tmp_path, "train/loss") == [(3, 3.0)]
-
-
 def test_events_that_a_kill_cut_short_stay_readable(tmp_path, capsys):
     make_run(tmp_path, 2)
     (events,) = (tmp_path / "tb").iterdir()

@@ -6,20 +6,13 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from rfdetr.visualise import (
-    MIN_SIDE,
-    class_colours,
-    contact_sheet,
-    decode_columns,
-    draw,
-    nms_for_drawing,
-    side_by_side,
-)
+from rfdetr.visualise import MIN_SIDE, class_colours, contact_sheet, draw, nms_for_drawing, side_by_side
+
+# pycocotools.mask.decode under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def encode(bitmap):
@@ -30,20 +23,6 @@ def encode(bitmap):
 def disc(height, width, x, y, radius):
     rows, columns = np.mgrid[:height, :width]
     return (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0, 0.02, 0.5, 0.98, 1]), st.integers(0, 2**32 - 1))
-def test_decode_columns_equals_pycocotools(height, width, share, seed):
-    rng = np.random.default_rng(seed)
-    bitmap = (rng.random((height, width)) < share).repeat(rng.integers(1, 30), axis=rng.integers(2))
-    rle = encode(bitmap)
-    x, mask = decode_columns(rle)
-    whole = np.zeros(bitmap.shape, dtype=bool)
-    whole[:, x : x + mask.shape[1]] = mask
-    assert (whole == bitmap).all()
-    assert mask.shape[1] == 0 or (mask[:, 0].any() and mask[:, -1].any())
-    assert decode_columns({**rle, "counts": rle["counts"].encode()})[0] == x
 
 
 @pytest.mark.parametrize("shape", [(1000, 700), (100, 60), (60, 100), (1, 1), (1, 700), (2100, 3)])
@@ -138,7 +117,7 @@ def test_contact_sheet(count, columns, grid):
     sheet = contact_sheet(pictures, columns, cell=100)
     assert abs(sheet.width - grid[0] * 100) < 40 and abs(sheet.height - grid[1] * 52) < 40
     assert {(10 * i + 50, 0, 0) for i in range(count)} <= set(map(tuple, np.array(sheet).reshape(-1, 3).tolist()))
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError):
         contact_sheet([], columns)
 
 

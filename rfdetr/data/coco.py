@@ -1,12 +1,12 @@
 """COCO datasets: one record per image, labels 0..N-1, the ground truth for scoring, pixels and masks.
 
-The faults are found by `validation.py` in one pass; what is built here is sound.
+The faults of each file are found by `validation.py` in one pass; what is built here is sound.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,46 +15,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
 from rfdetr.console import UserError
-from rfdetr.data.validation import (
-    Annotation,
-    ImageFile,
-    SplitCheck,
-    find_splits,
-    inspect_dataset,
-    inspect_split,
-    placeholders,
-    raise_errors,
-    read_json,
-)
-
-__all__ = [
-    "CocoSplit",
-    "ImageRecord",
-    "class_table",
-    "find_splits",
-    "load_image",
-    "rasterise",
-    "read_dataset",
-    "read_json",
-    "read_split",
-    "to_rgb_array",
-]
-
-
-@dataclass
-class ImageRecord:
-    """One image and its objects. Sizes and boxes in pixels as the annotations mean them."""
-
-    id: int | str  # the dataset's own
-    path: Path
-    width: int
-    height: int
-    boxes: np.ndarray  # (n, 4) float32 xyxy, inside the image
-    labels: np.ndarray  # (n,) int64, 0..N-1
-    crowd: np.ndarray  # (n,) bool
-    segmentations: list[list | dict | None]  # n raw COCO polygons or RLE, None where missing or unusable
-    annotation_ids: np.ndarray  # (n,) int64
-    exif: bool = False  # the file is stored rotated or mirrored; load_image undoes it
+from rfdetr.data.validation import NO_MASKS, ImageRecord, Problem, SplitCheck, find_splits, placeholders, raise_errors
 
 
 @dataclass
@@ -70,31 +31,26 @@ class CocoSplit:
     ground_truth: dict  # COCO dict for the evaluator: pycocotools gives the same figures on it and on the file
     warnings: list[str]
 
-    @property
-    def object_count(self) -> int:
-        """Annotations to train on, crowd regions not counted."""
-        return sum(int((~image.crowd).sum()) for image in self.images)
-
-    @property
-    def mask_count(self) -> int:
-        """Those of them that have a mask."""
-        pairs = (zip(image.segmentations, image.crowd, strict=True) for image in self.images)
-        return sum(seg is not None and not crowd for pair in pairs for seg, crowd in pair)
-
-    @property
-    def has_masks(self) -> bool:
-        return self.mask_count > 0
+    def __post_init__(self):
+        """Count the objects to train on, crowd regions left out: per image, per class, all, with masks."""
+        triples = [zip(image.labels, image.segmentations, image.crowd) for image in self.images]
+        objects = [[(label, mask) for label, mask, crowd in image if not crowd] for image in triples]
+        self.per_image = [len(image) for image in objects]
+        labels = Counter(label for image in objects for label, _ in image)
+        self.per_class = [labels[label] for label in range(len(self.class_names))]
+        self.object_count = sum(self.per_image)
+        self.mask_count = sum(mask is not None for image in objects for _, mask in image)
+        self.has_masks = self.mask_count > 0
 
 
 def read_split(annotation_file: str | Path, image_dir: str | Path, name: str) -> CocoSplit:
     """Read one annotation file alone; `read_dataset` also makes the classes of all splits agree.
 
-    Raises UserError for any error of faults.md, with the command that lists them all.
+    Raises UserError for any error of the data, with the command that lists them all.
     """
-    check = inspect_split(Path(annotation_file), Path(image_dir), name)
-    # Both layouts keep the file two levels below the dataset.
-    raise_errors(check.found.problems(), Path(annotation_file).parent.parent)
-    return _splits({name: check})[name]
+    check = SplitCheck(annotation_file, Path(image_dir))
+    raise_errors(check.problems, check.file.parent.parent)  # both layouts keep the file two levels below the dataset
+    return _build({name: check})[name]
 
 
 def read_dataset(root: str | Path, val_fraction: float | None = None) -> dict[str, CocoSplit]:
@@ -105,22 +61,71 @@ def read_dataset(root: str | Path, val_fraction: float | None = None) -> dict[st
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example")
-    checks, problems = inspect_dataset(root, val_fraction)
-    raise_errors(problems, Path(root))
-    splits = _splits(checks)
+    splits, problems = inspect_dataset(root, val_fraction)
+    raise_errors(problems, root)
     if "valid" not in splits:
-        train, valid = _divide(splits["train"], val_fraction)
-        splits = {**splits, "train": train, "valid": valid}
+        splits["train"], splits["valid"] = _divide(splits["train"], val_fraction)
     return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
 
 
-def class_table(checks: dict[str, SplitCheck]) -> tuple[list[str], dict[str, list[int]], list[str]]:
-    """(label -> name, split -> its label -> category id, names of placeholders left out).
+def inspect_dataset(
+    root: Path, val_fraction: float | None = None, need_masks: bool = False, decode: bool = False, queries: int = 300
+) -> tuple[dict[str, CocoSplit], list[Problem]]:
+    """Check all splits once: (split name -> what is usable, all problems with errors first).
+
+    `val_fraction` makes a missing valid/ no error; `need_masks` makes missing masks one; `decode`: open images
+    wholly and compare contents between splits; `queries`: the objects that the model can find in one image.
+    """
+    checks: dict[str, SplitCheck] = {}
+    problems: list[Problem] = []
+
+    def error(code: str, message: object) -> None:
+        problems.append(Problem(code, "error", str(message), 1, [str(root)]))
+
+    try:
+        files = find_splits(root)
+    except UserError as fault:
+        error("DATASET_LAYOUT", fault)
+        return {}, problems
+    for name, (file, folder) in files.items():
+        try:
+            checks[name] = SplitCheck(file, folder, decode)
+        except UserError as fault:
+            error("JSON_INVALID", fault)
+    if "train" not in files:
+        error("SPLIT_TRAIN_MISSING", f"{root} has no train split: training needs one")
+    if "valid" not in files and not val_fraction:
+        error("SPLIT_VALID_MISSING", f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1")
+    splits = _build(checks)
+    for name, split in splits.items():
+        check, train, objects = checks[name], splits.get("train"), split.object_count
+        if need_masks and objects and not split.mask_count:
+            error("MASKS_NONE", NO_MASKS.format(split.annotation_file, objects))
+        for image, count in zip(split.images, split.per_image):
+            check.fault("IMG_MANY_OBJECTS", f"image {image.id}: {count}, queries: {queries}", count > queries)
+        check.fault("SPLIT_FRACTION_UNUSED", name, name == "valid" and val_fraction is not None)
+        check.fault("SPLIT_EMPTY", f"{name}: {len(split.images)} images", not objects and check.sound)
+        if split is train:
+            check.raised.add("SPLIT_EMPTY")
+        elif train:
+            # where train has errors, what is missing there may be their effect
+            for class_name, here, there in zip(split.class_names, split.per_class, train.per_class):
+                check.fault("CLASS_NOT_IN_TRAIN", repr(class_name), here and not there and checks["train"].sound)
+            known = {image.digest for image in train.images if image.digest}
+            for image in split.images:
+                check.fault("IMG_SHARED", image.path.name, image.digest in known)
+        split.warnings = check.warnings
+    problems = [item for check in checks.values() for item in check.problems] + problems
+    return splits, sorted(problems, key=lambda item: item.severity)
+
+
+def _build(checks: dict[str, SplitCheck]) -> dict[str, CocoSplit]:
+    """Number the classes, and give the checks' records labels, and arrays for lists.
 
     Labels follow the first split's ascending category ids; classes that only later splits annotate come after. Splits
     are matched by name, they may number their categories differently. A placeholder has no annotation in any split.
     """
-    used = {split: {item.entry["category_id"] for item in check.annotations} for split, check in checks.items()}
+    used = {split: {entry["category_id"] for entry in check.annotations} for split, check in checks.items()}
     listed = [entry for check in checks.values() for entry in check.categories]
     left_out = placeholders(listed, set().union(*used.values()))
     names: list[str] = []
@@ -130,96 +135,44 @@ def class_table(checks: dict[str, SplitCheck]) -> tuple[list[str], dict[str, lis
         names += [name for key, name in pairs if name not in names and (not own or key in used[split])]
         own[split] = {name: key for key, name in pairs}
     spare = 1 + max((entry["id"] for entry in listed), default=0)
-    ids = {split: [own[split].get(name, spare + label) for label, name in enumerate(names)] for split in checks}
-    return names, ids, sorted({name for _, name in left_out})
-
-
-def _splits(checks: dict[str, SplitCheck]) -> dict[str, CocoSplit]:
-    """Build the records and the ground truth of checked splits."""
-    names, ids, left_out = class_table(checks)
     splits = {}
     for split, check in checks.items():
-        label_of = {key: label for label, key in enumerate(ids[split])}
-        by_image: dict[int | str, list[Annotation]] = defaultdict(list)
-        for item in check.annotations:
-            by_image[item.entry["image_id"]].append(item)
-        ground_truth = {
-            "images": [
-                {"id": image.id, "file_name": image.file_name, "width": image.width, "height": image.height}
-                for image in check.images.values()
-            ],
-            "annotations": [_truth(item, check.images[item.entry["image_id"]]) for item in check.annotations],
-            "categories": [{"id": key, "name": name} for key, name in zip(ids[split], names, strict=True)],
+        ids = [own[split].get(name, spare + label) for label, name in enumerate(names)]
+        label_of = {entry["id"]: names.index(entry["name"]) for entry in check.categories if entry["name"] in names}
+        images = list(check.images.values())
+        for image in images:
+            image.boxes = np.array(image.boxes, np.float32).reshape(-1, 4)
+            image.labels = np.array([label_of[category] for category in image.labels], np.int64)
+            image.crowd = np.array(image.crowd, bool)
+            image.annotation_ids = np.array(image.annotation_ids, np.int64)
+        for entry in check.annotations if check.sound else ():
+            if entry["area"] is None:
+                image, mask = check.images[entry["image_id"]], entry.get("segmentation")
+                by_mask = mask and float(mask_utils.area(_encode(mask, image.height, image.width)))
+                entry["area"] = entry["bbox"][2] * entry["bbox"][3] if mask is None else by_mask
+        truth = {
+            "images": [{key: getattr(i, key) for key in ("id", "file_name", "width", "height")} for i in images],
+            "annotations": check.annotations,
+            "categories": [{"id": key, "name": name} for key, name in zip(ids, names)],
         }
-        splits[split] = CocoSplit(
-            name=split,
-            annotation_file=check.found.file,
-            class_names=list(names),
-            category_ids=ids[split],
-            left_out=left_out,
-            images=[_record(image, by_image[image.id], label_of) for image in check.images.values()],
-            ground_truth=ground_truth,
-            # require_masks tells of missing masks, where they matter
-            warnings=[problem.message for problem in check.found.problems() if problem.code != "ANN_NO_MASK"],
-        )
+        unused = sorted({name for _, name in left_out})
+        splits[split] = CocoSplit(split, check.file, names, ids, unused, images, truth, check.warnings)
     return splits
-
-
-def _record(image: ImageFile, items: list[Annotation], label_of: dict[int, int]) -> ImageRecord:
-    items = [item for item in items if item.box is not None]
-    return ImageRecord(
-        id=image.id,
-        path=image.path,
-        width=image.width,
-        height=image.height,
-        boxes=np.array([item.box for item in items], np.float32).reshape(-1, 4),
-        labels=np.array([label_of[item.entry["category_id"]] for item in items], np.int64),
-        crowd=np.array([bool(item.entry.get("iscrowd")) for item in items], bool),
-        segmentations=[item.segmentation for item in items],
-        annotation_ids=np.array([item.entry["id"] for item in items], np.int64),
-        exif=image.exif,
-    )
-
-
-def _truth(item: Annotation, image: ImageFile) -> dict:
-    """The annotation as pycocotools wants it: the file's own values, plus an area where it has none."""
-    entry, segmentation = item.entry, item.segmentation
-    truth = {name: entry[name] for name in ("id", "image_id", "category_id", "bbox")}
-    truth["iscrowd"] = int(entry.get("iscrowd") or 0)
-    truth["area"] = entry.get("area")
-    if truth["area"] is None:
-        if segmentation is None:
-            truth["area"] = entry["bbox"][2] * entry["bbox"][3]
-        else:
-            truth["area"] = float(mask_utils.area(_encode(segmentation, image.height, image.width)))
-    if segmentation is not None:
-        truth["segmentation"] = segmentation
-    return truth
 
 
 def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
     """(train, valid) parts of a split: those images whose names' hashes come first are valid. Train keeps one."""
-    names = {entry["id"]: entry["file_name"].encode(errors="replace") for entry in split.ground_truth["images"]}
-    order = sorted(names, key=lambda image_id: hashlib.sha256(names[image_id]).digest())
+
+    def part(name: str, images: list[ImageRecord], warnings: list[str]) -> CocoSplit:
+        ids, truth = {image.id for image in images}, dict(split.ground_truth)
+        for table, key in (("images", "id"), ("annotations", "image_id")):
+            truth[table] = [entry for entry in truth[table] if entry[key] in ids]
+        return replace(split, name=name, images=images, ground_truth=truth, warnings=warnings)
+
+    order = sorted(split.images, key=lambda i: hashlib.sha256(i.file_name.encode(errors="replace")).digest())
     count = min(max(round(fraction * len(order)), 1), len(order) - 1)
-    chosen = set(order[:count])
-
-    def part(name: str, inside: bool, warnings: list[str]) -> CocoSplit:
-        truth = split.ground_truth
-        return replace(
-            split,
-            name=name,
-            images=[image for image in split.images if (image.id in chosen) == inside],
-            ground_truth={
-                "images": [entry for entry in truth["images"] if (entry["id"] in chosen) == inside],
-                "annotations": [entry for entry in truth["annotations"] if (entry["image_id"] in chosen) == inside],
-                "categories": truth["categories"],
-            },
-            warnings=warnings,
-        )
-
     notes = [] if count else [f"{split.annotation_file}: too few images for a valid split: it is empty"]
-    return part("train", False, split.warnings), part("valid", True, notes)
+    return part("train", order[count:], split.warnings), part("valid", order[:count], notes)
 
 
 def load_image(record: ImageRecord) -> np.ndarray:

@@ -2,10 +2,9 @@
 
     python -m rfdetr.data.demo dataset_demo
 
-Tissue is painted as amounts of two dyes per pixel (blue for nuclei, pink for the rest) and becomes colour by absorbing
-light, as a stained slide does (Beer-Lambert; vectors after Ruifrok & Johnston 2001). Image i of a split depends on
-(seed, split, i, size) alone, so the first images are the same whatever the counts. Lengths are in `unit`s, pixels of a
-192-pixel image; arrays (h, w, 2) hold the blue and the pink dye.
+Tissue is painted as amounts of two dyes per pixel, (h, w, 2): blue for nuclei, pink for the rest. They absorb light as
+on a stained slide (Beer-Lambert; vectors after Ruifrok & Johnston 2001). Image i of a split depends on (seed, split, i,
+size) alone, so the first images are the same whatever the counts. Lengths are in `unit`s, pixels of a 192-pixel image.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,8 @@ CLASS_NAMES = ("cells", "blood_vessel", "glomerulus")  # category ids 1, 2, 3
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
 DESCRIPTION = "rfdetr demo data"  # in "info": tells an earlier demo from somebody's own folder
-MAX_OVERLAP = 0.3  # of the smaller object of a pair
-MIN_INSIDE = 0.8  # of an object: the image border cuts off no more than the rest
-EMPTY_EVERY = 25  # one image in so many shows no object
-HAEMATOXYLIN, EOSIN, PAS = (0.65, 0.70, 0.29), (0.08, 0.92, 0.36), (0.22, 0.96, 0.14)  # absorption of R, G, B
+MAX_OVERLAP, MIN_INSIDE = 0.3, 0.8  # of the smaller object of a pair; of an object, not cut off by the image's border
+HAEMATOXYLIN, EOSIN, PAS = np.array([(0.65, 0.70, 0.29), (0.08, 0.92, 0.36), (0.22, 0.96, 0.14)])  # of R, G, B
 MARGIN = 4  # pixels around an object in its window, for the pale cleft beside it
 
 # An object in a window of its own: polygon (n, 2) x, y in pixels from the window's corner, dense enough to be clipped
@@ -147,119 +145,100 @@ def _stroma(rng: np.random.Generator, size: int, unit: float) -> np.ndarray:
         step = unit * rng.uniform(40, 110) / 6 if fibre else unit * rng.uniform(7, 11) / 6
         path = np.cumsum(_direction(heading), axis=0) * step + rng.uniform(-0.2, 2, 2) * size
         shade, width = int(rng.uniform(60, 160)), round(unit * rng.uniform(2, 6))
-        ImageDraw.Draw(layers[fibre]).line([tuple(point) for point in path.tolist()], shade, width)
+        ImageDraw.Draw(layers[fibre]).line(path.ravel().tolist(), shade, width)
     thin, fibres = (np.asarray(layer.reduce(2), np.float32) / 255 for layer in layers)
     pink = 0.34 + 0.2 * cloud + 0.09 * bundles * octaves[2] + 0.03 * bundles + 0.4 * fibres
     return np.clip(np.stack([0.05 + 0.05 * cloud + 0.9 * thin, pink], axis=-1), 0, None)
 
 
-def _lay(rng: np.random.Generator, canvas: np.ndarray, masks: list, shape: Shape, unit: float) -> list[int] | None:
-    """Paint the shape on canvas (size, size, 2) where MAX_OVERLAP and MIN_INSIDE hold, and add its mask to the others.
-
-    Returns the window's corner [x, y], or None where no room was found.
-    """
-    _, depth, dyes = shape
+def _lay(rng: np.random.Generator, canvas: np.ndarray, masks: list, shape: Shape, unit: float) -> np.ndarray | None:
+    """Paint a shape on canvas (size, size, 2) where there is room; adds its mask, gives its polygon in the image."""
+    polygon, depth, dyes = shape
     size, inside, pixels = len(canvas), depth > 0, np.count_nonzero
     for _ in range(40):
         x, y = (int(rng.integers(-extent // 3, size - extent + extent // 3 + 1)) for extent in inside.shape[::-1])
         there = np.s_[max(y, 0) : y + inside.shape[0], max(x, 0) : x + inside.shape[1]]
         here = np.s_[max(-y, 0) : size - y, max(-x, 0) : size - x]
         part, area = inside[here], pixels(inside[here])
-        if area < MIN_INSIDE * pixels(inside):
-            continue
-        if any(pixels(mask[there] & part) > MAX_OVERLAP * min(area, pixels(mask)) for mask in masks):
+        crowded = any(pixels(mask[there] & part) > MAX_OVERLAP * min(area, pixels(mask)) for mask in masks)
+        if crowded or area < MIN_INSIDE * pixels(inside):
             continue
         masks.append(np.zeros((size, size), bool))
         masks[-1][there] = part
         under, below = canvas[there], depth[here][..., None]
         under *= 1 - 0.45 * np.exp(-((below / (1.5 * unit)) ** 2))  # fixed tissue shrinks: a pale cleft around it
         under += _ramp(below) * (dyes[here] - under)
-        return [x, y]
+        return np.clip(polygon + (x, y), 0, size).round(2)
     return None
 
 
-def _render(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image.Image, list[tuple[int, np.ndarray]]]:
-    """One image and its objects, the lowest first: label and polygon (n, 2) x, y in pixels, clipped to the image."""
-    unit = size / 192
+def _render(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image.Image, list[dict]]:
+    """One image and its objects' COCO annotations without ids, the lowest first."""
+    unit, annotations, masks = size / 192, [], []
     canvas = _stroma(rng, size, unit)
     counts = (0, 0, 0) if empty else rng.integers((0, 1, 3), (3, 4, 9))
-    objects, masks = [], []
-    for label, make, count in zip((2, 1, 0), (_glomerulus, _vessel, _cell), counts, strict=True):
+    for category, make, count in zip((3, 2, 1), (_glomerulus, _vessel, _cell), counts, strict=True):
         for shape in [make(rng, unit) for _ in range(count)]:
-            corner = _lay(rng, canvas, masks, shape, unit)
-            if corner is not None:
-                objects.append((label, np.clip(shape[0] + corner, 0, size).round(2)))
-    counterstain = np.array(EOSIN) + rng.uniform() * (np.array(PAS) - EOSIN)  # H&E pink to PAS magenta
+            polygon = _lay(rng, canvas, masks, shape, unit)
+            if polygon is not None:
+                annotations.append({"category_id": category, **_outline(polygon)})
+    counterstain = EOSIN + rng.uniform() * (PAS - EOSIN)  # H&E pink to PAS magenta
     dyes = np.stack([HAEMATOXYLIN, counterstain]) * rng.uniform(0.85, 1.2, (2, 1)) * rng.uniform(0.93, 1.07, (2, 3))
     canvas = gaussian_filter(canvas, (*[unit * rng.uniform(0.45, 0.85)] * 2, 0))
     passed = np.exp(-canvas.reshape(-1, 2) @ dyes.astype(np.float32)).reshape(size, size, 3)
     light = rng.uniform(236, 250, 3).astype(np.float32) * (1 + 0.03 * _noise(rng, (size, size), 1)[..., None])
     grain = rng.standard_normal((size, size, 3), np.float32) * np.float32(rng.uniform(1.5, 4))
-    return Image.fromarray(np.clip(light * passed + grain + 0.5, 0, 255).astype(np.uint8)), objects
+    return Image.fromarray(np.clip(light * passed + grain + 0.5, 0, 255).astype(np.uint8)), annotations
 
 
-def _annotation(label: int, polygon: np.ndarray) -> dict:
-    """COCO annotation, without ids, of polygon (n, 2) in pixels."""
+def _outline(polygon: np.ndarray) -> dict:
+    """COCO's fields for polygon (n, 2) in pixels."""
     x, y = polygon.T
     area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
-    box = np.concatenate([polygon.min(axis=0), np.ptp(polygon, axis=0)])  # x, y, width, height
-    sizes = {"bbox": box.round(2).tolist(), "area": round(float(area), 2)}
-    return {"category_id": label + 1, **sizes, "iscrowd": 0, "segmentation": [polygon.ravel().tolist()]}
+    box = np.concatenate([polygon.min(axis=0), np.ptp(polygon, axis=0)]).round(2).tolist()  # x, y, width, height
+    return {"bbox": box, "area": round(float(area), 2), "iscrowd": 0, "segmentation": [polygon.ravel().tolist()]}
 
 
 def _clear(out: Path) -> None:
     """Remove an earlier demo, finished or not, from `out`.  Raises UserError, removing nothing, for other contents."""
-    earlier, folders = [], [out / split for split in SPLITS]
+    folders = [out / split for split in SPLITS]
     for path in out.rglob("*") if out.is_dir() else [out] * out.exists():
-        if path.name.startswith(".") or (path in folders and path.is_dir()):
-            continue
-        ours = re.fullmatch(r"demo_\d{5,}\.png", path.name) or (
-            path.name == ANNOTATIONS and DESCRIPTION.encode() in path.read_bytes()[:100]
-        )
-        if not ours or path.parent not in folders:
+        ours = path.name == ANNOTATIONS and DESCRIPTION.encode() in path.read_bytes()[:100]
+        ours = path.parent in folders and (ours or re.fullmatch(r"demo_\d{5,}\.png", path.name))
+        if not (ours or path in folders or path.name.startswith(".")):
             raise UserError(f"{path} is in the way: {out} is neither empty nor an earlier demo. Name another folder.")
-        earlier.append(path)
-    for path in earlier:
-        path.unlink()
     for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_demo(out: Path, train: int = 200, valid: int = 50, test: int = 0, size: int = 192, seed: int = 0) -> None:
     """Write OUT/{train,valid,test}/_annotations.coco.json and that many size x size PNG images beside each.
 
-    Polygons are complete where another object covers them and clipped to the image; `area` is the polygon's. The
-    annotations are written last. An earlier demo is replaced; UserError where the folder holds anything else.
+    Polygons are whole where another object covers them, and clipped to the image. An earlier demo is replaced;
+    UserError where the folder holds anything else.
     """
-    out = Path(out)
-    _clear(out)
+    _clear(out := Path(out))
     categories = [{"id": i, "name": name, "supercategory": "tissue"} for i, name in enumerate(CLASS_NAMES, start=1)]
-    tables = {}
-    for split, count in zip(SPLITS, (train, valid, test), strict=True):
-        images, annotations = [], []
+    for which, (split, count) in enumerate(zip(SPLITS, (train, valid, test))):
+        table = {"info": {"description": DESCRIPTION}, "images": [], "annotations": [], "categories": categories}
         for index in range(count):
-            rng = np.random.default_rng([seed, SPLITS.index(split), index])
-            image, objects = _render(rng, size, empty=index % EMPTY_EVERY == 5)
-            images.append({"id": index + 1, "file_name": f"demo_{index:05d}.png", "width": size, "height": size})
-            for found in objects:
-                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **_annotation(*found)})
+            rng = np.random.default_rng([seed, which, index])
+            image, objects = _render(rng, size, empty=index % 25 == 5)  # one in 25 shows no object
+            name, first = f"demo_{index:05d}.png", len(table["annotations"]) + 1
+            table["images"].append({"id": index + 1, "file_name": name, "width": size, "height": size})
+            table["annotations"] += [{"id": i, "image_id": index + 1, **row} for i, row in enumerate(objects, first)]
             (out / split).mkdir(parents=True, exist_ok=True)
             # zlib's run-length mode: with this grain smaller and faster than the default
-            image.save(out / split / images[-1]["file_name"], compress_type=3)
-        info = {"description": DESCRIPTION}
-        tables[split] = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    for split, table in tables.items():
-        if table["images"]:
+            image.save(out / split / name, compress_type=3)
+        if count:
             (out / split / ANNOTATIONS).write_text(json.dumps(table), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m rfdetr.data.demo", description="Write a generated demo dataset.")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder, or an earlier demo to replace")
-    parser.add_argument("--train", type=number(int, 1), default=200, help="number of training images")
-    parser.add_argument("--valid", type=number(int, 0), default=50)
-    parser.add_argument("--test", type=number(int, 0), default=0)
+    for split, least, default in (("train", 1, 200), ("valid", 0, 50), ("test", 0, 0)):
+        parser.add_argument(f"--{split}", type=number(int, least), default=default, help="number of images")
     parser.add_argument("--size", type=number(int, 64, 2048), default=192, help="side of the images in pixels")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -67,9 +67,11 @@ class SplitDataset(Dataset):
         index, seed = key
         sample = self._read(index)
         if self.augment is not None and seed is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                sample = self.augment(sample)
+            # the CPU generator alone: torch.manual_seed would reach for the GPUs', at 2 ms a call
+            state = torch.get_rng_state()
+            torch.default_generator.manual_seed(seed)
+            sample = self.augment(sample)
+            torch.set_rng_state(state)
         height, width = sample["image"].shape[-2:]
         boxes = xyxy_to_cxcywh(torch.as_tensor(sample["boxes"]).float())
         target = {
@@ -156,6 +158,7 @@ def training_loader(dataset: SplitDataset, sampler: EpochSampler, workers: int, 
         collate_fn=collate,
         pin_memory=pin,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # a loader draws from the global one, which a resumed run must find as it was
     )
 
 
@@ -163,4 +166,6 @@ def evaluation_loader(dataset: SplitDataset, batch: int, workers: int, rank: int
     """The split in order, without augmentation, every `world`-th image of it."""
     keys = [(index, None) for index in range(rank, len(dataset), world)]
     batches = [keys[i : i + batch] for i in range(0, len(keys), batch)]
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate)
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=torch.Generator()
+    )

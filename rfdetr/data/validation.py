@@ -1,27 +1,28 @@
 """What is wrong with a dataset: every fault at once, with stable codes, before any of it reaches C code or a model.
 
 pycocotools reads uninitialised memory or hangs on numbers it does not expect, so nothing here calls it. The same pass
-decides what is dropped or clipped (`SplitCheck.annotations`); `coco.py` builds its records from that and looks no more.
+decides what is dropped or clipped; `coco.py` builds its splits from that and looks no more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from rfdetr.console import UserError, tick, warn
 
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 LIMIT = 1e7  # pixels; beyond it a coordinate is absurd, and pycocotools would allocate in proportion to it
 SLACK = 0.1  # pixels a box may stand out before it is worth a word: many tools round to one decimal
 THINNEST = 1e-3  # pixels; thinner boxes vanish in float32
-PLACES = 20  # listed per problem
-QUERIES = 300  # objects that the official sizes can find in one image
+NO_MASKS = (
+    "No segmentation masks found in COCO annotations: {}: 0 of {} annotations have a usable segmentation. Stage 2 and "
+    "single-stage training need polygons or RLE: export the dataset with masks. Stage 1 works on boxes alone."
+)
 ORIENTATION = 0x0112  # EXIF tag: 2-4 mirror or turn by 180 degrees, 5-8 also swap width and height
-NO_MASKS = "No segmentation masks found in COCO annotations"
 
 # Above this Pillow warns, above twice this it raises, and only that counts as a decompression bomb here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -47,16 +49,14 @@ CODES: dict[str, tuple[str, str, str]] = {
     "CAT_NAME_DUPLICATE": ("error", "with the name of another", "merge or rename them"),
     "IMG_ID_INVALID": ("error", "without a whole number or a text as id", "give each its own id"),
     "IMG_ID_DUPLICATE": ("error", "with the id of another", "give each its own id"),
-    "IMG_FILE_DUPLICATE": ("warning", "with the file of another", "merge the entries and their annotations"),
     "IMG_PATH": ("error", "whose file_name is no plain path inside the dataset", "write it relative, without .."),
     "IMG_MISSING": ("error", "whose file is missing", "put the files there or delete their entries"),
     "IMG_CORRUPT": ("warning", "that cannot be read", "replace the files or delete their entries; training skips them"),
     "IMG_BOMB": ("error", "with too many pixels (a decompression bomb?)", "scale them down or delete their entries"),
     "IMG_SIZE_INVALID": ("error", "whose width or height is no whole number above 0", "write the image's size"),
     "IMG_SIZE": ("error", "of another size than the annotations say", "export them again from the same images"),
-    "IMG_EXIF": ("warning", "with an EXIF rotation that agrees with the annotated size", "rotated when read"),
     "IMG_LINK": ("warning", "behind symbolic links", "followed"),
-    "IMG_MANY_OBJECTS": ("warning", f"with more than {QUERIES} objects", "no size finds more in one image"),
+    "IMG_MANY_OBJECTS": ("warning", "with more objects than the model has queries", "it cannot find them all"),
     "IMG_SHARED": ("warning", "that train has too (equal content)", "scores on them say little"),
     "ANN_ID_INVALID": ("error", "without a whole number as id", "give each its own id"),
     "ANN_ID_DUPLICATE": ("error", "with the id of another", "give each its own id"),
@@ -75,7 +75,7 @@ CODES: dict[str, tuple[str, str, str]] = {
     "ANN_SEG_NAN": ("error", "with a NaN, infinite or absurd (> 1e7) polygon", "correct or delete them"),
     "ANN_POLYGON_SHORT": ("warning", "with a polygon of less than 3 points", "the polygon is dropped"),
     "ANN_POLYGON_ODD": ("warning", "with a polygon of an odd number of coordinates", "the polygon is dropped"),
-    "ANN_POLYGON_FAR": ("warning", "with a polygon that leads far outside the image", "its points are moved closer"),
+    "ANN_POLYGON_FAR": ("warning", "with a polygon that leads far outside the image", "the polygon is dropped"),
     "ANN_RLE_SIZE": ("error", "with an RLE of another size than the image", "export the masks again"),
     "ANN_RLE_COUNTS": ("error", "with RLE runs that do not sum to height x width", "export the masks again"),
     "ANN_RLE_TYPE": ("error", "whose RLE counts are neither a text nor whole numbers", "export the masks again"),
@@ -84,126 +84,201 @@ CODES: dict[str, tuple[str, str, str]] = {
     "SPLIT_FRACTION_UNUSED": ("warning", "that exists already", "--val_fraction is not used"),
     "CLASS_NOT_IN_TRAIN": ("warning", "without an annotation in train", "nothing can learn them"),
 }
-NOUNS = {
-    "JSON": ("place", "places"),
-    "CAT": ("category", "categories"),
-    "IMG": ("image", "images"),
-    "ANN": ("annotation", "annotations"),
-    "CLASS": ("class", "classes"),
-    "SPLIT": ("split", "splits"),
-}
-Progress = Callable[[list], Iterable]  # wraps a list as tqdm does
+NOUNS = dict(JSON="place places", CAT="category categories", IMG="image images", ANN="annotation annotations")
+NOUNS |= dict(CLASS="class classes", SPLIT="split splits")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One kind of fault in one file: a stable `code`, "error" or "warning", a sentence, how often and where first."""
+    """One kind of fault in one file: a stable code, "error" or "warning", a sentence, count, the first 20 places."""
 
     code: str
     severity: str
     message: str
-    count: int = 1
-    places: list[str] = field(default_factory=list)
+    count: int
+    places: list[str]
 
 
-class Findings:
-    """The faults of one file: code -> places."""
+@dataclass
+class ImageRecord:
+    """One image and its objects. Sizes and boxes in pixels as the annotations mean them."""
 
-    def __init__(self, file: Path):
-        self.file = file
-        self.places: dict[str, list[str]] = {}
+    id: int | str  # the dataset's own
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray  # (n, 4) float32 xyxy, inside the image
+    labels: np.ndarray  # (n,) int64, 0..N-1
+    crowd: np.ndarray  # (n,) bool
+    segmentations: list[list | dict | None]  # n raw COCO polygons or RLE, None where missing or unusable
+    annotation_ids: np.ndarray  # (n,) int64
+    exif: bool = False  # the file is stored rotated or mirrored; load_image undoes it
+    file_name: str = ""  # as the annotations have it
+    digest: bytes = b""  # of the file, where the check decoded it
+
+
+class SplitCheck:
+    """One annotation file: its faults, and what of it is usable.
+
+    categories: the sound entries.  images: id -> record of each readable image, still with lists for arrays, category
+    ids for labels and None for unknown sizes.  annotations: theirs for the evaluator, with those that the records have
+    not (dropped ones), so that pycocotools gives the same figures as on the file.
+    """
+
+    def __init__(self, file: str | Path, folder: Path | None = None, decode: bool = False, data: dict | None = None):
+        """Check `data`, else what `file` holds (UserError for no JSON), and the images where `folder` is given."""
+        self.file, data = Path(file), read_json(file) if data is None else data
+        self.places: dict[str, list[str]] = {}  # code -> where
         self.raised: set[str] = set()  # codes that are errors here though CODES says warning
+        categories, images, annotations = (self._table(data, key) for key in ("categories", "images", "annotations"))
+        self.categories = self._check_categories(categories, annotations)
+        self.images = self._check_images(images)
+        readable = self.images if folder is None else self._check_files(folder, decode)
+        self.annotations = self._check_annotations(annotations, readable)
+        self.images = readable
 
-    def add(self, code: str, place: str) -> None:
-        self.places.setdefault(code, []).append(place[:200])
+    def fault(self, code: str, place: str, found: bool = True) -> bool:
+        """Note a fault, if it is one; returns whether."""
+        if found:
+            self.places.setdefault(code, []).append(place[:200])
+        return found
 
+    @property
     def problems(self) -> list[Problem]:
-        """Worded, errors first."""
+        """All faults found so far, worded, errors first."""
         out = []
         for code, places in self.places.items():
             severity, what, then = CODES[code]
-            noun = NOUNS[code.split("_")[0]][len(places) > 1]
+            noun = NOUNS[code.split("_")[0]].split()[len(places) > 1]
             first = ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
             message = f"{self.file}: {len(places)} {noun} {what} ({first}): {then}"
-            severity = "error" if code in self.raised else severity
-            out.append(Problem(code, severity, message, len(places), places[:PLACES]))
+            out.append(Problem(code, "error" if code in self.raised else severity, message, len(places), places[:20]))
         return sorted(out, key=lambda problem: problem.severity)
 
-
-@dataclass
-class ImageFile:
-    """One image entry. Pixels as the annotations mean them, None while unknown; `exif`: rotate when reading."""
-
-    id: int | str
-    file_name: str
-    width: int | None
-    height: int | None
-    path: Path = Path()
-    exif: bool = False
-
-
-class Annotation(NamedTuple):
-    """A sound annotation: xyxy pixels inside the image, or None where it is dropped; None where it has no mask.
-
-    Dropped ones stay in the evaluator's ground truth, so that pycocotools gives the same figures on the original file.
-    """
-
-    entry: dict
-    box: tuple[float, float, float, float] | None
-    segmentation: list | dict | None
-
-
-@dataclass
-class SplitCheck:
-    """What one annotation file holds once its faults are known. Unreadable images are left out already."""
-
-    name: str
-    found: Findings
-    categories: list[dict]
-    images: dict[int | str, ImageFile]
-    annotations: list[Annotation]
-
-    def objects(self) -> list[Annotation]:
-        """The annotations to train on: neither dropped nor crowd regions."""
-        return [item for item in self.annotations if item.box is not None and not item.entry.get("iscrowd")]
-
+    @property
     def sound(self) -> bool:
         """Whether no error was found so far."""
-        return all(problem.severity == "warning" for problem in self.found.problems())
+        return all(problem.severity == "warning" for problem in self.problems)
 
-    def class_counts(self) -> Counter[str]:
-        """Class name -> objects."""
-        names = {entry["id"]: entry["name"] for entry in self.categories}
-        return Counter(names[item.entry["category_id"]] for item in self.objects())
+    @property
+    def warnings(self) -> list[str]:
+        """What to tell before training; `require_masks` tells of missing masks, where they matter."""
+        return [problem.message for problem in self.problems if problem.code != "ANN_NO_MASK"]
 
-    def mask_count(self) -> int:
-        """Objects with a mask."""
-        return sum(item.segmentation is not None for item in self.objects())
+    def _table(self, data: dict, key: str) -> list[dict]:
+        entries = data.get(key)
+        if self.fault("JSON_STRUCTURE", f"no list {key!r}", not isinstance(entries, list)):
+            return []
+        for index, entry in enumerate(entries):
+            self.fault("JSON_STRUCTURE", f"{key}[{index}] is a {type(entry).__name__}", not isinstance(entry, dict))
+        return [entry for entry in entries if isinstance(entry, dict)]
+
+    def _check_categories(self, entries: list[dict], annotations: list[dict]) -> list[dict]:
+        good: dict[int, dict] = {}
+        for index, entry in enumerate(entries):
+            key, name = entry.get("id"), entry.get("name")
+            place = f"categories[{index}]: id {key!r}, name {name!r}"
+            if not self.fault("CAT_INVALID", place, not _whole(key) or not isinstance(name, str)):
+                self.fault("CAT_ID_DUPLICATE", place, good.setdefault(key, entry) is not entry)
+        # Labelling tools give the placeholder the name of the class where there is but one, so it does not count.
+        used = {entry.get("category_id") for entry in annotations if _whole(entry.get("category_id"))}
+        left_out = placeholders(good.values(), used)
+        names = Counter(entry["name"] for key, entry in good.items() if (key, entry["name"]) not in left_out)
+        for name, times in names.items():
+            self.fault("CAT_NAME_DUPLICATE", repr(name), times > 1)
+        return list(good.values())
+
+    def _check_images(self, entries: list[dict]) -> dict[int | str, ImageRecord]:
+        images: dict[int | str, ImageRecord] = {}
+        for index, entry in enumerate(entries):
+            key, file, sides = entry.get("id"), entry.get("file_name"), [entry.get("width"), entry.get("height")]
+            place = f"images[{index}]: id {key!r}, file {file!r}"
+            if self.fault("IMG_ID_INVALID", place, not _whole(key) and type(key) is not str):
+                continue
+            self.fault("IMG_ID_DUPLICATE", place, key in images)
+            if self.fault("IMG_PATH", place, type(file) is not str or not file or _leads_outside(file)):
+                file = ""
+            sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
+            if self.fault("IMG_SIZE_INVALID", place, any(s is not None and not (_whole(s) and s > 0) for s in sides)):
+                sides = [None, None]
+            images[key] = ImageRecord(key, Path(), *sides, [], [], [], [], [], file_name=file)
+        return images
+
+    def _check_files(self, folder: Path, decode: bool) -> dict[int | str, ImageRecord]:
+        """The images that can be read."""
+        images = [image for image in self.images.values() if image.file_name]
+        bar = tqdm(images, "Images", unit="image", disable=None if decode else True, leave=False)
+        readable = {}
+        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+            for image, faults in zip(bar, pool.map(lambda image: _open(image, folder, decode), images)):
+                for code in faults:
+                    self.fault(code, faults[code])
+                if not faults.keys() & {"IMG_MISSING", "IMG_BOMB", "IMG_CORRUPT"}:
+                    readable[image.id] = image
+        if decode or len(self.places.get("IMG_CORRUPT", ())) > max(3, len(self.images) / 100):
+            self.raised.add("IMG_CORRUPT")
+        return readable
+
+    def _check_annotations(self, entries: list[dict], readable: dict[int | str, ImageRecord]) -> list[dict]:
+        """Fills the records; returns the sound annotations of readable images (`area` is None where they have none)."""
+        truth, ids, twins = [], {}, {}
+        places: dict[bool, list[str]] = {True: [], False: []}  # of objects with and without a mask
+        categories = {entry["id"] for entry in self.categories}
+        for entry in entries:
+            key, image_id, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
+            place = f"annotation {key} of image {image_id}"
+            first = ids.setdefault(key, entry) if _whole(key) else entry
+            if self.fault("ANN_DUPLICATE", place, first is not entry and first == entry):
+                continue
+            image = self.images.get(image_id) if type(image_id) in (int, str) else None
+            width, height = (image.width, image.height) if image else (None, None)
+            box, box_fault = _clip(entry, width or inf, height or inf)
+            segmentation, faults = _usable(entry.get("segmentation"), width, height)
+            tests = {
+                "ANN_ID_INVALID": not _whole(key),
+                "ANN_ID_DUPLICATE": first is not entry,
+                "ANN_CROWD_INVALID": entry.get("iscrowd") not in (0, 1, None),
+                "ANN_CATEGORY_UNKNOWN": not _whole(category) or category not in categories,
+                "ANN_IMAGE_UNKNOWN": image is None,
+                "ANN_AREA_INVALID": entry.get("area") is not None and _number_fault([entry["area"]], LIMIT**2),
+            }
+            wrong = [code for code in tests if tests[code]] + sorted({*faults, box_fault} - {None})
+            for code in wrong:
+                self.fault(code, place)
+            if any(CODES[code][0] == "error" for code in wrong) or image_id not in readable:
+                continue
+            twin = twins.setdefault((image_id, category, *entry["bbox"]), entry)
+            same = twin is not entry and all(twin.get(name) == entry.get(name) for name in ("segmentation", "iscrowd"))
+            crowd = bool(entry.get("iscrowd"))
+            if box and not self.fault("ANN_DUPLICATE", place, same):
+                columns = image.boxes, image.labels, image.crowd, image.segmentations, image.annotation_ids
+                for column, value in zip(columns, (box, category, crowd, segmentation, key)):
+                    column.append(value)
+                if not crowd:
+                    places[segmentation is not None].append(place)
+            truth.append({name: entry.get(name) for name in ("id", "image_id", "category_id", "bbox", "area")})
+            truth[-1] |= {"iscrowd": int(crowd)} | ({"segmentation": segmentation} if segmentation else {})
+        for place in places[False] if places[True] else ():
+            self.fault("ANN_NO_MASK", place)
+        return truth
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: str | Path) -> dict:
     """A COCO annotation file; any Unicode encoding, with or without BOM.  Raises UserError with line and column."""
-    position, fault = (1, 1), ""
     try:
         raw = Path(path).read_bytes()
         data = json.loads(raw)
-        fault = "" if isinstance(data, dict) else f"it holds a {type(data).__name__} instead of an object"
+        if isinstance(data, dict):
+            return data
+        line, column, fault = 1, 1, f"it holds a {type(data).__name__} instead of an object"
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except json.JSONDecodeError as error:
-        position, fault = (error.lineno, error.colno), error.msg if raw.strip() else "the file is empty"
-    except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        position, fault = (before.count(b"\n") + 1, len(before) - before.rfind(b"\n")), f"not {error.encoding} text"
-    except (ValueError, RecursionError) as error:  # an endless number, endless brackets
-        fault = str(error).split(";")[0]
-    if fault:
-        line, column = position
-        raise UserError(
-            f"{path}: line {line}, column {column}: not a COCO annotation file: {fault}. "
-            "Was the export or download cut off? Export it again."
-        )
-    return data
+    except (ValueError, RecursionError) as error:  # the latter: endless brackets
+        before, fault = raw[: getattr(error, "start", 0)], str(error).split(":")[0]
+        line = getattr(error, "lineno", before.count(b"\n") + 1)
+        column = getattr(error, "colno", len(before) - before.rfind(b"\n"))
+    advice = "Was the export or download cut off? Export it again."
+    raise UserError(f"{path}: line {line}, column {column}: not a COCO annotation file: {fault}. {advice}")
 
 
 def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
@@ -213,121 +288,38 @@ def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
     Raises UserError where there is neither.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise UserError(
-            f"dataset folder {root} {'is a file' if root.exists() else 'not found'}: name it with --dataset"
-        )
-    found = {}
-    for split in ("train", "valid", "test"):
-        file = root / split / "_annotations.coco.json"
-        if file.is_file():
-            found[split] = (file, file.parent)
-    if found:
-        return found
-    for split, short in (("train", "train"), ("valid", "val"), ("test", "test")):
+    flat = {name: (root / name / "_annotations.coco.json", root / name) for name in ("train", "valid", "test")}
+    found = {name: paths for name, paths in flat.items() if paths[0].is_file()}
+    for split, short in () if found else (("train", "train"), ("valid", "val"), ("test", "test")):
         for file in sorted((root / "annotations").glob(f"instances_{short}*.json")):
-            folder = file.stem.removeprefix("instances_")
-            for images in (root / "images" / folder, root / folder):
+            for parent in (root / "images", root):
+                images = parent / file.stem.removeprefix("instances_")
                 if images.is_dir():
                     found[split] = (file, images)
     if not found:
-        inside = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
+        names = sorted(entry.name for entry in root.iterdir())[:10] if root.is_dir() else []
+        state = f"there is: {', '.join(names) or 'nothing'}" if root.is_dir() else "not a folder"
         raise UserError(
-            f"no COCO dataset in {root}: expected train/_annotations.coco.json beside the images, or "
-            f"annotations/instances_train2017.json and train2017/. There is: {inside}"
+            f"no COCO dataset in {root} ({state}): expected train/_annotations.coco.json beside the images, or "
+            "annotations/instances_train2017.json and train2017/. Another folder is named with --dataset"
         )
     return found
 
 
-def check_annotations(data: dict, file: str | Path) -> list[Problem]:
-    """Every fault of a parsed COCO file that shows without its images (sizes are believed), errors first."""
-    return _inspect(data, "", Findings(Path(file))).found.problems()
-
-
-def check_dataset(
-    root: str | Path, val_fraction: float | None = None, need_masks: bool = False, check_images: bool = False
-) -> list[Problem]:
-    """Every problem of a dataset, errors first.  Arguments as `inspect_dataset`; a missing dataset is a problem too."""
-    try:
-        return inspect_dataset(root, val_fraction, need_masks, check_images)[1]
-    except UserError as error:
-        return [Problem("DATASET_LAYOUT", "error", str(error), 1, [str(root)])]
-
-
-def inspect_dataset(
-    root: str | Path,
-    val_fraction: float | None = None,
-    need_masks: bool = False,
-    check_images: bool = False,
-    progress: Progress = iter,
-) -> tuple[dict[str, SplitCheck], list[Problem]]:
-    """Check all splits once: (split name -> what is usable, all problems with errors first).
-
-    `val_fraction` makes a missing valid/ no error; `need_masks` makes missing masks one; `check_images` decodes every
-    image and compares contents between splits.  Raises UserError only where `root` holds no dataset at all.
-    """
-    checks: dict[str, SplitCheck] = {}
-    problems: list[Problem] = []
-
-    def problem(code: str, severity: str, message: str) -> None:
-        problems.append(Problem(code, severity, message, 1, [str(root)]))
-
-    files = find_splits(root)
-    for name, (file, folder) in files.items():
-        try:
-            checks[name] = inspect_split(file, folder, name, check_images, progress)
-        except UserError as error:
-            problem("JSON_INVALID", "error", str(error))
-    if "train" not in files:
-        problem("SPLIT_TRAIN_MISSING", "error", f"{root} has no train split: training needs one")
-    if "valid" not in files and not val_fraction:
-        advice = "add valid/_annotations.coco.json, or split train/ with --val_fraction 0.1"
-        problem("SPLIT_VALID_MISSING", "error", f"{root} has no valid split: {advice}")
-    sound_train = "train" in checks and checks["train"].sound()  # else what is missing there is another fault's effect
-    for split, check in checks.items():
-        found, objects = check.found, check.objects()
-        if need_masks and objects and not check.mask_count():
-            problem("MASKS_NONE", "error", _no_masks(found.file, len(objects)))
-        if split == "valid" and val_fraction:
-            found.add("SPLIT_FRACTION_UNUSED", split)
-        if not objects and check.sound():
-            found.add("SPLIT_EMPTY", f"{split}: {len(check.images)} images")
-            if split == "train":
-                found.raised.add("SPLIT_EMPTY")
-        if split != "train" and sound_train:
-            for name in sorted(check.class_counts().keys() - checks["train"].class_counts().keys()):
-                found.add("CLASS_NOT_IN_TRAIN", repr(name))
-        if split != "train" and "train" in checks and check_images:
-            for path in _shared(checks["train"], check):
-                found.add("IMG_SHARED", path.name)
-    problems = [item for check in checks.values() for item in check.found.problems()] + problems
-    return checks, sorted(problems, key=lambda item: item.severity)
-
-
-def inspect_split(
-    annotation_file: Path, image_dir: Path, name: str, decode: bool = False, progress: Progress = iter
-) -> SplitCheck:
-    """Check one annotation file and the headers (`decode`: all pixels) of its images.  Raises UserError if no JSON."""
-    return _inspect(read_json(annotation_file), name, Findings(annotation_file), Path(image_dir), decode, progress)
-
-
-def raise_errors(problems: list[Problem], root: Path) -> None:
+def raise_errors(problems: list[Problem], root: str | Path) -> None:
     """Raise one UserError for the first error, with the number of other kinds and the command that lists them."""
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         others = f"; and {len(errors) - 1} more kinds of errors" if len(errors) > 1 else ""
-        place = f'"{root}"' if " " in str(root) else root
-        see = f"To see everything at once run: python validate_setup.py --dataset {place}"
+        see = f'To see everything at once run: python validate_setup.py --dataset "{root}"'
         raise UserError(f"{errors[0].message.rstrip('.')}{others}. {see}")
 
 
 def require_masks(split: CocoSplit) -> None:
     """Print how many of up to 10 sampled annotations have masks, warn where some lack them; UserError if all do."""
-    masks = [
-        seg is not None for i in split.images for seg, crowd in zip(i.segmentations, i.crowd, strict=True) if not crowd
-    ]
+    masks = [seg is not None for i in split.images for seg, crowd in zip(i.segmentations, i.crowd) if not crowd]
     if not any(masks):
-        raise UserError(_no_masks(split.annotation_file, len(masks)))
+        raise UserError(NO_MASKS.format(split.annotation_file, len(masks)))
     sample = [masks[i] for i in np.linspace(0, len(masks) - 1, min(10, len(masks))).astype(int)]
     tick(f"Validated: {sum(sample)}/{len(sample)} sample annotations contain segmentation masks")
     lacking = len(masks) - sum(masks)
@@ -335,34 +327,12 @@ def require_masks(split: CocoSplit) -> None:
         warn(f"{split.annotation_file}: {lacking} of {len(masks)} annotations have no mask: they give no mask loss")
 
 
-def _no_masks(file: Path, objects: int) -> str:
-    return (
-        f"{NO_MASKS}: {file}: 0 of {objects} annotations have a usable segmentation. Stage 2 and single-stage training "
-        "need polygons or RLE: export the dataset with masks. Stage 1 works on boxes alone."
-    )
-
-
-def _inspect(
-    data: dict, name: str, found: Findings, folder: Path | None = None, decode: bool = False, progress: Progress = iter
-) -> SplitCheck:
-    """All checks of one parsed file in their order; without `folder` no image is opened."""
-    tables = []
-    for key in ("categories", "images", "annotations"):
-        entries = data.get(key)
-        if not isinstance(entries, list):
-            found.add("JSON_STRUCTURE", f"no list {key!r}")
-            entries = []
-        for index, entry in enumerate(entries):
-            if not isinstance(entry, dict):
-                found.add("JSON_STRUCTURE", f"{key}[{index}] is a {type(entry).__name__}")
-        tables.append([entry for entry in entries if isinstance(entry, dict)])
-    categories, images = _check_categories(tables[0], tables[2], found), _check_images(tables[1], found)
-    unreadable = set() if folder is None else _check_files(images, folder, found, decode, progress)
-    annotations = _check_annotations(tables[2], images, unreadable, {entry["id"] for entry in categories}, found)
-    images = {key: image for key, image in images.items() if key not in unreadable}
-    check = SplitCheck(name, found, categories, images, annotations)
-    _check_objects(check.objects(), found)
-    return check
+def placeholders(categories: Iterable[dict], used: set[int]) -> set[tuple[int, str]]:
+    """(id, name) of the categories whose id is not in `used` and that are the supercategory of another one."""
+    parents = {(entry["id"], entry["name"]): str(entry.get("supercategory")) for entry in categories}
+    children = Counter(parents.values())
+    # its own supercategory does not count
+    return {key for key, parent in parents.items() if key[0] not in used and children[key[1]] > (parent == key[1])}
 
 
 def _whole(value: object) -> bool:
@@ -370,205 +340,53 @@ def _whole(value: object) -> bool:
     return type(value) is int and abs(value) < 2**53
 
 
-def placeholders(categories: Iterable[dict], used: set[int]) -> set[tuple[int, str]]:
-    """(id, name) of the categories whose id is not in `used` and that are the supercategory of another one."""
-    parents = {(entry["id"], entry["name"]): str(entry.get("supercategory")) for entry in categories}
-    children = Counter(parents.values())
-    return {
-        (key, name)
-        for (key, name), parent in parents.items()
-        if key not in used and children[name] > (parent == name)  # its own supercategory does not count
-    }
-
-
-def _check_categories(entries: list[dict], annotations: list[dict], found: Findings) -> list[dict]:
-    good: dict[int, dict] = {}
-    for index, entry in enumerate(entries):
-        if not _whole(entry.get("id")) or not isinstance(entry.get("name"), str):
-            found.add("CAT_INVALID", f"categories[{index}]: id {entry.get('id')!r}, name {entry.get('name')!r}")
-        elif entry["id"] in good:
-            found.add("CAT_ID_DUPLICATE", f"id {entry['id']}")
-        else:
-            good[entry["id"]] = entry
-    # Labelling tools give the placeholder the name of the class where there is but one, so it does not count.
-    used = {entry.get("category_id") for entry in annotations if _whole(entry.get("category_id"))}
-    left_out = placeholders(good.values(), used)
-    names = Counter(entry["name"] for key, entry in good.items() if (key, entry["name"]) not in left_out)
-    for name in (name for name, times in names.items() if times > 1):
-        found.add("CAT_NAME_DUPLICATE", repr(name))
-    return list(good.values())
-
-
-def _check_images(entries: list[dict], found: Findings) -> dict[int | str, ImageFile]:
-    images: dict[int | str, ImageFile] = {}
-    files: set[str] = set()
-    for index, entry in enumerate(entries):
-        key, file = entry.get("id"), entry.get("file_name")
-        place = f"image {key!r} {file!r}"
-        if not _whole(key) and type(key) is not str:
-            found.add("IMG_ID_INVALID", f"images[{index}] {file!r}")
-            continue
-        if key in images:
-            found.add("IMG_ID_DUPLICATE", place)
-        if type(file) is not str or not file or _leads_outside(file):
-            found.add("IMG_PATH", place)
-        elif file in files:
-            found.add("IMG_FILE_DUPLICATE", place)
-        sides = []
-        for side in (entry.get("width"), entry.get("height")):
-            if isinstance(side, float) and side.is_integer():
-                side = int(side)
-            if side is not None and not (_whole(side) and side > 0):
-                found.add("IMG_SIZE_INVALID", place)
-                side = None
-            sides.append(side)
-        files.add(str(file))
-        images[key] = ImageFile(key, str(file), *sides)
-    return images
-
-
 def _leads_outside(name: str) -> bool:
     """True for `..`, absolute and UNC paths and drive letters, as any system would read them."""
     return ".." in re.split(r"[\\/]", name) or bool(re.match(r"[\\/]|[A-Za-z]:", name)) or "\0" in name
 
 
-def _check_files(
-    images: dict[int | str, ImageFile], folder: Path, found: Findings, decode: bool, progress: Progress
-) -> set[int | str]:
-    """Open every image: fills `path`, `exif` and missing sizes in, returns the ids of those that cannot be read."""
-    safe = [image for image in images.values() if image.file_name and not _leads_outside(image.file_name)]
-    for image in safe:
-        image.path = folder / image.file_name
-        if "\\" in image.file_name and not image.path.exists():
-            image.path = folder / image.file_name.replace("\\", "/")
-    unreadable, linked = set(), folder.is_symlink()
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        headers = pool.map(lambda image: _read_header(image, decode), safe)
-        for image, header in zip(progress(safe), headers, strict=True):
-            place = f"{image.path}"
-            if linked or image.path.is_symlink():
-                found.add("IMG_LINK", place)
-            if isinstance(header, Exception):
-                if isinstance(header, FileNotFoundError | NotADirectoryError):
-                    found.add("IMG_MISSING", place)
-                elif isinstance(header, Image.DecompressionBombError):
-                    found.add("IMG_BOMB", place)
-                else:
-                    found.add("IMG_CORRUPT", f"{place}: {header}")
-                unreadable.add(image.id)
-                continue
-            width, height, orientation = header
-            turned = (height, width) if orientation >= 5 else (width, height)
-            image.exif = orientation > 1 and (image.width or turned[0], image.height or turned[1]) == turned
-            if image.exif:
-                found.add("IMG_EXIF", place)
-                width, height = turned
-            image.width, image.height = image.width or width, image.height or height
-            if (image.width, image.height) != (width, height):
-                found.add("IMG_SIZE", f"{place}: {image.width}x{image.height}, the file has {width}x{height}")
-    corrupt = len(found.places.get("IMG_CORRUPT", ()))
-    if decode or (corrupt > 3 and corrupt > len(images) / 100):
-        found.raised.add("IMG_CORRUPT")
-    return unreadable
-
-
-def _read_header(image: ImageFile, decode: bool) -> tuple[int, int, int] | Exception:
-    """(width, height, EXIF orientation) as stored, or what went wrong; `decode` reads all pixels too."""
+def _open(image: ImageRecord, folder: Path, decode: bool) -> dict[str, str]:
+    """Read the image's header, or all of it, and fill in what it tells; returns {code: place} of the faults."""
+    image.path = folder / image.file_name
+    if "\\" in image.file_name and not image.path.exists():
+        image.path = folder / image.file_name.replace("\\", "/")
+    place = str(image.path)
+    faults = {"IMG_LINK": place} if folder.is_symlink() or image.path.is_symlink() else {}
     try:
         with Image.open(image.path) as picture:
-            size, orientation = picture.size, 1
+            stored, orientation = picture.size, 1
             # Pillow turns TIFFs by itself. For a PNG without EXIF in front of its pixels getexif() decodes them all.
-            if picture.format != "TIFF" and ("exif" in picture.info or (image.width, image.height) != size):
-                try:
+            if picture.format != "TIFF" and ("exif" in picture.info or (image.width, image.height) != stored):
+                with contextlib.suppress(Exception):  # damaged EXIF in a sound image
                     orientation = picture.getexif().get(ORIENTATION, 1)
-                except Exception:  # damaged EXIF in a sound image
-                    orientation = 1
             if decode:
                 picture.load()
-        return *size, orientation if orientation in range(1, 9) else 1
+                image.digest = hashlib.sha256(image.path.read_bytes()).digest()
+    except (FileNotFoundError, NotADirectoryError):
+        return faults | {"IMG_MISSING": place}
+    except Image.DecompressionBombError:
+        return faults | {"IMG_BOMB": place}
     except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
-        return error
+        return faults | {"IMG_CORRUPT": f"{place}: {error}"}
+    turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    image.exif = orientation in range(2, 9) and (image.width or turned[0], image.height or turned[1]) == turned
+    width, height = turned if image.exif else stored
+    image.width, image.height = image.width or width, image.height or height
+    if (image.width, image.height) != (width, height):
+        faults["IMG_SIZE"] = f"{place}: {image.width}x{image.height}, the file has {width}x{height}"
+    return faults
 
 
-def _shared(train: SplitCheck, other: SplitCheck) -> list[Path]:
-    """The files of `other` whose bytes are also in train; only files of equal length and size are read."""
-
-    def by_size(check: SplitCheck) -> dict[tuple, list[Path]]:
-        groups: dict[tuple, list[Path]] = {}
-        for image in check.images.values():
-            if image.path.is_file():
-                groups.setdefault((image.path.stat().st_size, image.width, image.height), []).append(image.path)
-        return groups
-
-    mine, shared = by_size(train), []
-    for key, paths in by_size(other).items():
-        hashes = {hashlib.sha256(path.read_bytes()).digest() for path in mine.get(key, [])}
-        shared += [path for path in paths if hashes and hashlib.sha256(path.read_bytes()).digest() in hashes]
-    return shared
-
-
-def _check_annotations(
-    entries: list[dict], images: dict, unreadable: set[int | str], categories: set[int], found: Findings
-) -> list[Annotation]:
-    """The sound annotations; those of unreadable images are left out."""
-    good: list[Annotation] = []
-    ids: dict[int, dict] = {}
-    twins: dict[tuple, dict] = {}
-    for entry in entries:
-        key, image_id = entry.get("id"), entry.get("image_id")
-        place = f"annotation {key} of image {image_id}"
-        if not _whole(key):
-            found.add("ANN_ID_INVALID", place)
-        elif ids.setdefault(key, entry) is not entry:
-            if ids[key] == entry:
-                found.add("ANN_DUPLICATE", place)
-                continue
-            found.add("ANN_ID_DUPLICATE", place)
-        if entry.get("iscrowd") not in (0, 1, None):
-            found.add("ANN_CROWD_INVALID", place)
-        category = entry.get("category_id")
-        if type(category) is not int or category not in categories:
-            category = None
-            found.add("ANN_CATEGORY_UNKNOWN", place)
-        image = images.get(image_id) if type(image_id) in (int, str) else None
-        if image is None:
-            found.add("ANN_IMAGE_UNKNOWN", place)
-        box, fault = _clip(entry, image)
-        if fault:
-            found.add(fault, place)
-        segmentation = _usable_segmentation(entry.get("segmentation"), image, place, found)
-        if fault and CODES[fault][0] == "error" or category is None or image is None or image_id in unreadable:
-            continue
-        twin = twins.setdefault((image_id, category, *entry["bbox"]), entry)
-        if twin is not entry and all(twin.get(name) == entry.get(name) for name in ("segmentation", "iscrowd")):
-            found.add("ANN_DUPLICATE", place)
-            box = None
-        good.append(Annotation(entry, box, segmentation))
-    return good
-
-
-def _check_objects(objects: list[Annotation], found: Findings) -> None:
-    """What shows only in all objects together."""
-    if any(item.segmentation is not None for item in objects):
-        for entry in (item.entry for item in objects if item.segmentation is None):
-            found.add("ANN_NO_MASK", f"annotation {entry.get('id')} of image {entry['image_id']}")
-    for image_id, count in Counter(item.entry["image_id"] for item in objects).items():
-        if count > QUERIES:
-            found.add("IMG_MANY_OBJECTS", f"image {image_id}: {count}")
-
-
-def _number_fault(values: list) -> str | None:
+def _number_fault(values: list, limit: float = LIMIT) -> str | None:
     """ "TYPE" where something is no number, "NAN" where one is not finite or absurd.  `values` is not empty."""
-    try:
-        finite = -math.inf < sum(values) < math.inf  # NaN and inf survive a sum; min and max alone may miss NaN
-        return None if finite and -LIMIT <= min(values) and max(values) <= LIMIT else "NAN"
-    except TypeError:
+    if not set(map(type, values)) <= {int, float}:
         return "TYPE"
-    except OverflowError:  # a whole number beyond float64
-        return "NAN"
+    # comparisons alone may miss NaN, a sum does not
+    sound = -limit <= min(values) and max(values) <= limit and sum(values) == sum(values)
+    return None if sound else "NAN"
 
 
-def _clip(entry: dict, image: ImageFile | None) -> tuple[tuple[float, float, float, float] | None, str | None]:
+def _clip(entry: dict, right: float, bottom: float) -> tuple[tuple[float, float, float, float] | None, str | None]:
     """(xyxy box inside the image, or None where the annotation falls out; fault code, if any)."""
     box, area = entry.get("bbox"), entry.get("area")
     fault = _number_fault(box) if type(box) is list and len(box) == 4 else "TYPE"
@@ -577,12 +395,8 @@ def _clip(entry: dict, image: ImageFile | None) -> tuple[tuple[float, float, flo
     x, y, w, h = box
     if w < THINNEST or h < THINNEST:
         return None, "ANN_BBOX_EMPTY"
-    if area is not None:
-        if type(area) not in (int, float) or not abs(area) <= LIMIT**2:
-            return None, "ANN_AREA_INVALID"
-        if area <= 0:
-            return None, "ANN_AREA_EMPTY"
-    right, bottom = (image and image.width) or math.inf, (image and image.height) or math.inf
+    if type(area) in (int, float) and area <= 0:
+        return None, "ANN_AREA_EMPTY"
     clipped = max(x, 0), max(y, 0), min(x + w, right), min(y + h, bottom)
     if clipped[2] - clipped[0] < THINNEST or clipped[3] - clipped[1] < THINNEST:
         return None, "ANN_BBOX_OUTSIDE"
@@ -590,29 +404,18 @@ def _clip(entry: dict, image: ImageFile | None) -> tuple[tuple[float, float, flo
     return clipped, "ANN_BBOX_CLIPPED" if stands_out else None
 
 
-def _usable_segmentation(
-    segmentation: object, image: ImageFile | None, place: str, found: Findings
-) -> list | dict | None:
-    """The sound part of a segmentation, None if nothing is."""
+def _usable(segmentation: object, width: int | None, height: int | None) -> tuple[list | dict | None, set[str | None]]:
+    """(the sound part of a segmentation, None if nothing is; fault codes)."""
     if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        faults = [_polygon_fault(polygon) for polygon in segmentation]
-        good = [polygon for polygon, fault in zip(segmentation, faults, strict=True) if not fault]
-        # pycocotools walks along every edge, which takes gigabytes for one that leads millions of pixels away.
-        far = 2 * max(image.width, image.height) if image and image.width and image.height else math.inf
-        if any(max(polygon) > far or min(polygon) < -far for polygon in good):
-            faults.append("ANN_POLYGON_FAR")
-            good = [[min(max(value, -far), far) for value in polygon] for polygon in good]
-    else:
-        faults = [_rle_fault(segmentation, image) if isinstance(segmentation, dict) else "ANN_SEG_TYPE"]
-        good = None if faults[0] else segmentation
-    for fault in set(faults) - {None}:
-        found.add(fault, place)
-    return good or None
+        return None, set()
+    if not isinstance(segmentation, list):
+        fault = _rle_fault(segmentation, width, height)
+        return (None if fault else segmentation), {fault}
+    faults = [_polygon_fault(polygon, 2 * max(width or inf, height or inf)) for polygon in segmentation]
+    return [polygon for polygon, fault in zip(segmentation, faults) if not fault] or None, set(faults)
 
 
-def _polygon_fault(polygon: object) -> str | None:
+def _polygon_fault(polygon: object, far: float) -> str | None:
     if type(polygon) is not list:
         return "ANN_SEG_TYPE"
     if len(polygon) % 2:
@@ -620,14 +423,18 @@ def _polygon_fault(polygon: object) -> str | None:
     if len(polygon) < 6:  # pycocotools would take 4 numbers for a box
         return "ANN_POLYGON_SHORT"
     fault = _number_fault(polygon)
-    return fault and f"ANN_SEG_{fault}"
+    if fault:
+        return f"ANN_SEG_{fault}"
+    # pycocotools walks along every edge, which takes gigabytes for one that leads millions of pixels away
+    return "ANN_POLYGON_FAR" if max(polygon) > far or min(polygon) < -far else None
 
 
-def _rle_fault(rle: dict, image: ImageFile | None) -> str | None:
-    size, runs = rle.get("size"), rle.get("counts")
-    if type(size) is not list or len(size) != 2 or not all(_whole(side) and side > 0 for side in size):
-        return "ANN_RLE_SIZE"
-    if image and image.width and image.height and size != [image.height, image.width]:
+def _rle_fault(rle: object, width: int | None, height: int | None) -> str | None:
+    if not isinstance(rle, dict):
+        return "ANN_SEG_TYPE"
+    size, runs, known = rle.get("size"), rle.get("counts"), (height, width)
+    sound = type(size) is list and len(size) == 2 and all(_whole(side) and side > 0 for side in size)
+    if not sound or any(theirs not in (own, None) for own, theirs in zip(size, known)):
         return "ANN_RLE_SIZE"
     if type(runs) is str:
         runs = decompress_runs(runs)
@@ -642,27 +449,15 @@ def decompress_runs(counts: str) -> list[int]:
     Numbers of 5 bits a character, lowest first, offset 48; bit 5: goes on; bit 4 of the last: sign. From the fourth on
     a number is the difference to the run two before.  Source of the format: pycocotools' maskApi.c, rleFrString.
     """
-    numbers = _RLE_NUMBER.findall(counts)
-    if not numbers or sum(map(len, numbers)) != len(counts):
+    chars = np.frombuffer(counts.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(chars < 32)
+    if not len(ends) or ends[-1] != len(chars) - 1 or chars.min() < 0 or chars.max() > 63:
         return []
-    values = list(map(_RLE_VALUES.__getitem__, numbers))
-    return [values[0], *accumulate(values[1::2]), *accumulate(values[2::2])]
-
-
-# At most 6 characters, 30 bits: the C code's shifts hold no more.
-_RLE_NUMBER = re.compile(r"[P-o]{0,5}[0-O]")
-
-
-class _RleValues(dict):
-    """Text of a number -> its value, short ones kept: several times quicker than decoding each character."""
-
-    def __missing__(self, number: str) -> int:
-        bits = [ord(char) - 48 for char in number]
-        value = sum((bit & 31) << 5 * place for place, bit in enumerate(bits))
-        value -= 1 << 5 * len(bits) if bits[-1] & 16 else 0
-        if len(number) <= 3:
-            self[number] = value
-        return value
-
-
-_RLE_VALUES = _RleValues()
+    lengths = np.diff(ends, prepend=-1)
+    if lengths.max() > 6:  # 30 bits: the C code's shifts hold no more
+        return []
+    place = np.arange(len(chars)) - np.repeat(ends - lengths + 1, lengths)
+    runs = np.add.reduceat((chars & 31) << 5 * place, ends - lengths + 1)
+    runs -= (chars[ends] >> 4 & 1) << 5 * lengths
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs.tolist()

@@ -78,7 +78,4 @@ def mask_losses(logits: Tensor, target: Tensor, num_masks: float, weights: LossW
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
     p = logits.sigmoid()
     dice = 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)
-    return {
-        "loss_mask": weights.mask * bce.sum() / num_masks,
-        "loss_dice": weights.dice * dice.sum() / num_masks,
-    }
+    return {"loss_mask": weights.mask * bce.sum() / num_masks, "loss_dice": weights.dice * dice.sum() / num_masks}

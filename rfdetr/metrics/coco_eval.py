@@ -24,15 +24,9 @@ except ImportError:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-# figure -> (array, IoU thresholds of 0.50, 0.55 ... 0.95, area of all/small/medium/large, detections of 1/10/100)
-_EVERY, _AT50, _AT75, _SIZES = slice(None), slice(0, 1), slice(5, 6), ("small", "medium", "large")
-_FIGURES = {
-    **{name: ("precision", ious, 0, 2) for name, ious in (("mAP", _EVERY), ("mAP50", _AT50), ("mAP75", _AT75))},
-    **{f"mAP_{size}": ("precision", _EVERY, area, 2) for area, size in enumerate(_SIZES, start=1)},
-    **{name: ("recall", _EVERY, 0, limit) for limit, name in enumerate(("AR1", "AR10", "AR100"))},
-    **{f"AR_{size}": ("recall", _EVERY, area, 2) for area, size in enumerate(_SIZES, start=1)},
-}
-TABLE_COLUMNS = ("mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large", "AR100")
+# in the order of COCOeval.stats
+FIGURES = "mAP mAP50 mAP75 mAP_small mAP_medium mAP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
+TABLE_COLUMNS = (*FIGURES[:6], "AR100")
 TABLE_CLASSES = 12
 
 
@@ -41,12 +35,10 @@ class CocoEvaluator:
 
     ground_truth: a COCO dict (images, annotations with id, bbox xywh in pixels, area, categories). Where `masks`,
     images need height and width, and segmentations (polygons or RLE) must be valid: the C library does not check.
-    An annotation without a segmentation is, for the masks only, a crowd region the size of its box: nobody can say
-    how good a mask for that object is, so finding it is neither rewarded nor punished, and missing it costs nothing.
+    An annotation without one is, for the masks only, a crowd region the size of its box, neither rewarded nor punished.
 
     `found` maps image id -> (boxes xywh, scores, category ids, RLEs). Adding an image again replaces it, so that the
-    repeated images of a padded distributed sampler count once; ranks are joined by `found.update(other.found)`, and
-    `found.clear()` makes the object ready for the next epoch.
+    repeated images of a padded distributed sampler count once; ranks are joined by `found.update(other.found)`.
     """
 
     def __init__(self, ground_truth: dict, masks: bool):
@@ -61,33 +53,23 @@ class CocoEvaluator:
         self._classes = {category["id"]: number for number, category in enumerate(categories, start=1)}
         self._truth = {"bbox": [], "segm": []}
         for number, annotation in enumerate(ground_truth["annotations"], start=1):
-            if annotation["image_id"] in self._images and annotation["category_id"] in self._classes:
-                self._add_truth(number, annotation)
-
-    def _add_truth(self, number: int, annotation: dict) -> None:
-        image = self._images[annotation["image_id"]]
-        row = {
+            image, box = self._images[annotation["image_id"]], annotation["bbox"]
             # pycocotools takes a match with annotation 0 for no match; the figures are to be the same as its own
-            "id": number if annotation["id"] != 0 else 0,
-            "image_id": image["id"],
-            "category_id": self._classes[annotation["category_id"]],
-            "bbox": annotation["bbox"],
-            "area": annotation["area"],
-            "iscrowd": int(annotation.get("iscrowd", 0)),
-        }
-        self._truth["bbox"].append(row)
-        if self.masks:
-            segmentation = annotation.get("segmentation")
-            rle = to_rle(segmentation or np.array([row["bbox"]], dtype=float), image["height"], image["width"])
-            row = {**row, "segmentation": rle, "iscrowd": int(row["iscrowd"] or not segmentation)}
-            self._truth["segm"].append(row)
+            row = {"id": number if annotation["id"] != 0 else 0, "image_id": image["id"], "bbox": box}
+            row |= {"category_id": self._classes[annotation["category_id"]], "area": annotation["area"]}
+            row["iscrowd"] = int(annotation.get("iscrowd", 0))
+            self._truth["bbox"].append(row)
+            if masks:
+                shape = annotation.get("segmentation") or np.array([box], dtype=float)
+                crowd = int(row["iscrowd"] or not annotation.get("segmentation"))
+                rle = to_rle(shape, image["height"], image["width"])
+                self._truth["segm"].append({**row, "segmentation": rle, "iscrowd": crowd})
 
     def add(self, image_id: int | str, boxes: Array, scores: Array, labels: Array, rles: list[dict] | None = None):
-        """Keep the n detections of one image; an image that the ground truth has not is left out.
+        """Keep the n detections of one image; unknown images and what is not finite are left out.
 
-        image_id as in the dataset; boxes (n, 4) xyxy in pixels of the original image, scores (n,), labels (n,)
-        category ids of the dataset, rles n compressed RLEs of the original's size (needed where `masks`). Detections
-        that are not finite are dropped. Raises ValueError for unknown category ids and masks of another size.
+        image_id as in the dataset; boxes (n, 4) xyxy in pixels of the original image, scores (n,), labels (n,) category
+        ids of the dataset, rles n compressed RLEs of the original's size (needed where `masks`). Raises ValueError.
         """
         if image_id not in self._images:
             return
@@ -109,7 +91,7 @@ class CocoEvaluator:
         return [
             {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
             for image_id, (boxes, scores, labels, _) in self.found.items()
-            for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+            for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist())
         ]
 
     @property
@@ -118,16 +100,14 @@ class CocoEvaluator:
         return [
             {"image_id": image_id, "category_id": label, "segmentation": rle, "score": score}
             for image_id, (_, scores, labels, rles) in self.found.items()
-            for rle, score, label in zip(rles, scores.tolist(), labels.tolist(), strict=self.masks)
+            for rle, score, label in zip(rles, scores.tolist(), labels.tolist())
         ]
 
     def save(self, folder: str | Path) -> None:
         """Write folder/bbox.json and, with masks, folder/segm.json, as pycocotools' loadRes reads them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bbox.json").write_text(json.dumps(self.bbox_results), encoding="utf-8")
-        if self.masks:
-            (folder / "segm.json").write_text(json.dumps(self.segm_results), encoding="utf-8")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for kind in ("bbox", "segm") if self.masks else ("bbox",):
+            Path(folder, f"{kind}.json").write_text(json.dumps(getattr(self, f"{kind}_results")), encoding="utf-8")
 
     def summary(self) -> dict:
         """The twelve COCO figures, 0..1, and `per_class` {name: {"mAP", "mAP50"}} under "bbox" and, with masks, "segm",
@@ -143,16 +123,14 @@ class CocoEvaluator:
     def _numbered(self, results: list[dict]) -> list[dict]:
         """The results as annotations with this object's numbers for ids, which is what loadRes would make of them."""
         for number, result in enumerate(results, start=1):
-            result["id"], result["iscrowd"] = number, 0
+            area = result["bbox"][2] * result["bbox"][3] if "bbox" in result else mask_api.area(result["segmentation"])
+            result.update(id=number, iscrowd=0, area=float(area))
             result["image_id"] = self._images[result["image_id"]]["id"]
             result["category_id"] = self._classes[result["category_id"]]
-            box = result.get("bbox")
-            result["area"] = box[2] * box[3] if box else int(mask_api.area(result["segmentation"]))
         return results
 
     def _score(self, kind: str, detections: list[dict]) -> dict:
-        # (IoU, recall, class, area, limit) and (IoU, class, area, limit); -1 is "no objects"
-        arrays = {"precision": np.full((10, 101, 0, 4, 3), -1.0), "recall": np.full((10, 0, 4, 3), -1.0)}
+        stats, precision = np.full(12, -1.0), np.full((10, 101, len(self._names)), -1.0)  # -1 is "no objects"
         if self._images and self._names:
             images, categories = list(self._images.values()), [{"id": number} for number in self._classes.values()]
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -164,18 +142,16 @@ class CocoEvaluator:
                 evaluation = COCOeval(*apis, kind)
                 evaluation.evaluate()
                 evaluation.accumulate()
-            arrays = evaluation.eval
+                evaluation.summarize()
+            stats, precision = evaluation.stats[:12], evaluation.eval["precision"][..., 0, 2]  # (IoU, recall, class)
 
-        def figure(array: str, ious: slice, area: int, limit: int, classes: slice = slice(None)) -> float | None:
-            values = arrays[array][ious, ..., classes, area, limit]
+        def mean(values: Array) -> float | None:
             values = values[values > -1]
             return float(values.mean()) if values.size else None
 
-        per_class = {
-            name: {key: figure(*_FIGURES[key], slice(row, row + 1)) for key in ("mAP", "mAP50")}
-            for row, name in enumerate(self._names)
-        }
-        return {**{key: figure(*where) for key, where in _FIGURES.items()}, "per_class": per_class}
+        classes = [{"mAP": mean(precision[..., i]), "mAP50": mean(precision[0, :, i])} for i in range(len(self._names))]
+        figures = {name: mean(value) for name, value in zip(FIGURES, stats)}
+        return figures | {"per_class": dict(zip(self._names, classes))}
 
 
 def format_table(summary: dict) -> str:
@@ -191,10 +167,8 @@ def format_table(summary: dict) -> str:
 
     lines = [row("", [key.removeprefix("mAP_") for key in TABLE_COLUMNS])]
     lines += [row(title, [figures[key] for key in TABLE_COLUMNS]) for title, figures in kinds.items()]
-    if "mask" in summary:
-        overlap = summary["mask"]
+    if overlap := summary.get("mask"):
         lines += [row("", ["gIoU", "cIoU", "Dice"]), row("overlap", [overlap[key] for key in ("giou", "ciou", "dice")])]
     lines.append(row("mAP50", list(kinds)))
-    for name, short in shown.items():
-        lines.append(row(short, [figures["per_class"][name]["mAP50"] for figures in kinds.values()]))
+    lines += [row(shown[name], [f["per_class"][name]["mAP50"] for f in kinds.values()]) for name in shown]
     return "\n".join(lines + [f"... and {len(names) - len(shown)} more"] * (len(names) > len(shown)))

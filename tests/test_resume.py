@@ -1,0 +1,265 @@
+"""Stopping and going on: a resumed run is the run that was never stopped, and memory faults cost nothing but memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, quick_flags, run_script
+
+import rfdetr.engine
+import rfdetr.main
+import train_detector_stage1
+import train_seg_single_stage
+import train_seg_stage2
+from rfdetr.console import Stopped, UserError
+
+pytestmark = pytest.mark.slow
+
+SCRIPTS = {"stage1": train_detector_stage1.main, "stage2": train_seg_stage2.main, "single": train_seg_single_stage.main}
+MEASURED = {"images_per_s", "data_s", "compute_s", "epoch_s", "evaluation_s", "peak_memory_mb"}
+
+
+def load(path: Path) -> dict:
+    return torch.load(path)
+
+
+def plain(value):
+    """Nested checkpoint content with tensors as lists, so that == compares bits."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.flatten().tolist()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def assert_same_run(stopped: Path, whole: Path) -> None:
+    """Weights, averages, optimizer, random state and figures are equal, bit for bit."""
+    a, b = load(stopped / "last.pt"), load(whole / "last.pt")
+    for key in ("model", "ema"):
+        assert a[key].keys() == b[key].keys()
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key]), key
+    for key in ("optimizer", "random", "progress", "best", "each", "epochs_without_gain"):
+        assert plain(a["training"][key]) == plain(b["training"][key]), key
+    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (stopped, whole))
+    assert ours["best"] == theirs["best"]
+    assert len(ours["epochs"]) == len(theirs["epochs"])
+    for one, other in zip(ours["epochs"], theirs["epochs"]):
+        for record in (one, other):
+            record["train"] = {name: v for name, v in record["train"].items() if name not in MEASURED}
+        assert one == other
+
+
+def signal_at_step(monkeypatch, step: int, number: int) -> None:
+    """The process gets a signal while its `step`-th optimizer step (counted from here) is computed."""
+    optimise, done = rfdetr.engine.optimise, []
+
+    def interrupted(*args):
+        done.append(1)
+        if len(done) == step:
+            os.kill(os.getpid(), number)
+        return optimise(*args)
+
+    monkeypatch.setattr(rfdetr.engine, "optimise", interrupted)
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("step", [2, 3])  # inside the second epoch's middle, and at the end of the first
+def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_was(kind, step, few, call, capsys, monkeypatch, request):
+    flags = [*quick_flags(few), "--epochs", 2]
+    if kind == "stage1":
+        flags += ["--multi_scale", 1, "--drop_path", 0.5]
+    if kind == "stage2":
+        flags += ["--checkpoint", request.getfixturevalue("shrunk").folder]
+    call(SCRIPTS[kind], *flags, "--output_dir", "whole")
+    with monkeypatch.context() as patched:
+        signal_at_step(patched, step, signal.SIGINT)
+        with pytest.raises(Stopped) as stopped:
+            call(SCRIPTS[kind], *flags, "--output_dir", "stopped")
+    assert stopped.value.code == 130
+    state = load(Path("stopped/checkpoint.pt"))
+    assert state["training"]["progress"]["step"] == step
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[0] == "python" and words[-2:] == ["--resume", "stopped"]
+    call(SCRIPTS[kind], *words[2:])
+    assert_same_run(Path("stopped"), Path("whole"))
+
+
+def test_sigterm_saves_prints_the_command_and_leaves_with_143(few, tmp_path):
+    flags = [*quick_flags(few), "--epochs", "2", "--min_steps", "25"]
+    words = [str(word) for word in flags]
+    script = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_detector_stage1.py"), *words],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    seen = ""
+    while not re.search(r"\b[1-9]\d*/25 ", seen):
+        character = script.stderr.read(1)
+        assert character, seen
+        seen += character
+    script.send_signal(signal.SIGTERM)
+    out, _ = script.communicate(timeout=120)
+    assert script.returncode == 143
+    run = tmp_path / "runs/detector_tiny_32_1"
+    progress = load(run / "checkpoint.pt")["training"]["progress"]
+    assert progress["epoch"] == 0 and 0 < progress["step_in_epoch"] < 25 and not (run / "last.pt").exists()
+    command = shlex.split(out.splitlines()[-1])
+    run_script(*command[1:], cwd=tmp_path)
+    run_script("train_detector_stage1.py", *flags, cwd=tmp_path)
+    assert_same_run(run, tmp_path / "runs/detector_tiny_32_2")
+
+
+def test_resume_auto_and_more_epochs(few, call, capsys):
+    call(train_detector_stage1.main, *quick_flags(few))
+    folder = Path("runs/detector_tiny_32_1")
+    with pytest.raises(UserError, match="has finished its 1 epochs.*--epochs"):
+        call(train_detector_stage1.main, "--resume")
+    call(train_detector_stage1.main, "--resume", "--epochs", 3)  # the run's own flags are the defaults
+    assert [path.name for path in Path("runs").iterdir()] == ["detector_tiny_32_1"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2, 3]
+    assert metrics["args"]["batch"] == 2 and metrics["args"]["resolution"] == 32
+    assert load(folder / "last.pt")["training"]["progress"]["step"] == 6
+
+
+def test_resume_auto_without_any_run(few, call):
+    with pytest.raises(UserError, match="no run under runs/detector_"):
+        call(train_detector_stage1.main, *quick_flags(few), "--resume", "auto")
+
+
+def test_resume_passes_over_a_damaged_file(few, call, capsys):
+    call(train_detector_stage1.main, *quick_flags(few))
+    (damaged := Path("runs/detector_tiny_32_1/checkpoint.pt")).unlink()  # it shares last.pt's bytes
+    damaged.write_bytes(b"half a file")
+    call(train_detector_stage1.main, "--resume", "runs/detector_tiny_32_1", "--epochs", 2)
+    assert "going on from the other one" in capsys.readouterr().out
+    assert load(damaged)["training"]["progress"]["epoch"] == 2
+
+
+def test_a_resumed_run_takes_a_new_learning_rate(few, call):
+    call(train_detector_stage1.main, *quick_flags(few))
+    call(train_detector_stage1.main, "--resume", "--epochs", 2, "--lr", "1e-6", "--lr_encoder", "1e-6")
+    content = load(Path("runs/detector_tiny_32_1/last.pt"))
+    assert content["args"]["lr"] == 1e-6
+    assert {group["base_lr"] for group in content["training"]["optimizer"]["param_groups"]} == {1e-6}
+
+
+def test_a_resumed_run_may_drop_the_average(few, call):
+    """Whatever scored higher so far: the average of the first epoch stays the best, and the run goes on without it."""
+    call(train_detector_stage1.main, *quick_flags(few))
+    path = Path("runs/detector_tiny_32_1/last.pt")
+    content = load(path)
+    content["training"]["each"] = {"regular": 0.1, "ema": 0.9}
+    content["training"]["best"] |= {"value": 0.9, "weights": "ema"}
+    torch.save(content, path)
+    path.with_name("checkpoint.pt").unlink()
+    call(train_detector_stage1.main, "--resume", "--epochs", 2, "--ema", 0)
+    assert load(path)["ema"] is None
+
+
+def test_a_resumed_run_may_start_an_average(few, call):
+    call(train_detector_stage1.main, *quick_flags(few), "--ema", 0, "--lr", 0, "--lr_encoder", 0)
+    call(train_detector_stage1.main, "--resume", "--epochs", 2, "--ema", 1)
+    content = load(Path("runs/detector_tiny_32_1/last.pt"))
+    # the weights never moved, so that their average is the weights
+    assert all(torch.allclose(content["ema"][name], value, atol=1e-6) for name, value in content["model"].items())
+
+
+def test_timed_saves_inside_an_epoch(few, call, monkeypatch):
+    saved = []
+    save = rfdetr.main.checkpoint.save
+    monkeypatch.setattr(
+        rfdetr.main.checkpoint, "save", lambda path, content: (saved.append(path.name), save(path, content))
+    )
+    call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "rarely")
+    rarely = saved.count("checkpoint.pt")
+    call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "often", "--save_minutes", 0)
+    assert (rarely, saved.count("checkpoint.pt")) == (0, 2)
+
+
+# ---------------------------------------------------------------- faults while training
+
+
+def patch_losses(monkeypatch, change) -> None:
+    """`change(call number, losses of the call)` stands between the objective and the engine."""
+    original, calls = rfdetr.main.Objective.__call__, []
+
+    def changed(self, model, batch, objects):
+        calls.append(len(batch))
+        return change(len(calls), original(self, model, batch, objects))
+
+    monkeypatch.setattr(rfdetr.main.Objective, "__call__", changed)
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_gradient(few, call, capsys, monkeypatch):
+    flags = [*quick_flags(few), "--batch", 4, "--min_steps", 1]
+    call(train_detector_stage1.main, *flags, "--output_dir", "plenty")
+
+    def fail_once(number, losses):
+        if number == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses
+
+    with monkeypatch.context() as patched:
+        patch_losses(patched, fail_once)
+        call(train_detector_stage1.main, *flags, "--output_dir", "little")
+    assert "out of memory: going on with --batch 2" in capsys.readouterr().out
+    plenty, little = (load(Path(name, "last.pt"))["training"] for name in ("plenty", "little"))
+    assert (plenty["progress"]["micro_batch"], little["progress"]["micro_batch"]) == (4, 2)
+    moments = [[s["exp_avg"] for s in run["optimizer"]["state"].values()] for run in (plenty, little)]
+    for a, b in zip(*moments):  # after one step the first moment is the gradient's share
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+def test_out_of_memory_with_one_image_gives_the_advice_that_is_left(few, call, monkeypatch):
+    def fail(number, losses):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    patch_losses(monkeypatch, fail)
+    with pytest.raises(UserError, match="single image.*--resolution.*--grad_checkpoint 1"):
+        call(train_detector_stage1.main, *quick_flags(few))
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_recorded(few, call, capsys, monkeypatch):
+    def spoil(number, losses):
+        return losses | {"loss_class": losses["loss_class"] * float("nan")} if number == 1 else losses
+
+    patch_losses(monkeypatch, spoil)
+    call(train_detector_stage1.main, *quick_flags(few))
+    folder = Path("runs/detector_tiny_32_1")
+    (entry,) = json.loads((folder / "nan_batches.json").read_text())
+    assert (entry["epoch"], entry["step"], len(entry["images"])) == (1, 1, 2)
+    assert all(Path(image["file"]).exists() for image in entry["images"])
+    assert "is not finite" in capsys.readouterr().out
+    content = load(folder / "last.pt")
+    assert all(tensor.isfinite().all() for tensor in content["model"].values())
+    assert {s["step"].item() for s in content["training"]["optimizer"]["state"].values()} == {1.0}  # of two
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(few, call, monkeypatch):
+    """A finite loss may still have such a gradient (the square root of zero, say)."""
+
+    def spoil(number, losses):
+        if number == 1:
+            losses = losses | {"loss_class": losses["loss_class"] + (losses["loss_class"] * 0).sqrt()}
+        return losses
+
+    patch_losses(monkeypatch, spoil)
+    call(train_detector_stage1.main, *quick_flags(few))
+    content = load(Path("runs/detector_tiny_32_1/last.pt"))
+    assert all(tensor.isfinite().all() for tensor in content["model"].values())
+
+
+def test_too_many_steps_without_a_finite_loss_end_the_run(few, call, monkeypatch):
+    patch_losses(monkeypatch, lambda number, losses: {name: v * float("inf") for name, v in losses.items()})
+    with pytest.raises(UserError, match="10 steps in a row had no finite loss.*--lr"):
+        call(train_detector_stage1.main, *quick_flags(few), "--min_steps", 12)
