@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -55,10 +56,9 @@ def load(path: Path) -> dict:
         with torch.serialization.safe_globals([Namespace]):  # the official files keep their settings in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        detail = str(error).split("\n")[0]
-        raise UserError(
-            f"{path} was refused: it is damaged or holds more than tensors and plain values ({detail})"
-        ) from error
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it wants to run {wanted[1]}" if wanted else "it is damaged or holds more than tensors and plain values"
+        raise UserError(f"{path} was refused, nothing of it was run: {why}. Use a checkpoint you trust") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} is damaged or no checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})"

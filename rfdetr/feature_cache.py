@@ -112,13 +112,11 @@ def apply_view_to_boxes(boxes: Tensor, view: int) -> Tensor:
     return boxes
 
 
-def flipped(batch: Batch, view: int) -> Batch:
-    """A batch with masks under one of the views."""
-    targets = [
-        t | {"boxes": apply_view_to_boxes(t["boxes"], view), "masks": apply_view(t["masks"], view)}
-        for t in batch.targets
-    ]
-    return Batch(apply_view(batch.images, view), targets)
+def flipped(sample: dict, view: int) -> dict:
+    """A dataset's sample with masks under one of the views."""
+    target = sample["target"]
+    boxes, masks = apply_view_to_boxes(target["boxes"], view), apply_view(target["masks"], view)
+    return {"image": apply_view(sample["image"], view), "target": target | {"boxes": boxes, "masks": masks}}
 
 
 def bytes_needed(images: int, resolution: int, views: int, model: Detector) -> int:
@@ -171,16 +169,14 @@ class FeatureCache:
         self.objects: list[list[tuple[Tensor, ...]]] = []  # per image and view: queries fp16, boxes, grids
         model.eval()
         for index in tqdm(range(len(dataset)), desc="caching", disable=not distributed.is_main(), leave=False):
-            batch = collate([dataset[index, None]])
-            self.images.append(batch.images[0])
-            self.objects.append([])
-            for view in range(views):
-                frozen = freeze(model, flipped(batch, view), table, precision, None)
-                if self.features is None:
-                    self.features = self._allocate(len(dataset) * views, frozen.features.shape[1:])
-                self.features[index * views + view] = frozen.features[0].half().cpu()
-                parts = (frozen.queries[0].half(), frozen.boxes[0], frozen.grids[0])
-                self.objects[index].append(tuple(part.cpu() for part in parts))
+            sample = dataset[index, None]
+            self.images.append(sample["image"])
+            frozen = freeze(model, collate([flipped(sample, view) for view in range(views)]), table, precision, None)
+            if self.features is None:
+                self.features = self._allocate(len(dataset) * views, frozen.features.shape[1:])
+            self.features[index * views : (index + 1) * views] = frozen.features.half().cpu()
+            parts = zip(frozen.queries, frozen.boxes, frozen.grids)
+            self.objects.append([(queries.half().cpu(), boxes.cpu(), grids.cpu()) for queries, boxes, grids in parts])
 
     def _allocate(self, count: int, shape: torch.Size) -> Tensor:
         if self.folder is None:

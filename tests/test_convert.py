@@ -21,6 +21,7 @@ from rfdetr.sizes import SIZES
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OFFICIAL = [name for name, size in SIZES.items() if size.weights_url]
+TINY = SIZES["tiny"]
 BLOCK = "backbone.0.encoder.encoder.encoder.layer.3."
 
 
@@ -30,7 +31,7 @@ def meta_state(size: str, groups: int | None = None) -> dict[str, torch.Tensor]:
 
 
 def tiny(rows: int = 91, groups: int = 3, **kwargs) -> Detector:
-    return Detector(SIZES["tiny"], rows=rows, groups=groups, **kwargs)
+    return Detector(TINY, rows=rows, groups=groups, **kwargs)
 
 
 def tiny_file(rows: int = 91, groups: int = 3) -> dict[str, torch.Tensor]:
@@ -161,7 +162,7 @@ def test_what_does_not_fit_is_skipped_with_both_shapes():
     assert set(report.missing) == {name for name in model.state_dict() if name.startswith("mask_head.")}
     assert report.unexpected == ["ema.decay"]
     text = report.summary()
-    assert "class_embed.0.weight (the file has (91, 96), the model (4, 96))" in text
+    assert f"class_embed.0.weight (the file has (91, {TINY.hidden}), the model (4, {TINY.hidden}))" in text
     assert (
         f"not in the file, {len(report.missing)}: mask_head." in text
         and "only in the file, unused, 1: ema.decay" in text
@@ -173,7 +174,7 @@ def test_other_numbers_of_groups_share_the_first_ones(in_file, in_model):
     file, model = tiny_file(groups=in_file), tiny(groups=in_model)
     before = model.refpoint_embed.weight.detach().clone()
     report = load_pretrained(model, file, [])
-    both = 100 * min(in_file, in_model)
+    both = TINY.queries * min(in_file, in_model)
     assert torch.equal(model.refpoint_embed.weight[:both], file["refpoint_embed.weight"][:both])
     assert torch.equal(model.refpoint_embed.weight[both:], before[both:])
     assert torch.equal(model.transformer.enc_output[0].weight, file["transformer.enc_output.0.weight"])
@@ -185,21 +186,22 @@ def test_other_numbers_of_groups_share_the_first_ones(in_file, in_model):
 
 def test_fewer_queries_are_taken_from_every_group():
     file = tiny_file(groups=3)
-    model = Detector(dataclasses.replace(SIZES["tiny"], queries=40), rows=91, groups=3)
+    model = Detector(dataclasses.replace(TINY, queries=40), rows=91, groups=3)
     load_pretrained(model, file, [])
-    wanted = file["query_feat.weight"].view(3, 100, -1)[:, :40]
+    wanted = file["query_feat.weight"].view(3, TINY.queries, -1)[:, :40]
     assert torch.equal(model.query_feat.weight.view(3, 40, -1), wanted)
 
 
 def test_a_position_grid_of_another_side_is_resampled():
     name = "backbone.0.encoder.encoder.embeddings.position_embeddings"
     file, model = tiny_file(), tiny()
-    file[name] = torch.cat((torch.full((1, 1, 96), 5.0), torch.full((1, 16 * 16, 96), 2.0)), dim=1)
+    theirs, ours, dim = TINY.position_grid + 4, TINY.position_grid, TINY.dim
+    file[name] = torch.cat((torch.full((1, 1, dim), 5.0), torch.full((1, theirs**2, dim), 2.0)), dim=1)
     report = load_pretrained(model, file, [])
-    assert report.adapted[name] == "resampled from 16x16 to 20x20 patches, bicubic"
+    assert report.adapted[name] == f"resampled from {theirs}x{theirs} to {ours}x{ours} patches, bicubic"
     got = model.state_dict()[name]
-    torch.testing.assert_close(got[:, 0], torch.full((1, 96), 5.0))
-    torch.testing.assert_close(got[:, 1:], torch.full((1, 256, 96), 2.0))
+    torch.testing.assert_close(got[:, 0], torch.full((1, dim), 5.0))
+    torch.testing.assert_close(got[:, 1:], torch.full((1, ours**2, dim), 2.0))
 
 
 def test_weights_of_another_architecture_are_refused():

@@ -53,24 +53,25 @@ def test_cached_views_are_the_flipped_images_frozen_anew(detector, dataset):
     cache = FeatureCache(detector, dataset, 4, TABLE, CPU, None)
     for index in range(3):
         for view in range(4):
-            batch = flipped(collate([dataset[index, None]]), view)
+            batch = collate([flipped(dataset[index, None], view)])
             fresh, kept = freeze(detector, batch, TABLE, CPU, None), cache.read([(index, view)])
             assert torch.equal(kept.images, batch.images) and kept.indices == [index]
             torch.testing.assert_close(kept.features.float(), fresh.features, atol=2e-2, rtol=2e-3)  # half precision
             torch.testing.assert_close(kept.queries[0].float(), fresh.queries[0], atol=2e-2, rtol=2e-3)
-            assert torch.equal(kept.boxes[0], fresh.boxes[0]) and torch.equal(kept.grids[0], fresh.grids[0])
+            torch.testing.assert_close(kept.boxes[0], fresh.boxes[0])  # a batch against its images one by one
+            assert (kept.grids[0] != fresh.grids[0]).sum() <= 2e-3 * fresh.grids[0].numel()
             assert len(kept.boxes[0]) == len(batch.targets[0]["boxes"])
 
 
 def test_views_are_flips_of_image_and_objects_together(dataset):
-    batch = collate([dataset[0, None]])
-    once = flipped(batch, 3)
+    sample = dataset[0, None]
+    batch, once = collate([sample]), collate([flipped(sample, 3)])
     assert torch.equal(once.images, batch.images.flip(-1, -2))
     for box, mask in zip(once.targets[0]["boxes"] * 64, once.targets[0]["masks"]):
         ys, xs = torch.where(mask > 0)
         centre = torch.tensor([xs.min() + xs.max() + 1, ys.min() + ys.max() + 1]) / 2
         assert (centre - box[:2]).abs().max() < 2
-    again = flipped(once, 3)
+    again = collate([flipped(flipped(sample, 3), 3)])
     assert torch.equal(again.images, batch.images)
     torch.testing.assert_close(again.targets[0]["boxes"], batch.targets[0]["boxes"])
 
