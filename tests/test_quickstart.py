@@ -224,7 +224,7 @@ def test_a_signal_lets_the_child_save_and_its_code_is_passed_on(tmp_path):
         (3000, 199, 4, 5, 49, 62),
         (3000, 200, 4, 250, 250, 12),  # a small dataset is repeated within an epoch
         (3000, 0, 4, 250, 250, 12),
-        (1500, 100_000, 16, 5, 6250, 3),
+        (1500, 100_000, 16, 5, 6250, 2),
         (3000, 5, 4, 5, 5, 100),
     ],
 )
