@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
+from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.checkpoint import make_content
 from rfdetr.classes import assign_rows
@@ -15,19 +16,6 @@ from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import number, run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.losses.criterion import LossWeights
-from rfdetr.main import (
-    begin,
-    finish,
-    fit,
-    judge_of,
-    make_objective,
-    make_trainer,
-    open_run,
-    parameter_groups,
-    plain_args,
-    start_from,
-    training_data,
-)
 from rfdetr.models.detector import Detector
 from rfdetr.weights import find_weights
 
@@ -42,33 +30,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--head", choices=["coco91", "dataset"], default="coco91", help="rows of the class head")
     args = parse(parser, argv, "detector")
 
-    session = begin(args, "detector")
+    session = shared.begin(args, "detector")
     size, train = session.size, session.splits["train"]
     table = assign_rows(train.class_names, train.category_ids, args.head)
     model = Detector(
         size, table.rows_total, table.background_last, drop_path=args.drop_path, grad_checkpoint=args.grad_checkpoint
     ).to(session.device)
     if not args.resume_from:
-        start_from(model, table, find_weights(args.pretrain_weights, size), args.pretrain_exclude_keys)
+        shared.start_from(model, table, find_weights(args.pretrain_weights, size), args.pretrain_exclude_keys)
 
-    objective = make_objective(session, table, LossWeights(), masks=False)
+    objective = shared.make_objective(session, table, LossWeights(), masks=False)
     resolve_batch(args, model, objective)
-    dataset, sampler = training_data(session, masks=False, augment=size.recipe.augment)
+    dataset, sampler = shared.training_data(session, masks=False, augment=size.recipe.augment)
     loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
-    groups = parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
-    trainer = make_trainer(session, model, objective, groups, sampler.steps)
-    judge = judge_of(session, "valid", table, masks=False)
+    groups = shared.parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
+    trainer = shared.make_trainer(session, model, objective, groups, sampler.steps)
+    judge = shared.judge_of(session, "valid", table, masks=False)
 
     def pack(state: dict) -> dict:
         content = make_content("detector", size, args.resolution, table, None, state)
-        return content | {"args": plain_args(args), "left_out": train.left_out}
+        return content | {"args": shared.plain_args(args), "left_out": train.left_out}
 
-    open_run(session, "detector", "STAGE 1: DETECTOR TRAINING", model, judge)
-    best = fit(session, trainer, loader, judge, pack)
+    shared.open_run(session, "detector", "STAGE 1: DETECTOR TRAINING", model, judge)
+    best = shared.fit(session, trainer, loader, judge, pack)
     weights = session.folder / f"checkpoint_best_{best['weights']}.pth"
     command = ["python", "shrink_head.py", "--in_ckpt", str(weights)]
     command += ["--out_ckpt", str(session.folder / "checkpoint_mydata.pth"), "--keep", *table.names]
-    finish(session, table, False, shlex.join(command))
+    shared.finish(session, table, False, shlex.join(command))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.checkpoint import make_content
 from rfdetr.classes import assign_rows
@@ -17,20 +18,6 @@ from rfdetr.console import boolean, number, run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.data.validation import require_masks
 from rfdetr.losses.criterion import LossWeights
-from rfdetr.main import (
-    begin,
-    finish,
-    fit,
-    judge_of,
-    make_objective,
-    make_trainer,
-    open_run,
-    parameter_groups,
-    plain_args,
-    predict_command,
-    start_from,
-    training_data,
-)
 from rfdetr.models.detector import Detector
 from rfdetr.weights import find_weights
 
@@ -52,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(parser, argv, "seg_single")
     args.patience = (args.patience or 10) if args.early_stopping else args.patience
 
-    session = begin(args, "seg_single")
+    session = shared.begin(args, "seg_single")
     train = session.splits["train"]
     require_masks(train)
     size = replace(session.size, queries=args.num_queries) if args.num_queries else session.size
@@ -62,24 +49,24 @@ def main(argv: list[str] | None = None) -> None:
     ).to(session.device)
     if not args.resume_from:
         source = args.init_ckpt or find_weights(args.pretrain_weights, size)
-        start_from(model, table, source, args.pretrain_exclude_keys)
+        shared.start_from(model, table, source, args.pretrain_exclude_keys)
 
     coefficients = {name: getattr(args, f"{name}_loss_coef") for name in LossWeights.flag_defaults()}
-    objective = make_objective(session, table, LossWeights(**coefficients), masks=True)
+    objective = shared.make_objective(session, table, LossWeights(**coefficients), masks=True)
     resolve_batch(args, model, objective)
-    dataset, sampler = training_data(session, masks=True, augment=size.recipe.augment)
+    dataset, sampler = shared.training_data(session, masks=True, augment=size.recipe.augment)
     loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
-    groups = parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
-    trainer = make_trainer(session, model, objective, groups, sampler.steps)
-    judge = judge_of(session, "valid", table, masks=True)
+    groups = shared.parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
+    trainer = shared.make_trainer(session, model, objective, groups, sampler.steps)
+    judge = shared.judge_of(session, "valid", table, masks=True)
 
     def pack(state: dict) -> dict:
         content = make_content("single", size, args.resolution, table, size.mask_head, state)
-        return content | {"args": plain_args(args), "left_out": train.left_out}
+        return content | {"args": shared.plain_args(args), "left_out": train.left_out}
 
-    open_run(session, "single", "STAGE 1+2: SINGLE-STAGE TRAINING", model, judge)
-    fit(session, trainer, loader, judge, pack)
-    finish(session, table, True, predict_command(session))
+    shared.open_run(session, "single", "STAGE 1+2: SINGLE-STAGE TRAINING", model, judge)
+    shared.fit(session, trainer, loader, judge, pack)
+    shared.finish(session, table, True, shared.predict_command(session))
 
 
 if __name__ == "__main__":

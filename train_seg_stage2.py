@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 
 from rfdetr import checkpoint
+from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.cli import add_common_flags, parse
 from rfdetr.console import UserError, boolean, number, run_script, tick
@@ -20,7 +21,6 @@ from rfdetr.data.transforms import multi_scale_sides
 from rfdetr.data.validation import require_masks
 from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, bytes_needed, choose_cache
 from rfdetr.losses.criterion import LossWeights
-from rfdetr.main import begin, finish, fit, judge_of, make_trainer, open_run, plain_args, predict_command, training_data
 from rfdetr.models.segmentation import build_mask_head
 from rfdetr.rundir import write_json
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--auto_shrink", type=boolean, default=False, metavar="0|1", help="cut the class head here")
     args = parse(parser, argv, "segmentation")
 
-    session = begin(args, "segmentation")
+    session = shared.begin(args, "segmentation")
     train, device = session.splits["train"], session.device
     require_masks(train)
     path = detector_file(args)
@@ -65,12 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     sides = multi_scale_sides(size, args.resolution, args.expanded_scales) if args.multi_scale else []
     objective = MaskObjective(detector, table, weights, session.precision, tuple(sides), args.seed, session.progress)
     resolve_batch(args, head, objective)
-    dataset, sampler = training_data(session, masks=True, augment=size.recipe.augment)
+    dataset, sampler = shared.training_data(session, masks=True, augment=size.recipe.augment)
     groups = [{"params": list(head.parameters()), "base_lr": args.seg_lr, "weight_decay": args.weight_decay}]
-    trainer = make_trainer(session, head, objective, groups, sampler.steps)
+    trainer = shared.make_trainer(session, head, objective, groups, sampler.steps)
     needed = bytes_needed(len(dataset), args.resolution, args.cache_views, detector)
     cache, why = choose_cache(args.cache, needed, Path.cwd(), args.multi_scale)
-    judge = judge_of(session, "valid", table, masks=True, frozen=detector)
+    judge = shared.judge_of(session, "valid", table, masks=True, frozen=detector)
     judge.keep = cache == "ram"
 
     def pack(state: dict) -> dict:
@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None) -> None:
             raise RuntimeError("the frozen detector has changed")
         weights = detector.state_dict() | {f"mask_head.{key}": value for key, value in state.items()}
         whole = checkpoint.make_content("segmentation", size, args.resolution, table, name, weights)
-        return whole | {"args": plain_args(args), "left_out": train.left_out}
+        return whole | {"args": shared.plain_args(args), "left_out": train.left_out}
 
-    open_run(session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge)
+    shared.open_run(session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge)
     parameters = {
         "detector": sum(p.numel() for p in detector.parameters()),
         "mask_head": sum(p.numel() for p in head.parameters()),
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         tick(f"Detector frozen: {parameters['detector']:,} parameters")
         tick(f"Segmentation head trainable: {parameters['mask_head']:,} parameters ({name})")
         tick(f"Feature cache: {why}")
-        settings = plain_args(args) | {
+        settings = shared.plain_args(args) | {
             "detector_file": str(path),
             "detector_sha256": checkpoint.file_sha256(path),
             "mask_head": name,
@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = session.folder if cache == "disk" else None
         features = FeatureCache(detector, dataset, args.cache_views, table, session.precision, folder)
         loader = CachedLoader(features, sampler)
-    fit(session, trainer, loader, judge, pack)
-    finish(session, table, True, predict_command(session))
+    shared.fit(session, trainer, loader, judge, pack)
+    shared.finish(session, table, True, shared.predict_command(session))
 
 
 def detector_file(args: argparse.Namespace) -> Path:

@@ -91,10 +91,16 @@ def draw_masks(
 
 
 def encode(left: int, top: int, mask: Tensor, height: int, width: int) -> dict:
-    """COCO RLE of an image-sized mask that is `mask` (h, w) at (left, top) and empty elsewhere."""
-    canvas = np.zeros((height, width), dtype=np.uint8, order="F")
-    canvas[top : top + mask.shape[0], left : left + mask.shape[1]] = mask.numpy()
-    rle = pycocotools.mask.encode(canvas)
+    """COCO RLE of an image-sized mask that is `mask` (h, w) at (left, top) and empty elsewhere; reads `mask` alone."""
+    columns = np.zeros((mask.shape[1], mask.shape[0] + 2), dtype=np.int8)
+    columns[:, 1:-1] = mask.numpy().T
+    column, row = np.nonzero(np.diff(columns))  # where pixels begin and end, down each column in turn
+    edges = (left + column) * height + top + row
+    # a run that reaches the bottom goes on at the top of the next column: there an end and a beginning cancel out
+    edges, times = np.unique(edges, return_counts=True)
+    counts = np.diff(edges[times == 1], prepend=0, append=height * width)
+    counts = counts if counts[-1] else counts[:-1]  # as pycocotools writes it
+    rle = pycocotools.mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 

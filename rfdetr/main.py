@@ -416,7 +416,8 @@ class Keeper:
             self.save(("checkpoint.pt",))
             if distributed.is_main():
                 print(f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:")
-                print(f"  {resume_command(self.session.folder)}", flush=True)
+                # the run's own flags come back with it
+                print("  " + shlex.join(["python", sys.argv[0], "--resume", str(self.session.folder)]), flush=True)
             raise Stopped(128 + (self.signal or signal.SIGTERM))
 
     def note_nan(self, images: list[int]) -> None:
@@ -450,20 +451,6 @@ class Keeper:
                 if distributed.is_main():
                     checkpoint.save(self.session.folder / "best.pt", content)
         return gained
-
-
-def resume_command(folder: Path) -> str:
-    """The command that was typed, with --resume RUN."""
-    words, skip = sys.argv[:1], False
-    for word in sys.argv[1:]:
-        if word == "--resume" or word.startswith("--resume="):
-            skip = word == "--resume"
-        elif skip and not word.startswith("--"):
-            skip = False
-        else:
-            words.append(word)
-            skip = False
-    return shlex.join(["python", *words, "--resume", str(folder)])
 
 
 def fit(

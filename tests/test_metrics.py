@@ -11,12 +11,14 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from rfdetr.evaluation import encode
 from rfdetr.metrics import coco_eval
 from rfdetr.metrics.coco_eval import CocoEvaluator, format_table
 from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap, to_rle
@@ -332,3 +334,16 @@ def test_the_table_is_plain_and_compact():
     assert text.splitlines()[-1] == "... and 7 more"
     boxes_only = {"bbox": evaluator.summary()["bbox"]}
     assert "mask" not in format_table(boxes_only)
+
+
+@given(data=st.data(), height=st.integers(1, 12), width=st.integers(1, 12))
+def test_a_part_of_an_image_is_encoded_as_the_whole_image_would_be(data, height, width):
+    h, w = data.draw(st.integers(0, height)), data.draw(st.integers(0, width))
+    top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
+    pixels = data.draw(st.lists(st.booleans(), min_size=h * w, max_size=h * w))
+    part = np.array(pixels, dtype=bool).reshape(h, w)
+    canvas = np.zeros((height, width), dtype=np.uint8, order="F")
+    canvas[top : top + h, left : left + w] = part
+    whole = mask_api.encode(canvas)
+    rle = encode(left, top, torch.from_numpy(part), height, width)
+    assert rle == {"size": [height, width], "counts": whole["counts"].decode()}

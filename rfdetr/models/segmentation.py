@@ -67,12 +67,19 @@ class MaskHead(nn.Module):
         return self.query(torch.cat((queries, boxes.to(queries.dtype)), dim=-1)).float()
 
     def grid_logits(self, pixels: Tensor, queries: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
-        """Mask logits (M, GRID, GRID) on the grid of each query's enlarged box: what the loss sees."""
+        """Mask logits (M, GRID, GRID) on the grid of each query's enlarged box: what the loss sees.
+
+        image_index (M,) ascending.
+        """
         kernels = self.kernels(queries, boxes)
-        samples = sample_in_boxes(pixels, boxes, image_index)
+        counts = torch.bincount(image_index, minlength=len(pixels)).tolist()
+        # the product first: sampling one channel afterwards gives the same and costs a tenth of sampling all P
+        maps = [own @ image for own, image in zip(kernels[:, :-6].split(counts), pixels.float().flatten(2))]
+        maps = torch.cat(maps).view(-1, 1, *pixels.shape[-2:])  # (M, 1, h, w)
+        samples = sample_in_boxes(maps, boxes, torch.arange(len(maps), device=boxes.device))[:, 0]
         axis = (torch.arange(GRID, device=boxes.device) + 0.5) / GRID * 2 - 1
         quadratic = box_quadratic(kernels[:, -6:], axis[None, None, :], axis[None, :, None])
-        return torch.einsum("mphw,mp->mhw", samples, kernels[:, :-6]) + quadratic
+        return samples + quadratic
 
     def paste(self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int) -> list[tuple]:
         """Masks of one image's chosen queries at its original height and width, in pixels.
