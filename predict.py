@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             if found is None:
                 unread += 1
                 continue
-            found.picture(model.class_names).save(args.output / free_name(path.stem, ".png", taken))
+            found.picture(model.class_names).save(args.output / free_name(path.stem, ".png", taken), compress_level=1)
             results += as_records(str(path), found)
     if unread == len(files):
         raise UserError(f"none of the {unread} images could be read (the warnings above name them)")

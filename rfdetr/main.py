@@ -520,7 +520,7 @@ def draw_pictures(session: Session, judge: Judge, trainer: Trainer, best: dict, 
     folder.mkdir(exist_ok=True)
     pictures = []
     for name, drawn in judge.pictures(model, PICTURES):
-        drawn.save(folder / f"valid_{name}.png")
+        drawn.save(folder / f"valid_{name}.png", compress_level=1)
         pictures.append(drawn)
     if pictures and session.args.tensorboard:
         session.run.image("valid/predictions", contact_sheet(pictures, columns=1), epoch)
