@@ -7,9 +7,9 @@ Three numberings, never mixed: a *category id* is the dataset's own, a *label* i
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from rfdetr.console import UserError
@@ -37,18 +37,11 @@ class ClassTable:
     background: int | None
 
     def to_dict(self) -> dict:
-        return {
-            "names": list(self.names),
-            "ids": list(self.ids),
-            "rows": list(self.rows),
-            "rows_total": self.rows_total,
-            "background": self.background,
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> ClassTable:
-        names, ids, rows = (tuple(values[key]) for key in ("names", "ids", "rows"))
-        return cls(names, ids, rows, values["rows_total"], values["background"])
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     @property
     def background_last(self) -> bool:
@@ -70,8 +63,7 @@ class ClassTable:
                 f"in the checkpoint: {extra or 'none'}. Dataset: {list(names)}; checkpoint: {list(self.names)}. Use "
                 "the checkpoint that was trained on these classes, or train again: python train_detector_stage1.py"
             )
-        rows = tuple(row_of[name] for name in names)
-        return ClassTable(tuple(names), tuple(ids), rows, self.rows_total, self.background)
+        return replace(self, names=tuple(names), ids=tuple(ids), rows=tuple(row_of[name] for name in names))
 
 
 def coco_table() -> ClassTable:
@@ -88,13 +80,11 @@ def assign_rows(names: list[str], ids: list[int], head: str) -> ClassTable:
     """
     if head == "dataset":
         return ClassTable(tuple(names), tuple(ids), tuple(range(len(names))), len(names) + 1, len(names))
-    row_of_coco = {name: row for row, name in COCO_NAMES.items()}
-    taken = {row_of_coco[name] for name in names if name in row_of_coco}
+    row_of = {name: row for row, name in COCO_NAMES.items()}
+    others = [name for name in names if name not in row_of]
     unused = [row for row in range(1, COCO_ROWS) if row not in COCO_NAMES]
-    spare = unused + [row for row in COCO_NAMES if row not in taken]
-    others = [name for name in names if name not in row_of_coco]
-    spare += range(COCO_ROWS, COCO_ROWS + max(0, len(others) - len(spare)))
-    row_of = row_of_coco | dict(zip(others, spare))
+    spare = unused + [row for row, name in COCO_NAMES.items() if name not in names]
+    row_of |= zip(others, itertools.chain(spare, itertools.count(COCO_ROWS)))
     rows = tuple(row_of[name] for name in names)
     return ClassTable(tuple(names), tuple(ids), rows, max(COCO_ROWS, *(row + 1 for row in rows)), 0)
 
@@ -104,36 +94,28 @@ def keep_classes(table: ClassTable, keep: list[str]) -> ClassTable:
 
     Raises UserError for a name that is not in the table, with its near matches, and for one that repeats.
     """
-    index = {name: i for i, name in enumerate(table.names)}
     problems = []
-    for name in keep:
-        if name not in index:
-            near = difflib.get_close_matches(name, table.names, n=3, cutoff=0.5)
-            problems.append(f"{name!r}" + (f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""))
+    for name in (name for name in keep if name not in table.names):
+        near = " or ".join(map(repr, difflib.get_close_matches(name, table.names, n=3, cutoff=0.5)))
+        problems.append(f"{name!r} (did you mean {near}?)" if near else repr(name))
     if problems:
         shown = ", ".join(map(repr, table.names[:20])) + (" ..." if len(table.names) > 20 else "")
         raise UserError(f"--keep names no class of this checkpoint: {', '.join(problems)}. Its classes are {shown}.")
     repeated = sorted({name for name in keep if keep.count(name) > 1})
     if repeated or not keep:
         raise UserError(f"--keep {'repeats ' + ', '.join(repeated) if repeated else 'is empty'}: name each class once.")
-    chosen = [index[name] for name in keep]
-    return ClassTable(
-        tuple(keep),
-        tuple(table.ids[i] for i in chosen),
-        tuple(table.rows[i] for i in chosen),
-        table.rows_total,
-        table.background,
-    )
+    chosen = [table.names.index(name) for name in keep]
+    ids, rows = (tuple(column[i] for i in chosen) for column in (table.ids, table.rows))
+    return replace(table, names=tuple(keep), ids=ids, rows=rows)
 
 
 def background_row(table: ClassTable) -> int:
     """The row that a shrunk head's background is copied from: the table's own, else the first that no class uses."""
-    if table.background is not None:
-        return table.background
-    free = [row for row in range(table.rows_total) if row not in table.rows]
-    if not free:
+    free = (row for row in range(table.rows_total) if row not in table.rows)
+    row = next(free, None) if table.background is None else table.background
+    if row is None:
         raise UserError(f"all {table.rows_total} rows of the class head belong to a class, none is left as background.")
-    return free[0]
+    return row
 
 
 def shrunk_table(table: ClassTable) -> ClassTable:
@@ -152,11 +134,9 @@ def keep_class_rows(state: dict[str, Tensor], rows: list[int]) -> dict[str, Tens
     Weights (K, C) -> (len(rows), C), biases (K,) -> (len(rows),), bit for bit. Rows are head rows, not category ids.
     Raises ValueError for a row that lies outside 0..K-1.
     """
-    cut = {}
-    for name, tensor in state.items():
-        if is_class_head(name):
-            if min(rows) < 0 or max(rows) >= len(tensor):
-                raise ValueError(f"{name} has {len(tensor)} rows, rows {rows} were asked for")
-            tensor = tensor[torch.tensor(rows)].clone()
-        cut[name] = tensor
+    cut = dict(state)
+    for name in filter(is_class_head, state):
+        if min(rows) < 0 or max(rows) >= len(state[name]):
+            raise ValueError(f"{name} has {len(state[name])} rows, rows {rows} were asked for")
+        cut[name] = state[name][rows]
     return cut
