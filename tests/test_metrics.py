@@ -257,7 +257,7 @@ def test_boxes_only():
         del annotation["segmentation"]
     evaluator = CocoEvaluator(truth, masks=False)
     evaluator.add(7, np.array([[1, 2, 30, 40]], dtype=np.float32), np.array([0.5], dtype=np.float32), np.array([5]))
-    assert evaluator.bbox_results == [{"image_id": 7, "category_id": 5, "bbox": [1, 2, 29, 38], "score": 0.5}]
+    assert evaluator.results("bbox") == [{"image_id": 7, "category_id": 5, "bbox": [1, 2, 29, 38], "score": 0.5}]
     assert set(evaluator.summary()) == {"bbox"}
 
 
@@ -266,7 +266,7 @@ def test_bad_detections():
     evaluator = CocoEvaluator(truth, masks=True)
     boxes, scores = np.array([[1, 1, 9, 9], [1, np.nan, 9, 9], [1, 1, 9, 9]]), np.array([0.5, 0.6, np.inf])
     evaluator.add(1, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3)
-    assert len(evaluator.bbox_results) == len(evaluator.segm_results) == 1
+    assert len(evaluator.results("bbox")) == len(evaluator.results("segm")) == 1
     evaluator.add(99, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3)  # not an image of the ground truth
     assert list(evaluator.found) == [1]
     with pytest.raises(ValueError, match="category ids \\[7\\]"):

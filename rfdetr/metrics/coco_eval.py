@@ -37,13 +37,13 @@ class CocoEvaluator:
     images need height and width, and segmentations (polygons or RLE) must be valid: the C library does not check.
     An annotation without one is, for the masks only, a crowd region the size of its box, neither rewarded nor punished.
 
-    `found` maps image id -> (boxes xywh, scores, category ids, RLEs). Adding an image again replaces it, so that the
-    repeated images of a padded distributed sampler count once; ranks are joined by `found.update(other.found)`.
+    `found` maps image id -> (category ids, scores, {"bbox": boxes xywh, "segm": RLEs}). Adding an image again replaces
+    it: the repeated images of a padded distributed sampler count once.
     """
 
     def __init__(self, ground_truth: dict, masks: bool):
         self.masks = masks
-        self.found: dict[int | str, tuple[Array, Array, Array, list[dict]]] = {}
+        self.found: dict[int | str, tuple[list[int], list[float], dict[str, list]]] = {}
         # Numbered in ascending order: the C++ code wants small integers and knows no string ids, and the order of
         # images decides between equal scores.
         images = sorted(ground_truth["images"], key=lambda image: (isinstance(image["id"], str), image["id"]))
@@ -53,16 +53,15 @@ class CocoEvaluator:
         self._classes = {category["id"]: number for number, category in enumerate(categories, start=1)}
         self._truth = {"bbox": [], "segm": []}
         for number, annotation in enumerate(ground_truth["annotations"], start=1):
-            image, box = self._images[annotation["image_id"]], annotation["bbox"]
+            image, shape = self._images[annotation["image_id"]], annotation.get("segmentation")
+            row = {"image_id": image["id"], "category_id": self._classes[annotation["category_id"]]}
+            row |= {"bbox": annotation["bbox"], "area": annotation["area"], "iscrowd": annotation.get("iscrowd", 0)}
             # pycocotools takes a match with annotation 0 for no match; the figures are to be the same as its own
-            row = {"id": number if annotation["id"] != 0 else 0, "image_id": image["id"], "bbox": box}
-            row |= {"category_id": self._classes[annotation["category_id"]], "area": annotation["area"]}
-            row["iscrowd"] = int(annotation.get("iscrowd", 0))
+            row["id"] = number if annotation["id"] != 0 else 0
             self._truth["bbox"].append(row)
             if masks:
-                shape = annotation.get("segmentation") or np.array([box], dtype=float)
-                crowd = int(row["iscrowd"] or not annotation.get("segmentation"))
-                rle = to_rle(shape, image["height"], image["width"])
+                rle = to_rle(shape or np.array([row["bbox"]], dtype=float), image["height"], image["width"])
+                crowd = row["iscrowd"] if shape else 1
                 self._truth["segm"].append({**row, "segmentation": rle, "iscrowd": crowd})
 
     def add(self, image_id: int | str, boxes: Array, scores: Array, labels: Array, rles: list[dict] | None = None):
@@ -83,45 +82,38 @@ class CocoEvaluator:
         size = [self._images[image_id].get("height"), self._images[image_id].get("width")]
         if wrong := [rle["size"] for rle in rles if list(rle["size"]) != size]:
             raise ValueError(f"image {image_id}: a mask of (height, width) {wrong[0]}, the image has {size}")
-        self.found[image_id] = (boxes[good], scores[good], labels[good], rles)
+        shapes = {"bbox": boxes[good].tolist(), "segm": rles}
+        self.found[image_id] = labels[good].tolist(), scores[good].tolist(), shapes
 
-    @property
-    def bbox_results(self) -> list[dict]:
-        """COCO results with the dataset's own ids; bbox is xywh in pixels."""
+    def results(self, kind: str) -> list[dict]:
+        """COCO results with the dataset's own ids: "bbox" with boxes xywh in pixels, "segm" with RLEs alone."""
+        field = {"bbox": "bbox", "segm": "segmentation"}[kind]
         return [
-            {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
-            for image_id, (boxes, scores, labels, _) in self.found.items()
-            for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist())
-        ]
-
-    @property
-    def segm_results(self) -> list[dict]:
-        """COCO results with the dataset's own ids and no `bbox`, so that areas are those of the masks."""
-        return [
-            {"image_id": image_id, "category_id": label, "segmentation": rle, "score": score}
-            for image_id, (_, scores, labels, rles) in self.found.items()
-            for rle, score, label in zip(rles, scores.tolist(), labels.tolist())
+            {"image_id": image_id, "category_id": label, field: shape, "score": score}
+            for image_id, (labels, scores, shapes) in self.found.items()
+            for label, score, shape in zip(labels, scores, shapes[kind])
         ]
 
     def save(self, folder: str | Path) -> None:
         """Write folder/bbox.json and, with masks, folder/segm.json, as pycocotools' loadRes reads them."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for kind in ("bbox", "segm") if self.masks else ("bbox",):
-            Path(folder, f"{kind}.json").write_text(json.dumps(getattr(self, f"{kind}_results")), encoding="utf-8")
+            Path(folder, f"{kind}.json").write_text(json.dumps(self.results(kind)), encoding="utf-8")
 
     def summary(self) -> dict:
         """The twelve COCO figures, 0..1, and `per_class` {name: {"mAP", "mAP50"}} under "bbox" and, with masks, "segm",
         with masks also "mask": {"giou", "ciou", "dice"}.  What does not exist (no objects of a size, say) is None.
         """
-        summary = {"bbox": self._score("bbox", self._numbered(self.bbox_results))}
+        summary = {"bbox": self._score("bbox", self._numbered("bbox"))}
         if self.masks:
-            detections = self._numbered(self.segm_results)
+            detections = self._numbered("segm")
             summary["segm"] = self._score("segm", detections)
             summary["mask"] = mask_overlap(detections, self._truth["segm"])
         return summary
 
-    def _numbered(self, results: list[dict]) -> list[dict]:
+    def _numbered(self, kind: str) -> list[dict]:
         """The results as annotations with this object's numbers for ids, which is what loadRes would make of them."""
+        results = self.results(kind)
         for number, result in enumerate(results, start=1):
             area = result["bbox"][2] * result["bbox"][3] if "bbox" in result else mask_api.area(result["segmentation"])
             result.update(id=number, iscrowd=0, area=float(area))
