@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rfdetr.data.coco import CocoSplit, build_splits
 from rfdetr.data.demo import make_demo
+from rfdetr.data.validation import SplitCheck, raise_errors
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, ModelSize
 
@@ -47,6 +49,13 @@ def small_size() -> ModelSize:
 def small_model(small_size) -> Detector:
     torch.manual_seed(0)
     return Detector(small_size, rows=5, background=True, mask_head="nano")
+
+
+def read_split(file: Path, folder: Path, name: str) -> CocoSplit:
+    """One annotation file alone, checked and read as read_dataset reads all of a dataset."""
+    check = SplitCheck(file, folder)
+    raise_errors(check.problems, file.parent.parent)
+    return build_splits({name: check})[name]
 
 
 def run_script(*words: object, cwd: Path, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import read_split
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rfdetr.console import UserError
-from rfdetr.data.coco import find_splits, load_image, rasterise, read_dataset, read_split
+from rfdetr.data.coco import find_splits, load_image, rasterise, read_dataset
 from rfdetr.data.validation import read_json
 
 WIDTH, HEIGHT = 40, 30
@@ -70,7 +71,7 @@ def test_boxes_labels_and_negatives(dataset):
     assert first.boxes.dtype == np.float32 and first.boxes.tolist() == [[4, 5, 14, 13], [20, 5, 30, 13]]
     assert first.labels.tolist() == [0, 1] and first.annotation_ids.tolist() == [1, 2]
     assert second.boxes.shape == (0, 4) and second.labels.dtype == np.int64 and second.path.is_file()
-    assert train.object_count == train.mask_count == 2 and train.has_masks and train.warnings == []
+    assert train.object_count == train.mask_count == 2 and train.warnings == []
 
 
 def test_coco_layout_is_found_and_the_newest_year_wins(tmp_path):

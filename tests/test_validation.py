@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import read_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +21,7 @@ from pycocotools import mask as mask_utils
 
 import validate_setup
 from rfdetr.console import UserError
-from rfdetr.data.coco import inspect_dataset, read_dataset, read_split
+from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.validation import Problem, SplitCheck, decompress_runs, require_masks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,6 +16,7 @@ from pycocotools import mask as mask_utils
 
 from rfdetr.console import UserError
 from rfdetr.data.validation import NO_MASKS, ImageRecord, Problem, SplitCheck, find_splits, placeholders, raise_errors
+from rfdetr.metrics.overlap import to_rle
 
 
 @dataclass
@@ -40,24 +41,14 @@ class CocoSplit:
         self.per_class = [labels[label] for label in range(len(self.class_names))]
         self.object_count = sum(self.per_image)
         self.mask_count = sum(mask is not None for image in objects for _, mask in image)
-        self.has_masks = self.mask_count > 0
-
-
-def read_split(annotation_file: str | Path, image_dir: str | Path, name: str) -> CocoSplit:
-    """Read one annotation file alone; `read_dataset` also makes the classes of all splits agree.
-
-    Raises UserError for any error of the data, with the command that lists them all.
-    """
-    check = SplitCheck(annotation_file, Path(image_dir))
-    raise_errors(check.problems, check.file.parent.parent)  # both layouts keep the file two levels below the dataset
-    return _build({name: check})[name]
 
 
 def read_dataset(root: str | Path, val_fraction: float | None = None) -> dict[str, CocoSplit]:
     """Check and read all splits of a dataset: "train", "valid" and, where it exists, "test".
 
     Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by a hash of their
-    names, so that the choice stays when the file is written in another order.  Raises UserError, as `read_split`.
+    names, so that the choice stays when the file is written in another order.  Raises UserError for any error of the
+    data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example")
@@ -96,7 +87,7 @@ def inspect_dataset(
         error("SPLIT_TRAIN_MISSING", f"{root} has no train split: training needs one")
     if "valid" not in files and not val_fraction:
         error("SPLIT_VALID_MISSING", f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1")
-    splits = _build(checks)
+    splits = build_splits(checks)
     for name, split in splits.items():
         check, train, objects = checks[name], splits.get("train"), split.object_count
         if need_masks and objects and not split.mask_count:
@@ -119,7 +110,7 @@ def inspect_dataset(
     return splits, sorted(problems, key=lambda item: item.severity)
 
 
-def _build(checks: dict[str, SplitCheck]) -> dict[str, CocoSplit]:
+def build_splits(checks: dict[str, SplitCheck]) -> dict[str, CocoSplit]:
     """Number the classes, and give the checks' records labels, and arrays for lists.
 
     Labels follow the first split's ascending category ids; classes that only later splits annotate come after. Splits
@@ -145,11 +136,10 @@ def _build(checks: dict[str, SplitCheck]) -> dict[str, CocoSplit]:
             image.labels = np.array([label_of[category] for category in image.labels], np.int64)
             image.crowd = np.array(image.crowd, bool)
             image.annotation_ids = np.array(image.annotation_ids, np.int64)
-        for entry in check.annotations if check.sound else ():
-            if entry["area"] is None:
-                image, mask = check.images[entry["image_id"]], entry.get("segmentation")
-                by_mask = mask and float(mask_utils.area(_encode(mask, image.height, image.width)))
-                entry["area"] = entry["bbox"][2] * entry["bbox"][3] if mask is None else by_mask
+        for entry in (entry for entry in check.annotations if entry["area"] is None):
+            image, mask = check.images[entry["image_id"]], entry.get("segmentation")
+            width, height = entry["bbox"][2:]
+            entry["area"] = float(mask_utils.area(to_rle(mask, image.height, image.width))) if mask else width * height
         truth = {
             "images": [{key: getattr(i, key) for key in ("id", "file_name", "width", "height")} for i in images],
             "annotations": check.annotations,
@@ -184,9 +174,8 @@ def load_image(record: ImageRecord) -> np.ndarray:
         with Image.open(record.path) as image:
             pixels = to_rgb_array(ImageOps.exif_transpose(image) if record.exif else image)
     except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
-        raise UserError(
-            f"{record.path}: cannot be read as an image: {error}. Replace it or delete its entry"
-        ) from error
+        message = f"{record.path}: cannot be read as an image: {error}. Replace it or delete its entry"
+        raise UserError(message) from error
     if pixels.shape[:2] != (record.height, record.width):
         size = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise UserError(f"{record.path}: {size} pixels, the annotations say {record.width}x{record.height}")
@@ -215,18 +204,9 @@ def rasterise(segmentation: list | dict, height: int, width: int, out_height: in
     if isinstance(segmentation, list):
         scale = np.array([out_width / width, out_height / height])
         polygons = [(np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in segmentation]
-        return mask_utils.decode(_encode(polygons, out_height, out_width))
-    mask = mask_utils.decode(_encode(segmentation, height, width))
+        return mask_utils.decode(to_rle(polygons, out_height, out_width))
+    mask = mask_utils.decode(to_rle(segmentation, height, width))
     if (height, width) == (out_height, out_width):
         return mask
     resized = Image.fromarray(mask * np.uint8(255)).resize((out_width, out_height), Image.Resampling.BOX)
     return (np.asarray(resized) >= 128).astype(np.uint8)
-
-
-def _encode(segmentation: list | dict, height: int, width: int) -> dict:
-    """A sound segmentation as one compressed RLE."""
-    if isinstance(segmentation, list):
-        return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return mask_utils.frPyObjects(segmentation, height, width)
-    return segmentation
