@@ -19,7 +19,7 @@ from rfdetr.console import UserError, boolean, number, run_script, tick
 from rfdetr.data.loaders import training_loader
 from rfdetr.data.transforms import multi_scale_sides
 from rfdetr.data.validation import require_masks
-from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, bytes_needed, choose_cache
+from rfdetr.feature_cache import FeatureCache, MaskObjective, bytes_needed, choose_cache
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.segmentation import build_mask_head
 from rfdetr.rundir import write_json
@@ -103,8 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         loader = training_loader(dataset, sampler, args.workers, pin=device.type == "cuda")
     else:
         folder = session.folder if cache == "disk" else None
-        features = FeatureCache(detector, dataset, args.cache_views, table, session.precision, folder)
-        loader = CachedLoader(features, sampler)
+        loader = FeatureCache(objective, dataset, args.cache_views, folder).loader(sampler)
     shared.fit(session, trainer, loader, judge, pack)
     shared.finish(session, table, True, shared.predict_command(session))
 

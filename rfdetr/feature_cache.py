@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from rfdetr import distributed
@@ -53,8 +53,7 @@ class FrozenBatch:
         return len(self.indices)
 
     def __getitem__(self, part: slice) -> FrozenBatch:
-        values = (self.images, self.features, self.queries, self.boxes, self.grids, self.indices)
-        return FrozenBatch(*(value[part] for value in values))
+        return FrozenBatch(**{name: value[part] for name, value in vars(self).items()})
 
     @property
     def objects(self) -> int:
@@ -71,30 +70,20 @@ def freeze(model: Detector, batch: Batch, table: ClassTable, precision: Precisio
     with precision.autocast():
         outputs = model(to_model_input(batch.images, device, side))
     rows = torch.tensor(table.rows, device=device)
-    labels = torch.cat([t["labels"] for t in batch.targets]).to(device)
-    truth = torch.cat([t["boxes"] for t in batch.targets]).to(device)
-    has_mask = torch.cat([t["has_mask"] for t in batch.targets]).to(device)
+    labels, truth, has_mask, masks = (
+        torch.cat([t[key] for t in batch.targets]).to(device) for key in ("labels", "boxes", "has_mask", "masks")
+    )
     counts = [len(t["labels"]) for t in batch.targets]
     ((image, query, obj),) = match([outputs], rows[labels], truth, counts, groups=1)
     boxes = outputs["pred_boxes"].float()[image, query]
     iou, _ = box_iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth[obj]))
     good = (iou > MATCH_IOU) & has_mask[obj]
     image, query, obj, boxes = image[good], query[good], obj[good], boxes[good]
-    grids = torch.zeros(len(obj), GRID, GRID, dtype=torch.uint8, device=device)
-    if len(obj):
-        masks = torch.cat([t["masks"] for t in batch.targets]).to(device)
-        one = torch.arange(len(obj), device=device)
-        grids = (sample_in_boxes(masks[obj][:, None], boxes, one)[:, 0] > 0.5).to(torch.uint8)
+    grids = (sample_in_boxes(masks[:, None], boxes, obj)[:, 0] > 0.5).to(torch.uint8)
     per_image = torch.bincount(image, minlength=len(batch)).tolist()
     queries = outputs["queries"].float()[image, query]
-    return FrozenBatch(
-        batch.images,
-        outputs["features"].float(),
-        list(queries.split(per_image)),
-        list(boxes.split(per_image)),
-        list(grids.split(per_image)),
-        batch.indices,
-    )
+    lists = (list(values.split(per_image)) for values in (queries, boxes, grids))
+    return FrozenBatch(batch.images, outputs["features"].float(), *lists, batch.indices)
 
 
 def apply_view(images: Tensor, view: int) -> Tensor:
@@ -103,19 +92,11 @@ def apply_view(images: Tensor, view: int) -> Tensor:
     return images.flip(axes) if axes else images
 
 
-def apply_view_to_boxes(boxes: Tensor, view: int) -> Tensor:
-    """The same flips on (t, 4) cxcywh 0..1 boxes."""
-    boxes = boxes.clone()
-    for bit, axis in ((1, 0), (2, 1)):
-        if view & bit:
-            boxes[:, axis] = 1 - boxes[:, axis]
-    return boxes
-
-
 def flipped(sample: dict, view: int) -> dict:
-    """A dataset's sample with masks under one of the views."""
-    target = sample["target"]
-    boxes, masks = apply_view_to_boxes(target["boxes"], view), apply_view(target["masks"], view)
+    """A dataset's sample with masks under one of the views; boxes are cxcywh 0..1."""
+    target, (x, y, *sides) = sample["target"], sample["target"]["boxes"].unbind(1)
+    boxes = torch.stack([1 - x if view & 1 else x, 1 - y if view & 2 else y, *sides], dim=1)
+    masks = apply_view(target["masks"], view)
     return {"image": apply_view(sample["image"], view), "target": target | {"boxes": boxes, "masks": masks}}
 
 
@@ -153,15 +134,8 @@ class FeatureCache:
     once each and flipped when read.
     """
 
-    def __init__(
-        self,
-        model: Detector,
-        dataset: SplitDataset,
-        views: int,
-        table: ClassTable,
-        precision: Precision,
-        folder: Path | None,
-    ):
+    def __init__(self, objective: MaskObjective, dataset: SplitDataset, views: int, folder: Path | None):
+        model, table, precision = objective.detector, objective.table, objective.precision
         self.views = views
         self.folder = tempfile.TemporaryDirectory(dir=folder, prefix="cache_") if folder else None
         self.features: Tensor | None = None
@@ -185,32 +159,17 @@ class FeatureCache:
         flat = torch.from_file(path, shared=True, size=count * shape.numel(), dtype=torch.float16)
         return flat.view(count, *shape)
 
-    def read(self, keys: list[tuple[int, int]]) -> FrozenBatch:
+    def loader(self, sampler: EpochSampler) -> DataLoader:
+        """FrozenBatches in a sampler's order."""
+        return DataLoader(self, batch_sampler=sampler, collate_fn=lambda batch: batch, generator=torch.Generator())
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> FrozenBatch:
         """The batch of (image index, any number); the number's remainder chooses the view."""
         views = [(index, seed % self.views) for index, seed in keys]
         objects = [self.objects[index][view] for index, view in views]
-        return FrozenBatch(
-            torch.stack([apply_view(self.images[index], view) for index, view in views]),
-            self.features[[index * self.views + view for index, view in views]],
-            [o[0] for o in objects],
-            [o[1] for o in objects],
-            [o[2] for o in objects],
-            [index for index, _ in views],
-        )
-
-
-class CachedLoader:
-    """Batches from a cache in a sampler's order; stands where a DataLoader does."""
-
-    def __init__(self, cache: FeatureCache, sampler: EpochSampler):
-        self.cache, self.batch_sampler = cache, sampler
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def __iter__(self) -> Iterator[FrozenBatch]:
-        for keys in self.batch_sampler:
-            yield self.cache.read(keys)
+        images = torch.stack([apply_view(self.images[index], view) for index, view in views])
+        features = self.features[[index * self.views + view for index, view in views]]
+        return FrozenBatch(images, features, *map(list, zip(*objects)), [index for index, _ in views])
 
 
 @dataclass(frozen=True)

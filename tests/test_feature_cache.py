@@ -14,7 +14,7 @@ from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
 from rfdetr.engine import Progress
-from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, choose_cache, flipped, freeze
+from rfdetr.feature_cache import FeatureCache, MaskObjective, choose_cache, flipped, freeze
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import build_mask_head
@@ -43,6 +43,10 @@ def dataset(demo) -> SplitDataset:
     return SplitDataset(split, 64, "dihedral", masks=True)
 
 
+def objective_for(detector: Detector) -> MaskObjective:
+    return MaskObjective(detector, TABLE, LossWeights(), CPU, (), 0, Progress())
+
+
 @pytest.fixture(autouse=True)
 def every_match_counts(monkeypatch):
     """An untrained detector misses its objects; what the cache keeps of a match does not depend on its quality."""
@@ -50,11 +54,11 @@ def every_match_counts(monkeypatch):
 
 
 def test_cached_views_are_the_flipped_images_frozen_anew(detector, dataset):
-    cache = FeatureCache(detector, dataset, 4, TABLE, CPU, None)
+    cache = FeatureCache(objective_for(detector), dataset, 4, None)
     for index in range(3):
         for view in range(4):
             batch = collate([flipped(dataset[index, None], view)])
-            fresh, kept = freeze(detector, batch, TABLE, CPU, None), cache.read([(index, view)])
+            fresh, kept = freeze(detector, batch, TABLE, CPU, None), cache.__getitems__([(index, view)])
             assert torch.equal(kept.images, batch.images) and kept.indices == [index]
             torch.testing.assert_close(kept.features.float(), fresh.features, atol=2e-2, rtol=2e-3)  # half precision
             torch.testing.assert_close(kept.queries[0].float(), fresh.queries[0], atol=2e-2, rtol=2e-3)
@@ -77,10 +81,10 @@ def test_views_are_flips_of_image_and_objects_together(dataset):
 
 
 def test_disk_and_memory_give_the_same(detector, dataset, tmp_path):
-    ram, disk = (FeatureCache(detector, dataset, 2, TABLE, CPU, folder) for folder in (None, tmp_path))
+    ram, disk = (FeatureCache(objective_for(detector), dataset, 2, folder) for folder in (None, tmp_path))
     assert list(tmp_path.glob("cache_*/features*"))
     keys = [(2, 1), (0, 0), (1, 7)]
-    a, b = ram.read(keys), disk.read(keys)
+    a, b = ram.__getitems__(keys), disk.__getitems__(keys)
     assert torch.equal(a.features, b.features) and torch.equal(a.images, b.images) and a.indices == [2, 0, 1]
     for name in ("queries", "boxes", "grids"):
         assert all(torch.equal(x, y) for x, y in zip(getattr(a, name), getattr(b, name)))
@@ -91,21 +95,17 @@ def test_disk_and_memory_give_the_same(detector, dataset, tmp_path):
 def test_the_detector_is_left_as_it_was(detector, dataset):
     before = checkpoint.fingerprint(detector)
     detector.train()
-    FeatureCache(detector, dataset, 1, TABLE, CPU, None)
+    FeatureCache(objective_for(detector), dataset, 1, None)
     assert checkpoint.fingerprint(detector) == before and not detector.training
     assert all(p.grad is None for p in detector.parameters())
-
-
-def objective_for(detector: Detector) -> MaskObjective:
-    return MaskObjective(detector, TABLE, LossWeights(), CPU, (), 0, Progress())
 
 
 def test_cached_and_fresh_batches_have_the_same_losses(detector, dataset):
     torch.manual_seed(1)
     head = build_mask_head("nano", detector.size.hidden)
     objective = objective_for(detector)
-    cache = FeatureCache(detector, dataset, 1, TABLE, CPU, None)
-    kept = cache.read([(i, 0) for i in range(3)])
+    cache = FeatureCache(objective_for(detector), dataset, 1, None)
+    kept = cache.__getitems__([(i, 0) for i in range(3)])
     fresh = collate([dataset[i, None] for i in range(3)])
     a, b = objective(head, kept, 5.0), objective(head, fresh, 5.0)
     for name in ("loss_mask", "loss_dice"):
@@ -114,13 +114,13 @@ def test_cached_and_fresh_batches_have_the_same_losses(detector, dataset):
 
 def test_images_without_objects_train_too(detector, dataset):
     head = build_mask_head("nano", detector.size.hidden)
-    cache = FeatureCache(detector, dataset, 2, TABLE, CPU, None)
-    batch = cache.read([(2, 0), (2, 1)])
+    cache = FeatureCache(objective_for(detector), dataset, 2, None)
+    batch = cache.__getitems__([(2, 0), (2, 1)])
     assert batch.objects == 0 and len(batch) == 2
     losses = objective_for(detector)(head, batch, 1.0)
     sum(losses.values()).backward()
     assert sum(losses.values()) == 0 and all(p.grad is None or not p.grad.any() for p in head.parameters())
-    part = cache.read([(0, 0), (2, 0), (1, 0)])[1:]
+    part = cache.__getitems__([(0, 0), (2, 0), (1, 0)])[1:]
     assert part.indices == [2, 1] and part.objects == len(dataset[1, None]["target"]["boxes"])
 
 
@@ -139,7 +139,7 @@ def test_poor_matches_teach_nothing(detector, dataset, monkeypatch):
 
 def test_the_loader_follows_its_sampler(detector, dataset):
     sampler = EpochSampler(3, 2, 0, 3)
-    loader = CachedLoader(FeatureCache(detector, dataset, 2, TABLE, CPU, None), sampler)
+    loader = FeatureCache(objective_for(detector), dataset, 2, None).loader(sampler)
     sampler.set_epoch(4, start_step=1)
     assert len(loader) == 2
     assert [batch.indices for batch in loader] == [[index for index, _ in step] for step in sampler]
