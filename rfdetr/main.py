@@ -34,7 +34,6 @@ from rfdetr.models.segmentation import sample_in_boxes
 from rfdetr.precision import Precision, pick_device, pick_precision
 from rfdetr.rundir import Run, check_free_disk, environment, given_run, new_run, write_json
 from rfdetr.sizes import SIZES, ModelSize
-from rfdetr.visualise import contact_sheet
 
 NAN_STEPS = 10  # steps in a row without a finite loss end the run
 PICTURES = 4  # validation images drawn after an epoch
@@ -518,12 +517,10 @@ def draw_pictures(session: Session, judge: Judge, trainer: Trainer, best: dict, 
     model = trainer.model if best["weights"] == "regular" else trainer.ema.module
     folder = session.folder / "predictions"
     folder.mkdir(exist_ok=True)
-    pictures = []
     for name, drawn in judge.pictures(model, PICTURES):
         drawn.save(folder / f"valid_{name}.png", compress_level=1)
-        pictures.append(drawn)
-    if pictures and session.args.tensorboard:
-        session.run.image("valid/predictions", contact_sheet(pictures, columns=1), epoch)
+        if session.args.tensorboard:
+            session.run.image(f"valid/{name}", drawn, epoch)
 
 
 def predict_command(session: Session) -> str:

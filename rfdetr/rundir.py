@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rfdetr.console import UserError, warn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PICTURE_SIDE = 1024  # pixels; larger pictures would swell TensorBoard's files
 
 
 @contextlib.contextmanager
@@ -201,8 +202,10 @@ class Run(contextlib.AbstractContextManager):
                 self._writer.add_scalar(f"{prefix}/{name}", float(value), step)
 
     def image(self, tag: str, picture: Image.Image, step: int) -> None:
-        """Write a picture to TensorBoard; `step` is the epoch, from 1."""
-        self._writer.add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        """Write a picture to TensorBoard, shrunk to PICTURE_SIDE; `step` is the epoch, from 1."""
+        small = picture.convert("RGB")
+        small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        self._writer.add_image(tag, np.asarray(small), step, dataformats="HWC")
 
     def close(self) -> None:
         """Give the console back and close the files; a second call does nothing."""

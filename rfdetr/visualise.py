@@ -139,20 +139,6 @@ def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str])
     return sheet
 
 
-def contact_sheet(pictures: list[Image.Image], columns: int, cell: int = 640) -> Image.Image:
-    """Pictures in rows of `columns`, each shrunk to at most `cell` pixels a side and centred.  ValueError for none."""
-    small = [picture.copy() for picture in pictures]
-    for picture in small:
-        picture.thumbnail((cell, cell))
-    width, height, gap = max(p.width for p in small), max(p.height for p in small), max(4, cell // 80)
-    columns, rows = min(columns, len(small)), -(-len(small) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), BACKGROUND)
-    for index, picture in enumerate(small):
-        x, y = gap + index % columns * (width + gap), gap + index // columns * (height + gap)
-        sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
-    return sheet
-
-
 def nms_for_drawing(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: float = 0.7) -> np.ndarray:
     """Indices to draw, best first, of boxes (n, 4) xyxy: of two of one class that overlap by more than `iou`, one."""
     # for pictures only: DETR's figures are computed without it

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from rfdetr.visualise import MIN_SIDE, class_colours, contact_sheet, draw, nms_for_drawing, side_by_side
+from rfdetr.visualise import MIN_SIDE, class_colours, draw, nms_for_drawing, side_by_side
 
 # pycocotools.mask.decode under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -109,16 +109,6 @@ def test_side_by_side_has_both_pictures_under_titles():
     assert top > 10 and (pixels[top:, :300] == (255, 0, 0)).all()
     assert (pixels[top:, -160:] == (0, 255, 0)).all() and sheet.width > 460
     assert (pixels[:top, :300] > 200).any() and (pixels[:top, -160:] > 200).any()
-
-
-@pytest.mark.parametrize("count, columns, grid", [(1, 4, (1, 1)), (4, 2, (2, 2)), (5, 3, (3, 2))])
-def test_contact_sheet(count, columns, grid):
-    pictures = [Image.new("RGB", (200, 100 + i), (10 * i + 50, 0, 0)) for i in range(count)]
-    sheet = contact_sheet(pictures, columns, cell=100)
-    assert abs(sheet.width - grid[0] * 100) < 40 and abs(sheet.height - grid[1] * 52) < 40
-    assert {(10 * i + 50, 0, 0) for i in range(count)} <= set(map(tuple, np.array(sheet).reshape(-1, 3).tolist()))
-    with pytest.raises(ValueError):
-        contact_sheet([], columns)
 
 
 def test_nms_for_drawing_works_by_class_and_keeps_the_better():
