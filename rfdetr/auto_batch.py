@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,15 +18,11 @@ HEADROOM = 0.8  # of the memory that is free, since a CPU does not refuse but sw
 
 
 def free_memory_mb() -> float | None:
-    """Free main memory in MB; None where the system does not tell."""
+    """Free main memory in MB; None where the system does not tell (Linux alone does)."""
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) / 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except (AttributeError, ValueError, OSError):
         return None
 
 

@@ -61,18 +61,13 @@ def _find(spec: str, size: ModelSize) -> Path | None:
         name = re.sub(r"[^\w.-]", "_", urllib.parse.urlsplit(spec).path.rsplit("/", 1)[-1])
         tag = hashlib.sha256(spec.encode()).hexdigest()[:8]  # many files out there are called best.pth
         return _cached(spec, cache_dir() / f"{tag}-{name}", None)
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        raise UserError(f"--pretrain_weights {spec}: there is no such file. Give auto, none, a file or a URL")
-    return path
+    if (path := Path(spec).expanduser()).is_file():
+        return path
+    raise UserError(f"--pretrain_weights {spec}: there is no such file. Give auto, none, a file or a URL")
 
 
 def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _cached(url: str, path: Path, md5: str | None) -> Path:
@@ -108,8 +103,7 @@ def download(url: str, path: Path, md5: str | None = None) -> None:
             raise ValueError(f"its md5 is {found}, expected {md5}")
         part.replace(path)
     except (OSError, http.client.HTTPException, ValueError) as error:  # OSError: no network, HTTP 4xx, a full disk
-        if part.exists():
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise UserError(
             f"could not download {url} ({error}). Run again, or download it in another way and put it here: {path} "
             "(or anywhere, with --pretrain_weights PATH)"

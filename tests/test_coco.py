@@ -69,7 +69,7 @@ def test_boxes_labels_and_negatives(dataset):
     assert train.class_names == ["cell", "vessel"] and train.category_ids == [2, 7]
     first, second = train.images
     assert first.boxes.dtype == np.float32 and first.boxes.tolist() == [[4, 5, 14, 13], [20, 5, 30, 13]]
-    assert first.labels.tolist() == [0, 1] and first.annotation_ids.tolist() == [1, 2]
+    assert first.labels.tolist() == [0, 1]
     assert second.boxes.shape == (0, 4) and second.labels.dtype == np.int64 and second.path.is_file()
     assert train.object_count == train.mask_count == 2 and train.warnings == []
 

@@ -126,7 +126,7 @@ def test_crowds_are_no_targets_and_empty_images_stay(split):
     crowded, emptied = changed.images[0], changed.images[1]
     before = len(crowded.boxes)
     crowded.crowd[0] = True
-    for name in ("boxes", "labels", "crowd", "annotation_ids"):
+    for name in ("boxes", "labels", "crowd"):
         setattr(emptied, name, getattr(emptied, name)[:0])
     emptied.segmentations = []
     dataset = SplitDataset(changed, 64, None, masks=True)

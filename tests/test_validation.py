@@ -223,7 +223,7 @@ def test_identical_annotations_leave_one(tmp_path):
     file = write(tmp_path / "train", data)
     split = read_split(file, file.parent, "train")
     assert [(p.code, p.count) for p in check_annotations(data, "x.json")] == [("ANN_DUPLICATE", 2)]
-    assert split.images[0].annotation_ids.tolist() == [1, 50, 78] and len(split.warnings) == 1
+    assert split.images[0].labels.tolist() == [0, 1, 0] and len(split.warnings) == 1
 
 
 def test_dropped_and_clipped_annotations(tmp_path):

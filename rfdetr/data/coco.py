@@ -135,7 +135,6 @@ def build_splits(checks: dict[str, SplitCheck]) -> dict[str, CocoSplit]:
             image.boxes = np.array(image.boxes, np.float32).reshape(-1, 4)
             image.labels = np.array([label_of[category] for category in image.labels], np.int64)
             image.crowd = np.array(image.crowd, bool)
-            image.annotation_ids = np.array(image.annotation_ids, np.int64)
         for entry in (entry for entry in check.annotations if entry["area"] is None):
             image, mask = check.images[entry["image_id"]], entry.get("segmentation")
             width, height = entry["bbox"][2:]

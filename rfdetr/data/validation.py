@@ -111,7 +111,6 @@ class ImageRecord:
     labels: np.ndarray  # (n,) int64, 0..N-1
     crowd: np.ndarray  # (n,) bool
     segmentations: list[list | dict | None]  # n raw COCO polygons or RLE, None where missing or unusable
-    annotation_ids: np.ndarray  # (n,) int64
     exif: bool = False  # the file is stored rotated or mirrored; load_image undoes it
     file_name: str = ""  # as the annotations have it
     digest: bytes = b""  # of the file, where the check decoded it
@@ -201,7 +200,7 @@ class SplitCheck:
             sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
             if self.fault("IMG_SIZE_INVALID", place, any(s is not None and not (_whole(s) and s > 0) for s in sides)):
                 sides = [None, None]
-            images[key] = ImageRecord(key, Path(), *sides, [], [], [], [], [], file_name=file)
+            images[key] = ImageRecord(key, Path(), *sides, [], [], [], [], file_name=file)
         return images
 
     def _check_files(self, folder: Path, decode: bool) -> dict[int | str, ImageRecord]:
@@ -251,9 +250,10 @@ class SplitCheck:
             same = twin is not entry and all(twin.get(name) == entry.get(name) for name in ("segmentation", "iscrowd"))
             crowd = bool(entry.get("iscrowd"))
             if box and not self.fault("ANN_DUPLICATE", place, same):
-                columns = image.boxes, image.labels, image.crowd, image.segmentations, image.annotation_ids
-                for column, value in zip(columns, (box, category, crowd, segmentation, key)):
-                    column.append(value)
+                image.boxes.append(box)
+                image.labels.append(category)
+                image.crowd.append(crowd)
+                image.segmentations.append(segmentation)
                 if not crowd:
                     places[segmentation is not None].append(place)
             truth.append({name: entry.get(name) for name in ("id", "image_id", "category_id", "bbox", "area")})
