@@ -20,9 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--in_ckpt", type=Path, required=True, help="a stage-1 checkpoint, or an official file")
     parser.add_argument("--out_ckpt", type=Path, required=True, help="where to write the shrunk one")
-    parser.add_argument(
-        "--keep", nargs="+", metavar="CLASS", help="classes in their new order (default: all of its own)"
-    )
+    parser.add_argument("--keep", nargs="+", metavar="CLASS", help="classes in their new order (default: all it has)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     if args.out_ckpt.exists() and args.out_ckpt.samefile(args.in_ckpt):
@@ -45,10 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:<24} {rows[name]:>5} {row:>8}")
     print(f"{'(background)':<24} {background_row(table):>5} {new.background:>8}")
     heads = sum(is_class_head(name) and name.endswith("weight") for name in small["model"])
-    tick(
-        f"{heads} class heads cut from {table.rows_total} to {new.rows_total} rows"
-        + (", EMA too" if small.get("ema") else "")
-    )
+    ema = ", EMA too" if small.get("ema") else ""
+    tick(f"{heads} class heads cut from {table.rows_total} to {new.rows_total} rows{ema}")
     if len(new.names) < len(table.names) or table.rows_total > len(table.names) + 1:
         print(
             "Kept logits are unchanged while the ranking of proposals is. A dropped row that had claimed a proposal no "
@@ -56,28 +52,24 @@ def main(argv: list[str] | None = None) -> None:
         )
     say_which_weights_are_better(args.in_ckpt)
     tick(f"Written: {args.out_ckpt}")
-    run = shlex.quote(str(args.in_ckpt.parent))
-    size, out = content["size"]["name"], shlex.quote(str(args.out_ckpt))
+    run, out = shlex.quote(str(args.in_ckpt.parent)), shlex.quote(str(args.out_ckpt))
     print(f"Output dim: {new.rows_total}")
-    print(f"Next:  python train_seg_stage2.py --size {size} --stage1_run {run} --checkpoint {out}")
+    print(f"Next:  python train_seg_stage2.py --size {content['size']['name']} --stage1_run {run} --checkpoint {out}")
 
 
 def say_which_weights_are_better(path: Path) -> None:
     """Tell from the run's metrics.json whether its regular or its EMA weights scored higher."""
     try:
-        metrics = json.loads((path.parent / "metrics.json").read_text(encoding="utf-8"))
+        epochs = json.loads((path.parent / "metrics.json").read_text(encoding="utf-8"))["epochs"]
         best = {}
         for name, key in (("regular", "valid"), ("ema", "valid_ema")):
-            scores = [epoch[key]["bbox"]["mAP"] for epoch in metrics["epochs"] if epoch.get(key)]
-            best[name] = max((score for score in scores if score is not None), default=None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if best["regular"] is None or best["ema"] is None:
+            scores = [epoch[key]["bbox"]["mAP"] for epoch in epochs if epoch.get(key)]
+            best[name] = max(score for score in scores if score is not None)
+    except (OSError, ValueError, KeyError, TypeError):  # no such file, another one, or a run without these scores
         return
     better, other = sorted(best, key=best.get, reverse=True)
-    print(
-        f"In this run the {better} weights scored higher: valid bbox/mAP {best[better]:.3f}, {other} {best[other]:.3f}"
-    )
+    scores = f"valid bbox/mAP {best[better]:.3f}, {other} {best[other]:.3f}"
+    print(f"In this run the {better} weights scored higher: {scores}")
     if other in path.name:
         warn(f"{path.name} holds the {other} weights; checkpoint_best_{better}.pth holds the better ones")
 

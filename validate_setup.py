@@ -78,10 +78,9 @@ def main(argv: list[str] | None = None) -> None:
         kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
         raise UserError(f"{errors[0].message.rstrip('.')}. All errors: {kinds}. Correct and run this again")
 
-    images = "every image could be decoded" if args.check_images else "images were opened, not decoded (--check_images)"
-    tick(
-        f"{len(splits['train'].class_names)} classes, {sum(row['images'] for row in counts.values())} images; {images}"
-    )
+    images = sum(row["images"] for row in counts.values())
+    how = "every image could be decoded" if args.check_images else "images were opened, not decoded (--check_images)"
+    tick(f"{len(splits['train'].class_names)} classes, {images} images; {how}")
     tick("Stage 1 (boxes) is possible")
     if masks:
         tick("Stage 2 and single stage (masks) are possible")
