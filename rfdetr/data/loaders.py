@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
-from rfdetr.boxes import xyxy_to_cxcywh
 from rfdetr.data.coco import CocoSplit, load_image, rasterise
 from rfdetr.data.transforms import training_transform
 
@@ -73,7 +73,7 @@ class SplitDataset(Dataset):
             sample = self.augment(sample)
             torch.set_rng_state(state)
         height, width = sample["image"].shape[-2:]
-        boxes = xyxy_to_cxcywh(torch.as_tensor(sample["boxes"]).float())
+        boxes = box_convert(torch.as_tensor(sample["boxes"]).float(), "xyxy", "cxcywh")
         target = {
             "boxes": boxes / torch.tensor([width, height, width, height]),
             "labels": sample["labels"],

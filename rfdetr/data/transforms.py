@@ -49,12 +49,8 @@ def training_transform(augment: str, resolution: int) -> v2.Transform:
         crop = v2.RandomResizedCrop(square, scale=(0.3, 1.0), ratio=(0.75, 1.33), antialias=True)
         steps = [v2.RandomHorizontalFlip(), v2.RandomChoice([crop, v2.Resize(square, antialias=True)])]
     # boxes that a crop left with less than a pixel go, together with their labels and masks
-    keep = v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda sample: _per_object(sample))
+    keep = v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda s: (s["labels"], s["has_mask"]))
     return v2.Compose([*steps, v2.ClampBoundingBoxes(), keep])
-
-
-def _per_object(sample: dict) -> tuple[Tensor, ...]:
-    return tuple(sample[key] for key in ("labels", "has_mask"))
 
 
 def multi_scale_sides(size: ModelSize, resolution: int, expanded: bool) -> list[int]:
@@ -71,10 +67,7 @@ def draw_side(sides: list[int], seed: int, step: int) -> int:
 
 def to_model_input(images: Tensor, device: torch.device, side: int | None = None) -> Tensor:
     """uint8 (B, 3, R, R) on any device -> normalised float (B, 3, side, side) on `device`."""
-    images = images.to(device, non_blocking=True).float() / 255
-    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
-    images = (images - mean) / std
+    images = v2.functional.normalize(images.to(device, non_blocking=True).float() / 255, MEAN, STD)
     if side is not None and side != images.shape[-1]:
         images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
     return images

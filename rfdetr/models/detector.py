@@ -87,13 +87,9 @@ class Detector(nn.Module):
         )
         if not self.training:
             layers = layers[-1:]
-        predictions = [
-            {
-                "pred_logits": self.class_embed[0](queries),
-                "pred_boxes": move_boxes(references, self.bbox_embed[0](queries).float()),
-            }
-            for queries in layers
-        ]
+        logits = [self.class_embed[0](queries) for queries in layers]
+        boxes = [move_boxes(references, self.bbox_embed[0](queries).float()) for queries in layers]
+        predictions = [{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits, boxes)]
         outputs = predictions[-1] | {"queries": layers[-1], "features": levels[0]}
         if self.training:
             outputs["aux_outputs"] = predictions[:-1]
@@ -113,11 +109,3 @@ def select_detections(outputs: dict, class_rows: Tensor, select: int) -> tuple[T
     queries = torch.div(best, N, rounding_mode="floor")
     boxes = outputs["pred_boxes"].gather(1, queries[..., None].expand(-1, -1, 4))
     return scores, best % N, boxes, queries
-
-
-def unused_parameters(model: Detector) -> list[str]:
-    """Names of the parameters that exist for the official files' sake and never influence an output (all frozen)."""
-    encoder = "backbone.0.encoder.encoder."
-    unused = [f"{encoder}encoder.layer.{i}." for i in range(model.size.used_depth, model.size.depth)]
-    unused.append(f"{encoder}embeddings.mask_token")
-    return [name for name, _ in model.named_parameters() if name.startswith(tuple(unused))]

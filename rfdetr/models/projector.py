@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -23,16 +25,6 @@ class ConvNorm(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
 
-class Bottleneck(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.cv1 = ConvNorm(channels, channels, 3)
-        self.cv2 = ConvNorm(channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.cv2(self.cv1(x))
-
-
 class C2f(nn.Module):
     """Split the channels in two, run one half through bottlenecks, fuse everything seen on the way."""
 
@@ -41,7 +33,8 @@ class C2f(nn.Module):
         half = outputs // 2
         self.cv1 = ConvNorm(inputs, 2 * half, 1)
         self.cv2 = ConvNorm((2 + bottlenecks) * half, outputs, 1)
-        self.m = nn.ModuleList(Bottleneck(half) for _ in range(bottlenecks))
+        pairs = [{name: ConvNorm(half, half, 3) for name in ("cv1", "cv2")} for _ in range(bottlenecks)]
+        self.m = nn.ModuleList(nn.Sequential(OrderedDict(pair)) for pair in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = list(self.cv1(x).chunk(2, dim=1))

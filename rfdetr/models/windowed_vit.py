@@ -24,13 +24,10 @@ class Embeddings(nn.Module):
         super().__init__()
         self.windows, self.grid = size.windows, size.position_grid
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim))
-        self.mask_token = nn.Parameter(
-            torch.zeros(1, size.dim), requires_grad=False
-        )  # in the official files, never used
+        # in the official files, never used
+        self.mask_token = nn.Parameter(torch.zeros(1, size.dim), requires_grad=False)
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + size.position_grid**2, size.dim))
-        self.patch_embeddings = nn.ModuleDict(
-            {"projection": nn.Conv2d(3, size.dim, kernel_size=size.patch, stride=size.patch)}
-        )
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, size.dim, size.patch, size.patch)})
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.position_embeddings, std=0.02)
 
@@ -39,13 +36,9 @@ class Embeddings(nn.Module):
         stored = self.position_embeddings[:, 1:].unflatten(1, (self.grid, self.grid))
         if (height, width) == (self.grid, self.grid):
             return stored
-        resized = F.interpolate(
-            stored.permute(0, 3, 1, 2).float(),
-            size=(height, width),
-            mode="bicubic",
-            align_corners=False,
-            antialias=stored.device.type != "mps",  # no such kernel on MPS
-        )
+        antialias = stored.device.type != "mps"  # no such kernel on MPS
+        stored_map = stored.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(stored_map, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
         return resized.permute(0, 2, 3, 1).to(stored.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -72,18 +65,9 @@ class WindowedViT(nn.Module):
         self.size, self.grad_checkpoint = size, grad_checkpoint
         self.embeddings = Embeddings(size)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        blocks = [
-            Block(
-                size.dim,
-                size.heads,
-                mlp_ratio=size.mlp_ratio,
-                qkv_bias=True,
-                init_values=1.0,  # LayerScale, as in DINOv2
-                drop_path=drop_path,
-                norm_layer=norm,
-            )
-            for _ in range(size.depth)
-        ]
+        # init_values: LayerScale, as in DINOv2
+        options = {"mlp_ratio": size.mlp_ratio, "qkv_bias": True, "init_values": 1.0, "drop_path": drop_path}
+        blocks = [Block(size.dim, size.heads, norm_layer=norm, **options) for _ in range(size.depth)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(blocks)})
         self.layernorm = norm(size.dim)
         for module in self.modules():
