@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,30 +34,17 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected 0, 1, true, false, yes or no, got {text!r}")
 
 
-def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
     """argparse type: an int or float within [low, high]; the error names the accepted range."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        # `value != value` catches nan
-        if value is None or value != value or (low is not None and value < low) or (high is not None and value > high):
-            bounds = " and ".join(
-                part for part in (low is not None and f">= {low}", high is not None and f"<= {high}") if part
-            )
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__} {bounds}".rstrip() + f", got {text!r}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # never true of nan
+                return value
+        bounds = " and ".join(f"{sign} {end}" for sign, end in ((">=", low), ("<=", high)) if math.isfinite(end))
+        raise argparse.ArgumentTypeError(f"expected {kind.__name__} {bounds}".rstrip() + f", got {text!r}")
 
     return parse
-
-
-def make_printable() -> None:
-    """Let stdout and stderr replace what their code page lacks (a tick on a Windows console) instead of raising."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 def tick(message: str) -> None:
@@ -80,7 +69,9 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
 
     UserError: one paragraph on stderr, 2. Ctrl-C: 130. Stopped: its own code. `--debug` shows tracebacks.
     """
-    make_printable()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console's code page may lack the tick
+            stream.reconfigure(errors="replace")
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         main(argv)
@@ -97,11 +88,7 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     except Exception as error:
         if debug:
             raise
-        kind = type(error).__name__
-        print(
-            f"error: unexpected {kind}: {' '.join(str(error).split())}\n"
-            "This is a defect of the program. Run the command again with --debug to see where it happened.",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"error: unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+        advice = "This is a defect of the program. Run the command again with --debug to see where it happened."
+        print(message, advice, sep="\n", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -35,9 +35,8 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} is not usable here ({str(error).splitlines()[0]}): try --device cpu"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not usable here ({reason}): try --device cpu") from error
     return device
 
 

@@ -74,14 +74,8 @@ class SplitDataset(Dataset):
             torch.set_rng_state(state)
         height, width = sample["image"].shape[-2:]
         boxes = box_convert(torch.as_tensor(sample["boxes"]).float(), "xyxy", "cxcywh")
-        target = {
-            "boxes": boxes / torch.tensor([width, height, width, height]),
-            "labels": sample["labels"],
-            "has_mask": sample["has_mask"],
-            "index": index,
-        }
-        if self.masks:
-            target["masks"] = torch.as_tensor(sample["masks"])
+        target = {key: torch.as_tensor(sample[key]) for key in ("labels", "has_mask", "masks") if key in sample}
+        target |= {"boxes": boxes / torch.tensor([width, height, width, height]), "index": index}
         return {"image": torch.as_tensor(sample["image"]), "target": target}
 
     def _read(self, index: int) -> dict:

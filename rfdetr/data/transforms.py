@@ -38,12 +38,8 @@ def training_transform(augment: str, resolution: int) -> v2.Transform:
     "dihedral": images that are already square and resized; "crops": any size.
     """
     if augment == "dihedral":
-        steps = [
-            v2.RandomHorizontalFlip(),
-            v2.RandomVerticalFlip(),
-            RandomTranspose(),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-        ]
+        jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
+        steps = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), RandomTranspose(), jitter]
     else:
         square = (resolution, resolution)
         crop = v2.RandomResizedCrop(square, scale=(0.3, 1.0), ratio=(0.75, 1.33), antialias=True)

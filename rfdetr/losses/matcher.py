@@ -52,7 +52,6 @@ def match(predictions: list[dict], rows: Tensor, boxes: Tensor, counts: list[int
                 queries += (taken + low).tolist()
                 objects += (found + start).tolist()
             start += count
-        matches.append(
-            tuple(torch.tensor(part, dtype=torch.long, device=device) for part in (images, queries, objects))
-        )
+        parts = (images, queries, objects)
+        matches.append(tuple(torch.tensor(part, dtype=torch.long, device=device) for part in parts))
     return matches
