@@ -103,7 +103,8 @@ def download(url: str, path: Path, md5: str | None = None) -> None:
             raise ValueError(f"its md5 is {found}, expected {md5}")
         part.replace(path)
     except (OSError, http.client.HTTPException, ValueError) as error:  # OSError: no network, HTTP 4xx, a full disk
-        part.unlink(missing_ok=True)
+        if part.exists():  # where the folder is a file, unlink itself would fail
+            part.unlink()
         raise UserError(
             f"could not download {url} ({error}). Run again, or download it in another way and put it here: {path} "
             "(or anywhere, with --pretrain_weights PATH)"
