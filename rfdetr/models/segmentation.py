@@ -8,6 +8,8 @@ Letters: B images, M chosen queries of all images, C channels, P pixel-embedding
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +35,13 @@ def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
     regions = enlarged(boxes.float()) * torch.tensor([w, h, w, h], device=boxes.device)
     regions = torch.cat((image_index[:, None].to(regions.dtype), regions), dim=1)
     return roi_align(maps.float(), regions, output_size=GRID, sampling_ratio=1, aligned=True)
+
+
+def between(places: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For places in 0..cells along an axis: the cells with the centres around each, and how near the second one is."""
+    places = (places - 0.5).clamp(0, cells - 1)
+    low = places.long()
+    return low, (low + 1).clamp(max=cells - 1), places - low
 
 
 def box_quadratic(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -91,23 +100,22 @@ class MaskHead(nn.Module):
         h, w = pixels.shape[-2:]
         regions = enlarged(boxes.float()) * torch.tensor([width, height, width, height], device=boxes.device)
         logits = (kernels[:, :-6] @ pixels.float().flatten(1)).unflatten(1, (h, w))
-        corners = torch.stack((regions[:, :2].floor(), regions[:, 2:].ceil()), dim=1).long()
-        corners[..., 0].clamp_(0, width)
-        corners[..., 1].clamp_(0, height)
+        x, y = (torch.arange(side, device=boxes.device) + 0.5 for side in (width, height))
+        (x_low, x_high, x_part), (y_low, y_high, y_part) = between(x * w / width, w), between(y * h / height, h)
         masks = []
-        for i, ((left, top), (right, bottom)) in enumerate(corners.tolist()):
+        for i, (x0, y0, x1, y1) in enumerate(regions.tolist()):
+            # the pixels whose centres lie in the region
+            left, right = max(math.ceil(x0 - 0.5), 0), min(math.floor(x1 + 0.5), width)
+            top, bottom = max(math.ceil(y0 - 0.5), 0), min(math.floor(y1 + 0.5), height)
             if right <= left or bottom <= top:
                 masks.append((0, 0, torch.zeros(0, 0, dtype=torch.bool)))
                 continue
-            x = torch.arange(left, right, device=boxes.device) + 0.5
-            y = torch.arange(top, bottom, device=boxes.device) + 0.5
-            grid = torch.stack(torch.meshgrid(x / width * 2 - 1, y / height * 2 - 1, indexing="xy"), dim=-1)[None]
-            part = F.grid_sample(logits[i][None, None], grid, padding_mode="border", align_corners=False)[0]
-            x0, y0, x1, y1 = regions[i].unbind()
-            u, v = (2 * x - x0 - x1) / (x1 - x0), (2 * y - y0 - y1) / (y1 - y0)
-            part = part + box_quadratic(kernels[i : i + 1, -6:], u[None, None, :], v[None, :, None])
-            inside = (u.abs() <= 1)[None, :] & (v.abs() <= 1)[:, None]
-            masks.append((left, top, ((part[0] > 0) & inside).cpu()))
+            columns, rows = slice(left, right), slice(top, bottom)
+            part = torch.lerp(logits[i][:, x_low[columns]], logits[i][:, x_high[columns]], x_part[columns])
+            part = torch.lerp(part[y_low[rows]], part[y_high[rows]], y_part[rows, None])
+            u, v = (2 * x[columns] - x0 - x1) / (x1 - x0), (2 * y[rows] - y0 - y1) / (y1 - y0)
+            part = part + box_quadratic(kernels[i : i + 1, -6:], u[None, None, :], v[None, :, None])[0]
+            masks.append((left, top, (part > 0).cpu()))
         return masks
 
 
