@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         size, table.rows_total, table.background_last, drop_path=args.drop_path, grad_checkpoint=args.grad_checkpoint
     ).to(session.device)
     if not args.resume_from:
-        shared.start_from(model, table, find_weights(args.pretrain_weights, size), args.pretrain_exclude_keys)
+        source = find_weights(args.pretrain_weights, size)
+        shared.start_from(model, table, source, args.pretrain_exclude_keys, args.backbone_weights)
 
     objective = shared.make_objective(session, table, LossWeights(), masks=False)
     resolve_batch(args, model, objective)

@@ -2,6 +2,7 @@
 
 python train_seg_stage2.py --size nano --stage1_run runs/detector_nano_384_1
     --checkpoint runs/detector_nano_384_1/checkpoint_mydata.pth --epochs 50 --batch 4 --accum 2
+python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth     (classes of COCO: no stage 1 at all)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from rfdetr import checkpoint
 from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
+from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
 from rfdetr.console import UserError, boolean, number, run_script, tick
 from rfdetr.data.loaders import training_loader
@@ -50,9 +52,13 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint.require_size(content, session.size, path)
     args.resolution = args.resolution or content["resolution"]
     table = checkpoint.table_of(content)
-    if table.rows_total != len(train.class_names) + 1:
-        if not args.auto_shrink:
-            raise UserError(unshrunk_message(table.rows_total, train.class_names, path))
+    rows = table.rows_total
+    if rows != len(train.class_names) + 1:
+        coco = content.get("official") and table.is_coco
+        if coco and not set(train.class_names) <= set(table.names):
+            raise UserError(not_coco_message(rows, train.class_names, path, args))
+        if not (coco or args.auto_shrink):
+            raise UserError(unshrunk_message(rows, train.class_names, path))
         content = checkpoint.shrink(content, train.class_names)
     detector, table = checkpoint.build_model(content | {"mask_head": None}, groups=None)
     table = table.in_order_of(train.class_names, train.category_ids, f"{args.dataset} (train)")
@@ -87,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if session.run:
         tick(f"Found Stage-1 checkpoint: {path}")
+        if rows != table.rows_total:
+            tick(f"Class head cut from {rows} rows to {', '.join(table.names)} and background")
         tick(f"Detector frozen: {parameters['detector']:,} parameters")
         tick(f"Segmentation head trainable: {parameters['mask_head']:,} parameters ({name})")
         tick(f"Feature cache: {why}")
@@ -133,6 +141,18 @@ def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
         f"  python shrink_head.py --in_ckpt {shlex.quote(str(path))} "
         f"--out_ckpt {shlex.quote(str(path.parent / 'checkpoint_mydata.pth'))} --keep {keep}\n"
         "and pass the new file with --checkpoint, or add --auto_shrink 1."
+    )
+
+
+def not_coco_message(rows: int, names: list[str], path: Path, args: argparse.Namespace) -> str:
+    others = [name for name in names if name not in COCO_NAMES.values()]
+    words = f"--size {args.size} --dataset {shlex.quote(str(args.dataset))}"
+    run = f"runs/detector_{args.size}_{args.resolution}_N"
+    return (
+        f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
+        f"{path} is an official COCO detector, which does not know {', '.join(others)}. Teach it, then mask it:\n"
+        f"  python train_detector_stage1.py {words} --pretrain_weights {shlex.quote(str(path))}\n"
+        f"  python train_seg_stage2.py {words} --stage1_run {run} --auto_shrink 1"
     )
 
 

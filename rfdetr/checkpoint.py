@@ -8,16 +8,21 @@ training (all that --resume needs).
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 import re
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError  # comes with timm
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rfdetr.classes import (
+    COCO_NAMES,
     COCO_ROWS,
     ClassTable,
     background_row,
@@ -27,7 +32,15 @@ from rfdetr.classes import (
     shrunk_table,
 )
 from rfdetr.console import UserError
-from rfdetr.convert import from_official, load_pretrained
+from rfdetr.convert import (
+    POSITIONS,
+    from_dinov2,
+    from_official,
+    groups_of,
+    load_pretrained,
+    package_class,
+    package_weights,
+)
 from rfdetr.models.detector import Detector
 from rfdetr.rundir import atomic_write
 from rfdetr.sizes import SIZES, ModelSize, size_from_dict
@@ -44,16 +57,48 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """Read one of our checkpoints or an official file onto the CPU, with torch's safe loading.
+    """Read one of our checkpoints or a file of the official package onto the CPU, with torch's safe loading.
 
-    An official file ({"model", "args"}) comes back with our parameter names and a class table. Raises UserError for a
-    file that is missing, damaged, or asks for anything but tensors and plain values.
+    The package's files, published or fine-tuned ({"model", "args", ...}, or Lightning's {"state_dict", ...}), come back
+    with our parameter names and a class table. Raises UserError for a file that is missing, damaged, or asks for
+    anything but tensors and plain values.
     """
     path = Path(path)
+    content = _read(path)
+    if isinstance(content.get("state_dict"), dict):
+        content = package_weights(content)
+    if not isinstance(content.get("model"), dict):
+        raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")
+    if "format" not in content:
+        return _from_official_file(content, path)
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
+    return content
+
+
+def load_backbone(path: Path, patch: int) -> dict:
+    """DINOv2's weights alone, in the Hugging Face layout (.safetensors, or torch's .bin), as a file without classes.
+
+    Patch kernels are resampled to `patch` pixels. Raises UserError for another layout.
+    """
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _read(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read the backbone weights {path}: {error}") from error
+    own = from_dinov2(state, patch)
+    if not own:
+        raise UserError(
+            f"{path} does not hold DINOv2 in the Hugging Face layout (encoder.layer.0.norm1.weight ...), but "
+            f"{', '.join(list(state)[:3])} ... Take model.safetensors of facebook/dinov2-small (large: dinov2-base)"
+        )
+    return {"model": own, "classes": ClassTable((), (), (), 0, None).to_dict()}
+
+
+def _read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}{_neighbours(path)}")
     try:
-        with torch.serialization.safe_globals([Namespace]):  # the official files keep their settings in one
+        with torch.serialization.safe_globals([Namespace, SimpleNamespace]):  # the package keeps its settings in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
@@ -63,12 +108,8 @@ def load(path: Path) -> dict:
         raise UserError(
             f"{path} is damaged or no checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")
-    if "format" not in content:
-        return _from_official_file(content, path)
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
 
 
@@ -80,34 +121,59 @@ def _neighbours(path: Path) -> str:
 
 
 def _from_official_file(content: dict, path: Path) -> dict:
-    """{"model", "args"} as the package writes it -> our keys; the size is told by the tensors' shapes."""
+    """{"model", "args", ...} as the package writes it -> our keys."""
     model = from_official(content["model"])
-    args = content.get("args")
-    args = vars(args) if isinstance(args, Namespace) else args or {}
-    rows = len(model["class_embed.0.weight"]) if "class_embed.0.weight" in model else 0
-    names = args.get("class_names")
-    if names:
-        names = [str(name) for name in (names.values() if isinstance(names, dict) else names)][:rows]
-        labels = tuple(range(len(names)))
-        table = ClassTable(tuple(names), labels, labels, rows, next((r for r in range(rows) if r >= len(names)), None))
-    elif rows == COCO_ROWS:
-        table = coco_table()
-    else:
-        raise UserError(f"{path} has {rows} class rows and does not name its classes (no args.class_names)")
-    size = next((s for s in SIZES.values() if not shape_differences(s, model)), None)
-    if size is None:
-        raise UserError(f"{path} fits none of the sizes {', '.join(SIZES)}")
+    args = content.get("args") or {}
+    args = args if isinstance(args, dict) else vars(args)
+    settings = content.get("model_config") or {}
+    size = _official_size(model, content.get("model_name"), path)
+    size = replace(size, select=settings.get("num_select", size.select))
+    native = SIZES[size.name]
+    # the grid of nano and its like is the resolution's; base and large keep DINOv2's 37x37 at any
+    scaled = native.position_grid * native.patch == native.resolution
+    resolution = settings.get("resolution", size.position_grid * size.patch if scaled else size.resolution)
     return {
         "format": FORMAT,
         "stage": "detector",
         "size": asdict(size),
-        "resolution": size.resolution,
-        "classes": table.to_dict(),
+        "resolution": resolution,
+        "classes": _official_table(len(model.get("class_embed.0.weight", ())), args.get("class_names"), path).to_dict(),
         "mask_head": None,
         "args": {},
         "model": model,
         "official": True,
     }
+
+
+def _official_table(rows: int, names: list[str] | dict | None, path: Path) -> ClassTable:
+    """The classes of an official file: COCO's, or those it was fine-tuned on with the package (row = list index)."""
+    names = tuple(map(str, names.values() if isinstance(names, dict) else names or ()))
+    if rows == COCO_ROWS and names in ((), tuple(COCO_NAMES.values())):
+        return coco_table()
+    if not 0 < len(names) <= rows:
+        raise UserError(f"{path} has {rows} class rows, and its args.class_names names {len(names)} classes")
+    labels = tuple(range(len(names)))
+    return ClassTable(names, labels, labels, rows, None)  # no background: the package ranks proposals by every row
+
+
+def _official_size(model: dict[str, Tensor], model_name: str | None, path: Path) -> ModelSize:
+    """The size whose tensors these are, with the file's own position grid and number of queries.
+
+    Sizes with the same tensors are told apart by the file's model_name, then by their position grid.
+    """
+    grid = math.isqrt(model[POSITIONS].shape[1] - 1) if POSITIONS in model else 0
+    queries = len(model.get("query_feat.weight", ())) // max(groups_of(model), 1)
+    differences = {}
+    for size in sorted(SIZES.values(), key=lambda s: (package_class(s.name) != model_name, s.position_grid != grid)):
+        size = replace(size, position_grid=grid, queries=queries)
+        differences[size.name] = shape_differences(size, model)
+        if not differences[size.name]:
+            return size
+    name, nearest = min(differences.items(), key=lambda item: len(item[1]))
+    raise UserError(
+        f"{path} fits none of the sizes {', '.join(SIZES)}. Nearest is {name}, {len(nearest)} tensors differ: "
+        f"{'; '.join(nearest[:5])}{' ...' if len(nearest) > 5 else ''}"
+    )
 
 
 def shape_differences(size: ModelSize, state: dict[str, Tensor]) -> list[str]:

@@ -50,6 +50,9 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
         "--pretrain_weights", default="auto", metavar="auto|none|PATH|URL", help="auto: the official file of the size"
     )
     parser.add_argument(
+        "--backbone_weights", type=Path, metavar="PATH", help="instead: DINOv2 alone, in the Hugging Face layout"
+    )
+    parser.add_argument(
         "--pretrain_exclude_keys", nargs="+", action="extend", default=[], metavar="GLOB", help="tensors not to load"
     )
 
@@ -84,6 +87,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
     args.effective_batch = args.accum * (usual if args.batch == "auto" else args.batch)
     if args.expanded_scales and not args.multi_scale:
         warn("--expanded_scales 1 changes nothing without --multi_scale 1")
+    if getattr(args, "backbone_weights", None):
+        if args.pretrain_weights not in ("auto", "none") or getattr(args, "init_ckpt", None):
+            raise UserError("--backbone_weights is a start without a detector: leave out the other file of weights")
+        args.pretrain_weights = "none"
     if args.no_amp:
         args.amp = "off"
     if args.fast_dev_run:

@@ -15,8 +15,10 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
+from rfdetr.classes import COCO_NAMES, ClassTable, is_class_head
 from rfdetr.console import UserError
 
 _BLOCK = re.compile(r"(backbone\.0\.encoder\.encoder\.encoder\.layer\.\d+\.)(.+)(\.\w+)")
@@ -27,7 +29,9 @@ _RENAMED = (
     ("ls1.gamma", "layer_scale1.lambda1"),
     ("ls2.gamma", "layer_scale2.lambda1"),
 )
-_POSITIONS = "backbone.0.encoder.encoder.embeddings.position_embeddings"
+_ENCODER = "backbone.0.encoder.encoder."
+POSITIONS = _ENCODER + "embeddings.position_embeddings"
+SILENT = -100.0  # a logit that wins no place and whose score is 0
 _GROUP = re.compile(r"transformer\.enc_out\w*\.(\d+)\.")
 
 
@@ -86,6 +90,70 @@ def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return official
 
 
+def groups_of(state: dict[str, Tensor]) -> int:
+    """The number of query groups in a state dict."""
+    return 1 + max((int(match[1]) for match in map(_GROUP.match, state) if match), default=-1)
+
+
+def from_dinov2(state: dict[str, Tensor], patch: int) -> dict[str, Tensor]:
+    """DINOv2 in the Hugging Face layout -> our names, its patch kernels resampled to `patch` pixels.
+
+    The package starts base and large so (patch 14); the resampling for the other sizes is FlexiViT's
+    (arXiv:2212.08013). Empty where the names are of another layout.
+    """
+    names = {name: re.sub(r"^dinov2\w*\.", "", name) for name in state}
+    if "encoder.layer.0.norm1.weight" not in names.values():
+        return {}
+    own = from_official({_ENCODER + names[name]: tensor.float() for name, tensor in state.items()})
+    kernel = _ENCODER + "embeddings.patch_embeddings.projection.weight"
+    if own[kernel].shape[-1] != patch:
+        own[kernel] = resample_patch_embed(own[kernel], [patch, patch])
+    return own
+
+
+def package_class(size: str) -> str:
+    """The package's name of a size: seg-2xlarge -> RFDETRSeg2XLarge."""
+    size = {"large": "large-deprecated", "large-2026": "large"}.get(size, size)
+    return "RFDETR" + size.title().replace("-", "").replace("Xl", "XL")
+
+
+def package_weights(content: dict) -> dict:
+    """A checkpoint of Lightning's ({"state_dict": {"model.NAME": ...}}) with "model" and "args" as in the others."""
+    state = {
+        re.sub(r"^model\.(_orig_mod\.)?", "", name): tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith("model.")
+    }
+    return {"model": state, "args": content.get("hyper_parameters")} | content
+
+
+def to_package(content: dict) -> dict:
+    """A checkpoint's content -> what PyPI's rfdetr 1.11 loads: {"model", "args", "model_name", "model_config"}.
+
+    The package takes a row for its class id, ranks proposals by all rows and reports all. So the classes' rows come
+    first, in the order of their names (COCO's 91 rows stay), and rows without a class are silenced: in the decoder's
+    head, and the background also in the proposals' heads, where it ranks nothing here. `mask_head.` is left out.
+    """
+    size, table = content["size"], ClassTable.from_dict(content["classes"])
+    model = {name: tensor for name, tensor in content["model"].items() if not name.startswith("mask_head.")}
+    coco, count, groups = table.rows == tuple(COCO_NAMES), len(table.names), groups_of(model)
+    if not coco:
+        order = torch.tensor([*table.rows, *(row for row in range(table.rows_total) if row not in table.rows)])
+        for name in filter(is_class_head, list(model)):
+            model[name] = model[name][order]
+            if table.background is not None and (name.startswith("class_embed.") or table.background_last):
+                model[name][count:] = SILENT if name.endswith("bias") else 0.0
+    shared = {"num_classes": table.rows_total - 1, "num_queries": size["queries"], "group_detr": groups}
+    shared |= {"resolution": content["resolution"], "patch_size": size["patch"]}
+    shared["segmentation_head"] = any(name.startswith("segmentation_head.") for name in model)
+    return {
+        "model": to_official(model),
+        "args": shared if coco else shared | {"class_names": list(table.names)},
+        "model_name": package_class(size["name"]),
+        "model_config": shared | {"positional_encoding_size": size["position_grid"], "num_select": size["select"]},
+    }
+
+
 @dataclass
 class LoadReport:
     """What load_pretrained did with each tensor, under our names.
@@ -132,12 +200,12 @@ def _adapt(file: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, str]:
     values). Queries are stored group by group, so a flat cut would mix them up. Position grid: resampled.
     """
     adapted = {}
-    groups, wanted = (1 + max((int(m[1]) for m in map(_GROUP.match, s) if m), default=-1) for s in (file, model))
-    for name in ("refpoint_embed.weight", "query_feat.weight", _POSITIONS):
+    groups, wanted = groups_of(file), groups_of(model)
+    for name in ("refpoint_embed.weight", "query_feat.weight", POSITIONS):
         theirs, ours = file.get(name), model.get(name)
         if theirs is None or ours is None or theirs.shape == ours.shape or theirs.shape[-1] != ours.shape[-1]:
             continue
-        if name == _POSITIONS:
+        if name == POSITIONS:
             old, new = (math.isqrt(tensor.shape[1] - 1) for tensor in (theirs, ours))
             grid = theirs[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
             grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=True)

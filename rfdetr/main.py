@@ -149,16 +149,19 @@ def training_data(session: Session, masks: bool, augment: str) -> tuple[SplitDat
     return dataset, sampler
 
 
-def start_from(model: Detector, table: ClassTable, weights: Path | None, exclude: list[str]) -> None:
+def start_from(
+    model: Detector, table: ClassTable, weights: Path | None, exclude: list[str], backbone: Path | None = None
+) -> None:
     """Load pretrained weights into a new model and print what was loaded, skipped and left as it was.
 
-    Class rows go to the class of the same name; from COCO's head to COCO's, every row goes to itself.
+    Class rows go to the class of the same name; from COCO's head to COCO's, every row goes to itself. `backbone`: a
+    file with DINOv2's weights alone, taken instead of `weights`.
     """
-    if weights is None:
+    if weights is None and backbone is None:
         if distributed.is_main():
             tick("Weights: none, training from scratch")
         return
-    content = checkpoint.load(weights)
+    content = checkpoint.load_backbone(backbone, model.size.patch) if backbone else checkpoint.load(weights)
     source, state = checkpoint.table_of(content), content["model"]
     if source.is_coco and table.background == 0:
         pairs = {row: row for row in range(source.rows_total)}
@@ -174,7 +177,7 @@ def start_from(model: Detector, table: ClassTable, weights: Path | None, exclude
             state[name] = rows
     report = load_pretrained(model, state, exclude)
     if distributed.is_main():
-        tick(f"Weights: {weights}")
+        tick(f"Weights: {backbone or weights}")
         print(report.summary(), flush=True)
 
 
