@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     names = exported["args"].get("class_names")
     classes = f"{len(names)} classes ({', '.join(names)})" if names else "COCO's classes"
     tick(f"Written: {args.out}, {len(exported['model'])} tensors, {size}, {content['resolution']} px, {classes}")
-    print(f'Load it with rfdetr 1.11:  rfdetr.{exported["model_name"]}.from_checkpoint("{args.out}")')
+    path = str(args.out.resolve())  # the package takes a bare file name for one of its cache
+    print(f"Load it with rfdetr 1.11:  rfdetr.{exported['model_name']}.from_checkpoint({path!r})")
 
 
 if __name__ == "__main__":

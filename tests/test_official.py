@@ -262,7 +262,10 @@ def test_an_exported_file_comes_back(head, call, capsys, tmp_path):
     checkpoint.save(tmp_path / "best.pt", content)
     call(export.main, "--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "out.pth")
     printed = capsys.readouterr().out
-    assert "3 classes (cells, dog, vessel)" in printed and 'rfdetr.RFDETRNano.from_checkpoint("' in printed
+    assert (
+        "3 classes (cells, dog, vessel)" in printed
+        and f"rfdetr.RFDETRNano.from_checkpoint({str(tmp_path / 'out.pth')!r})" in printed
+    )
     exported = torch.load(tmp_path / "out.pth")
     assert exported["args"]["class_names"] == ["cells", "dog", "vessel"]
     assert exported["args"]["num_classes"] == len(exported["model"]["class_embed.bias"]) - 1
