@@ -132,13 +132,14 @@ def _from_official_file(content: dict, path: Path) -> dict:
     # the grid of nano and its like is the resolution's; base and large keep DINOv2's 37x37 at any
     scaled = native.position_grid * native.patch == native.resolution
     resolution = settings.get("resolution", size.position_grid * size.patch if scaled else size.resolution)
+    masks = any(name.startswith("segmentation_head.") for name in model)
     return {
         "format": FORMAT,
-        "stage": "detector",
+        "stage": "single" if masks else "detector",
         "size": asdict(size),
         "resolution": resolution,
         "classes": _official_table(len(model.get("class_embed.0.weight", ())), args.get("class_names"), path).to_dict(),
-        "mask_head": None,
+        "mask_head": "official" if masks else None,
         "args": {},
         "model": model,
         "official": True,
