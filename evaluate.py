@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(str(error)) from error
 
     loader = evaluation_loader(SplitDataset(split, resolution, None, masks=False), args.batch, args.workers)
-    masks = model.mask_head is not None and any(s is not None for image in split.images for s in image.segmentations)
+    masks = model.head is not None and any(s is not None for image in split.images for s in image.segmentations)
     evaluator = Judge(loader, table, precision, masks).evaluator(model.to(precision.device))
     summary = evaluator.summary()
     print(f"{args.checkpoint} on {args.dataset} ({args.split}, {len(split.images)} images, {resolution} px)")

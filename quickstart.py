@@ -209,7 +209,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", type=from_here, help="folder with train/ and valid/ (default: dataset/, else demo data)")
-    add("--size", help="tiny, nano, small, medium, base or large (default: nano on your data with a GPU, else tiny)")
+    add("--size", help="tiny, nano, small, medium, base, large ... (default: nano on your data with a GPU, else tiny)")
     add("--epochs", type=int, help="of stage 1 (default: by the number of training images)")
     add("--seg_epochs", type=int, help="of stage 2 (likewise)")
     add("--resolution", type=int, help="side of the model's input in pixels (default: the size's own)")

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr_encoder", type=share, help="the encoder's (default: 1e-4, tiny its own)")
     parser.add_argument("--num_queries", type=number(int, 1), help="queries per image (default: the size's own)")
     for name, default in LossWeights.flag_defaults().items():
+        default = None if name in ("mask", "dice") else default  # the size's own
         parser.add_argument(f"--{name}_loss_coef", type=share, default=default, help=f"weight of the {name} loss")
     parser.add_argument("--lr_scheduler", choices=["cosine", "step", "constant"], default="cosine")
     parser.add_argument("--warmup_epochs", type=share, default=0.0, help="epochs of linear warm-up")

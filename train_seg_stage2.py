@@ -51,6 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     content = checkpoint.load(path)
     checkpoint.require_size(content, session.size, path)
     args.resolution = args.resolution or content["resolution"]
+    name = session.size.mask_head if args.mask_head == "auto" else args.mask_head
+    if name == content["mask_head"] == "official":
+        raise UserError(
+            f"{path} has {args.size}'s own mask head already, which is trained with the detector: python "
+            f"train_seg_single_stage.py --size {args.size}. For a light one on its frozen detector: --mask_head nano"
+        )
+    name = "standard" if name == "official" else name
     table = checkpoint.table_of(content)
     rows = table.rows_total
     if rows != len(train.class_names) + 1:
@@ -60,12 +67,12 @@ def main(argv: list[str] | None = None) -> None:
         if not (coco or args.auto_shrink):
             raise UserError(unshrunk_message(rows, train.class_names, path))
         content = checkpoint.shrink(content, train.class_names)
+    content["model"] = {k: v for k, v in content["model"].items() if not k.startswith(("mask_head.", "segmentation_"))}
     detector, table = checkpoint.build_model(content | {"mask_head": None}, groups=None)
     table = table.in_order_of(train.class_names, train.category_ids, f"{args.dataset} (train)")
     detector.to(device).requires_grad_(False)
     size, frozen_hash = detector.size, checkpoint.fingerprint(detector)
 
-    name = size.mask_head if args.mask_head == "auto" else args.mask_head
     head = build_mask_head(name, size.hidden).to(device)
     weights = LossWeights(mask=args.mask_loss_coef, dice=args.dice_loss_coef)
     sides = multi_scale_sides(size, args.resolution, args.expanded_scales) if args.multi_scale else []

@@ -4,10 +4,11 @@ python benchmarks/parity.py                       (makes runs/parity_env with th
 python benchmarks/parity.py --peer_python ENV/bin/python --sizes nano base
 python benchmarks/parity.py --peer_python ENV/bin/python --record      (rewrites tests/fixtures/)
 
-Weights, images and targets are hashes of their names and indices, so that both sides make them bit for bit without
-passing files. Compared are the encoder's features, the projector's levels, logits and boxes of every decoder layer
-and of the proposals, evaluating and training (13 groups), the matching, every loss, and the gradient of every
-parameter. This file runs itself under the peer's Python (--as_peer), where `rfdetr` is the package.
+Weights, images, targets and the points that mask losses look at are hashes of their names and indices, so that both
+sides make them bit for bit without passing files. Compared are the encoder's features, the projector's levels, logits,
+boxes and masks of every decoder layer and of the proposals, evaluating and training (13 groups), post-processing, the
+matching, every loss, and the gradient of every parameter. This file runs itself under the peer's Python (--as_peer),
+where `rfdetr` is the package.  Exit code 1: a size is outside LIMIT.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-OFFICIAL = ("nano", "small", "medium", "base", "large")
+OFFICIAL = ("nano", "small", "medium", "base", "large", "large-2026")
+OFFICIAL += tuple(f"seg-{size}" for size in ("nano", "small", "medium", "large", "xlarge", "2xlarge"))
+LIMIT = 1e-4  # for gradients, where rounding decides: or what ours move when every pixel is nudged by 1e-7 of itself
+NUDGES = 4  # tried at most, until one moves them that far
+ORIGINAL = (90, 120)  # height and width that post-processing goes back to
 # size, resolution, with training: small inputs, other than the stored position grid, once fewer tokens than queries
 RECORDED = [
     ("nano", 320, True),
@@ -42,7 +47,13 @@ RECORDED = [
     ("medium", 320, False),
     ("base", 280, False),
     ("large", 168, False),
+    ("large-2026", 192, False),
+    ("seg-nano", 132, True),
+    ("seg-small", 192, False),
+    ("seg-2xlarge", 144, False),
 ]
+COLUMNS = ["size", "tensors used / in the file", "features", "logits", "boxes", "masks", "losses", "gradients"]
+COLUMNS += ["ours, nudged", "matches", "labels found", "found", "proposals' order", "time", "limits"]
 OBJECTS = (6, 0)  # a batch of two, one image without objects
 
 
@@ -68,17 +79,28 @@ def made_up(name: str, shape: tuple[int, ...]) -> Tensor:
         return 0.5 * noise
     if name in ("refpoint_embed.weight", "query_feat.weight"):
         return noise * (0.3 if "refpoint" in name else 1)
-    return noise * (0.3 if "bbox_embed" in name and "layers.2" in name else 1) * (shape[0] / noise.numel()) ** 0.5
+    small = 0.3 if "bbox_embed" in name and "layers.2" in name else 0.1 if "query_features_proj" in name else 1
+    return noise * small * (shape[0] / noise.numel()) ** 0.5
 
 
 def made_up_batch(resolution: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Images (B, 3, R, R) and per image rows (t,) and boxes (t, 4) cxcywh 0..1."""
+    """Images (B, 3, R, R) and per image rows (t,), boxes (t, 4) cxcywh 0..1 and masks (t, R, R), ellipses in them."""
     targets = []
     for image, count in enumerate(OBJECTS):
         noise = hashed(f"boxes {image}", (count, 4)) / math.sqrt(3)
         rows = (hashed(f"rows {image}", (count,)).abs() * 45).long() + 1
-        targets.append({"rows": rows, "boxes": torch.cat((0.5 + 0.3 * noise[:, :2], 0.2 + 0.15 * noise[:, 2:]), dim=1)})
+        boxes = torch.cat((0.5 + 0.3 * noise[:, :2], 0.2 + 0.15 * noise[:, 2:]), dim=1)
+        x, y, w, h = boxes.double()[..., None, None].unbind(1)
+        axis = (torch.arange(resolution) + 0.5).double() / resolution
+        masks = ((axis - x) / w) ** 2 + ((axis[:, None] - y) / h) ** 2 < 0.25
+        has_mask = torch.ones(count, dtype=torch.bool)
+        targets.append({"rows": rows, "boxes": boxes, "masks": masks, "has_mask": has_mask})
     return hashed("images", (len(OBJECTS), 3, resolution, resolution)), targets
+
+
+def made_up_points(rows: int, *shape: int, device: torch.device | None = None) -> Tensor:
+    """In place of torch.rand while losses are computed: the same numbers 0..1 in every row, whatever their order."""
+    return (hashed("points", (1, *shape)) / 12**0.5 + 0.5).clamp(0, 1).repeat(rows, *[1] * len(shape))
 
 
 def layout(shapes: dict[str, tuple[int, ...]]) -> str:
@@ -93,7 +115,8 @@ def flat_predictions(prefix: str, outputs: dict) -> dict[str, Tensor]:
     return {
         f"{prefix} {kind}/{layer}": values[key].detach()
         for layer, values in layers.items()
-        for kind, key in (("logits", "pred_logits"), ("boxes", "pred_boxes"))
+        for kind, key in (("logits", "pred_logits"), ("boxes", "pred_boxes"), ("masks", "pred_masks"))
+        if isinstance(values.get(key), Tensor)  # while training, masks are left as their two factors
     }
 
 
@@ -116,12 +139,14 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
     from rfdetr.models import build_criterion_from_config, build_model_from_config
     from rfdetr.utilities.tensors import nested_tensor_from_tensor_list
 
+    name = {"large": "LargeDeprecated", "large-2026": "Large"}.get(size, size.replace("-", "")).lower()
+    configs = {key.lower(): value for key, value in vars(config).items()}
     # a name for the weights keeps the builder from downloading DINOv2's; nothing reads the file
-    name = f"RFDETR{size.capitalize()}{'Deprecated' if size == 'large' else ''}Config"
-    model_config = getattr(config, name)(pretrain_weights="none.pth", device="cpu")
-    train_config = config.TrainConfig(dataset_dir=".", output_dir=".")
+    model_config = configs[f"rfdetr{name}config"](pretrain_weights="none.pth", device="cpu")
+    train_config = config.SegmentationTrainConfig if model_config.segmentation_head else config.TrainConfig
+    train_config = train_config(dataset_dir=".", output_dir=".")
     model = build_model_from_config(model_config, train_config)
-    criterion, _ = build_criterion_from_config(model_config, train_config)
+    criterion, postprocess = build_criterion_from_config(model_config, train_config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()}
     model.load_state_dict({name: made_up(name, shape) for name, shape in shapes.items()}, strict=False)
     images, targets = made_up_batch(resolution)
@@ -138,18 +163,22 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
             outputs = model(nested_tensor_from_tensor_list(list(images)))
         values |= {k: v for k, v in flat_predictions("eval", outputs).items() if k.endswith("/last")}
         values["order eval"] = order.pop()[None]
+        found = postprocess(outputs, torch.tensor([ORIGINAL] * len(images)))
+        values |= {f"found {key}": torch.stack([one[key] for one in found]) for key in found[0]}
         if train:
             outputs = model.train()(nested_tensor_from_tensor_list(list(images)))
             values["order train"] = order.pop()
     if train:
-        theirs = [{"labels": t["rows"], "boxes": t["boxes"]} for t in targets]
-        losses = criterion.train()(outputs, theirs)
+        keys = {"labels": "rows", "boxes": "boxes"} | ({"masks": "masks"} if model_config.segmentation_head else {})
+        theirs = [{key: target[ours] for key, ours in keys.items()} for target in targets]
+        with mock.patch.object(torch, "rand", made_up_points):
+            losses = criterion.train()(outputs, theirs)
+            pairs = criterion.matcher(outputs, theirs, group_detr=model_config.group_detr)
         losses = {name: losses[name] * weight for name, weight in criterion.weight_dict.items()}
         sum(losses.values()).backward()
         values |= flat_predictions("train", outputs)
         values |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        pairs = criterion.matcher(outputs, theirs, group_detr=model_config.group_detr)
         starts = [sum(OBJECTS[:i]) for i in range(len(OBJECTS))]
         pairs = [torch.stack((torch.full_like(q, i), q, obj + starts[i])) for i, (q, obj) in enumerate(pairs)]
         values["matches"] = torch.cat(pairs, dim=1)
@@ -174,7 +203,7 @@ def ranked_as(order: Tensor, agreement: list[float]):
         yield
 
 
-def own_values(model, resolution: int, order: dict[str, Tensor], nudge: float = 0.0) -> dict[str, Tensor]:
+def own_values(model, resolution: int, order: dict[str, Tensor], nudge: float | Tensor = 0.0) -> dict[str, Tensor]:
     """Our numbers under the same names; `order` holds "order eval" and, to train as well, "order train"."""
     from rfdetr.losses.criterion import LossWeights, detection_losses
 
@@ -183,16 +212,24 @@ def own_values(model, resolution: int, order: dict[str, Tensor], nudge: float = 
     backbone = model.eval().backbone[0]
     kept = features_kept(backbone.encoder["encoder"], backbone.projector, values)
     with torch.no_grad(), ranked_as(order["order eval"], agreement), kept:
-        values |= flat_predictions("eval", model(images))
+        outputs = model(images)
+    with torch.no_grad():
+        if model.head is not None:
+            pixels, kernels = model.head.pixels(outputs["features"], images), model.head.kernels(outputs["queries"])
+            outputs["pred_masks"] = torch.einsum("bchw,bqc->bqhw", pixels, kernels) + model.head.bias
+        values |= flat_predictions("eval", outputs) | own_found(model, outputs, images, order)
     if "order train" in order:
         model.train().zero_grad()
         with ranked_as(order["order train"], agreement):
             outputs = model(images)
         groups = model.transformer.groups
-        losses, matches = detection_losses(outputs, targets, groups, sum(OBJECTS) * groups, LossWeights())
+        recipe = model.size.recipe
+        weights = LossWeights(mask=recipe.single_mask_loss_coef, dice=recipe.single_dice_loss_coef)
+        with mock.patch.object(torch, "rand", made_up_points):
+            losses, matches = detection_losses(outputs, targets, groups, sum(OBJECTS) * groups, weights)
         sum(losses.values()).backward()
         values |= flat_predictions("train", outputs)
-        their_names = {"class": "ce", "box": "bbox"}
+        their_names = {"class": "ce", "box": "bbox", "mask": "mask_ce", "dice": "mask_dice"}
         for name, loss in losses.items():
             kind, *layer = name.removeprefix("loss_").split("_")
             values["loss/" + "_".join(["loss", their_names.get(kind, kind), *layer])] = loss.detach()
@@ -202,6 +239,27 @@ def own_values(model, resolution: int, order: dict[str, Tensor], nudge: float = 
     return values
 
 
+def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our post-processing, of their logits and boxes where these are whole, so that rounding changes no order."""
+    from rfdetr.evaluation import Detections
+    from rfdetr.models.detector import select_detections
+
+    names = {"pred_logits": "eval logits/last", "pred_boxes": "eval boxes/last"}
+    whole = {key: theirs[name] for key, name in names.items() if theirs[name].shape == outputs[key].shape}
+    scores, labels, boxes, queries = select_detections(outputs | whole, torch.arange(91), model.size.select)
+    found = {"found scores": scores, "found labels": labels}
+    detections = Detections([], scores, labels, boxes, queries, outputs["features"], images)
+    height, width = ORIGINAL
+    pixel_boxes = [detections.pixel_boxes(i, height, width).clip(0, [width, height] * 2) for i in range(len(images))]
+    found["found boxes"] = torch.from_numpy(np.stack(pixel_boxes))
+    if model.head is not None:
+        pixels = model.head.pixels(outputs["features"], images)
+        parts = zip(pixels, outputs["queries"], queries, boxes)
+        masks = [list(model.head.paste(p, own[chosen], box, height, width)) for p, own, chosen, box in parts]
+        found["found masks"] = torch.stack([torch.stack([mask for _, _, mask in one]) for one in masks])[:, :, None]
+    return found
+
+
 def build_own(size: str, shapes: dict[str, tuple[int, ...]]):
     """Our detector with the made-up weights, every official tensor loaded strictly."""
     from rfdetr.convert import from_official
@@ -209,7 +267,8 @@ def build_own(size: str, shapes: dict[str, tuple[int, ...]]):
     from rfdetr.sizes import SIZES
 
     with torch.device("meta"):
-        model = Detector(SIZES[size], rows=91)
+        masks = SIZES[size].mask_head == "official"
+        model = Detector(SIZES[size], rows=91, mask_head="official" if masks else None)
     state = from_official({name: made_up(name, shape) for name, shape in shapes.items()})
     model.load_state_dict(state, assign=True)
     return model
@@ -250,11 +309,49 @@ def projections(name: str, gradient: Tensor) -> list[float]:
 
 def record(dump: dict, path: Path) -> None:
     """Keep of the peer's numbers what the tests compare; loads with torch's safe loading."""
-    values = {name: sample(value, 256) if "/" in name else value.short() for name, value in dump["values"].items()}
+    values = dump["values"]
+    if "found masks" in values:
+        values["found area"] = values.pop("found masks").sum((-3, -2, -1))
+    values = {
+        name: value.short() if not value.is_floating_point() else sample(value, 256) for name, value in values.items()
+    }
     gradients = {name: projections(name, gradient) for name, gradient in dump["gradients"].items()}
     path.parent.mkdir(exist_ok=True)
     torch.save({"layout": layout(dump["shapes"]), "values": values, "gradients": gradients}, path)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e3:.0f} kB")
+
+
+def check(size: str, dump: dict) -> bool:
+    """Compare a size at full scale and print its row; False where something lies outside the limits."""
+    from rfdetr.convert import to_official
+
+    start, model, theirs = time.time(), build_own(size, dump["shapes"]), dump["values"]
+    used = dump["shapes"].keys() & to_official(model.state_dict()).keys()
+    ours = own_values(model, model.size.resolution, theirs)
+    worst = compare(ours, theirs | dump["gradients"])
+    # rounding decides the gradient of a sampling point on a cell's edge: how far does ours move by itself?
+    noise, side = 0.0, model.size.resolution
+    for seed in range(NUDGES):
+        if worst["gradient"] <= max(LIMIT, noise):
+            break
+        moved = own_values(model, side, theirs, 1e-7 * hashed(f"nudge {seed}", (3, side, side)).sign())
+        noise = max(noise, compare(moved, ours)["gradient"])
+    found = [error(key, ours[key], theirs[key]) for key in ("found scores", "found boxes")]
+    if "found masks" in theirs:
+        found.append((ours["found masks"] != theirs["found masks"]).float().mean().item())
+    same = [same_matches(ours["matches"], theirs["matches"]), torch.equal(ours["found labels"], theirs["found labels"])]
+    good = (
+        used == dump["shapes"].keys() and all(same) and max(found) <= LIMIT and worst["gradient"] <= max(LIMIT, noise)
+    )
+    good &= all(value <= LIMIT for kind, value in worst.items() if kind != "gradient")
+    kinds = [("encoder", "projector"), ("eval logits", "train logits"), ("eval boxes", "train boxes"), ("eval masks",)]
+    kinds += [("loss",), ("gradient",)]
+    values = [max((worst[kind] for kind in group if kind in worst), default=None) for group in kinds]
+    cells = [size, f"{len(used)} / {len(dump['shapes'])}", *values, noise, *same, max(found)]
+    cells += [f"{ours['order agreement']:.2%}", f"{time.time() - start:.0f} s", "within" if good else "OUTSIDE"]
+    shown = ["-" if c is None else "same" if c is True else f"{c:.1e}" if isinstance(c, float) else c for c in cells]
+    print("| " + " | ".join(map(str, shown)) + " |", flush=True)
+    return good
 
 
 def peer_environment() -> str:
@@ -298,23 +395,10 @@ def main() -> None:
         for size, resolution, train in RECORDED:
             record(ask_peer(python, size, resolution, train), ROOT / "tests" / "fixtures" / f"{size}_{resolution}.pt")
         return
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32", flush=True)
-    for size in args.sizes:
-        start, resolution = time.time(), SIZES[size].resolution
-        dump = ask_peer(python, size, resolution, True)
-        model, theirs = build_own(size, dump["shapes"]), dump["values"]
-        ours = own_values(model, resolution, theirs)
-        worst = compare(ours, theirs | dump["gradients"])
-        # rounding decides the gradient of a sampling point on a cell's edge: how far does ours move by itself?
-        noise = compare(own_values(model, resolution, theirs, nudge=1e-7), ours)["gradient"]
-        print(f"\n{size}: {len(dump['shapes'])} tensors, {sum(p.numel() for p in model.parameters()):,} parameters")
-        for kind, value in worst.items():
-            print(
-                f"  {kind:<13} {value:.1e}" + (f"  ours with images nudged: {noise:.1e}" if kind == "gradient" else "")
-            )
-        matched = "same" if same_matches(ours["matches"], theirs["matches"]) else "OTHER"
-        print(f"  {matched} matches, proposals' order {ours['order agreement']:.2%} the same in the worst group")
-        print(f"  {time.time() - start:.0f} s", flush=True)
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32")
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
+    good = [check(size, ask_peer(python, size, SIZES[size].resolution, True)) for size in args.sizes]
+    sys.exit(0 if all(good) else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Two-stage instance segmentation with RF-DETR: a detector, then a light mask head on the frozen detector."""
 
-__all__ = ["RFDETR", "RFDETRBase", "RFDETRLarge", "RFDETRMedium", "RFDETRNano", "RFDETRSmall"]
+_DETECTORS = ["Base", "Large", "Large2026", "Medium", "Nano", "Small"]
+_WITH_MASKS = ["Seg2XLarge", "SegLarge", "SegMedium", "SegNano", "SegSmall", "SegXLarge"]
+__all__ = ["RFDETR", *(f"RFDETR{size}" for size in _DETECTORS + _WITH_MASKS)]
 
 
 def __getattr__(name: str):

@@ -108,8 +108,8 @@ class RFDETR:
         sizes = [array.shape[:2] for array in arrays]
         counts = (found.scores >= threshold).sum(1).tolist()
         masks: list = [None] * len(arrays)
-        if self.model.mask_head is not None:
-            masks = draw_masks(self.model.mask_head, found, sizes, counts, self.precision)
+        if self.model.head is not None:
+            masks = draw_masks(self.model.head, found, sizes, counts, self.precision)
         return [self._found(arrays[i], found, i, counts[i], masks[i]) for i in range(len(arrays))]
 
     def _found(self, image: np.ndarray, found: Detections, i: int, count: int, masks: list | None) -> Found:
@@ -153,3 +153,31 @@ class RFDETRBase(RFDETR):
 
 class RFDETRLarge(RFDETR):
     size_name = "large"
+
+
+class RFDETRLarge2026(RFDETR):
+    size_name = "large-2026"
+
+
+class RFDETRSegNano(RFDETR):
+    size_name = "seg-nano"
+
+
+class RFDETRSegSmall(RFDETR):
+    size_name = "seg-small"
+
+
+class RFDETRSegMedium(RFDETR):
+    size_name = "seg-medium"
+
+
+class RFDETRSegLarge(RFDETR):
+    size_name = "seg-large"
+
+
+class RFDETRSegXLarge(RFDETR):
+    size_name = "seg-xlarge"
+
+
+class RFDETRSeg2XLarge(RFDETR):
+    size_name = "seg-2xlarge"

@@ -22,12 +22,13 @@ from rfdetr.data.transforms import to_model_input
 from rfdetr.metrics.coco_eval import CocoEvaluator
 from rfdetr.metrics.overlap import to_rle
 from rfdetr.models.detector import Detector, select_detections
-from rfdetr.models.segmentation import MaskHead
+from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
 from rfdetr.precision import Precision
 from rfdetr.visualise import class_colours, draw, nms_for_drawing, side_by_side
 
 MASKS_PER_IMAGE = 100  # COCO counts no more detections than that
 DRAW_THRESHOLD = 0.5
+AnyMaskHead = MaskHead | OfficialMaskHead
 
 
 @dataclass
@@ -77,7 +78,7 @@ def detect_split(
 
 @torch.inference_mode()
 def draw_masks(
-    head: MaskHead, found: Detections, sizes: list[tuple[int, int]], counts: list[int], precision: Precision
+    head: AnyMaskHead, found: Detections, sizes: list[tuple[int, int]], counts: list[int], precision: Precision
 ) -> list[list[dict]]:
     """COCO RLEs of the first counts[i] detections of image i at its original (height, width), in pixels."""
     head.eval()
@@ -105,7 +106,7 @@ def encode(left: int, top: int, mask: Tensor, height: int, width: int) -> dict:
 
 
 def score(
-    detections: Iterable[Detections], head: MaskHead | None, split: CocoSplit, precision: Precision
+    detections: Iterable[Detections], head: AnyMaskHead | None, split: CocoSplit, precision: Precision
 ) -> CocoEvaluator:
     """Gather a split's detections, with masks where there is a head, in a COCO evaluator (all ranks' on each)."""
     found = []
@@ -147,8 +148,8 @@ class Judge:
             found = self.kept = list(found)
         return found
 
-    def head(self, model: nn.Module) -> MaskHead | None:
-        return model if self.frozen is not None else model.mask_head if self.masks else None
+    def head(self, model: nn.Module) -> AnyMaskHead | None:
+        return model if self.frozen is not None else model.head if self.masks else None
 
     def evaluator(self, model: nn.Module) -> CocoEvaluator:
         """All ranks' detections of the split, ready to be summed up or saved."""
@@ -168,7 +169,7 @@ class Judge:
             if count <= 0:
                 return
 
-    def picture(self, found: Detections, head: MaskHead | None) -> Image.Image:
+    def picture(self, found: Detections, head: AnyMaskHead | None) -> Image.Image:
         """Ground truth at the left, what was found in this one image at the right."""
         record, names = self.split.images[found.index[0]], self.split.class_names
         image, size = load_image(record), (record.height, record.width)

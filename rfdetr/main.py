@@ -208,16 +208,17 @@ class Objective:
         side = draw_side(self.sides, self.seed, self.progress.step) if self.sides else None
         images = to_model_input(batch.images, device, side)
         rows = torch.tensor(self.table.rows, device=device)
-        targets = [{"rows": rows[t["labels"].to(device)], "boxes": t["boxes"].to(device)} for t in batch.targets]
+        targets = [{k: v.to(device) for k, v in t.items() if k != "index"} for t in batch.targets]
+        targets = [target | {"rows": rows[target["labels"]]} for target in targets]
         with self.precision.autocast():
             outputs = model(images)
         losses, (image, query, obj) = detection_losses(
             outputs, targets, self.groups, objects * self.groups, self.weights
         )
-        if self.masks:
-            has_mask = torch.cat([t["has_mask"] for t in batch.targets]).to(device)[obj]
+        if self.masks and model.mask_head is not None:
+            has_mask = torch.cat([t["has_mask"] for t in targets])[obj]
             image, query, obj = image[has_mask], query[has_mask], obj[has_mask]
-            truth = torch.cat([t["masks"] for t in batch.targets]).to(device)
+            truth = torch.cat([t["masks"] for t in targets])
             boxes = outputs["pred_boxes"].detach()[image, query]
             one = torch.arange(len(truth), device=device)[obj]
             target = sample_in_boxes(truth[:, None], boxes, one)[:, 0]

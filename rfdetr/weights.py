@@ -154,7 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, size in SIZES.items():
         if size.weights_url:
             path = cache_dir() / size.weights_file
-            print(f"{name:<7} {size.weights_url}  md5 {size.weights_md5}  {'in' if path.exists() else 'not in'} {path}")
+            print(
+                f"{name:<11} {size.weights_url}  md5 {size.weights_md5}  {'in' if path.exists() else 'not in'} {path}"
+            )
 
 
 if __name__ == "__main__":

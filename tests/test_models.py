@@ -10,10 +10,10 @@ import torch
 from rfdetr.models.decoder import move_boxes
 from rfdetr.models.deformable_attention import DeformableAttention
 from rfdetr.models.detector import Detector, select_detections
-from rfdetr.models.segmentation import GRID, MASK_HEADS, build_mask_head, enlarged, sample_in_boxes
+from rfdetr.models.segmentation import GRID, MASK_HEADS, OfficialMaskHead, build_mask_head, enlarged, sample_in_boxes
 from rfdetr.sizes import SIZES, Recipe, check_resolution, size_from_dict
 
-OFFICIAL = ["nano", "small", "medium", "base", "large"]
+OFFICIAL = [name for name, size in SIZES.items() if size.weights_url]
 
 
 def package_mask_head_parameters(size) -> int:
@@ -29,12 +29,26 @@ def test_mask_heads_keep_their_parameter_bounds(name):
     size = SIZES[name]
     count = {head: sum(p.numel() for p in build_mask_head(head, size.hidden).parameters()) for head in MASK_HEADS}
     assert count["nano"] <= 0.25 * count["standard"]
+    official = OfficialMaskHead(size.hidden, size.decoder_layers)
+    assert sum(p.numel() for p in official.parameters()) == package_mask_head_parameters(size)
     assert count["standard"] <= package_mask_head_parameters(size)
 
 
 def test_nano_and_tiny_use_the_light_head():
     assert SIZES["nano"].mask_head == SIZES["tiny"].mask_head == "nano"
-    assert {SIZES[name].mask_head for name in ("small", "medium", "base", "large")} == {"standard"}
+    assert {SIZES[name].mask_head for name in ("small", "medium", "base", "large", "large-2026")} == {"standard"}
+
+
+def test_the_mask_models_are_the_published_ones():
+    seg = [size for size in SIZES.values() if size.mask_head == "official"]
+    assert [size.name for size in seg] == [
+        f"seg-{n}" for n in ("nano", "small", "medium", "large", "xlarge", "2xlarge")
+    ]
+    assert [size.resolution for size in seg] == [312, 384, 432, 504, 624, 768]
+    assert [size.decoder_layers for size in seg] == [4, 4, 5, 5, 6, 6]
+    assert [size.queries for size in seg] == [100, 100, 200, 200, 300, 300]
+    assert all(size.patch == 12 and size.position_grid * 12 == size.resolution for size in seg)
+    assert len({size.weights_url for size in SIZES.values()}) == len(SIZES)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -43,7 +57,7 @@ def test_official_sizes_have_the_published_shape(name):
     with torch.device("meta"):
         model = Detector(size, rows=91)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
-    assert shapes["query_feat.weight"] == (13 * 300, size.hidden)
+    assert shapes["query_feat.weight"] == (13 * size.queries, size.hidden)
     assert shapes["transformer.enc_out_class_embed.12.weight"] == (91, size.hidden)
     assert shapes["backbone.0.encoder.encoder.embeddings.position_embeddings"] == (
         1,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
 from rfdetr.losses.matcher import match
+from rfdetr.losses.points import at_points, mask_costs
 
 ALPHA = 0.25
 
@@ -50,7 +51,8 @@ def class_loss(logits: Tensor, at: tuple[Tensor, Tensor], rows: Tensor, iou: Ten
 def detection_losses(outputs: dict, targets: list[dict], groups: int, num_boxes: float, weights: LossWeights) -> tuple:
     """Weighted losses of every decoder layer and of the proposals, and the last layer's matches.
 
-    outputs: a training forward of the Detector. targets, one an image: rows (t,) head rows, boxes (t, 4) cxcywh 0..1.
+    outputs: a training forward of the Detector. targets, one an image: rows (t,) head rows, boxes (t, 4) cxcywh 0..1,
+    and for an official mask head, whose masks then count in the matching too, masks (t, R, R) and has_mask (t,).
     Returns ({name: scalar}, (image index, query index, object index)); names end in _0, _1 ... for the earlier layers
     and in _enc for the proposals.
     """
@@ -60,7 +62,12 @@ def detection_losses(outputs: dict, targets: list[dict], groups: int, num_boxes:
         predictions["_enc"] = outputs["enc_outputs"]
     rows = torch.cat([t["rows"] for t in targets])
     boxes = torch.cat([t["boxes"] for t in targets])
-    matches = match(list(predictions.values()), rows, boxes, [len(t["rows"]) for t in targets], groups)
+    counts, costs = [len(t["rows"]) for t in targets], None
+    with_masks = "pixels" in outputs
+    if with_masks:
+        masks, has_mask = (torch.cat([t[key] for t in targets]) for key in ("masks", "has_mask"))
+        costs = [mask_costs(p, masks, has_mask, counts, weights.mask, weights.dice) for p in predictions.values()]
+    matches = match(list(predictions.values()), rows, boxes, counts, groups, costs)
     losses = {}
     for (suffix, prediction), (image, query, obj) in zip(predictions.items(), matches):
         guess, truth = prediction["pred_boxes"].float()[image, query], boxes[obj]
@@ -69,11 +76,15 @@ def detection_losses(outputs: dict, targets: list[dict], groups: int, num_boxes:
         losses[f"loss_class{suffix}"] = weights.cls * cls / num_boxes
         losses[f"loss_box{suffix}"] = weights.bbox * (guess - truth).abs().sum() / num_boxes
         losses[f"loss_giou{suffix}"] = weights.giou * (1 - giou).sum() / num_boxes
+        if with_masks:
+            image, query, obj = (index[has_mask[obj]] for index in (image, query, obj))
+            points = at_points(prediction, image, query, obj, masks)
+            losses |= {name + suffix: loss for name, loss in mask_losses(*points, num_boxes, weights).items()}
     return losses, matches[0]
 
 
 def mask_losses(logits: Tensor, target: Tensor, num_masks: float, weights: LossWeights) -> dict[str, Tensor]:
-    """BCE and dice of mask logits (M, G, G) against targets (M, G, G) in 0..1, both sampled inside the box."""
+    """BCE and dice of mask logits (M, ...) against targets (M, ...) in 0..1, sampled in the same places."""
     logits, target = logits.float().flatten(1), target.float().flatten(1)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
     p = logits.sigmoid()

@@ -20,11 +20,19 @@ def class_cost(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(predictions: list[dict], rows: Tensor, boxes: Tensor, counts: list[int], groups: int) -> list[tuple]:
+def match(
+    predictions: list[dict],
+    rows: Tensor,
+    boxes: Tensor,
+    counts: list[int],
+    groups: int,
+    further: list[Tensor] | None = None,
+) -> list[tuple]:
     """Hungarian matching of every prediction (decoder layers and proposals) at once.
 
     predictions: pred_logits (B, G*Q, K) and pred_boxes (B, G*Q, 4) cxcywh 0..1 each. rows (T,), boxes (T, 4): class
     rows and boxes of all images' objects in a row; counts: objects per image; each group is matched on its own.
+    further: (T, G*Q) costs for each prediction that are added.
     Returns for each prediction (image index, query index, object index), (G*T,) long tensors on the device.
     """
     device = boxes.device
@@ -37,6 +45,8 @@ def match(predictions: list[dict], rows: Tensor, boxes: Tensor, counts: list[int
         _, giou = box_iou_and_giou(cxcywh_to_xyxy(guess), cxcywh_to_xyxy(boxes)[:, None])
         distance = (guess - boxes[:, None]).abs().sum(-1)
         costs.append(COST_CLASS * class_cost(logits) + COST_BOX * distance - COST_GIOU * giou)
+    if further is not None:
+        costs = [cost + more for cost, more in zip(costs, further)]
     # the one CPU-GPU sync point of a step; a non-finite cost must not stop the assignment
     widths = [cost.shape[1] for cost in costs]
     table = torch.nan_to_num(torch.cat(costs, dim=1), nan=1e6).clamp(-1e6, 1e6).cpu()

@@ -118,12 +118,11 @@ class Transformer(nn.Module):
         self.enc_out_class_embed = nn.ModuleList(copy.deepcopy(class_head) for _ in range(groups))
         self.enc_out_bbox_embed = nn.ModuleList(copy.deepcopy(box_head) for _ in range(groups))
 
-    def propose(
-        self, memory: Tensor, shapes: list[tuple[int, int]], group: int, ranked_rows: int
-    ) -> tuple[Tensor, ...]:
+    def propose(self, memory: Tensor, shapes: list[tuple[int, int]], group: int, ranked_rows: int) -> dict[str, Tensor]:
         """The group's best proposals by the highest of the first `ranked_rows` class rows.
 
-        memory (B, S, C) -> class logits (B, q, K) and boxes (B, q, 4), q = min(Q, S), best first.
+        memory (B, S, C) -> pred_logits (B, q, K), pred_boxes (B, q, 4) and their tokens as queries (B, q, C), best
+        first; q = min(Q, S).
         """
         anchors = grid_proposals(shapes, memory.device)
         inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
@@ -134,29 +133,28 @@ class Transformer(nn.Module):
         row = torch.arange(len(memory), device=memory.device)[:, None]
         tokens = tokens[row, best]
         boxes = move_boxes(anchors[best], self.enc_out_bbox_embed[group](tokens).float())
-        return logits[row, best], boxes
+        return {"pred_logits": logits[row, best], "pred_boxes": boxes, "queries": tokens}
 
     def forward(
         self, levels: list[Tensor], references: Tensor, query_feat: Tensor, ranked_rows: int
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
         """levels: (B, C, h, w) each; references (G*Q, 4) learned box deltas; query_feat (G*Q, C).
 
-        Returns the layers' queries (B, G*Q, C), their reference boxes (B, G*Q, 4), and the proposals' logits
-        (B, G*q, K) and boxes (B, G*q, 4).
+        Returns the layers' queries (B, G*Q, C), their reference boxes (B, G*Q, 4), and the proposals of all groups.
         """
         shapes = [tuple(level.shape[-2:]) for level in levels]
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, S, C)
         groups = self.groups if self.training else 1
         B, Q = len(memory), self.queries
-        logits, boxes, starts = [], [], []
+        proposals, starts = [], []
         for group in range(groups):
-            group_logits, group_boxes = self.propose(memory, shapes, group, ranked_rows)
+            proposals.append(self.propose(memory, shapes, group, ranked_rows))
+            boxes = proposals[-1]["pred_boxes"].detach()
             delta = references[group * Q : (group + 1) * Q].expand(B, -1, -1)
-            found = group_boxes.shape[1]
+            found = boxes.shape[1]
             # with fewer tokens than queries the rest start from their learned box, as in the official model
-            starts += [move_boxes(group_boxes.detach(), delta[:, :found]), delta[:, found:]]
-            logits.append(group_logits)
-            boxes.append(group_boxes)
+            starts += [move_boxes(boxes, delta[:, :found]), delta[:, found:]]
         starts = torch.cat(starts, dim=1)
         queries = query_feat[: groups * Q].expand(B, -1, -1)
-        return self.decoder(queries, starts, memory, shapes, groups), starts, torch.cat(logits, 1), torch.cat(boxes, 1)
+        together = {key: torch.cat([p[key] for p in proposals], dim=1) for key in proposals[0]}
+        return self.decoder(queries, starts, memory, shapes, groups), starts, together

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rfdetr.models.decoder import MLP, Transformer, move_boxes
 from rfdetr.models.projector import Projector
-from rfdetr.models.segmentation import build_mask_head
+from rfdetr.models.segmentation import MaskHead, OfficialMaskHead, build_mask_head
 from rfdetr.models.windowed_vit import WindowedViT, standardise
 from rfdetr.sizes import ModelSize
 
@@ -37,7 +37,8 @@ class Detector(nn.Module):
     """Normalised images -> class logits and boxes of Q queries (G x Q while training).
 
     `rows`: rows of the class head. `background`: the last row is a background row, which never ranks a proposal.
-    `mask_head`: None, "nano" or "standard"; masks are computed from the outputs for chosen queries only.
+    `mask_head`: None, "nano" or "standard", or "official", the package's; masks are computed from the outputs for
+    chosen queries only.
     Parameter names are the official ones, except that class_embed and bbox_embed are lists and that the encoder's
     blocks carry timm's names (convert.py maps both ways).
     """
@@ -67,7 +68,14 @@ class Detector(nn.Module):
         self.refpoint_embed = nn.Embedding(groups * size.queries, 4)
         nn.init.zeros_(self.refpoint_embed.weight)
         self.query_feat = nn.Embedding(groups * size.queries, size.hidden)
-        self.mask_head = build_mask_head(mask_head, size.hidden) if mask_head else None
+        self.mask_head = build_mask_head(mask_head, size.hidden) if mask_head not in (None, "official") else None
+        official = mask_head == "official"  # a module of its own, for the official names of its parameters
+        self.segmentation_head = OfficialMaskHead(size.hidden, size.decoder_layers) if official else None
+
+    @property
+    def head(self) -> MaskHead | OfficialMaskHead | None:
+        """Whichever mask head there is."""
+        return self.segmentation_head or self.mask_head
 
     @property
     def rows(self) -> int:
@@ -78,22 +86,26 @@ class Detector(nn.Module):
 
         Returns pred_logits (B, Q, K), pred_boxes (B, Q, 4) cxcywh 0..1, and what the mask head reads: queries (B, Q, C)
         and features (B, C, h, w) of the finest level. While training Q is G*Q, and aux_outputs and enc_outputs hold
-        the same two tensors of the earlier layers and of the proposals.
+        the same tensors of the earlier layers and of the proposals; an official mask head adds to each what its
+        masks are made of (OfficialMaskHead.supervise).
         """
         levels = self.backbone[0](images)
         ranked = self.rows - 1 if self.background else self.rows
-        layers, references, proposal_logits, proposal_boxes = self.transformer(
+        layers, references, proposals = self.transformer(
             levels, self.refpoint_embed.weight, self.query_feat.weight, ranked
         )
         if not self.training:
             layers = layers[-1:]
         logits = [self.class_embed[0](queries) for queries in layers]
         boxes = [move_boxes(references, self.bbox_embed[0](queries).float()) for queries in layers]
-        predictions = [{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits, boxes)]
-        outputs = predictions[-1] | {"queries": layers[-1], "features": levels[0]}
+        keys = ("pred_logits", "pred_boxes", "queries")
+        predictions = [dict(zip(keys, values)) for values in zip(logits, boxes, layers)]
+        if self.training and self.segmentation_head is not None:
+            self.segmentation_head.supervise(levels[0], images, [proposals, *predictions])
+        outputs = predictions[-1] | {"features": levels[0]}
         if self.training:
             outputs["aux_outputs"] = predictions[:-1]
-            outputs["enc_outputs"] = {"pred_logits": proposal_logits, "pred_boxes": proposal_boxes}
+            outputs["enc_outputs"] = proposals
         return outputs
 
 

@@ -2,13 +2,15 @@
 
 A mask is a query's kernel dotted with every pixel's embedding (MaskFormer, arXiv:2107.06278; CondInst,
 arXiv:2003.05664) plus a quadratic in the position inside the query's own box. Training looks inside the predicted box
-only, on a fixed grid, so that a small object weighs as much as a large one.
+only, on a fixed grid, so that a small object weighs as much as a large one.  The official head of RF-DETR's mask models
+(arXiv:2511.09554) sees the whole image, and is trained at points.
 Letters: B images, M chosen queries of all images, C channels, P pixel-embedding channels, G grid side.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,80 @@ MASK_HEADS = {"nano": MaskHeadNano, "standard": MaskHeadStandard}
 
 def build_mask_head(name: str, hidden: int) -> MaskHead:
     return MASK_HEADS[name](hidden)
+
+
+class PixelBlock(nn.Module):
+    """Depthwise 3x3 convolution, LayerNorm, linear, GELU, added to the input (after ConvNeXt, arXiv:2201.03545)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.pwconv1 = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = F.gelu(self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1))))
+        return x + change.permute(0, 3, 1, 2)
+
+
+class QueryBlock(nn.Module):
+    """LayerNorm and a two-layer perceptron, added to the input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(channels)
+        self.layers = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(self.norm_in(x))
+
+
+class OfficialMaskHead(nn.Module):
+    """The head of the published mask models (PyPI rfdetr 1.11), parameter for parameter; stands where a MaskHead does.
+
+    The features, enlarged to a quarter of the image's side, pass one block per decoder layer; a layer's masks are its
+    queries dotted with the pixels after its block, the proposals' with those before the first.  Inference needs the
+    last alone.
+    """
+
+    def __init__(self, hidden: int, decoder_layers: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(PixelBlock(hidden) for _ in range(decoder_layers))
+        self.spatial_features_proj = nn.Conv2d(hidden, hidden, kernel_size=1)
+        self.query_features_block = QueryBlock(hidden)
+        self.query_features_proj = nn.Linear(hidden, hidden)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def upsampled(self, features: Tensor, images: Tensor) -> Tensor:
+        side = (images.shape[-2] // 4, images.shape[-1] // 4)
+        return F.interpolate(features, size=side, mode="bilinear", align_corners=False)
+
+    def pixels(self, features: Tensor, images: Tensor) -> Tensor:
+        """features (B, C, h, w), images (B, 3, H, W), for their size -> pixel embeddings (B, C, H/4, W/4)."""
+        x = self.upsampled(features, images)
+        for block in self.blocks:
+            x = block(x)
+        return self.spatial_features_proj(x)
+
+    def kernels(self, queries: Tensor) -> Tensor:
+        """queries (..., C) -> what their pixels are dotted with (..., C)."""
+        return self.query_features_proj(self.query_features_block(queries))
+
+    def supervise(self, features: Tensor, images: Tensor, predictions: list[dict]) -> None:
+        """Add `pixels` (B, C, H/4, W/4), `kernels` (B, Q, C), `mask_bias` to the proposals and then each layer's."""
+        x = self.upsampled(features, images)
+        for i, prediction in enumerate(predictions):
+            x = self.blocks[i - 1](x) if i else x
+            prediction["pixels"] = self.spatial_features_proj(x)
+            prediction["kernels"] = self.kernels(prediction["queries"])
+            prediction["mask_bias"] = self.bias
+
+    def paste(self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[tuple]:
+        """As MaskHead.paste, but a mask is not bound to its box: (0, 0, bool (height, width) mask), one at a time."""
+        logits = self.kernels(queries).float() @ pixels.float().flatten(1) + self.bias
+        for one in logits.unflatten(1, pixels.shape[1:]):
+            whole = F.interpolate(one[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+            yield 0, 0, (whole > 0).cpu()
 
 
 def conv_norm_act(
