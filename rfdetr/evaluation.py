@@ -82,11 +82,12 @@ def draw_masks(
 ) -> list[list[dict]]:
     """COCO RLEs of the first counts[i] detections of image i at its original (height, width), in pixels."""
     head.eval()
-    with precision.autocast():
-        pixels = head.pixels(found.features, to_model_input(found.images, precision.device))
     rles = []
     for i, ((height, width), count) in enumerate(zip(sizes, counts)):
-        masks = head.paste(pixels[i], found.queries[i, :count], found.boxes[i, :count], height, width)
+        one = found[i : i + 1]  # pixel maps are large: one image's at a time
+        with precision.autocast():
+            pixels = head.pixels(one.features, to_model_input(one.images, precision.device))[0]
+        masks = head.paste(pixels, found.queries[i, :count], found.boxes[i, :count], height, width)
         rles.append([encode(*mask, height, width) for mask in masks])
     return rles
 

@@ -115,8 +115,6 @@ _TINY = Recipe(
 )  # fmt: skip
 _URL = "https://storage.googleapis.com/rfdetr/"
 _PATCH16 = dict(dim=384, heads=6, patch=16, windows=2, feature_layers=(3, 6, 9, 12))
-_PATCH12 = dict(dim=384, heads=6, patch=12, feature_layers=(3, 6, 9, 12), mask_head="official",
-                recipe=Recipe(single_mask_loss_coef=5.0, single_dice_loss_coef=5.0))  # fmt: skip
 _PATCH14 = dict(patch=14, windows=4, position_grid=37, feature_layers=(2, 5, 8, 11), resolution=560, decoder_layers=3)
 
 SIZES: dict[str, ModelSize] = {
@@ -152,29 +150,21 @@ SIZES: dict[str, ModelSize] = {
             name="large-2026", resolution=704, position_grid=44, decoder_layers=4, **_PATCH16,
             weights_url=_URL + "rf-detr-large-2026.pth", weights_md5="5cb72153541cbcb9aa6efa26222acc75",
         ),
-        ModelSize(
-            name="seg-nano", resolution=312, windows=1, position_grid=26, decoder_layers=4, queries=100, select=100,
-            weights_url=_URL + "rf-detr-seg-n-ft.pth", weights_md5="9995497791d0ff1664a1d9ddee9cfd20", **_PATCH12,
-        ),
-        ModelSize(
-            name="seg-small", resolution=384, windows=2, position_grid=32, decoder_layers=4, queries=100, select=100,
-            weights_url=_URL + "rf-detr-seg-s-ft.pth", weights_md5="0a2a3006381d0c42853907e700eadd08", **_PATCH12,
-        ),
-        ModelSize(
-            name="seg-medium", resolution=432, windows=2, position_grid=36, decoder_layers=5, queries=200, select=200,
-            weights_url=_URL + "rf-detr-seg-m-ft.pth", weights_md5="a49af1562c3719227ad43d0ca53b4c7a", **_PATCH12,
-        ),
-        ModelSize(
-            name="seg-large", resolution=504, windows=2, position_grid=42, decoder_layers=5, queries=200, select=200,
-            weights_url=_URL + "rf-detr-seg-l-ft.pth", weights_md5="275f7b094909544ed2841c94a677d07e", **_PATCH12,
-        ),
-        ModelSize(
-            name="seg-xlarge", resolution=624, windows=2, position_grid=52, decoder_layers=6,
-            weights_url=_URL + "rf-detr-seg-xl-ft.pth", weights_md5="3693b35d0eea86ebb3e0444f4a611fba", **_PATCH12,
-        ),
-        ModelSize(
-            name="seg-2xlarge", resolution=768, windows=2, position_grid=64, decoder_layers=6,
-            weights_url=_URL + "rf-detr-seg-2xl-ft.pth", weights_md5="040bc3412af840fa8a47e0ff69b552ba", **_PATCH12,
+        *(
+            ModelSize(
+                name=f"seg-{name}", resolution=side, windows=windows, position_grid=side // 12, decoder_layers=layers,
+                queries=queries, select=queries, dim=384, heads=6, patch=12, feature_layers=(3, 6, 9, 12),
+                mask_head="official", recipe=Recipe(single_mask_loss_coef=5.0, single_dice_loss_coef=5.0),
+                weights_url=f"{_URL}rf-detr-seg-{file}-ft.pth", weights_md5=md5,
+            )
+            for name, file, side, windows, layers, queries, md5 in (
+                ("nano", "n", 312, 1, 4, 100, "9995497791d0ff1664a1d9ddee9cfd20"),
+                ("small", "s", 384, 2, 4, 100, "0a2a3006381d0c42853907e700eadd08"),
+                ("medium", "m", 432, 2, 5, 200, "a49af1562c3719227ad43d0ca53b4c7a"),
+                ("large", "l", 504, 2, 5, 200, "275f7b094909544ed2841c94a677d07e"),
+                ("xlarge", "xl", 624, 2, 6, 300, "3693b35d0eea86ebb3e0444f4a611fba"),
+                ("2xlarge", "2xl", 768, 2, 6, 300, "040bc3412af840fa8a47e0ff69b552ba"),
+            )
         ),
     )
 }  # fmt: skip
