@@ -52,12 +52,12 @@ def main(argv: list[str] | None = None) -> None:
         content = make_content("detector", size, args.resolution, table, None, state)
         return content | {"args": shared.plain_args(args), "left_out": train.left_out}
 
-    shared.open_run(session, "detector", "STAGE 1: DETECTOR TRAINING", model, judge)
-    best = shared.fit(session, trainer, loader, judge, pack)
-    weights = session.folder / f"checkpoint_best_{best['weights']}.pth"
-    command = ["python", "shrink_head.py", "--in_ckpt", str(weights)]
-    command += ["--out_ckpt", str(session.folder / "checkpoint_mydata.pth"), "--keep", *table.names]
-    shared.finish(session, table, False, shlex.join(command))
+    with shared.open_run(session, "detector", "STAGE 1: DETECTOR TRAINING", model, judge):
+        best = shared.fit(session, trainer, loader, judge, pack)
+        weights = session.folder / f"checkpoint_best_{best['weights']}.pth"
+        command = ["python", "shrink_head.py", "--in_ckpt", str(weights)]
+        command += ["--out_ckpt", str(session.folder / "checkpoint_mydata.pth"), "--keep", *table.names]
+        shared.finish(session, table, False, shlex.join(command))
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def main(argv: list[str] | None = None) -> None:
         content = make_content("single", size, args.resolution, table, size.mask_head, state)
         return content | {"args": shared.plain_args(args), "left_out": train.left_out}
 
-    shared.open_run(session, "single", "STAGE 1+2: SINGLE-STAGE TRAINING", model, judge)
-    shared.fit(session, trainer, loader, judge, pack)
-    shared.finish(session, table, True, shared.predict_command(session))
+    with shared.open_run(session, "single", "STAGE 1+2: SINGLE-STAGE TRAINING", model, judge):
+        shared.fit(session, trainer, loader, judge, pack)
+        shared.finish(session, table, True, shared.predict_command(session))
 
 
 if __name__ == "__main__":

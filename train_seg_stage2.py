@@ -25,6 +25,7 @@ from rfdetr.feature_cache import FeatureCache, MaskObjective, bytes_needed, choo
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.segmentation import build_mask_head
 from rfdetr.rundir import write_json
+from rfdetr.sizes import SIZES
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,24 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     content = checkpoint.load(path)
     checkpoint.require_size(content, session.size, path)
     args.resolution = args.resolution or content["resolution"]
-    name = session.size.mask_head if args.mask_head == "auto" else args.mask_head
-    if name == content["mask_head"] == "official":
-        raise UserError(
-            f"{path} has {args.size}'s own mask head already, which is trained with the detector: python "
-            f"train_seg_single_stage.py --size {args.size}. For a light one on its frozen detector: --mask_head nano"
-        )
-    name = "standard" if name == "official" else name
-    table = checkpoint.table_of(content)
-    rows = table.rows_total
-    if rows != len(train.class_names) + 1:
-        coco = content.get("official") and table.is_coco
-        if coco and not set(train.class_names) <= set(table.names):
-            raise UserError(not_coco_message(rows, train.class_names, path, args))
-        if not (coco or args.auto_shrink):
-            raise UserError(unshrunk_message(rows, train.class_names, path))
-        content = checkpoint.shrink(content, train.class_names)
-    content["model"] = {k: v for k, v in content["model"].items() if not k.startswith(("mask_head.", "segmentation_"))}
-    detector, table = checkpoint.build_model(content | {"mask_head": None}, groups=None)
+    name, rows = head_name(args, content, path), checkpoint.table_of(content).rows_total
+    content = with_rows_of(train.class_names, content, path, args)
+    detector, table = checkpoint.build_model(content, groups=None)
     table = table.in_order_of(train.class_names, train.category_ids, f"{args.dataset} (train)")
     detector.to(device).requires_grad_(False)
     size, frozen_hash = detector.size, checkpoint.fingerprint(detector)
@@ -93,34 +79,34 @@ def main(argv: list[str] | None = None) -> None:
         whole = checkpoint.make_content("segmentation", size, args.resolution, table, name, weights)
         return whole | {"args": shared.plain_args(args), "left_out": train.left_out}
 
-    shared.open_run(session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge)
-    parameters = {
-        "detector": sum(p.numel() for p in detector.parameters()),
-        "mask_head": sum(p.numel() for p in head.parameters()),
-    }
-    if session.run:
-        tick(f"Found Stage-1 checkpoint: {path}")
-        if rows != table.rows_total:
-            tick(f"Class head cut from {rows} rows to {', '.join(table.names)} and background")
-        tick(f"Detector frozen: {parameters['detector']:,} parameters")
-        tick(f"Segmentation head trainable: {parameters['mask_head']:,} parameters ({name})")
-        tick(f"Feature cache: {why}")
-        settings = shared.plain_args(args) | {
-            "detector_file": str(path),
-            "detector_sha256": checkpoint.file_sha256(path),
-            "mask_head": name,
-            "cache": cache,
-            "class_names": list(table.names),
-            "parameters": parameters,
+    with shared.open_run(session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge):
+        parameters = {
+            "detector": sum(p.numel() for p in detector.parameters()),
+            "mask_head": sum(p.numel() for p in head.parameters()),
         }
-        write_json(session.folder / "stage2_config.json", settings)
-    if cache == "off":
-        loader = training_loader(dataset, sampler, args.workers, pin=device.type == "cuda")
-    else:
-        folder = session.folder if cache == "disk" else None
-        loader = FeatureCache(objective, dataset, args.cache_views, folder).loader(sampler)
-    shared.fit(session, trainer, loader, judge, pack)
-    shared.finish(session, table, True, shared.predict_command(session))
+        if session.run:
+            tick(f"Found Stage-1 checkpoint: {path}")
+            if rows != table.rows_total:
+                tick(f"Class head cut from {rows} rows to {', '.join(table.names)} and background")
+            tick(f"Detector frozen: {parameters['detector']:,} parameters")
+            tick(f"Segmentation head trainable: {parameters['mask_head']:,} parameters ({name})")
+            tick(f"Feature cache: {why}")
+            settings = shared.plain_args(args) | {
+                "detector_file": str(path),
+                "detector_sha256": checkpoint.file_sha256(path),
+                "mask_head": name,
+                "cache": cache,
+                "class_names": list(table.names),
+                "parameters": parameters,
+            }
+            write_json(session.folder / "stage2_config.json", settings)
+        if cache == "off":
+            loader = training_loader(dataset, sampler, args.workers, pin=device.type == "cuda")
+        else:
+            folder = session.folder if cache == "disk" else None
+            loader = FeatureCache(objective, dataset, args.cache_views, folder).loader(sampler)
+        shared.fit(session, trainer, loader, judge, pack)
+        shared.finish(session, table, True, shared.predict_command(session))
 
 
 def detector_file(args: argparse.Namespace) -> Path:
@@ -138,6 +124,31 @@ def detector_file(args: argparse.Namespace) -> Path:
         f"{', '.join(there) if there else 'nothing' if there is not None else 'no such folder'}. "
         "Run python train_detector_stage1.py, or name a file with --checkpoint"
     )
+
+
+def head_name(args: argparse.Namespace, content: dict, path: Path) -> str:
+    """The mask head to train; a mask model's own is not trained on a frozen detector."""
+    name = SIZES[args.size].mask_head if args.mask_head == "auto" else args.mask_head
+    if name == content["mask_head"] == "official":
+        raise UserError(
+            f"{path} has {args.size}'s own mask head already, which is trained with the detector: python "
+            f"train_seg_single_stage.py --size {args.size}. For a light one on its frozen detector: --mask_head nano"
+        )
+    return "standard" if name == "official" else name
+
+
+def with_rows_of(names: list[str], content: dict, path: Path, args: argparse.Namespace) -> dict:
+    """The checkpoint without masks, its class heads cut to `names` where that is asked for or goes without saying."""
+    table = checkpoint.table_of(content)
+    if table.rows_total != len(names) + 1:
+        coco = content.get("official") and table.is_coco
+        if coco and not set(names) <= set(table.names):
+            raise UserError(not_coco_message(table.rows_total, names, path, args))
+        if not (coco or args.auto_shrink):
+            raise UserError(unshrunk_message(table.rows_total, names, path))
+        content = checkpoint.shrink(content, names)
+    model = {k: v for k, v in content["model"].items() if not k.startswith(("mask_head.", "segmentation_head."))}
+    return content | {"model": model, "mask_head": None}
 
 
 def unshrunk_message(rows: int, names: list[str], path: Path) -> str:

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,8 +93,11 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     return Session(args, kind, pick_precision(args.amp, device), splits, progress)
 
 
-def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: Judge) -> None:
-    """Make the run's folder, start its log and print the banner; from here on everything is kept."""
+def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: Judge) -> AbstractContextManager:
+    """Make the run's folder, start its log and print the banner; from here on everything is kept.
+
+    Returns what closes the run, and notes in log.txt what ended it if that was an error.
+    """
     args, device = session.args, session.device
     if distributed.is_main():
         weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -130,6 +134,7 @@ def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: 
         if judge.split.images == []:
             warn("the valid split is empty: there are no scores, and best.pt holds the last epoch's weights")
     session.folder = distributed.from_main(session.run.folder if session.run else None)
+    return session.run or nullcontext()
 
 
 def plain_args(args: argparse.Namespace) -> dict:
@@ -183,10 +188,13 @@ def start_from(
 
 def judge_of(session: Session, name: str, table: ClassTable, masks: bool, frozen: Detector | None = None) -> Judge:
     """The judge of one split."""
-    args = session.args
-    dataset = SplitDataset(session.splits[name], args.resolution, None, masks=False)
+    args, split = session.args, session.splits[name]
+    batch = min(16, args.effective_batch)
+    if args.fast_dev_run:  # does it run? its scores mean nothing
+        split = replace(split, images=split.images[: batch * args.fast_dev_run])
+    dataset = SplitDataset(split, args.resolution, None, masks=False)
     rank, world = distributed.rank(), distributed.world_size()
-    loader = evaluation_loader(dataset, min(16, args.effective_batch), args.workers, rank, world)
+    loader = evaluation_loader(dataset, batch, args.workers, rank, world)
     return Judge(loader, table, session.precision, masks, frozen)
 
 
@@ -546,5 +554,4 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
         tick(f"Done. Files: {session.folder} (best.pt, last.pt, metrics.json, tb/, predictions/)")
         print(f"Look at the curves:  tensorboard --logdir {shlex.quote(str(session.folder))}")
         print(f"Next:  {next_command}", flush=True)
-        session.run.close()
     distributed.stop()

@@ -110,7 +110,7 @@ class ModelSize:
 _TINY = Recipe(
     accum=1, lr=1e-3, lr_encoder=1e-3, lr_layer_decay=1.0, lr_decoder_factor=1.0, warmup_steps=50, flat_fraction=0.6,
     lr_min_factor=0.02, ema_decay=0.99, group_detr=1, augment="dihedral", amp="off", multi_scale=False, workers=0,
-    min_steps=360, seg_batch=16, seg_accum=1, seg_lr=2e-3, seg_min_steps=50, cache_views=4, single_lr=1e-3,
+    min_steps=400, seg_batch=16, seg_accum=1, seg_lr=2e-3, seg_min_steps=60, cache_views=4, single_lr=1e-3,
     single_lr_encoder=1e-3,
 )  # fmt: skip
 _URL = "https://storage.googleapis.com/rfdetr/"
