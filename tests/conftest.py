@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfdetr.data.coco import CocoSplit, build_splits
+from rfdetr.data.coco import CocoSplit, number_classes
 from rfdetr.data.demo import make_demo
-from rfdetr.data.validation import SplitCheck, raise_errors
+from rfdetr.data.validation import raise_errors
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, ModelSize
 
@@ -53,9 +53,10 @@ def small_model(small_size) -> Detector:
 
 def read_split(file: Path, folder: Path, name: str) -> CocoSplit:
     """One annotation file alone, checked and read as read_dataset reads all of a dataset."""
-    check = SplitCheck(file, folder)
-    raise_errors(check.problems, file.parent.parent)
-    return build_splits({name: check})[name]
+    split = CocoSplit(file, folder)
+    raise_errors(split.problems, file.parent.parent)
+    number_classes({name: split})
+    return split
 
 
 def run_script(*words: object, cwd: Path, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:

@@ -37,9 +37,8 @@ def dataset(demo) -> SplitDataset:
     split = copy.deepcopy(read_dataset(demo)["train"])
     del split.images[3:]
     empty = split.images[2]
-    for name in ("boxes", "labels", "crowd"):
+    for name in ("boxes", "labels", "segmentations"):
         setattr(empty, name, getattr(empty, name)[:0])
-    empty.segmentations = []
     return SplitDataset(split, 64, "dihedral", masks=True)
 
 

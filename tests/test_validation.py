@@ -22,7 +22,7 @@ from pycocotools import mask as mask_utils
 import validate_setup
 from rfdetr.console import UserError
 from rfdetr.data.coco import inspect_dataset, read_dataset
-from rfdetr.data.validation import Problem, SplitCheck, decompress_runs, require_masks
+from rfdetr.data.validation import CocoSplit, Problem, decompress_runs, require_masks
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT = 40, 30
@@ -66,7 +66,7 @@ def rewrite(file: Path, change) -> None:
 
 
 def check_annotations(data: dict, file: str | Path) -> list[Problem]:
-    return SplitCheck(file, data=data).problems
+    return CocoSplit(file, data=data).problems
 
 
 def check_dataset(root: Path, val_fraction=None, need_masks=False, check_images=False, queries=300) -> list[Problem]:

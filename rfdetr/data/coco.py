@@ -6,8 +6,7 @@ The faults of each file are found by `validation.py` in one pass; what is built 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from dataclasses import dataclass, replace
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +14,8 @@ from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
 from rfdetr.console import UserError
-from rfdetr.data.validation import NO_MASKS, ImageRecord, Problem, SplitCheck, find_splits, placeholders, raise_errors
+from rfdetr.data.validation import NO_MASKS, CocoSplit, ImageRecord, Problem, find_splits, placeholders, raise_errors
 from rfdetr.metrics.overlap import to_rle
-
-
-@dataclass
-class CocoSplit:
-    """One split. Labels index `class_names` and `category_ids`; all splits of a dataset have the same `class_names`."""
-
-    name: str  # "train", "valid" or "test"
-    annotation_file: Path
-    class_names: list[str]
-    category_ids: list[int]  # this split's own; an unused number for a class that its file does not list
-    left_out: list[str]  # placeholder categories
-    images: list[ImageRecord]
-    ground_truth: dict  # COCO dict for the evaluator: pycocotools gives the same figures on it and on the file
-    warnings: list[str]
-
-    def __post_init__(self):
-        """Count the objects to train on, crowd regions left out: per image, per class, all, with masks."""
-        triples = [zip(image.labels, image.segmentations, image.crowd) for image in self.images]
-        objects = [[(label, mask) for label, mask, crowd in image if not crowd] for image in triples]
-        self.per_image = [len(image) for image in objects]
-        labels = Counter(label for image in objects for label, _ in image)
-        self.per_class = [labels[label] for label in range(len(self.class_names))]
-        self.object_count = sum(self.per_image)
-        self.mask_count = sum(mask is not None for image in objects for _, mask in image)
 
 
 def read_dataset(root: str | Path, val_fraction: float | None = None) -> dict[str, CocoSplit]:
@@ -67,7 +42,7 @@ def inspect_dataset(
     `val_fraction` makes a missing valid/ no error; `need_masks` makes missing masks one; `decode`: open images
     wholly and compare contents between splits; `queries`: the objects that the model can find in one image.
     """
-    checks: dict[str, SplitCheck] = {}
+    splits: dict[str, CocoSplit] = {}
     problems: list[Problem] = []
 
     def error(code: str, message: object) -> None:
@@ -80,88 +55,79 @@ def inspect_dataset(
         return {}, problems
     for name, (file, folder) in files.items():
         try:
-            checks[name] = SplitCheck(file, folder, decode)
+            splits[name] = CocoSplit(file, folder, decode)
         except UserError as fault:
             error("JSON_INVALID", fault)
     if "train" not in files:
         error("SPLIT_TRAIN_MISSING", f"{root} has no train split: training needs one")
     if "valid" not in files and not val_fraction:
         error("SPLIT_VALID_MISSING", f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1")
-    splits = build_splits(checks)
+    number_classes(splits)
+    train = splits.get("train")
     for name, split in splits.items():
-        check, train, objects = checks[name], splits.get("train"), split.object_count
-        if need_masks and objects and not split.mask_count:
-            error("MASKS_NONE", NO_MASKS.format(split.annotation_file, objects))
+        if not split.mask_count:  # boxes alone may be all that is wanted
+            split.places.pop("ANN_NO_MASK", None)
+            if need_masks and split.object_count:
+                error("MASKS_NONE", NO_MASKS.format(split.annotation_file, split.object_count))
         for image, count in zip(split.images, split.per_image):
-            check.fault("IMG_MANY_OBJECTS", f"image {image.id}: {count}, queries: {queries}", count > queries)
-        check.fault("SPLIT_FRACTION_UNUSED", name, name == "valid" and val_fraction is not None)
-        check.fault("SPLIT_EMPTY", f"{name}: {len(split.images)} images", not objects and check.sound)
+            split.fault("IMG_MANY_OBJECTS", f"image {image.id}: {count}, queries: {queries}", count > queries)
+        split.fault("SPLIT_FRACTION_UNUSED", name, name == "valid" and val_fraction is not None)
+        split.fault("SPLIT_EMPTY", f"{name}: {len(split.images)} images", not split.object_count and split.sound)
         if split is train:
-            check.raised.add("SPLIT_EMPTY")
+            split.raised.add("SPLIT_EMPTY")
         elif train:
             # where train has errors, what is missing there may be their effect
             for class_name, here, there in zip(split.class_names, split.per_class, train.per_class):
-                check.fault("CLASS_NOT_IN_TRAIN", repr(class_name), here and not there and checks["train"].sound)
+                split.fault("CLASS_NOT_IN_TRAIN", repr(class_name), here and not there and train.sound)
             known = {image.digest for image in train.images if image.digest}
             for image in split.images:
-                check.fault("IMG_SHARED", image.path.name, image.digest in known)
-        split.warnings = check.warnings
-    problems = [item for check in checks.values() for item in check.problems] + problems
-    return splits, sorted(problems, key=lambda item: item.severity)
+                split.fault("IMG_SHARED", image.path.name, image.digest in known)
+    problems += [problem for split in splits.values() for problem in split.problems]
+    return splits, sorted(problems, key=lambda problem: problem.severity)
 
 
-def build_splits(checks: dict[str, SplitCheck]) -> dict[str, CocoSplit]:
-    """Number the classes, and give the checks' records labels, and arrays for lists.
+def number_classes(splits: dict[str, CocoSplit]) -> None:
+    """Number the classes of checked splits, and make the arrays of their images' objects.
 
     Labels follow the first split's ascending category ids; classes that only later splits annotate come after. Splits
     are matched by name, they may number their categories differently. A placeholder has no annotation in any split.
     """
-    used = {split: {entry["category_id"] for entry in check.annotations} for split, check in checks.items()}
-    listed = [entry for check in checks.values() for entry in check.categories]
+    used = {n: {a["category_id"] for image in split.images for a in image.annotations} for n, split in splits.items()}
+    listed = [entry for split in splits.values() for entry in split.categories]
     left_out = placeholders(listed, set().union(*used.values()))
     names: list[str] = []
     own: dict[str, dict[str, int]] = {}  # split -> name -> id
-    for split, check in checks.items():
-        pairs = sorted({(entry["id"], entry["name"]) for entry in check.categories} - left_out)
-        names += [name for key, name in pairs if name not in names and (not own or key in used[split])]
-        own[split] = {name: key for key, name in pairs}
+    for name, split in splits.items():
+        pairs = sorted({(entry["id"], entry["name"]) for entry in split.categories} - left_out)
+        names += [title for key, title in pairs if title not in names and (not own or key in used[name])]
+        own[name] = {title: key for key, title in pairs}
     spare = 1 + max((entry["id"] for entry in listed), default=0)
-    splits = {}
-    for split, check in checks.items():
-        ids = [own[split].get(name, spare + label) for label, name in enumerate(names)]
-        label_of = {entry["id"]: names.index(entry["name"]) for entry in check.categories if entry["name"] in names}
-        images = list(check.images.values())
-        for image in images:
-            image.boxes = np.array(image.boxes, np.float32).reshape(-1, 4)
-            image.labels = np.array([label_of[category] for category in image.labels], np.int64)
-            image.crowd = np.array(image.crowd, bool)
-        for entry in (entry for entry in check.annotations if entry["area"] is None):
-            image, mask = check.images[entry["image_id"]], entry.get("segmentation")
-            width, height = entry["bbox"][2:]
-            entry["area"] = float(mask_utils.area(to_rle(mask, image.height, image.width))) if mask else width * height
-        truth = {
-            "images": [{key: getattr(i, key) for key in ("id", "file_name", "width", "height")} for i in images],
-            "annotations": check.annotations,
-            "categories": [{"id": key, "name": name} for key, name in zip(ids, names)],
-        }
-        unused = sorted({name for _, name in left_out})
-        splits[split] = CocoSplit(split, check.file, names, ids, unused, images, truth, check.warnings)
-    return splits
+    for name, split in splits.items():
+        split.class_names, split.left_out = names, sorted({title for _, title in left_out})
+        split.category_ids = [own[name].get(title, spare + label) for label, title in enumerate(names)]
+        label_of = {entry["id"]: names.index(entry["name"]) for entry in split.categories if entry["name"] in names}
+        for image in split.images:
+            for entry in (entry for entry in image.annotations if entry["area"] is None):
+                mask, (width, height) = entry["segmentation"], entry["bbox"][2:]
+                rle = to_rle(mask, image.height, image.width) if mask else None
+                entry["area"] = float(mask_utils.area(rle)) if mask else width * height
+            objects = [entry for entry in image.annotations if entry["box"] and not entry["iscrowd"]]
+            image.boxes = np.array([entry["box"] for entry in objects], np.float32).reshape(-1, 4)
+            image.labels = np.array([label_of[entry["category_id"]] for entry in objects], np.int64)
+            image.segmentations = [entry["segmentation"] for entry in objects]
+        split.count()
 
 
 def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
     """(train, valid) parts of a split: those images whose names' hashes come first are valid. Train keeps one."""
-
-    def part(name: str, images: list[ImageRecord], warnings: list[str]) -> CocoSplit:
-        ids, truth = {image.id for image in images}, dict(split.ground_truth)
-        for table, key in (("images", "id"), ("annotations", "image_id")):
-            truth[table] = [entry for entry in truth[table] if entry[key] in ids]
-        return replace(split, name=name, images=images, ground_truth=truth, warnings=warnings)
-
     order = sorted(split.images, key=lambda i: hashlib.sha256(i.file_name.encode(errors="replace")).digest())
     count = min(max(round(fraction * len(order)), 1), len(order) - 1)
-    notes = [] if count else [f"{split.annotation_file}: too few images for a valid split: it is empty"]
-    return part("train", order[count:], split.warnings), part("valid", order[:count], notes)
+    train, valid = copy(split), copy(split)
+    train.images, valid.images, valid.places = order[count:], order[:count], {}
+    valid.fault("SPLIT_EMPTY", "too few images to divide", not count)
+    for part in (train, valid):
+        part.count()
+    return train, valid
 
 
 def load_image(record: ImageRecord) -> np.ndarray:

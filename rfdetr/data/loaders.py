@@ -49,7 +49,7 @@ class SplitDataset(Dataset):
     """A split's images at one resolution.
 
     Keys are (index, seed): the seed alone decides the augmentation, so that neither the number of workers nor a resume
-    changes what is seen; None means no augmentation. Crowd regions are left out of the targets.
+    changes what is seen; None means no augmentation.
     """
 
     def __init__(self, split: CocoSplit, resolution: int, augment: str | None, masks: bool):
@@ -85,21 +85,20 @@ class SplitDataset(Dataset):
         record = self.split.images[index]
         image = torch.from_numpy(load_image(record)).permute(2, 0, 1)
         height, width = image.shape[-2:]
-        boxes = torch.from_numpy(record.boxes[~record.crowd]).float()
+        boxes = torch.from_numpy(record.boxes).float()
         if self.resize_first:
             image = v2.functional.resize(image, [self.resolution, self.resolution], antialias=True)
             boxes = boxes * self.resolution / torch.tensor([width, height, width, height])
         side = tuple(image.shape[-2:])
-        segmentations = [record.segmentations[i] for i in np.flatnonzero(~record.crowd)]
         sample = {
             "image": tv_tensors.Image(image.contiguous()),
             "boxes": tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=side),
-            "labels": torch.from_numpy(record.labels[~record.crowd]),
-            "has_mask": torch.tensor([s is not None for s in segmentations], dtype=torch.bool),
+            "labels": torch.from_numpy(record.labels),
+            "has_mask": torch.tensor([s is not None for s in record.segmentations], dtype=torch.bool),
         }
         if self.masks:
-            masks = np.zeros((len(segmentations), *side), dtype=np.uint8)
-            for i, segmentation in enumerate(segmentations):
+            masks = np.zeros((len(record.labels), *side), dtype=np.uint8)
+            for i, segmentation in enumerate(record.segmentations):
                 if segmentation is not None:
                     masks[i] = rasterise(segmentation, height, width, *side)
             sample["masks"] = tv_tensors.Mask(torch.from_numpy(masks))

@@ -1,7 +1,7 @@
 """What is wrong with a dataset: every fault at once, with stable codes, before any of it reaches C code or a model.
 
 pycocotools reads uninitialised memory or hangs on numbers it does not expect, so nothing here calls it. The same pass
-decides what is dropped or clipped; `coco.py` builds its splits from that and looks no more.
+decides what is dropped or clipped; `coco.py` numbers the classes and looks no more.
 """
 
 from __future__ import annotations
@@ -9,25 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from rfdetr.console import UserError, tick, warn
-
-if TYPE_CHECKING:
-    from rfdetr.data.coco import CocoSplit
 
 LIMIT = 1e7  # pixels; beyond it a coordinate is absurd, and pycocotools would allocate in proportion to it
 SLACK = 0.1  # pixels a box may stand out before it is worth a word: many tools round to one decimal
@@ -101,40 +95,63 @@ class Problem:
 
 @dataclass
 class ImageRecord:
-    """One image and its objects. Sizes and boxes in pixels as the annotations mean them."""
+    """One image and its n objects, crowd regions left out. Sizes and boxes in pixels as the annotations mean them."""
 
     id: int | str  # the dataset's own
-    path: Path
+    file_name: str  # as the annotations have it
     width: int
     height: int
-    boxes: np.ndarray  # (n, 4) float32 xyxy, inside the image
-    labels: np.ndarray  # (n,) int64, 0..N-1
-    crowd: np.ndarray  # (n,) bool
-    segmentations: list[list | dict | None]  # n raw COCO polygons or RLE, None where missing or unusable
+    # The sound entries, dropped ones too, so that pycocotools gives the same figures as on the file. "box": what of the
+    # bbox is to be learnt, xyxy, or None
+    annotations: list[dict] = field(default_factory=list)
+    path: Path = Path()
     exif: bool = False  # the file is stored rotated or mirrored; load_image undoes it
-    file_name: str = ""  # as the annotations have it
     digest: bytes = b""  # of the file, where the check decoded it
+    boxes: np.ndarray = field(init=False)  # (n, 4) float32 xyxy, inside the image
+    labels: np.ndarray = field(init=False)  # (n,) int64, 0..N-1
+    segmentations: list[list | dict | None] = field(init=False)  # raw polygons or RLE, None where missing or unusable
+
+    @property
+    def crowd(self) -> np.ndarray:  # only until main.py counts len(image.labels)
+        return np.zeros(len(self.labels), bool)
 
 
-class SplitCheck:
-    """One annotation file: its faults, and what of it is usable.
+class CocoSplit:
+    """One split: the faults of its annotation file, and what of it is usable.
 
-    categories: the sound entries.  images: id -> record of each readable image, still with lists for arrays, category
-    ids for labels and None for unknown sizes.  annotations: theirs for the evaluator, with those that the records have
-    not (dropped ones), so that pycocotools gives the same figures as on the file.
+    categories: the sound entries.  images: the records of those that can be read.  `coco.number_classes` adds
+    class_names (by label, the same in all splits of a dataset), category_ids (by label, this split's own; an unused
+    number for a class that its file does not list) and left_out (placeholder categories), and counts the objects.
     """
 
     def __init__(self, file: str | Path, folder: Path | None = None, decode: bool = False, data: dict | None = None):
         """Check `data`, else what `file` holds (UserError for no JSON), and the images where `folder` is given."""
-        self.file, data = Path(file), read_json(file) if data is None else data
+        self.annotation_file, data = Path(file), read_json(file) if data is None else data
         self.places: dict[str, list[str]] = {}  # code -> where
         self.raised: set[str] = set()  # codes that are errors here though CODES says warning
         categories, images, annotations = (self._table(data, key) for key in ("categories", "images", "annotations"))
         self.categories = self._check_categories(categories, annotations)
-        self.images = self._check_images(images)
-        readable = self.images if folder is None else self._check_files(folder, decode)
-        self.annotations = self._check_annotations(annotations, readable)
-        self.images = readable
+        listed = self._check_images(images)
+        self.images = list(listed.values()) if folder is None else self._check_files(listed, folder, decode)
+        self._check_annotations(annotations, listed)
+
+    def count(self) -> None:
+        """Count the objects: per image, per class, all, with masks."""
+        self.per_image = [len(image.labels) for image in self.images]
+        labels = Counter(label for image in self.images for label in image.labels.tolist())
+        self.per_class = [labels[label] for label in range(len(self.class_names))]
+        self.object_count = sum(self.per_image)
+        self.mask_count = sum(mask is not None for image in self.images for mask in image.segmentations)
+
+    @property
+    def ground_truth(self) -> dict:
+        """COCO dict for the evaluator: pycocotools gives the same figures on it and on the file."""
+        fields = ("id", "file_name", "width", "height")
+        return {
+            "images": [{name: getattr(image, name) for name in fields} for image in self.images],
+            "annotations": [entry for image in self.images for entry in image.annotations],
+            "categories": [{"id": key, "name": name} for key, name in zip(self.category_ids, self.class_names)],
+        }
 
     def fault(self, code: str, place: str, found: bool = True) -> bool:
         """Note a fault, if it is one; returns whether."""
@@ -150,7 +167,7 @@ class SplitCheck:
             severity, what, then = CODES[code]
             noun = NOUNS[code.split("_")[0]].split()[len(places) > 1]
             first = ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
-            message = f"{self.file}: {len(places)} {noun} {what} ({first}): {then}"
+            message = f"{self.annotation_file}: {len(places)} {noun} {what} ({first}): {then}"
             out.append(Problem(code, "error" if code in self.raised else severity, message, len(places), places[:20]))
         return sorted(out, key=lambda problem: problem.severity)
 
@@ -198,69 +215,55 @@ class SplitCheck:
             if self.fault("IMG_PATH", place, type(file) is not str or not file or _leads_outside(file)):
                 file = ""
             sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
-            if self.fault("IMG_SIZE_INVALID", place, any(s is not None and not (_whole(s) and s > 0) for s in sides)):
-                sides = [None, None]
-            images[key] = ImageRecord(key, Path(), *sides, [], [], [], [], file_name=file)
+            wrong = any(side is not None and not (_whole(side) and side > 0) for side in sides)
+            if self.fault("IMG_SIZE_INVALID", place, wrong) or None in sides:
+                sides = [inf, inf]  # until the file tells
+            images[key] = ImageRecord(key, file, *sides)
         return images
 
-    def _check_files(self, folder: Path, decode: bool) -> dict[int | str, ImageRecord]:
+    def _check_files(self, listed: dict, folder: Path, decode: bool) -> list[ImageRecord]:
         """The images that can be read."""
-        images = [image for image in self.images.values() if image.file_name]
-        bar = tqdm(images, "Images", unit="image", disable=None if decode else True, leave=False)
-        readable = {}
-        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-            for image, faults in zip(bar, pool.map(lambda image: _open(image, folder, decode), images)):
-                for code in faults:
-                    self.fault(code, faults[code])
-                if not faults.keys() & {"IMG_MISSING", "IMG_BOMB", "IMG_CORRUPT"}:
-                    readable[image.id] = image
-        if decode or len(self.places.get("IMG_CORRUPT", ())) > max(3, len(self.images) / 100):
+        images, readable = [image for image in listed.values() if image.file_name], []
+        bar = {"desc": "Images", "unit": "image", "leave": False, "disable": None if decode else True}
+        for image, faults in zip(images, thread_map(lambda image: _open(image, folder, decode), images, **bar)):
+            for code in faults:
+                self.fault(code, faults[code])
+            if not faults.keys() & {"IMG_MISSING", "IMG_BOMB", "IMG_CORRUPT"}:
+                readable.append(image)
+        if decode or len(self.places.get("IMG_CORRUPT", ())) > max(3, len(listed) / 100):
             self.raised.add("IMG_CORRUPT")
         return readable
 
-    def _check_annotations(self, entries: list[dict], readable: dict[int | str, ImageRecord]) -> list[dict]:
-        """Fills the records; returns the sound annotations of readable images (`area` is None where they have none)."""
-        truth, ids, twins = [], {}, {}
-        places: dict[bool, list[str]] = {True: [], False: []}  # of objects with and without a mask
+    def _check_annotations(self, entries: list[dict], listed: dict[int | str, ImageRecord]) -> None:
+        """Give the images their sound annotations."""
+        ids, twins, nowhere = {}, {}, ImageRecord("", "", inf, inf)
         categories = {entry["id"] for entry in self.categories}
         for entry in entries:
             key, image_id, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
             place = f"annotation {key} of image {image_id}"
-            first = ids.setdefault(key, entry) if _whole(key) else entry
-            if self.fault("ANN_DUPLICATE", place, first is not entry and first == entry):
-                continue
-            image = self.images.get(image_id) if type(image_id) in (int, str) else None
-            width, height = (image.width, image.height) if image else (None, None)
-            box, box_fault = _clip(entry, width or inf, height or inf)
-            segmentation, faults = _usable(entry.get("segmentation"), width, height)
+            image = listed.get(image_id, nowhere) if type(image_id) in (int, str) else nowhere
+            box, box_fault = _clip(entry, image.width, image.height)
+            segmentation, faults = _usable(entry.get("segmentation"), image.width, image.height)
             tests = {
                 "ANN_ID_INVALID": not _whole(key),
-                "ANN_ID_DUPLICATE": first is not entry,
+                "ANN_ID_DUPLICATE": _whole(key) and ids.setdefault(key, entry) != entry,
                 "ANN_CROWD_INVALID": entry.get("iscrowd") not in (0, 1, None),
                 "ANN_CATEGORY_UNKNOWN": not _whole(category) or category not in categories,
-                "ANN_IMAGE_UNKNOWN": image is None,
+                "ANN_IMAGE_UNKNOWN": image is nowhere,
                 "ANN_AREA_INVALID": entry.get("area") is not None and _number_fault([entry["area"]], LIMIT**2),
             }
             wrong = [code for code in tests if tests[code]] + sorted({*faults, box_fault} - {None})
             for code in wrong:
                 self.fault(code, place)
-            if any(CODES[code][0] == "error" for code in wrong) or image_id not in readable:
+            if any(CODES[code][0] == "error" for code in wrong):
                 continue
             twin = twins.setdefault((image_id, category, *entry["bbox"]), entry)
             same = twin is not entry and all(twin.get(name) == entry.get(name) for name in ("segmentation", "iscrowd"))
-            crowd = bool(entry.get("iscrowd"))
-            if box and not self.fault("ANN_DUPLICATE", place, same):
-                image.boxes.append(box)
-                image.labels.append(category)
-                image.crowd.append(crowd)
-                image.segmentations.append(segmentation)
-                if not crowd:
-                    places[segmentation is not None].append(place)
-            truth.append({name: entry.get(name) for name in ("id", "image_id", "category_id", "bbox", "area")})
-            truth[-1] |= {"iscrowd": int(crowd)} | ({"segmentation": segmentation} if segmentation else {})
-        for place in places[False] if places[True] else ():
-            self.fault("ANN_NO_MASK", place)
-        return truth
+            if box and self.fault("ANN_DUPLICATE", place, same):
+                box = None
+            clean = {"area": entry.get("area"), "iscrowd": int(entry.get("iscrowd") or 0), "segmentation": segmentation}
+            self.fault("ANN_NO_MASK", place, box and not clean["iscrowd"] and not segmentation)
+            image.annotations.append(entry | clean | {"box": box})
 
 
 def read_json(path: str | Path) -> dict:
@@ -287,15 +290,15 @@ def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
     Takes ROOT/{train,valid,test}/_annotations.coco.json, else the standard COCO layout with its newest year.
     Raises UserError where there is neither.
     """
-    root = Path(root)
-    flat = {name: (root / name / "_annotations.coco.json", root / name) for name in ("train", "valid", "test")}
-    found = {name: paths for name, paths in flat.items() if paths[0].is_file()}
+    root, found = Path(root), {}
+    for split in ("train", "valid", "test"):
+        if (file := root / split / "_annotations.coco.json").is_file():
+            found[split] = file, file.parent
     for split, short in () if found else (("train", "train"), ("valid", "val"), ("test", "test")):
         for file in sorted((root / "annotations").glob(f"instances_{short}*.json")):
-            for parent in (root / "images", root):
-                images = parent / file.stem.removeprefix("instances_")
-                if images.is_dir():
-                    found[split] = (file, images)
+            name = file.stem.removeprefix("instances_")
+            for folder in filter(Path.is_dir, (root / "images" / name, root / name)):
+                found[split] = file, folder
     if not found:
         names = sorted(entry.name for entry in root.iterdir())[:10] if root.is_dir() else []
         state = f"there is: {', '.join(names) or 'nothing'}" if root.is_dir() else "not a folder"
@@ -317,7 +320,7 @@ def raise_errors(problems: list[Problem], root: str | Path) -> None:
 
 def require_masks(split: CocoSplit) -> None:
     """Print how many of up to 10 sampled annotations have masks, warn where some lack them; UserError if all do."""
-    masks = [seg is not None for i in split.images for seg, crowd in zip(i.segmentations, i.crowd) if not crowd]
+    masks = [mask is not None for image in split.images for mask in image.segmentations]
     if not any(masks):
         raise UserError(NO_MASKS.format(split.annotation_file, len(masks)))
     sample = [masks[i] for i in np.linspace(0, len(masks) - 1, min(10, len(masks))).astype(int)]
@@ -368,12 +371,11 @@ def _open(image: ImageRecord, folder: Path, decode: bool) -> dict[str, str]:
         return faults | {"IMG_BOMB": place}
     except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
         return faults | {"IMG_CORRUPT": f"{place}: {error}"}
-    turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
-    image.exif = orientation in range(2, 9) and (image.width or turned[0], image.height or turned[1]) == turned
-    width, height = turned if image.exif else stored
-    image.width, image.height = image.width or width, image.height or height
-    if (image.width, image.height) != (width, height):
-        faults["IMG_SIZE"] = f"{place}: {image.width}x{image.height}, the file has {width}x{height}"
+    said, turned = (image.width, image.height), stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    image.exif = orientation in range(2, 9) and said in (turned, (inf, inf))
+    image.width, image.height = width, height = turned if image.exif else stored
+    if said not in ((width, height), (inf, inf)):
+        faults["IMG_SIZE"] = f"{place}: {said[0]}x{said[1]}, the file has {width}x{height}"
     return faults
 
 
@@ -404,14 +406,14 @@ def _clip(entry: dict, right: float, bottom: float) -> tuple[tuple[float, float,
     return clipped, "ANN_BBOX_CLIPPED" if stands_out else None
 
 
-def _usable(segmentation: object, width: int | None, height: int | None) -> tuple[list | dict | None, set[str | None]]:
+def _usable(segmentation: object, width: float, height: float) -> tuple[list | dict | None, set[str | None]]:
     """(the sound part of a segmentation, None if nothing is; fault codes)."""
     if not segmentation:
         return None, set()
     if not isinstance(segmentation, list):
         fault = _rle_fault(segmentation, width, height)
         return (None if fault else segmentation), {fault}
-    faults = [_polygon_fault(polygon, 2 * max(width or inf, height or inf)) for polygon in segmentation]
+    faults = [_polygon_fault(polygon, 2 * max(width, height)) for polygon in segmentation]
     return [polygon for polygon, fault in zip(segmentation, faults) if not fault] or None, set(faults)
 
 
@@ -422,19 +424,18 @@ def _polygon_fault(polygon: object, far: float) -> str | None:
         return "ANN_POLYGON_ODD"
     if len(polygon) < 6:  # pycocotools would take 4 numbers for a box
         return "ANN_POLYGON_SHORT"
-    fault = _number_fault(polygon)
-    if fault:
+    if fault := _number_fault(polygon):
         return f"ANN_SEG_{fault}"
     # pycocotools walks along every edge, which takes gigabytes for one that leads millions of pixels away
     return "ANN_POLYGON_FAR" if max(polygon) > far or min(polygon) < -far else None
 
 
-def _rle_fault(rle: object, width: int | None, height: int | None) -> str | None:
+def _rle_fault(rle: object, width: float, height: float) -> str | None:
     if not isinstance(rle, dict):
         return "ANN_SEG_TYPE"
     size, runs, known = rle.get("size"), rle.get("counts"), (height, width)
     sound = type(size) is list and len(size) == 2 and all(_whole(side) and side > 0 for side in size)
-    if not sound or any(theirs not in (own, None) for own, theirs in zip(size, known)):
+    if not sound or any(theirs not in (own, inf) for own, theirs in zip(size, known)):
         return "ANN_RLE_SIZE"
     if type(runs) is str:
         runs = decompress_runs(runs)
@@ -449,13 +450,11 @@ def decompress_runs(counts: str) -> list[int]:
     Numbers of 5 bits a character, lowest first, offset 48; bit 5: goes on; bit 4 of the last: sign. From the fourth on
     a number is the difference to the run two before.  Source of the format: pycocotools' maskApi.c, rleFrString.
     """
-    chars = np.frombuffer(counts.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
+    if not re.fullmatch("(?:[P-o]{0,5}[0-O])+", counts):  # 30 bits: the C code's shifts hold no more
+        return []
+    chars = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(chars < 32)
-    if not len(ends) or ends[-1] != len(chars) - 1 or chars.min() < 0 or chars.max() > 63:
-        return []
     lengths = np.diff(ends, prepend=-1)
-    if lengths.max() > 6:  # 30 bits: the C code's shifts hold no more
-        return []
     place = np.arange(len(chars)) - np.repeat(ends - lengths + 1, lengths)
     runs = np.add.reduceat((chars & 31) << 5 * place, ends - lengths + 1)
     runs -= (chars[ends] >> 4 & 1) << 5 * lengths
