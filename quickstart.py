@@ -11,7 +11,6 @@ import argparse
 import glob
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -32,28 +31,11 @@ class Stop(Exception):
     """Stop(code, paragraph) ends the program with that exit code after the paragraph on stderr."""
 
 
-def unmet(requirements):
-    """The lines of requirements.txt, each "name>=version", that this Python's packages do not satisfy."""
-    from importlib import metadata
-
-    def version(text):  # the leading numbers, padded: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]
-        numbers = [int(number or 0) for number in re.match(r"[\d.]*", text).group().split(".")]
-        return numbers + [0] * (6 - len(numbers))
-
-    missing = []
-    for name, least in re.findall(r"^([\w-]+)>=([\d.]+)", requirements, re.MULTILINE):
-        try:
-            installed = metadata.version(name) or ""  # None for a package that was half removed
-        except metadata.PackageNotFoundError:
-            installed = ""
-        if version(installed) < version(least):
-            missing.append(name + ">=" + least)
-    return missing
-
-
 def set_up(argv):
     """None where this Python has what requirements.txt asks for; else the exit code of `argv` run inside .venv."""
-    missing = unmet(read(REQUIREMENTS))
+    from rfdetr.console import packages  # standard library only too
+
+    missing = packages(REQUIREMENTS)[1]
     if not missing:
         return None
     print("This Python lacks %s. They are kept in %s; PyTorch is large." % (", ".join(missing), VENV))
@@ -82,11 +64,6 @@ def make_venv(python):
     code = run(["-m", "venv", VENV] + ([] if runs(python, "-c", "") else ["--clear"]))
     if code:
         raise Stop(130 if code == 130 else 2, "Making %s failed: see above. Mend that and start this again." % VENV)
-
-
-def read(path):
-    with open(path, encoding="utf-8-sig") as file:
-        return file.read()
 
 
 def shown(arguments, python=sys.executable):
@@ -126,14 +103,15 @@ def epochs_for(stage, steps, images, images_per_step, min_steps):
 
 def training_images(dataset):
     """How many images the training annotations list, in either of the two layouts."""
-    names = ("train/_annotations.coco.json", "annotations/instances_train*.json")
-    found = [path for name in names for path in glob.glob(os.path.join(glob.escape(dataset), name))]
-    return len(json.loads(read(found[0]))["images"])
+    from rfdetr.data.validation import find_splits, read_json
+
+    return len(read_json(find_splits(dataset)["train"][0])["images"])
 
 
 def scores(run_folder):
     """A run's best scores from its metrics.json, as text, and the weights that had them (regular or ema)."""
-    metrics = json.loads(read(os.path.join(run_folder, "metrics.json")))
+    with open(os.path.join(run_folder, "metrics.json"), encoding="utf-8") as file:
+        metrics = json.load(file)
     best = metrics["best"] or {"epoch": None, "weights": "regular"}  # null where the valid split is empty
     record = next((epoch for epoch in metrics["epochs"] if epoch["epoch"] == best["epoch"]), {})
     valid = record.get("valid_ema" if best["weights"] == "ema" else "valid") or {}

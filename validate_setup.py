@@ -6,14 +6,11 @@ python validate_setup.py --dataset dataset --size nano --check_images 1
 from __future__ import annotations
 
 import argparse
-import platform
-import re
 import shutil
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
-from rfdetr.console import UserError, banner, boolean, number, run_script, tick, warn
+from rfdetr.console import UserError, banner, boolean, number, packages, run_script, tick, warn
 from rfdetr.sizes import SIZES, check_resolution
 
 TEST_ONLY = {"pytest", "hypothesis"}
@@ -33,7 +30,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
-    packages = check_packages()
+    versions, needed = packages(Path(__file__).with_name("requirements.txt"))
+    lacking = [
+        f"{name} is {versions[name]}, {needed[name]} or newer is needed" for name in needed if name not in TEST_ONLY
+    ]
+    if lacking:
+        advice = "Run: python -m pip install -r requirements.txt, or python quickstart.py"
+        raise UserError(f"{'; '.join(lacking)}. {advice}")
     # Only now: these need the packages that were just looked for.
     import torch
 
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         side = check_resolution(size, args.resolution)
     except ValueError as error:
         raise UserError(str(error)) from error
-    found = {"size": f"{size.name}, {side} px", **packages, **environment(device)}
+    found = {"size": f"{size.name}, {side} px", **versions, **environment(device)}
     found["free_disk_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
     if device.type == "cuda":
         found["gpu_memory_gib"] = round(torch.cuda.mem_get_info(device)[1] / 2**30, 1)
@@ -90,28 +93,6 @@ def main(argv: list[str] | None = None) -> None:
     given = {name: getattr(args, name) for name in ("val_fraction", "size", "resolution", "device")}
     flags = "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
     print(f"Next: python train_detector_stage1.py --dataset {place}{flags}")
-
-
-def check_packages() -> dict[str, str]:
-    """Package -> installed version.  Raises UserError naming all that is missing or too old for requirements.txt."""
-
-    def release(version: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3]]
-
-    found, lacking = {"python": platform.python_version()}, []
-    requirements = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8")
-    for name, least in [("python", "3.10"), *re.findall(r"^([\w-]+)>=([\d.]+)", requirements, re.MULTILINE)]:
-        try:
-            if name != "python":
-                found[name] = metadata.version(name) or "damaged"  # None for a package half removed
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-        if release(found[name]) < release(least) and name not in TEST_ONLY:
-            lacking.append(f"{name} is {found[name]}, {least} or newer is needed")
-    if lacking:
-        advice = "Run: python -m pip install -r requirements.txt, or python quickstart.py"
-        raise UserError(f"{'; '.join(lacking)}. {advice}")
-    return found
 
 
 def describe(split) -> dict:

@@ -1,13 +1,17 @@
-"""What the scripts share about the command line: errors, flags and printing."""
+"""What the scripts share about the command line: errors, flags, packages and printing."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import math
+import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 
 TICK, WARN = "✓", "⚠"
 
@@ -45,6 +49,25 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
         raise argparse.ArgumentTypeError(f"expected {kind.__name__} {bounds}".rstrip() + f", got {text!r}")
 
     return parse
+
+
+def packages(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
+    """({name: installed version} of this Python and each line "name>=version" of that file, {name: the least that it
+    needs} of those that are missing or older)."""
+
+    def release(version: str) -> list[int]:  # the leading numbers, padded: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]
+        numbers = [int(number or 0) for number in re.match(r"[\d.]*", version).group().split(".")]
+        return numbers + [0] * (6 - len(numbers))
+
+    lines = Path(requirements).read_text(encoding="utf-8")
+    needed, found = dict(re.findall(r"^([\w-]+)>=([\d.]+)", lines, re.MULTILINE)), {}
+    for name in needed:
+        try:
+            found[name] = metadata.version(name) or "damaged"  # None for a package half removed
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    found, needed = {"python": platform.python_version(), **found}, {"python": "3.10", **needed}
+    return found, {name: least for name, least in needed.items() if release(found[name]) < release(least)}
 
 
 def tick(message: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import quickstart
+from rfdetr import console
 
 ROOT = Path(quickstart.HERE)
 SOURCE = (ROOT / "quickstart.py").read_bytes()
@@ -34,7 +35,8 @@ def test_an_old_python_can_parse_it():
 
 
 def test_only_the_standard_library_is_imported_at_the_top():
-    imports = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.Import)]
+    console = (ROOT / "rfdetr/console.py").read_bytes()  # which looks for packages
+    imports = [node for code in (SOURCE, console) for node in ast.parse(code).body if isinstance(node, ast.Import)]
     assert {alias.name for node in imports for alias in node.names} <= sys.stdlib_module_names
 
 
@@ -66,7 +68,7 @@ def bare(tmp_path, monkeypatch):
     Bare.venv.mkdir(parents=True)
     (Bare.venv / "pyvenv.cfg").touch()
     monkeypatch.setattr(quickstart, "VENV", str(Bare.venv))
-    monkeypatch.setattr(quickstart, "unmet", lambda text: ["torch>=2.10"])
+    monkeypatch.setattr(console, "packages", lambda file: ({}, {"torch": "2.10"}))
     monkeypatch.setattr(quickstart, "run", run)
     monkeypatch.setattr(quickstart, "runs", lambda python, *arguments: arguments[1] in Bare.working)
     return Bare
@@ -105,13 +107,15 @@ def test_every_line_of_requirements_has_the_form_that_is_read():
         (None, "1.0", False),
     ],
 )
-def test_versions_are_compared_as_numbers(monkeypatch, installed, least, fits):
+def test_versions_are_compared_as_numbers(tmp_path, monkeypatch, installed, least, fits):
+    (tmp_path / "needs.txt").write_text(f"# a comment\n\nthing>={least}  # why\n")
     monkeypatch.setattr(metadata, "version", lambda name: installed)
-    assert quickstart.unmet(f"# a comment\n\nthing>={least}  # why\n") == ([] if fits else [f"thing>={least}"])
+    assert console.packages(tmp_path / "needs.txt")[1] == ({} if fits else {"thing": least})
 
 
-def test_what_is_missing_is_named():
-    assert quickstart.unmet("pytest>=1.0\nno-such-package-anywhere>=1.0\n") == ["no-such-package-anywhere>=1.0"]
+def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "needs.txt").write_text("pytest>=1.0\nno-such-package-anywhere>=1.0\n")
+    assert console.packages(tmp_path / "needs.txt")[1] == {"no-such-package-anywhere": "1.0"}
 
 
 def test_this_environment_is_used_as_it_is(monkeypatch):
@@ -238,6 +242,7 @@ def test_epochs_keep_the_number_of_steps_and_say_why(capsys, steps, images, per_
 def test_training_images_are_counted_in_both_layouts(tmp_path, name):
     file = tmp_path / "a [1] folder" / name
     file.parent.mkdir(parents=True)
+    (tmp_path / "a [1] folder/train2017").mkdir()
     file.write_text(json.dumps({"images": [{}, {}, {}]}), encoding="utf-8-sig")
     assert quickstart.training_images(str(tmp_path / "a [1] folder")) == 3
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -456,7 +457,7 @@ def test_validate_setup_tells_which_stages_boxes_allow(dataset, capsys):
 
 def test_validate_setup_names_the_packages_that_lack(monkeypatch):
     versions = {"torch": "1.13.1+cu117", "numpy": "1.26.4"}
-    monkeypatch.setattr(validate_setup.metadata, "version", lambda name: versions.get(name, "99.0"))
+    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name, "99.0"))
     with pytest.raises(UserError, match=r"^torch is 1\.13\.1\+cu117, 2\.\d+ or newer is needed\. Run: .*pip install"):
         validate_setup.main([])
 
