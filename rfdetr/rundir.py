@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -89,21 +88,18 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def write_json(path: Path, data: dict | list) -> None:
     """Write `data` atomically as strict JSON; TypeError for a value that it has no form for, else as atomic_write."""
-    text = json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(data, default=_plain), parse_constant=lambda name: None)  # NaN, Infinity
+    text = json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
     atomic_write(Path(path), lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def _plain(value):
-    """NaN and infinity as None; tensors, arrays and NumPy scalars as plain numbers; paths and torch names as text."""
+    """Tensors, arrays and NumPy scalars as plain numbers; paths and torch names as text."""
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, (Path, torch.device, torch.dtype)) else value
+        return value.tolist()
+    if isinstance(value, (Path, torch.device, torch.dtype)):
+        return str(value)
+    raise TypeError(f"{value!r} has no form in JSON")
 
 
 def environment(device: torch.device | str = "cpu") -> dict:
