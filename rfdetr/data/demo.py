@@ -181,7 +181,11 @@ def _render(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image.Ima
         for shape in [make(rng, unit) for _ in range(count)]:
             polygon = _lay(rng, canvas, masks, shape, unit)
             if polygon is not None:
-                annotations.append({"category_id": category, **_outline(polygon)})
+                x, y = polygon.T
+                area = round(float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2), 2)
+                box = np.concatenate([polygon.min(axis=0), np.ptp(polygon, axis=0)]).round(2).tolist()
+                row = {"category_id": category, "bbox": box, "area": area, "iscrowd": 0}
+                annotations.append(row | {"segmentation": [polygon.ravel().tolist()]})
     counterstain = EOSIN + rng.uniform() * (PAS - EOSIN)  # H&E pink to PAS magenta
     dyes = np.stack([HAEMATOXYLIN, counterstain]) * rng.uniform(0.85, 1.2, (2, 1)) * rng.uniform(0.93, 1.07, (2, 3))
     canvas = gaussian_filter(canvas, (*[unit * rng.uniform(0.45, 0.85)] * 2, 0))
@@ -189,14 +193,6 @@ def _render(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image.Ima
     light = rng.uniform(236, 250, 3).astype(np.float32) * (1 + 0.03 * _noise(rng, (size, size), 1)[..., None])
     grain = rng.standard_normal((size, size, 3), np.float32) * np.float32(rng.uniform(1.5, 4))
     return Image.fromarray(np.clip(light * passed + grain + 0.5, 0, 255).astype(np.uint8)), annotations
-
-
-def _outline(polygon: np.ndarray) -> dict:
-    """COCO's fields for polygon (n, 2) in pixels."""
-    x, y = polygon.T
-    area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
-    box = np.concatenate([polygon.min(axis=0), np.ptp(polygon, axis=0)]).round(2).tolist()  # x, y, width, height
-    return {"bbox": box, "area": round(float(area), 2), "iscrowd": 0, "segmentation": [polygon.ravel().tolist()]}
 
 
 def _clear(out: Path) -> None:
