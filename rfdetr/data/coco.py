@@ -123,7 +123,7 @@ def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
     order = sorted(split.images, key=lambda i: hashlib.sha256(i.file_name.encode(errors="replace")).digest())
     count = min(max(round(fraction * len(order)), 1), len(order) - 1)
     train, valid = copy(split), copy(split)
-    train.images, valid.images, valid.places = order[count:], order[:count], {}
+    train.images, valid.images, valid.places, valid.raised = order[count:], order[:count], {}, set()
     valid.fault("SPLIT_EMPTY", "too few images to divide", not count)
     for part in (train, valid):
         part.count()

@@ -325,8 +325,7 @@ def require_masks(split: CocoSplit) -> None:
         raise UserError(NO_MASKS.format(split.annotation_file, len(masks)))
     sample = [masks[i] for i in np.linspace(0, len(masks) - 1, min(10, len(masks))).astype(int)]
     tick(f"Validated: {sum(sample)}/{len(sample)} sample annotations contain segmentation masks")
-    lacking = len(masks) - sum(masks)
-    if lacking:
+    if lacking := len(masks) - sum(masks):
         warn(f"{split.annotation_file}: {lacking} of {len(masks)} annotations have no mask: they give no mask loss")
 
 
