@@ -30,9 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
-    versions, needed = packages(Path(__file__).with_name("requirements.txt"))
+    found, needed = packages(Path(__file__).with_name("requirements.txt"))
     lacking = [
-        f"{name} is {versions[name]}, {needed[name]} or newer is needed" for name in needed if name not in TEST_ONLY
+        f"{name} is {found[name]}, {needed[name]} or newer is needed" for name in needed if name not in TEST_ONLY
     ]
     if lacking:
         advice = "Run: python -m pip install -r requirements.txt, or python quickstart.py"
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         side = check_resolution(size, args.resolution)
     except ValueError as error:
         raise UserError(str(error)) from error
-    found = {"size": f"{size.name}, {side} px", **versions, **environment(device)}
+    found = {"size": f"{size.name}, {side} px", **found, **environment(device)}
     found["free_disk_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
     if device.type == "cuda":
         found["gpu_memory_gib"] = round(torch.cuda.mem_get_info(device)[1] / 2**30, 1)
