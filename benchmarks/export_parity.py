@@ -25,9 +25,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # behind the peer's own rfdetr
-from benchmarks.parity import build_own, hashed, layout, made_up, peer_environment  # noqa: E402
+from benchmarks.parity import OFFICIAL, build_own, hashed, layout, made_up, peer_environment  # noqa: E402
 
-SIZES_HERE = ("nano", "small", "medium", "base", "large")
 BACKBONES = {"base": ("small", 384), "large": ("base", 768)}  # the sizes that the package itself starts from DINOv2
 RECORDED = ("nano", 128)  # few tokens: every one is a proposal
 
@@ -38,23 +37,27 @@ def picture(resolution: int, seed: int) -> np.ndarray:
 
 
 def made_up_content(size: str, resolution: int, shrunk: bool) -> dict:
-    """A detector of this repository for the classes cells, dog and vessel."""
+    """A detector of this repository for cells, dog and vessel, with the official mask head where the size has it."""
     from rfdetr import checkpoint
     from rfdetr.classes import assign_rows
     from rfdetr.convert import to_official
     from rfdetr.models.detector import Detector
     from rfdetr.sizes import SIZES
 
+    masks = "official" if SIZES[size].mask_head == "official" else None
     with torch.device("meta"):
-        shapes = {n: tuple(t.shape) for n, t in to_official(Detector(SIZES[size], rows=91).state_dict()).items()}
+        meta = to_official(Detector(SIZES[size], rows=91, mask_head=masks).state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta.items()}
     table = assign_rows(["cells", "dog", "vessel"], [1, 2, 3], "coco91")
     state = build_own(size, shapes).state_dict()
-    content = checkpoint.make_content("detector", SIZES[size], resolution, table, None, state)
+    content = checkpoint.make_content("detector", SIZES[size], resolution, table, masks, state)
     return checkpoint.shrink(content, ["vessel", "cells"]) if shrunk else content
 
 
 def own_predictions(content: dict, image: np.ndarray, nudges: tuple[float, ...] = (0.0,)) -> list[dict]:
-    """Scores (n,), boxes (n, 4) xyxy in pixels and names, for the features scaled by 1 + each of `nudges`."""
+    """Scores (n,), boxes (n, 4) xyxy and masks (n, H, W) in pixels, names, for features scaled by 1 + each nudge."""
+    from pycocotools.mask import decode
+
     from rfdetr import RFDETR, checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +70,8 @@ def own_predictions(content: dict, image: np.ndarray, nudges: tuple[float, ...] 
         one = model.predict(image, threshold=0.0)
         boxes = torch.tensor(one.boxes, dtype=torch.float32)
         found.append({"scores": torch.tensor(one.scores), "boxes": boxes, "names": one.names})
+        if one.masks:
+            found[-1]["masks"] = torch.stack([torch.from_numpy(decode(mask)).bool() for mask in one.masks])
     return found
 
 
@@ -124,6 +129,8 @@ def as_peer(folder: Path) -> None:
                 "boxes": torch.tensor(found.xyxy),
                 "names": [str(name) for name in found.data["class_name"]],
             }
+            if found.mask is not None:
+                answers[route]["masks"] = torch.from_numpy(found.mask).bool()
         torch.save(answers, file.with_suffix(".answer"))
     for size, (name, _) in BACKBONES.items():
         if Path(f"facebook/dinov2-{name}").exists():  # a folder of this name stands in for the hub's
@@ -170,7 +177,9 @@ def compare_exports(python: str, size: str, resolution: int, record: bool) -> No
                 boxes = (own["boxes"] - theirs["boxes"]).abs().max().item()
                 same = "same" if own["names"] == theirs["names"] else "OTHER"
                 found = f"{len(own['scores'])} found, {same} classes, scores {scores:.1e}, boxes {boxes:.1e} px"
-                print(f"{size:<7} {label:<8} {route:<15} {found}", flush=True)
+                if "masks" in own:
+                    found += f", {(own['masks'] != theirs['masks']).float().mean():.1e} of the mask pixels differ"
+                print(f"{size:<11} {label:<8} {route:<15} {found}", flush=True)
             answers[label] = {"layout": answer["layout"], "seed": own["seed"], **answer["from_checkpoint"]}
     if record:
         torch.save(answers, ROOT / "tests" / "fixtures" / f"export_{size}.pt")
@@ -197,7 +206,7 @@ def compare_backbones(python: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer_python", help="the Python of an environment with rfdetr==1.11.*")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES_HERE, default=SIZES_HERE)
+    parser.add_argument("--sizes", nargs="+", choices=OFFICIAL, default=OFFICIAL)
     parser.add_argument("--record", action="store_true", help="write the fixture of the tests instead")
     parser.add_argument("--as_peer", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
