@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OFFICIAL = ("nano", "small", "medium", "base", "large", "large-2026")
 OFFICIAL += tuple(f"seg-{size}" for size in ("nano", "small", "medium", "large", "xlarge", "2xlarge"))
 LIMIT = 1e-4  # of every figure, for gradients of the middle tensor
-NOISE = 2  # the worst tensor's gradient: at most so many times what ours moves when images are nudged by 1e-7
+NOISE = 2  # the worst tensor's gradient: at most so many times what ours move when images are nudged by +-1e-7
 ORIGINAL = (90, 120)  # height and width that post-processing goes back to
 # size, resolution, with training: small inputs, other than the stored position grid, once fewer tokens than queries
 RECORDED = [
@@ -332,7 +332,8 @@ def check(size: str, dump: dict) -> bool:
     worst = compare(ours, theirs | dump["gradients"])
     middle = statistics.median(error(name, ours[name], gradient) for name, gradient in dump["gradients"].items())
     # rounding decides the gradient of a sampling point on a cell's edge: how far does ours move by itself?
-    noise = compare(own_values(model, model.size.resolution, theirs, nudge=1e-7), ours)["gradient"]
+    moved = (own_values(model, model.size.resolution, theirs, nudge) for nudge in (1e-7, -1e-7))
+    noise = max(compare(values, ours)["gradient"] for values in moved)
     found = [error(key, ours[key], theirs[key]) for key in ("found scores", "found boxes")]
     if "found masks" in theirs:
         found.append((ours["found masks"] != theirs["found masks"]).float().mean().item())
