@@ -1,0 +1,82 @@
+"""Which mask head and which cached views?  Mask mAP against seconds, with train_seg_stage2.py on a dataset of yours.
+
+python benchmarks/mask_quality.py --dataset nuclei --checkpoint RUN/checkpoint_mydata.pth --epochs 8
+python benchmarks/mask_quality.py --dataset nuclei --checkpoint F --heads nano standard --views 1 2 4 fresh -- --seed 1
+
+Every row is one run of stage 2: a head, and the flips of each image that are cached (1, 2, 4) or `fresh`, new
+augmentation each time the detector is run again. What follows `--` goes to the script as it is. Seconds are those of
+training (caching and reading included, evaluation not); `best` is the best epoch of valid segm/mAP, `after` the time up
+to its end. Box mAP is the frozen detector's, the same in every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ["head", "views", "mask mAP", "mask mAP50", "box mAP", "mask/box", "epoch", "train s", "after, s", "whole, s"]
+
+
+def one_run(args: argparse.Namespace, head: str, views: str) -> list[str]:
+    """A row of the table."""
+    folder = args.output_dir / f"{head}_{views}"
+    command = [sys.executable, str(ROOT / "train_seg_stage2.py"), "--dataset", str(args.dataset), "--size", args.size]
+    command += ["--checkpoint", str(args.checkpoint), "--output_dir", str(folder), "--mask_head", head]
+    command += ["--epochs", str(args.epochs), "--tensorboard", "0", "--multi_scale", "0"]
+    command += ["--cache", "off"] if views == "fresh" else ["--cache", "ram", "--cache_views", views]
+    begin = time.perf_counter()
+    done = subprocess.run(command + args.more, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    whole = time.perf_counter() - begin
+    result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    best, epochs = result["best"], result["epochs"]
+    scores = epochs[best["epoch"] - 1]["valid_ema" if best["weights"] == "ema" else "valid"]
+    mask, box = scores["segm"], scores["bbox"]["mAP"]
+    # what is neither an epoch's training nor its evaluation is the start, with the caching in it
+    measured = sum(e["train"]["epoch_s"] + e["train"].get("evaluation_s", 0) for e in epochs)
+    seconds = [whole - measured] + [e["train"]["epoch_s"] for e in epochs]
+    share = f"{mask['mAP'] / box:.3f}" if box else "-"
+    row = [
+        head,
+        views,
+        f"{mask['mAP']:.3f}",
+        f"{mask['mAP50']:.3f}",
+        f"{box:.3f}",
+        share,
+        f"{best['epoch']}/{len(epochs)}",
+    ]
+    return row + [f"{sum(seconds):.0f}", f"{sum(seconds[: best['epoch'] + 1]):.0f}", f"{whole:.0f}"]
+
+
+def main() -> None:
+    own, more = sys.argv[1:], []
+    if "--" in own:
+        own, more = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a trained detector, shrunk to the dataset")
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--heads", nargs="+", default=["nano", "standard"])
+    parser.add_argument("--views", nargs="+", choices=["1", "2", "4", "fresh"], default=["1", "2", "4", "fresh"])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/mask_quality"), help="one folder a run in it")
+    args = parser.parse_args(own, argparse.Namespace(more=more))
+    sys.path.insert(0, str(ROOT))
+    from rfdetr.rundir import environment
+
+    info = environment()
+    print(f"{info['cpu']}, {info['threads']} threads, torch {info['torch']}, {info['os']}, commit {info['commit']}")
+    print(f"| {' | '.join(COLUMNS)} |\n|" + "---|" * len(COLUMNS), flush=True)
+    for head in args.heads:
+        for views in args.views:
+            print(f"| {' | '.join(one_run(args, head, views))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Stage 2 on generated 640x480 JPEGs: nano, its default views and mask head, batch 4, against SegNano's joint step.
+
+python benchmarks/stage2.py [--peer_python ENV/bin/python] [--device cuda] [--cases epoch]
+
+"first epoch" reads the images, runs the frozen detector on every view, fills the cache and trains once; "cached epochs"
+train from the cache. Seconds are those of an image. Further cases compare ours with itself: 200 objects an image with 8
+(a training step from the cache), 64 images with 16, and reads from the cache on disk after 50 epochs with the first
+ones. At the end train_seg_stage2.py itself runs at batch 4, for the memory of the whole process (evaluation included).
+
+Random weights match no object, so every object keeps the query that fits it least badly, whatever the overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import ROOT, Case, peer_train_step, run, write_coco
+
+FOLDER = tempfile.TemporaryDirectory()
+PEER = {"model": "SegNano", "side": 312, "batch": 4, "objects": 8}
+BASE = {"images": 16, "objects": 8, "warm_epochs": 0, "amp": "fp32", "cache": "ram"}
+CASES = []
+for amp in ("bf16", "fp32"):
+    for part, asked in (("first epoch", 0.12), ("cached epochs", 0.006)):
+        CASES.append(
+            Case(f"{part}, {amp}", ("ours", BASE | {"part": part, "amp": amp}), ("peer", PEER | {"amp": amp}), asked)
+        )
+EPOCHS, READS = BASE | {"part": "cached epochs"}, BASE | {"part": "reads", "cache": "disk"}
+CASES += [
+    Case("200 objects an image : 8", ("ours", EPOCHS | {"objects": 200}), ("ours", EPOCHS), 3.0),
+    Case("64 images : 16", ("ours", EPOCHS | {"images": 64}), ("ours", EPOCHS), 1.1),
+    Case("cache reads after 50 epochs : first", ("ours", READS | {"warm_epochs": 50}), ("ours", READS), 1.1),
+]
+
+
+def ours(settings: dict, device: torch.device) -> Callable[[], float]:
+    from timm.utils import ModelEmaV3
+
+    from rfdetr import feature_cache
+    from rfdetr.classes import ClassTable
+    from rfdetr.data.coco import read_split
+    from rfdetr.data.loaders import EpochSampler, SplitDataset
+    from rfdetr.engine import Progress, Trainer, train_one_epoch
+    from rfdetr.losses.criterion import LossWeights
+    from rfdetr.models.detector import Detector
+    from rfdetr.models.segmentation import build_mask_head
+    from rfdetr.precision import pick_precision
+    from rfdetr.sizes import SIZES
+
+    feature_cache.MATCH_IOU = -1.0
+    size, count = SIZES["nano"], settings["images"]
+    recipe, table = size.recipe, ClassTable(("thing",), (1,), (0,), 2, 1)
+    train = write_coco(Path(FOLDER.name) / "data", count, settings["objects"]) / "train"
+    split = read_split(train / "_annotations.coco.json", train, "train")
+    precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
+    detector = Detector(size, 2, background=True, groups=1).to(device).requires_grad_(False).eval()
+    head, progress = build_mask_head(size.mask_head, size.hidden).to(device), Progress(micro_batch=recipe.seg_batch)
+    groups = [{"params": list(head.parameters()), "base_lr": recipe.seg_lr, "lr": recipe.seg_lr}]
+    trainer = Trainer(
+        model=head,
+        losses=feature_cache.MaskObjective(detector, table, LossWeights(), precision, (), 0, progress),
+        optimizer=torch.optim.AdamW(groups, weight_decay=recipe.seg_weight_decay, fused=True),
+        schedule=lambda step: 1.0,
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        ema=ModelEmaV3(head, decay=recipe.ema_decay, use_warmup=True),
+        clip=recipe.seg_clip,
+        device=device,
+        progress=progress,
+    )
+    sampler = EpochSampler(count, recipe.seg_batch * recipe.seg_accum, 0, 1)
+
+    def cached() -> feature_cache.CachedLoader:
+        folder = Path(FOLDER.name) if settings["cache"] == "disk" else None
+        dataset = SplitDataset(split, size.resolution, None, masks=True)
+        cache = feature_cache.FeatureCache(detector, dataset, recipe.cache_views, table, precision, folder)
+        return feature_cache.CachedLoader(cache, sampler)
+
+    def epoch(loader: feature_cache.CachedLoader) -> float:
+        progress.epoch += 1
+        sampler.set_epoch(progress.epoch)
+        if settings["part"] == "reads":
+            return sum(len(batch) for batch in loader)
+        train_one_epoch(trainer, loader, lambda indices, finite: None)
+        return len(sampler) * sampler.per_step
+
+    if settings["part"] == "first epoch":
+        return lambda: epoch(cached())
+    loader = cached()
+    for _ in range(settings["warm_epochs"]):
+        epoch(loader)
+    return lambda: epoch(loader)
+
+
+def whole_process(device: str) -> None:
+    """Run the script at batch 4 on a few images and print its peak memory."""
+    from rfdetr import checkpoint
+    from rfdetr.classes import ClassTable
+    from rfdetr.models.detector import Detector
+    from rfdetr.sizes import SIZES
+
+    folder, size = Path(FOLDER.name), SIZES["nano"]
+    write_coco(folder / "data", 16, 8)
+    table = ClassTable(("thing",), (1,), (0,), 2, 1)
+    state = Detector(size, 2, background=True).state_dict()
+    checkpoint.save(folder / "detector.pt", checkpoint.make_content("detector", size, 384, table, None, state))
+    command = [sys.executable, str(ROOT / "train_seg_stage2.py"), "--checkpoint", str(folder / "detector.pt")]
+    command += ["--dataset", str(folder / "data"), "--output_dir", str(folder / "run"), "--epochs", "2"]
+    command += ["--device", device, "--tensorboard", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    # the second epoch's peak covers the first one's evaluation
+    epochs = json.loads((folder / "run" / "metrics.json").read_text(encoding="utf-8"))["epochs"]
+    peak = epochs[-1]["train"]["peak_memory_mb"]
+    print(f"train_seg_stage2.py, batch 4: {peak:.0f} MB {'allocated' if device == 'cuda' else 'resident'}")
+
+
+if __name__ == "__main__":
+    run(__doc__, CASES, {"ours": ours, "peer": peer_train_step})
+    if "--side" not in sys.argv and ("--cases" not in sys.argv or "memory" in sys.argv):
+        whole_process("cuda" if "cuda" in sys.argv else "cpu")
