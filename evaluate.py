@@ -43,10 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     split = splits[args.split]
     model, table = checkpoint.build_model(content)
     table = table.in_order_of(split.class_names, split.category_ids, f"{args.dataset} ({args.split})")
-    try:
-        resolution = check_resolution(model.size, args.resolution or content["resolution"])
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    resolution = check_resolution(model.size, args.resolution or content["resolution"])
 
     loader = evaluation_loader(SplitDataset(split, resolution, None, masks=False), args.batch, args.workers)
     masks = model.head is not None and any(s is not None for image in split.images for s in image.segmentations)

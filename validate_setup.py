@@ -45,11 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     from rfdetr.rundir import environment, write_json
 
     size, device = SIZES[args.size], pick_device(args.device)
-    try:
-        side = check_resolution(size, args.resolution)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    found = {"size": f"{size.name}, {side} px", **found, **environment(device)}
+    found = {"size": f"{size.name}, {check_resolution(size, args.resolution)} px", **found, **environment(device)}
     found["free_disk_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
     if device.type == "cuda":
         found["gpu_memory_gib"] = round(torch.cuda.mem_get_info(device)[1] / 2**30, 1)

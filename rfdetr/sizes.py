@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from rfdetr.console import UserError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -171,15 +173,12 @@ SIZES: dict[str, ModelSize] = {
 
 
 def check_resolution(size: ModelSize, resolution: int | None) -> int:
-    """The input side in pixels: the size's own, or `resolution` if it fits the grid.
-
-    Raises ValueError naming the nearest valid sides.
-    """
+    """The input side in pixels: the size's own, or `resolution` if it fits the grid; UserError names the nearest."""
     if resolution is None:
         return size.resolution
     if resolution < size.block or resolution % size.block:
         below = max(resolution // size.block, 1) * size.block
-        raise ValueError(
+        raise UserError(
             f"--resolution {resolution} does not fit {size.name}: it must be a multiple of {size.block} "
             f"(patch {size.patch} x {size.windows} windows), the nearest are {below} and {below + size.block}"
         )

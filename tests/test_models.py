@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from rfdetr.console import UserError
 from rfdetr.models.decoder import move_boxes
 from rfdetr.models.deformable_attention import DeformableAttention
 from rfdetr.models.detector import Detector, select_detections
@@ -79,9 +80,9 @@ def test_a_size_survives_its_dict():
 def test_resolution_off_the_grid_names_the_nearest():
     assert check_resolution(SIZES["nano"], None) == 384
     assert check_resolution(SIZES["nano"], 416) == 416
-    with pytest.raises(ValueError, match="416 and 448"):
+    with pytest.raises(UserError, match="416 and 448"):
         check_resolution(SIZES["nano"], 420)
-    with pytest.raises(ValueError, match="32 and 64"):
+    with pytest.raises(UserError, match="32 and 64"):
         check_resolution(SIZES["nano"], 5)
 
 
