@@ -75,6 +75,19 @@ def own_predictions(content: dict, image: np.ndarray, nudges: tuple[float, ...] 
     return found
 
 
+def differences(own: dict, theirs: dict) -> tuple[float, float, float, float]:
+    """The share of detections with a partner of the same class, then scores, boxes and masks of partners.
+
+    Partners are nearest by box: equal scores may come in another order.
+    """
+    other_class = torch.tensor([[a != b for b in own["names"]] for a in theirs["names"]])
+    partner = (torch.cdist(theirs["boxes"], own["boxes"], p=torch.inf) + 1e6 * other_class).argmin(1)
+    same = len(set(partner.tolist())) / max(len(own["names"]), len(theirs["names"]))
+    scores, boxes = ((own[key][partner] - theirs[key]).abs().max().item() for key in ("scores", "boxes"))
+    masks = (own["masks"][partner] != theirs["masks"]).float().mean().item() if "masks" in own else 0.0
+    return same, scores, boxes, masks
+
+
 def hugging_face(size: str, patch: int = 14, grid: int = 37) -> dict[str, Tensor]:
     """Made-up DINOv2 weights under Hugging Face's names, of the width that the size needs."""
     from rfdetr.convert import to_official
@@ -172,13 +185,9 @@ def compare_exports(python: str, size: str, resolution: int, record: bool) -> No
         for label, own in ours.items():
             answer = torch.load(folder / f"{label}.answer", weights_only=True)
             for route in ("from_checkpoint", "class"):
-                theirs = answer[route]
-                scores = (own["scores"] - theirs["scores"]).abs().max().item()
-                boxes = (own["boxes"] - theirs["boxes"]).abs().max().item()
-                same = "same" if own["names"] == theirs["names"] else "OTHER"
-                found = f"{len(own['scores'])} found, {same} classes, scores {scores:.1e}, boxes {boxes:.1e} px"
-                if "masks" in own:
-                    found += f", {(own['masks'] != theirs['masks']).float().mean():.1e} of the mask pixels differ"
+                same, scores, boxes, masks = differences(own, answer[route])
+                found = f"{same:.0%} of {len(own['scores'])} found, scores {scores:.1e}, boxes {boxes:.1e} px"
+                found += f", {masks:.1e} of the mask pixels differ" if "masks" in own else ""
                 print(f"{size:<11} {label:<8} {route:<15} {found}", flush=True)
             answers[label] = {"layout": answer["layout"], "seed": own["seed"], **answer["from_checkpoint"]}
     if record:
