@@ -105,6 +105,8 @@ def test_a_samples_seed_alone_decides_it(split, augment):
     again, other = dataset[3, 77], dataset[3, 78]
     assert torch.equal(torch.get_rng_state(), state)  # and the caller's random numbers are left alone
     assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
+    plain = dataset[3, None]  # not augmented, but of the resolution all the same
+    assert plain["image"].shape == (3, 64, 64) and plain["target"]["masks"].shape[1:] == (64, 64)
     assert torch.equal(first["target"]["boxes"], again["target"]["boxes"])
     assert torch.equal(first["target"]["masks"], again["target"]["masks"])
 

@@ -72,6 +72,8 @@ class SplitDataset(Dataset):
             torch.default_generator.manual_seed(seed)
             sample = self.augment(sample)
             torch.set_rng_state(state)
+        elif not self.resize_first:  # an image that is otherwise cropped, as a whole
+            sample = v2.Resize((self.resolution, self.resolution), antialias=True)(sample)
         height, width = sample["image"].shape[-2:]
         boxes = box_convert(torch.as_tensor(sample["boxes"]).float(), "xyxy", "cxcywh")
         target = {key: torch.as_tensor(sample[key]) for key in ("labels", "has_mask", "masks") if key in sample}
