@@ -78,13 +78,17 @@ def own_predictions(content: dict, image: np.ndarray, nudges: tuple[float, ...] 
 def differences(own: dict, theirs: dict) -> tuple[float, float, float, float]:
     """The share of detections with a partner of the same class, then scores, boxes and masks of partners.
 
-    Partners are nearest by box: equal scores may come in another order.
+    Equal scores may come in another order, so partners are those that are nearest in all.
     """
-    other_class = torch.tensor([[a != b for b in own["names"]] for a in theirs["names"]])
-    partner = (torch.cdist(theirs["boxes"], own["boxes"], p=torch.inf) + 1e6 * other_class).argmin(1)
-    same = len(set(partner.tolist())) / max(len(own["names"]), len(theirs["names"]))
-    scores, boxes = ((own[key][partner] - theirs[key]).abs().max().item() for key in ("scores", "boxes"))
-    masks = (own["masks"][partner] != theirs["masks"]).float().mean().item() if "masks" in own else 0.0
+    from scipy.optimize import linear_sum_assignment
+
+    other = torch.tensor([[a != b for b in own["names"]] for a in theirs["names"]])
+    cost = torch.cdist(theirs["boxes"], own["boxes"], p=torch.inf) + 1e6 * other
+    cost += 1e4 * (theirs["scores"][:, None] - own["scores"]).abs()
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(cost.numpy()))
+    same = (~other[rows, columns]).sum().item() / max(other.shape)
+    scores, boxes = ((own[key][columns] - theirs[key][rows]).abs().max().item() for key in ("scores", "boxes"))
+    masks = (own["masks"][columns] != theirs["masks"][rows]).float().mean().item() if "masks" in own else 0.0
     return same, scores, boxes, masks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import shlex
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     if not splits["train"].images:
         raise UserError(f"{splits['train'].annotation_file} lists no images: there is nothing to train on")
     queries = getattr(args, "num_queries", None) or SIZES[args.size].queries
-    crowded = sum(int((~image.crowd).sum()) > queries for image in splits["train"].images)
+    crowded = sum(count > queries for count in splits["train"].per_image)
     if crowded and distributed.is_main():
         warn(f"{crowded} images of train have more objects than the {queries} queries of {args.size}")
     progress = Progress()
@@ -190,8 +191,9 @@ def judge_of(session: Session, name: str, table: ClassTable, masks: bool, frozen
     """The judge of one split."""
     args, split = session.args, session.splits[name]
     batch = min(16, args.effective_batch)
-    if args.fast_dev_run:  # does it run? its scores mean nothing
-        split = replace(split, images=split.images[: batch * args.fast_dev_run])
+    if args.fast_dev_run:
+        split = copy.copy(split)
+        split.images = split.images[: batch * args.fast_dev_run]
     dataset = SplitDataset(split, args.resolution, None, masks=False)
     rank, world = distributed.rank(), distributed.world_size()
     loader = evaluation_loader(dataset, batch, args.workers, rank, world)

@@ -111,10 +111,6 @@ class ImageRecord:
     labels: np.ndarray = field(init=False)  # (n,) int64, 0..N-1
     segmentations: list[list | dict | None] = field(init=False)  # raw polygons or RLE, None where missing or unusable
 
-    @property
-    def crowd(self) -> np.ndarray:  # only until main.py counts len(image.labels)
-        return np.zeros(len(self.labels), bool)
-
 
 class CocoSplit:
     """One split: the faults of its annotation file, and what of it is usable.
