@@ -25,11 +25,10 @@ CASES = [
 
 
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
-    from rfdetr.data.coco import read_split
+    from rfdetr.data.coco import read_dataset
     from rfdetr.data.loaders import SplitDataset
 
-    train = write_coco(Path(FOLDER.name) / "data", IMAGES, objects=8) / "train"
-    split = read_split(train / "_annotations.coco.json", train, "train")
+    split = read_dataset(write_coco(Path(FOLDER.name) / "data", IMAGES, objects=8))["train"]
     dataset = SplitDataset(split, SIDE, "crops" if settings["augment"] else None, masks=True)
     dataset.cache = None  # decode every time
 

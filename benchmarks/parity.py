@@ -1,6 +1,6 @@
 """Is our detector the published one?  Compares it with PyPI's rfdetr 1.11, size by size, on the same weights.
 
-python benchmarks/parity.py                       (makes runs/parity_env with the package first)
+python benchmarks/parity.py                       (makes runs/peer_env with the package first)
 python benchmarks/parity.py --peer_python ENV/bin/python --sizes nano base
 python benchmarks/parity.py --peer_python ENV/bin/python --record      (rewrites tests/fixtures/)
 
@@ -352,11 +352,11 @@ def check(size: str, dump: dict) -> bool:
 
 
 def peer_environment() -> str:
-    folder = ROOT / "runs" / "parity_env"
+    folder = ROOT / "runs" / "peer_env"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         venv.create(folder, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "rfdetr==1.11.*"], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "rfdetr[train]==1.11.*"], check=True)
     return str(python)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from common import ROOT, Case, peer_train_step, run, write_coco
+from torch.utils.data import DataLoader
 
 FOLDER = tempfile.TemporaryDirectory()
 PEER = {"model": "SegNano", "side": 312, "batch": 4, "objects": 8}
@@ -44,7 +45,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
 
     from rfdetr import feature_cache
     from rfdetr.classes import ClassTable
-    from rfdetr.data.coco import read_split
+    from rfdetr.data.coco import read_dataset
     from rfdetr.data.loaders import EpochSampler, SplitDataset
     from rfdetr.engine import Progress, Trainer, train_one_epoch
     from rfdetr.losses.criterion import LossWeights
@@ -56,15 +57,15 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     feature_cache.MATCH_IOU = -1.0
     size, count = SIZES["nano"], settings["images"]
     recipe, table = size.recipe, ClassTable(("thing",), (1,), (0,), 2, 1)
-    train = write_coco(Path(FOLDER.name) / "data", count, settings["objects"]) / "train"
-    split = read_split(train / "_annotations.coco.json", train, "train")
+    split = read_dataset(write_coco(Path(FOLDER.name) / "data", count, settings["objects"]))["train"]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
     detector = Detector(size, 2, background=True, groups=1).to(device).requires_grad_(False).eval()
     head, progress = build_mask_head(size.mask_head, size.hidden).to(device), Progress(micro_batch=recipe.seg_batch)
     groups = [{"params": list(head.parameters()), "base_lr": recipe.seg_lr, "lr": recipe.seg_lr}]
+    objective = feature_cache.MaskObjective(detector, table, LossWeights(), precision, (), 0, progress)
     trainer = Trainer(
         model=head,
-        losses=feature_cache.MaskObjective(detector, table, LossWeights(), precision, (), 0, progress),
+        losses=objective,
         optimizer=torch.optim.AdamW(groups, weight_decay=recipe.seg_weight_decay, fused=True),
         schedule=lambda step: 1.0,
         scaler=torch.amp.GradScaler(device.type, enabled=False),
@@ -75,13 +76,12 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     )
     sampler = EpochSampler(count, recipe.seg_batch * recipe.seg_accum, 0, 1)
 
-    def cached() -> feature_cache.CachedLoader:
+    def cached() -> DataLoader:
         folder = Path(FOLDER.name) if settings["cache"] == "disk" else None
         dataset = SplitDataset(split, size.resolution, None, masks=True)
-        cache = feature_cache.FeatureCache(detector, dataset, recipe.cache_views, table, precision, folder)
-        return feature_cache.CachedLoader(cache, sampler)
+        return feature_cache.FeatureCache(objective, dataset, recipe.cache_views, folder).loader(sampler)
 
-    def epoch(loader: feature_cache.CachedLoader) -> float:
+    def epoch(loader: DataLoader) -> float:
         progress.epoch += 1
         sampler.set_epoch(progress.epoch)
         if settings["part"] == "reads":
