@@ -74,10 +74,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
         args.output_dir, args.resume_from = folder, content
     size = SIZES[args.size]
     if args.resolution or kind != "segmentation":  # stage 2 takes its detector's
-        try:
-            args.resolution = check_resolution(size, args.resolution)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        args.resolution = check_resolution(size, args.resolution)
     prefix = {"detector": "", "segmentation": "seg_", "seg_single": "single_"}[kind]
     recipe = asdict(size.recipe)
     for name, value in vars(args).items():
