@@ -102,7 +102,7 @@ class RFDETR:
             return []
         arrays = [read_image(image) for image in images]
         square = [self.resolution, self.resolution]
-        tensors = [v2.functional.resize(torch.from_numpy(a).permute(2, 0, 1), square, antialias=True) for a in arrays]
+        tensors = [v2.functional.resize(torch.tensor(a).permute(2, 0, 1), square, antialias=True) for a in arrays]
         rows = torch.tensor(self.table.rows, device=self.precision.device)
         found = detect(self.model, torch.stack(tensors), list(range(len(arrays))), rows, self.precision)
         sizes = [array.shape[:2] for array in arrays]
