@@ -19,7 +19,6 @@ from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
 from rfdetr.console import UserError, boolean, number, run_script, tick
 from rfdetr.data.loaders import training_loader
-from rfdetr.data.transforms import multi_scale_sides
 from rfdetr.data.validation import require_masks
 from rfdetr.feature_cache import FeatureCache, MaskObjective, bytes_needed, choose_cache
 from rfdetr.losses.criterion import LossWeights
@@ -61,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
 
     head = build_mask_head(name, size.hidden).to(device)
     weights = LossWeights(mask=args.mask_loss_coef, dice=args.dice_loss_coef)
-    sides = multi_scale_sides(size, args.resolution, args.expanded_scales) if args.multi_scale else []
-    objective = MaskObjective(detector, table, weights, session.precision, tuple(sides), args.seed, session.progress)
+    sides = shared.input_sides(args)
+    objective = MaskObjective(detector, table, weights, session.precision, sides, args.seed, session.progress)
     resolve_batch(args, head, objective)
     dataset, sampler = shared.training_data(session, masks=True, augment=size.recipe.augment)
     groups = [{"params": list(head.parameters()), "base_lr": args.seg_lr, "weight_decay": args.weight_decay}]

@@ -149,7 +149,7 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
     model = build_model_from_config(model_config, train_config)
     criterion, postprocess = build_criterion_from_config(model_config, train_config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()}
-    model.load_state_dict({name: made_up(name, shape) for name, shape in shapes.items()}, strict=False)
+    model.load_state_dict(model.state_dict() | {name: made_up(name, shape) for name, shape in shapes.items()})
     images, targets = made_up_batch(resolution)
     values, gradients, order, topk = {}, {}, [], torch.topk
 

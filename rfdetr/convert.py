@@ -145,7 +145,7 @@ def to_package(content: dict) -> dict:
                 model[name][count:] = SILENT if name.endswith("bias") else 0.0
     shared = {"num_classes": table.rows_total - 1, "num_queries": size["queries"], "group_detr": groups}
     shared |= {"resolution": content["resolution"], "patch_size": size["patch"]}
-    shared["segmentation_head"] = any(name.startswith("segmentation_head.") for name in model)
+    shared["segmentation_head"] = content["mask_head"] == "official"
     return {
         "model": to_official(model),
         "args": shared if coco else shared | {"class_names": list(table.names)},
@@ -254,5 +254,5 @@ def load_pretrained(model: nn.Module, state: dict[str, Tensor], exclude: list[st
             f"None of the {len(file)} pretrained tensors fits this model ({names} ...): they are of another "
             "architecture. Give the --size they were made for, or --pretrain_weights none."
         )
-    model.load_state_dict(chosen, strict=False)
+    model.load_state_dict(initial | chosen)
     return report

@@ -48,8 +48,7 @@ class Detections:
     images: Tensor
 
     def __getitem__(self, part: slice) -> Detections:
-        values = (self.index, self.scores, self.labels, self.boxes, self.queries, self.features, self.images)
-        return Detections(*(value[part] for value in values))
+        return Detections(**{name: value[part] for name, value in vars(self).items()})
 
     def pixel_boxes(self, i: int, height: int, width: int) -> np.ndarray:
         """Image i's boxes as (k, 4) xyxy in pixels of a height x width original."""

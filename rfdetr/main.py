@@ -67,7 +67,8 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     device = pick_device(args.device)
     distributed.start(device)
     torch.manual_seed(args.seed)
-    splits = read_dataset(args.dataset, args.val_fraction)
+    queries = getattr(args, "num_queries", None) or SIZES[args.size].queries
+    splits = read_dataset(args.dataset, args.val_fraction, queries)
     if args.run_test and "test" not in splits and distributed.is_main():
         warn(f"--run_test 1: {args.dataset} has no test split, it is skipped")
     if not args.run_test:
@@ -75,12 +76,6 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     for split in splits.values():
         for message in split.warnings if distributed.is_main() else ():
             warn(message)
-    if not splits["train"].images:
-        raise UserError(f"{splits['train'].annotation_file} lists no images: there is nothing to train on")
-    queries = getattr(args, "num_queries", None) or SIZES[args.size].queries
-    crowded = sum(count > queries for count in splits["train"].per_image)
-    if crowded and distributed.is_main():
-        warn(f"{crowded} images of train have more objects than the {queries} queries of {args.size}")
     progress = Progress()
     if args.resume_from:
         progress = Progress(**args.resume_from["training"]["progress"])
@@ -127,7 +122,7 @@ def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: 
                 "Resolution": args.resolution,
                 "Epochs": args.epochs,
                 "Batch": f"{args.batch} x {args.accum} accumulated",
-                "Device": f"{environment(device)['device']}, {precision}",
+                "Device": f"{header['environment']['device']}, {precision}",
                 "Dataset": f"{args.dataset} ({counts} images; {', '.join(session.splits['train'].class_names)})",
                 "Output": folder,
             },
@@ -230,8 +225,7 @@ class Objective:
             image, query, obj = image[has_mask], query[has_mask], obj[has_mask]
             truth = torch.cat([t["masks"] for t in targets])
             boxes = outputs["pred_boxes"].detach()[image, query]
-            one = torch.arange(len(truth), device=device)[obj]
-            target = sample_in_boxes(truth[:, None], boxes, one)[:, 0]
+            target = sample_in_boxes(truth[:, None], boxes, obj)[:, 0]
             with self.precision.autocast():
                 pixels = model.mask_head.pixels(outputs["features"], images)
                 logits = model.mask_head.grid_logits(pixels, outputs["queries"][image, query], boxes, image)
@@ -239,16 +233,22 @@ class Objective:
         return losses
 
 
+def input_sides(args: argparse.Namespace) -> tuple[int, ...]:
+    """What multi-scale training draws each step's side from; empty where the side stays the same."""
+    if not args.multi_scale:
+        return ()
+    return tuple(multi_scale_sides(SIZES[args.size], args.resolution, args.expanded_scales))
+
+
 def make_objective(session: Session, table: ClassTable, weights: LossWeights, masks: bool) -> Objective:
     args, size = session.args, session.size
-    sides = multi_scale_sides(size, args.resolution, args.expanded_scales) if args.multi_scale else []
     return Objective(
         table=table,
         weights=weights,
         precision=session.precision,
         masks=masks,
         groups=size.recipe.group_detr,
-        sides=tuple(sides),
+        sides=input_sides(args),
         seed=args.seed,
         progress=session.progress,
     )
@@ -452,17 +452,19 @@ class Keeper:
         gained = False
         for weights, summary in scores.items():
             value = summary[kind][name]
-            state = self.trainer.model if weights == "regular" else self.trainer.ema.module
-            content = self.pack(state.state_dict()) | {"weights": weights, "epoch": epoch, "scores": summary}
+            files = []
             if weights not in self.each or (value is not None and value > self.each[weights]):
                 self.each[weights] = -1.0 if value is None else value
-                if self.session.kind == "detector" and distributed.is_main():
-                    checkpoint.save(self.session.folder / f"checkpoint_best_{weights}.pth", content)
+                files += [f"checkpoint_best_{weights}.pth"] if self.session.kind == "detector" else []
             if self.best is None or (value or 0.0) > (self.best["value"] or 0.0) or value is self.best["value"] is None:
                 gained = True
                 self.best = {"epoch": epoch, "metric": metric, "value": value, "weights": weights}
-                if distributed.is_main():
-                    checkpoint.save(self.session.folder / "best.pt", content)
+                files.append("best.pt")
+            if files and distributed.is_main():
+                model = self.trainer.model if weights == "regular" else self.trainer.ema.module
+                content = self.pack(model.state_dict()) | {"weights": weights, "epoch": epoch, "scores": summary}
+                for file in files:
+                    checkpoint.save(self.session.folder / file, content)
         return gained
 
 

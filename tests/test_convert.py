@@ -31,8 +31,8 @@ def meta_state(size: str, groups: int | None = None) -> dict[str, torch.Tensor]:
         return Detector(SIZES[size], rows=91, groups=groups, mask_head=masks).state_dict()
 
 
-def tiny(rows: int = 91, groups: int = 3, **kwargs) -> Detector:
-    return Detector(TINY, rows=rows, groups=groups, **kwargs)
+def tiny(rows: int = 91, groups: int = 3, mask_head: str | None = None) -> Detector:
+    return Detector(TINY, rows=rows, groups=groups, mask_head=mask_head)
 
 
 def tiny_file(rows: int = 91, groups: int = 3) -> dict[str, torch.Tensor]:

@@ -155,8 +155,13 @@ def test_a_file_of_another_resolution_keeps_its_grid_and_queries(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- shrinking
 
 
+def as_stored(path: Path) -> dict:
+    with torch.serialization.safe_globals([Namespace, SimpleNamespace]):
+        return torch.load(path, weights_only=True)
+
+
 def proposal_bias(path: Path, row: int, value: float) -> None:
-    content = torch.load(path, weights_only=False)
+    content = as_stored(path)
     for name, tensor in content["model"].items():
         if "enc_out_class_embed" in name and name.endswith("bias"):
             tensor[row] = value
@@ -280,7 +285,7 @@ def test_an_exported_file_comes_back(head, call, capsys, tmp_path):
 
 def test_official_and_tuned_files_come_back_bit_for_bit(coco_file, tuned_file):
     for path in (coco_file, tuned_file):
-        exported, state = to_package(checkpoint.load(path)), torch.load(path, weights_only=False)["model"]
+        exported, state = to_package(checkpoint.load(path)), as_stored(path)["model"]
         assert exported["model"].keys() == state.keys() - {"_kp_active_mask"}
         assert all(torch.equal(tensor, state[name]) for name, tensor in exported["model"].items())
     assert "class_names" not in to_package(checkpoint.load(coco_file))["args"]  # the package knows COCO's

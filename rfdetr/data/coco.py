@@ -18,16 +18,16 @@ from rfdetr.data.validation import NO_MASKS, CocoSplit, ImageRecord, Problem, fi
 from rfdetr.metrics.overlap import to_rle
 
 
-def read_dataset(root: str | Path, val_fraction: float | None = None) -> dict[str, CocoSplit]:
+def read_dataset(root: str | Path, val_fraction: float | None = None, queries: int = 300) -> dict[str, CocoSplit]:
     """Check and read all splits of a dataset: "train", "valid" and, where it exists, "test".
 
     Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by a hash of their
-    names, so that the choice stays when the file is written in another order.  Raises UserError for any error of the
-    data, with the command that lists them all.
+    names, so that the choice stays when the file is written in another order.  `queries`: the objects that the model
+    can find in one image.  Raises UserError for any error of the data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example")
-    splits, problems = inspect_dataset(root, val_fraction)
+    splits, problems = inspect_dataset(root, val_fraction, queries=queries)
     raise_errors(problems, root)
     if "valid" not in splits:
         splits["train"], splits["valid"] = _divide(splits["train"], val_fraction)
