@@ -9,12 +9,13 @@ import argparse
 from pathlib import Path
 
 from rfdetr import checkpoint
+from rfdetr.cli import add_compile_flag
 from rfdetr.console import UserError, number, run_script, tick
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import SplitDataset, evaluation_loader
 from rfdetr.evaluation import Judge
 from rfdetr.metrics.coco_eval import format_table
-from rfdetr.precision import pick_device, pick_precision
+from rfdetr.precision import compile_in_place, pick_device, pick_precision
 from rfdetr.rundir import write_json
 from rfdetr.sizes import check_resolution
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=number(int, 0), default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="off")
+    add_compile_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
@@ -47,7 +49,10 @@ def main(argv: list[str] | None = None) -> None:
 
     loader = evaluation_loader(SplitDataset(split, resolution, None, masks=False), args.batch, args.workers)
     masks = model.head is not None and any(s is not None for image in split.images for s in image.segmentations)
-    evaluator = Judge(loader, table, precision, masks).evaluator(model.to(precision.device))
+    model.to(precision.device)
+    if args.compile:
+        compile_in_place(model.encoder, precision.device)
+    evaluator = Judge(loader, table, precision, masks).evaluator(model)
     summary = evaluator.summary()
     print(f"{args.checkpoint} on {args.dataset} ({args.split}, {len(split.images)} images, {resolution} px)")
     print(format_table(summary))

@@ -9,14 +9,17 @@ import argparse
 import glob
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
+from rfdetr.cli import add_compile_flag
 from rfdetr.console import UserError, number, run_script, tick, warn
-from rfdetr.detr import RFDETR, Found
+from rfdetr.detr import RFDETR, Found, read_image
+from rfdetr.precision import compile_in_place
 from rfdetr.rundir import write_json, writing_to
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
@@ -33,24 +36,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=number(int, 1), default=8)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="off")
+    add_compile_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
     files = collect(args.input)
     model = RFDETR.from_checkpoint(args.checkpoint, args.device, args.amp)
+    if args.compile:
+        compile_in_place(model.model.encoder, model.precision.device)
     with writing_to(args.output, "--output"):
         args.output.mkdir(parents=True, exist_ok=True)
     images, videos = ([path for path in files if path.suffix.lower() in kind] for kind in (IMAGES, VIDEOS))
     taken = {path.name for path in files if path.resolve().parent == args.output.resolve()}  # no input is overwritten
-    results, unread = [], 0
-    for first in tqdm(range(0, len(images), args.batch), desc="images", leave=False):
-        chunk = images[first : first + args.batch]
-        for path, found in zip(chunk, find(model, chunk, args)):
-            if found is None:
-                unread += 1
-                continue
-            found.picture(model.class_names).save(args.output / free_name(path.stem, ".png", taken), compress_level=1)
-            results += as_records(str(path), found)
+    results, unread, saving = [], 0, []
+    with ThreadPoolExecutor() as pool:  # reads the next images and writes the last pictures while the model works
+        for chunk in tqdm(
+            read_ahead(images, args.batch, pool), desc="images", total=-(-len(images) // args.batch), leave=False
+        ):
+            for job in saving:
+                job.result()
+            saving, readable = [], [(path, image) for path, image in chunk if image is not None]
+            unread += len(chunk) - len(readable)
+            for (path, _), found in zip(readable, find(model, [image for _, image in readable], args)):
+                file = args.output / free_name(path.stem, ".png", taken)
+                saving.append(pool.submit(save_picture, found, model.class_names, file))
+                results += as_records(str(path), found)
+        for job in saving:
+            job.result()
     if unread == len(files):
         raise UserError(f"none of the {unread} images could be read (the warnings above name them)")
     for path in videos:
@@ -83,16 +95,35 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
     return name
 
 
-def find(model: RFDETR, images: list, args: argparse.Namespace) -> list[Found | None]:
-    """Predictions of a few paths or frames; None, with a warning, for a file that cannot be read."""
+def read_ahead(
+    paths: list[Path], batch: int, pool: ThreadPoolExecutor
+) -> Iterator[list[tuple[Path, np.ndarray | None]]]:
+    """`batch` images at a time; the next ones are read while the caller works on these."""
+    reading = []
+    for first in range(0, len(paths) + batch, batch):
+        ready, reading = reading, [(path, pool.submit(read, path)) for path in paths[first : first + batch]]
+        if ready:
+            yield [(path, job.result()) for path, job in ready]
+
+
+def read(path: Path) -> np.ndarray | None:
+    """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read."""
     try:
-        found = model.predict(images, args.threshold)
+        return read_image(path)
     except UserError as error:
-        if len(images) > 1:
-            return [find(model, [image], args)[0] for image in images]
         warn(str(error))
-        return [None]
+        return None
+
+
+def find(model: RFDETR, images: list[np.ndarray], args: argparse.Namespace) -> list[Found]:
+    """Predictions of a few images or frames."""
+    found = model.predict(images, args.threshold)
     return found if args.nms is None else [one.without_duplicates(args.nms) for one in found]
+
+
+def save_picture(found: Found, class_names: list[str], file: Path) -> None:
+    with writing_to(file.parent, "--output"):
+        found.picture(class_names).save(file, compress_level=1)
 
 
 def as_records(file: str, found: Found, frame: int | None = None) -> list[dict]:

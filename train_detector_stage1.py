@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.resume_from:
         source = find_weights(args.pretrain_weights, size)
         shared.start_from(model, table, source, args.pretrain_exclude_keys, args.backbone_weights)
+    shared.adapt_encoder(session, model)
 
     objective = shared.make_objective(session, table, LossWeights(), masks=False)
     resolve_batch(args, model, objective)

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.resume_from:
         source = args.init_ckpt or find_weights(args.pretrain_weights, size)
         shared.start_from(model, table, source, args.pretrain_exclude_keys, args.backbone_weights)
+    shared.adapt_encoder(session, model)
 
     coefficients = {name: getattr(args, f"{name}_loss_coef") for name in LossWeights.flag_defaults()}
     objective = shared.make_objective(session, table, LossWeights(**coefficients), masks=True)

@@ -32,22 +32,24 @@ CASES = [
 
 
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
-    from rfdetr.evaluation import detect, draw_masks
+    from rfdetr.classes import ClassTable
+    from rfdetr.evaluation import Finder, draw_masks
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import build_mask_head
-    from rfdetr.precision import pick_precision
+    from rfdetr.precision import compile_in_place, pick_precision
     from rfdetr.sizes import SIZES
 
     size = SIZES["nano"]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
     model, head = Detector(size, rows=91, groups=1).to(device).eval(), build_mask_head("nano", size.hidden).to(device)
     if settings.get("compile"):
-        model.compile()
+        compile_in_place(model.encoder, device)
     images = torch.randint(0, 256, (1, 3, size.resolution, size.resolution), dtype=torch.uint8)
-    rows, boxes = torch.arange(1, 91, device=device), some_objects(KEPT, 8)[0][None].to(device)
+    table = ClassTable(tuple(map(str, range(90))), tuple(range(1, 91)), tuple(range(1, 91)), 91, 0)
+    finder, boxes = Finder(table, precision), some_objects(KEPT, 8)[0][None].to(device)
 
     def step() -> float:
-        found = detect(model, images, [0], rows, precision)
+        found = next(finder(model, images, [0]))
         if settings["masks"]:
             found.boxes = boxes  # of the detections that masks are drawn for
             draw_masks(head, found, [(HEIGHT, WIDTH)], [KEPT], precision)

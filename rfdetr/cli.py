@@ -46,6 +46,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     """How a detector is trained and where it starts from."""
     parser.add_argument("--grad_checkpoint", type=boolean, default=False, metavar="0|1", help="less memory, more time")
+    parser.add_argument("--freeze_encoder", type=boolean, default=False, metavar="0|1", help="train what is behind it")
+    add_compile_flag(parser)
     parser.add_argument(
         "--pretrain_weights", default="auto", metavar="auto|none|PATH|URL", help="auto: the official file of the size"
     )
@@ -54,6 +56,12 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pretrain_exclude_keys", nargs="+", action="extend", default=[], metavar="GLOB", help="tensors not to load"
+    )
+
+
+def add_compile_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compile", type=boolean, default=False, metavar="0|1", help="torch.compile the encoder: slow start, then fast"
     )
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from rfdetr import checkpoint
 from rfdetr.console import UserError
 from rfdetr.data.coco import to_rgb_array
-from rfdetr.evaluation import Detections, detect, draw_masks
+from rfdetr.evaluation import Detections, Finder, draw_masks
 from rfdetr.precision import pick_device, pick_precision
 from rfdetr.sizes import SIZES
 from rfdetr.visualise import class_colours, draw, nms_for_drawing
@@ -85,6 +85,7 @@ class RFDETR:
             checkpoint.require_size(content, SIZES[self.size_name], path)
         model, self.table = checkpoint.build_model(content)
         self.model = model.to(self.precision.device)
+        self.finder = Finder(self.table, self.precision)
         self.resolution = content["resolution"]
 
     @property
@@ -103,16 +104,18 @@ class RFDETR:
         arrays = [read_image(image) for image in images]
         square = [self.resolution, self.resolution]
         tensors = [v2.functional.resize(torch.tensor(a).permute(2, 0, 1), square, antialias=True) for a in arrays]
-        rows = torch.tensor(self.table.rows, device=self.precision.device)
-        found = detect(self.model, torch.stack(tensors), list(range(len(arrays))), rows, self.precision)
+        parts = self.finder(self.model, torch.stack(tensors), list(range(len(arrays))))
+        return [one for part in parts for one in self._found([arrays[i] for i in part.index], part, threshold)]
+
+    def _found(self, arrays: list[np.ndarray], found: Detections, threshold: float) -> list[Found]:
         sizes = [array.shape[:2] for array in arrays]
         counts = (found.scores >= threshold).sum(1).tolist()
         masks: list = [None] * len(arrays)
         if self.model.head is not None:
             masks = draw_masks(self.model.head, found, sizes, counts, self.precision)
-        return [self._found(arrays[i], found, i, counts[i], masks[i]) for i in range(len(arrays))]
+        return [self._one(arrays[i], found, i, counts[i], masks[i]) for i in range(len(arrays))]
 
-    def _found(self, image: np.ndarray, found: Detections, i: int, count: int, masks: list | None) -> Found:
+    def _one(self, image: np.ndarray, found: Detections, i: int, count: int, masks: list | None) -> Found:
         labels = found.labels[i, :count].cpu().numpy()
         height, width = image.shape[:2]
         boxes = found.pixel_boxes(i, height, width)[:count].clip(0, [width, height, width, height])

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from rfdetr import distributed
 from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
+from rfdetr.console import UserError, warn
 from rfdetr.data.coco import CocoSplit, load_image
-from rfdetr.data.loaders import Batch
 from rfdetr.data.transforms import to_model_input
+from rfdetr.engine import is_out_of_memory
 from rfdetr.metrics.coco_eval import CocoEvaluator
 from rfdetr.metrics.overlap import to_rle
 from rfdetr.models.detector import Detector, select_detections
@@ -55,24 +56,50 @@ class Detections:
         return cxcywh_to_xyxy(self.boxes[i].float().cpu()).numpy() * np.array([width, height] * 2, dtype=np.float32)
 
 
-@torch.inference_mode()
-def detect(model: Detector, images: Tensor, index: list[int], rows: Tensor, precision: Precision) -> Detections:
-    """Detections in uint8 (B, 3, R, R) images; `rows` (N,) is each label's head row."""
-    with precision.autocast():
-        outputs = model(to_model_input(images, precision.device))
-    scores, labels, boxes, chosen = select_detections(outputs, rows, model.size.select)
-    queries = outputs["queries"].gather(1, chosen[..., None].expand(-1, -1, outputs["queries"].shape[-1]))
-    return Detections(index, scores, labels, boxes, queries.float(), outputs["features"].float(), images)
+class Finder:
+    """Runs detectors on batches; where memory runs out, on smaller parts of them from then on."""
 
+    def __init__(self, table: ClassTable, precision: Precision):
+        self.precision = precision
+        self.rows = torch.tensor(table.rows, device=precision.device)  # of each label in the class head
+        self.at_once: int | None = None  # images; None: as many as are given
 
-def detect_split(
-    model: Detector, loader: Iterable[Batch], table: ClassTable, precision: Precision
-) -> Iterator[Detections]:
-    """Detections of every batch of a split."""
-    model.eval()
-    rows = torch.tensor(table.rows, device=precision.device)
-    for batch in tqdm(loader, desc="detecting", disable=not distributed.is_main(), leave=False):
-        yield detect(model, batch.images, batch.indices, rows, precision)
+    def __call__(self, model: Detector, images: Tensor, index: list[int]) -> Iterator[Detections]:
+        """Detections in uint8 (B, 3, R, R) images, in one part or several, in order; `index`: the images' numbers.
+
+        Raises UserError where not even one image fits.
+        """
+        model.eval()
+        first = 0
+        while first < len(images):
+            part = slice(first, first + (self.at_once or len(images)))
+            try:
+                found = self._detect(model, images[part], index[part])
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                found = None
+            if found is None:  # outside the handler, where the failed pass's tensors are no longer referenced
+                self._step_down(len(images[part]))
+                continue
+            yield found
+            first += len(found.index)
+
+    @torch.inference_mode()
+    def _detect(self, model: Detector, images: Tensor, index: list[int]) -> Detections:
+        with self.precision.autocast():
+            outputs = model(to_model_input(images, self.precision.device))
+        scores, labels, boxes, chosen = select_detections(outputs, self.rows, model.size.select)
+        queries = outputs["queries"].gather(1, chosen[..., None].expand(-1, -1, outputs["queries"].shape[-1]))
+        return Detections(index, scores, labels, boxes, queries.float(), outputs["features"].float(), images)
+
+    def _step_down(self, images: int) -> None:
+        if images == 1:
+            raise UserError("out of memory with a single image: use --device cpu, or a model of a smaller --resolution")
+        self.at_once = -(-images // 2)
+        warn(f"out of memory: detecting in {self.at_once} images at a time from now on")
+        if self.precision.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
@@ -135,7 +162,7 @@ class Judge:
     def __init__(
         self, loader: DataLoader, table: ClassTable, precision: Precision, masks: bool, frozen: Detector | None = None
     ):
-        self.loader, self.table, self.precision = loader, table, precision
+        self.loader, self.finder, self.precision = loader, Finder(table, precision), precision
         self.masks, self.frozen = masks, frozen
         self.split: CocoSplit = loader.dataset.split
         self.keep, self.kept = frozen is not None, None
@@ -143,7 +170,8 @@ class Judge:
     def detections(self, model: nn.Module) -> Iterable[Detections]:
         if self.kept is not None:
             return self.kept
-        found = detect_split(self.frozen or model, self.loader, self.table, self.precision)
+        bar = tqdm(self.loader, desc="detecting", disable=not distributed.is_main(), leave=False)
+        found = (one for batch in bar for one in self.finder(self.frozen or model, batch.images, batch.indices))
         if self.keep:
             found = self.kept = list(found)
         return found

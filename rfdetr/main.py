@@ -33,7 +33,7 @@ from rfdetr.losses.criterion import LossWeights, detection_losses, mask_losses
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import sample_in_boxes
-from rfdetr.precision import Precision, pick_device, pick_precision
+from rfdetr.precision import Precision, compile_in_place, pick_device, pick_precision
 from rfdetr.rundir import Run, check_free_disk, environment, given_run, new_run, write_json
 from rfdetr.sizes import SIZES, ModelSize
 
@@ -180,6 +180,16 @@ def start_from(
     if distributed.is_main():
         tick(f"Weights: {backbone or weights}")
         print(report.summary(), flush=True)
+
+
+def adapt_encoder(session: Session, model: Detector) -> None:
+    """What --freeze_encoder and --compile ask for."""
+    if session.args.freeze_encoder:
+        model.encoder.requires_grad_(False)
+        if distributed.is_main():
+            tick(f"Encoder frozen: {sum(p.numel() for p in model.encoder.parameters()):,} parameters")
+    if session.args.compile:
+        compile_in_place(model.encoder, session.device)
 
 
 def judge_of(session: Session, name: str, table: ClassTable, masks: bool, frozen: Detector | None = None) -> Judge:

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from rfdetr import distributed
 from rfdetr.console import UserError
@@ -38,6 +39,18 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not usable here ({reason}): try --device cpu") from error
     return device
+
+
+def compile_in_place(module: nn.Module, device: torch.device) -> None:
+    """torch.compile a module; its parameters and their names stay.  Raises UserError where this machine cannot."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever the compiler behind it raises
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--compile 1 does not work here ({reason}): it needs a C++ compiler, and Triton on a GPU. Leave it out"
+        ) from error
+    module.compile()
 
 
 def pick_precision(amp: str, device: torch.device) -> Precision:

@@ -73,6 +73,10 @@ class Detector(nn.Module):
         self.segmentation_head = OfficialMaskHead(size.hidden, size.decoder_layers) if official else None
 
     @property
+    def encoder(self) -> WindowedViT:
+        return self.backbone[0].encoder["encoder"]
+
+    @property
     def head(self) -> MaskHead | OfficialMaskHead | None:
         """Whichever mask head there is."""
         return self.segmentation_head or self.mask_head
