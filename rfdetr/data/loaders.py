@@ -55,10 +55,10 @@ class SplitDataset(Dataset):
     def __init__(self, split: CocoSplit, resolution: int, augment: str | None, masks: bool):
         self.split, self.resolution, self.masks = split, resolution, masks
         self.augment = training_transform(augment, resolution) if augment else None
-        # everything but crops works on the resized image, which is worth keeping
+        # everything but crops works on the resized image
         self.resize_first = augment != "crops"
         fits = len(split.images) * 3 * resolution**2 <= RAM_CACHE_BYTES
-        self.cache: dict[int, dict] | None = {} if self.resize_first and fits else None
+        self.cache: dict[int, Tensor] | None = {} if fits else None  # index -> what image() returns
 
     def __len__(self) -> int:
         return len(self.split.images)
@@ -80,20 +80,29 @@ class SplitDataset(Dataset):
         target |= {"boxes": boxes / torch.tensor([width, height, width, height]), "index": index}
         return {"image": torch.as_tensor(sample["image"]), "target": target}
 
+    def image(self, index: int) -> Tensor:
+        """The resized picture alone, uint8 (3, R, R); small sets' stay in memory.  Raises UserError as load_image."""
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        picture = torch.from_numpy(load_image(self.split.images[index])).permute(2, 0, 1)
+        picture = v2.functional.resize(picture, [self.resolution] * 2, antialias=True).contiguous()
+        if self.cache is not None:
+            self.cache[index] = picture
+        return picture
+
     def _read(self, index: int) -> dict:
         """The decoded sample: image uint8 (3, H, W), boxes xyxy pixels, labels, masks."""
-        if self.cache is not None and index in self.cache:
-            return dict(self.cache[index])
         record = self.split.images[index]
-        image = torch.from_numpy(load_image(record)).permute(2, 0, 1)
-        height, width = image.shape[-2:]
+        height, width = record.height, record.width
         boxes = torch.from_numpy(record.boxes).float()
         if self.resize_first:
-            image = v2.functional.resize(image, [self.resolution, self.resolution], antialias=True)
+            image = self.image(index)
             boxes = boxes * self.resolution / torch.tensor([width, height, width, height])
+        else:
+            image = torch.from_numpy(load_image(record)).permute(2, 0, 1).contiguous()
         side = tuple(image.shape[-2:])
         sample = {
-            "image": tv_tensors.Image(image.contiguous()),
+            "image": tv_tensors.Image(image),
             "boxes": tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=side),
             "labels": torch.from_numpy(record.labels),
             "has_mask": torch.tensor([s is not None for s in record.segmentations], dtype=torch.bool),
@@ -104,9 +113,7 @@ class SplitDataset(Dataset):
                 if segmentation is not None:
                     masks[i] = rasterise(segmentation, height, width, *side)
             sample["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
-        if self.cache is not None:
-            self.cache[index] = sample
-        return dict(sample)
+        return sample
 
 
 def collate(samples: list[dict]) -> Batch:
