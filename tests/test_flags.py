@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import quick_flags
+from torch import nn
 
 import rfdetr.auto_batch
 import rfdetr.feature_cache
@@ -230,6 +231,36 @@ def test_gradient_checkpointing_recomputes_blocks(stage1_run, monkeypatch):
     assert not used
     saving = stage1_run("--grad_checkpoint", 1)
     assert used and saving.train["loss"] == pytest.approx(plain.train["loss"], rel=1e-5)
+
+
+def test_a_frozen_encoder_stays_bit_equal_and_has_no_optimizer_state(stage1_run):
+    untouched, frozen = stage1_run("--lr", 0, "--lr_encoder", 0), stage1_run("--freeze_encoder", 1)
+    first, last = untouched.last["model"], frozen.last["model"]
+    encoder = {name for name in last if name.startswith("backbone.0.encoder.")}
+    assert encoder and all(torch.equal(first[name], last[name]) for name in encoder)
+    assert not torch.equal(first["query_feat.weight"], last["query_feat.weight"])
+    assert len(frozen.groups) < len(untouched.groups)
+    assert "Encoder frozen: " in frozen.output
+
+
+def test_a_compiled_encoder_computes_the_same(stage1_run, monkeypatch):
+    plain, traced, original = stage1_run(), [], nn.Module.compile
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    # traced and split as ever, but not handed to a C++ compiler, which takes minutes
+    monkeypatch.setattr(nn.Module, "compile", lambda m: (traced.append(m), original(m, backend="aot_eager")))
+    compiled = stage1_run("--compile", 1)
+    assert [type(module).__name__ for module in traced] == ["WindowedViT"]
+    assert compiled.train["loss"] == pytest.approx(plain.train["loss"], rel=1e-4)
+    assert compiled.last["model"].keys() == plain.last["model"].keys()
+
+
+def test_compile_without_a_compiler_says_what_is_missing(error_of, monkeypatch):
+    def fail(function):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    code, message = error_of(train_detector_stage1, "--compile", 1)
+    assert code == 2 and "--compile 1 does not work here (no compiler)" in message
 
 
 def test_tensorboard_can_be_left_out(stage1_run):

@@ -20,6 +20,7 @@ import evaluate
 import predict
 from rfdetr import RFDETR, RFDETRNano
 from rfdetr.console import UserError
+from rfdetr.evaluation import Finder
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +90,28 @@ def test_evaluate_repeats_the_scores_of_the_run(demo, stage2, call):
     assert found.keys() == told.keys()
     for kind in ("bbox", "segm"):
         assert found[kind]["mAP"] == pytest.approx(told[kind]["mAP"], abs=2e-3)
+
+
+def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(demo, stage2, call, capsys, monkeypatch):
+    given, original = [], Finder._detect
+
+    def detect(self, model, images, index):
+        given.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, model, images, index)
+
+    flags = ["--checkpoint", stage2.folder / "best.pt", "--dataset", demo, "--batch", 5, "--device", "cpu"]
+    call(evaluate.main, *flags, "--batch", 2, "--json", "plenty.json")
+    monkeypatch.setattr(Finder, "_detect", detect)
+    call(evaluate.main, *flags, "--json", "little.json")
+    assert given == [5, 3, 2, 2, 1, 1]  # halved twice, which the second batch remembers
+    assert "out of memory: detecting in 2 images at a time" in capsys.readouterr().out
+    assert Path("little.json").read_text() == Path("plenty.json").read_text()
+
+    monkeypatch.setattr(Finder, "_detect", lambda *_: detect(*_[:2], [0] * 9, _[3]))
+    with pytest.raises(UserError, match="out of memory with a single image"):
+        call(evaluate.main, *flags)
 
 
 def test_a_split_that_is_not_there(odd_data, stage2, call, tmp_path):
