@@ -51,7 +51,7 @@ class Worker:
     def __init__(self, python: str, side: str, settings: dict, args: argparse.Namespace):
         threads = str(args.threads)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), threads)
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         command = [python, "-W", "ignore", sys.argv[0], "--side", side, "--settings", json.dumps(settings)]
         command += ["--device", args.device, "--threads", threads, "--clock", args.clock]
@@ -112,7 +112,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def versions() -> str:
-    names = ("torch", "torchvision", "numpy", "rfdetr", "pycocotools", "faster-coco-eval", "pytorch-lightning")
+    names = ("torch", "torchvision", "numpy", "rfdetr", "pycocotools", "hotcoco", "pytorch-lightning")
     found = []
     for name in names:
         try:

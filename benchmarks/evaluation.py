@@ -1,6 +1,6 @@
 """COCO evaluation: ours against plain pycocotools, on generated objects and detections; the figures must agree.
 
-python benchmarks/evaluation.py                      (2000 images, 200,000 detections: about 25 s a round and side)
+python benchmarks/evaluation.py   (2000 images, 200,000 detections: pycocotools takes 13 to 30 s a round)
 python benchmarks/evaluation.py --pairs 1 --images 200
 
 Timed from detections in memory (arrays and RLEs) to the figures. Ours gives besides, where there are masks, the

@@ -111,11 +111,18 @@ def random_segmentation_polygon(box):
     return [x, y + h / 2, x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h]
 
 
-def plain_pycocotools(truth_file, results_file, kind):
+def plain_pycocotools(truth, results, kind):
     """(the twelve figures, per-class mAP and mAP50 by category id), -1 for none."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(truth_file))
-        evaluation = COCOeval(truth, truth.loadRes(str(results_file)), kind)
+        true, found = COCO(), COCO()
+        true.dataset = copy.deepcopy(truth)
+        true.createIndex()
+        if results:
+            found = true.loadRes(copy.deepcopy(results))
+        else:  # loadRes looks at the first result
+            found.dataset = {**true.dataset, "annotations": []}
+            found.createIndex()
+        evaluation = COCOeval(true, found, kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -126,15 +133,22 @@ def plain_pycocotools(truth_file, results_file, kind):
     return evaluation.stats, per_class
 
 
-def assert_same(own, plain):
-    assert (-1 if own is None else own) == pytest.approx(plain, abs=1e-9)
+def assert_equal_to_pycocotools(figures, truth, results, kind):
+    stats, per_class = plain_pycocotools(truth, results, kind)
+    plain = dict(zip(FIGURES, stats, strict=True))
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    for category_id, values in per_class.items():
+        plain |= {(names[category_id], name): value for name, value in zip(("mAP", "mAP50"), values)}
+    own = {name: figures[name] for name in FIGURES}
+    own |= {(name, key): value for name, pair in figures["per_class"].items() for key, value in pair.items()}
+    assert {name: -1 if value is None else value for name, value in own.items()} == pytest.approx(plain, abs=1e-9)
 
 
-@pytest.fixture(params=["faster-coco-eval", "pycocotools"])
+@pytest.fixture(params=["hotcoco", "pycocotools"])
 def backend(request, monkeypatch):
+    """Each of the two libraries, and no other: hotcoco alone computes unless a test says otherwise."""
     if request.param == "pycocotools":
-        monkeypatch.setattr(coco_eval, "COCO", COCO)
-        monkeypatch.setattr(coco_eval, "COCOeval", COCOeval)
+        monkeypatch.setattr(coco_eval, "hotcoco", None)
     return request.param
 
 
@@ -156,16 +170,59 @@ def test_equals_plain_pycocotools_on_the_saved_files(case, backend, tmp_path, ca
     summary = evaluator.summary()
     evaluator.save(tmp_path / "results")
     assert capsys.readouterr() == ("", "")
-    (tmp_path / "truth.json").write_text(json.dumps(truth))
     assert 0.05 < summary["bbox"]["mAP"] < 0.95
     for kind in ("bbox", "segm"):
-        stats, per_class = plain_pycocotools(tmp_path / "truth.json", tmp_path / "results" / f"{kind}.json", kind)
-        for name, plain in zip(FIGURES, stats, strict=True):
-            assert_same(summary[kind][name], plain)
-        assert list(summary[kind]["per_class"]) == [f"class {category_id}" for category_id in sorted(per_class)]
-        for category_id, (every, at50) in per_class.items():
-            assert_same(summary[kind]["per_class"][f"class {category_id}"]["mAP"], every)
-            assert_same(summary[kind]["per_class"][f"class {category_id}"]["mAP50"], at50)
+        results = json.loads((tmp_path / "results" / f"{kind}.json").read_text())
+        assert_equal_to_pycocotools(summary[kind], truth, results, kind)
+    assert list(summary["bbox"]["per_class"]) == [f"class {i}" for i in sorted(c["id"] for c in truth["categories"])]
+
+
+@st.composite
+def evaluation_case(draw):
+    """(ground truth, detections of each image) on a coarse grid: equal scores and overlaps, empty masks, crowds."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    some_id = draw(st.sampled_from([st.integers(0, 20), st.integers(0, 2**60), st.text("ab1", min_size=1, max_size=3)]))
+    category_ids = draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=3, unique=True))
+    categories = [{"id": category_id, "name": f"class {category_id}"} for category_id in category_ids]
+    truth, found = {"images": [], "annotations": [], "categories": categories}, []
+    grid, first_id = draw(st.sampled_from([4, 25])), draw(st.sampled_from([0, 1, 1, 2**50]))
+
+    def boxes_and_rles(count):
+        corners = np.sort(rng.integers(0, 5, (count, 2, 2)), axis=1) * grid
+        boxes = corners.reshape(-1, 4).astype(float)
+        canvas = np.zeros((4 * grid, 4 * grid, count), dtype=np.uint8, order="F")
+        for i, (x0, y0, x1, y1) in enumerate(corners.reshape(-1, 4)):
+            canvas[y0:y1, x0:x1, i] = rng.random() < 0.9
+        return boxes, [rle | {"counts": rle["counts"].decode()} for rle in mask_api.encode(canvas)]
+
+    for image_id in draw(st.lists(some_id, min_size=1, max_size=4, unique=True)):
+        truth["images"].append({"id": image_id, "height": 4 * grid, "width": 4 * grid})
+        for box, rle in zip(*boxes_and_rles(draw(st.integers(0, 6)))):
+            row = {"id": first_id + len(truth["annotations"]), "image_id": image_id, "segmentation": rle}
+            row |= {"category_id": int(rng.choice(category_ids)), "iscrowd": int(rng.random() < 0.2)}
+            row |= {"bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]}
+            truth["annotations"].append(row | {"area": float(rng.choice([mask_api.area(rle), 1024, 9216, 1e5]))})
+        if draw(st.booleans()):
+            count = draw(st.sampled_from([0, 1, 10, 130]))
+            labels, scores = (
+                rng.choice(category_ids, count),
+                rng.integers(1, 4, count) / draw(st.sampled_from([3, 1e9])),
+            )
+            boxes, rles = boxes_and_rles(count)
+            found.append((image_id, boxes, scores, labels, rles))
+    return truth, found
+
+
+@settings(max_examples=60, deadline=None)
+@given(evaluation_case())
+def test_equals_plain_pycocotools_whatever_the_split(case):
+    truth, found = case
+    evaluator = CocoEvaluator(copy.deepcopy(truth), masks=True)
+    for detections in found:
+        evaluator.add(*detections)
+    summary = evaluator.summary()
+    for kind in ("bbox", "segm"):
+        assert_equal_to_pycocotools(summary[kind], truth, evaluator.results(kind), kind)
 
 
 def test_a_second_summary_is_the_same_and_found_can_be_joined_or_cleared():
@@ -316,7 +373,9 @@ def test_overlap_equals_counting_decoded_pixels(case):
             ious.append(both / either)
             dices.append(2 * both / (found.sum() + true.sum()))
             total += both, either
-    overlap = mask_overlap(results, annotations)
+    table = [[row["image_id"], 0, 0, 0, 0, row["score"], row["category_id"]] for row in results]
+    rles = [row["segmentation"] for row in results]
+    overlap = mask_overlap(np.array(table).reshape(-1, 7), rles, annotations)
     if not ious:
         assert overlap == {"giou": None, "ciou": None, "dice": None}
     else:

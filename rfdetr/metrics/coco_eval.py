@@ -1,28 +1,25 @@
-"""COCO box and mask figures, computed by faster-coco-eval, or by pycocotools where that cannot be imported."""
+"""COCO box and mask figures, computed by hotcoco, or by pycocotools where there is no hotcoco or it would differ."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import logging
 import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray as Array
 from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from rfdetr.metrics.overlap import mask_overlap, to_rle
 
 try:
-    from faster_coco_eval import COCO
-    from faster_coco_eval import COCOeval_faster as COCOeval
-
-    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
+    import hotcoco
 except ImportError:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    hotcoco = None
 
 # in the order of COCOeval.stats
 FIGURES = "mAP mAP50 mAP75 mAP_small mAP_medium mAP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
@@ -37,15 +34,15 @@ class CocoEvaluator:
     images need height and width, and segmentations (polygons or RLE) must be valid: the C library does not check.
     An annotation without one is, for the masks only, a crowd region the size of its box, neither rewarded nor punished.
 
-    `found` maps image id -> (category ids, scores, {"bbox": boxes xywh, "segm": RLEs}). Adding an image again replaces
-    it: the repeated images of a padded distributed sampler count once.
+    `found` maps image id -> (rows (n, 7) of image number, box xywh, score, class number; RLEs). Adding an image again
+    replaces it: the repeated images of a padded distributed sampler count once.
     """
 
     def __init__(self, ground_truth: dict, masks: bool):
         self.masks = masks
-        self.found: dict[int | str, tuple[list[int], list[float], dict[str, list]]] = {}
-        # Numbered in ascending order: the C++ code wants small integers and knows no string ids, and the order of
-        # images decides between equal scores.
+        self.found: dict[int | str, tuple[Array, list[dict]]] = {}
+        # Numbered in ascending order: the libraries want small integers, and the order of images decides between equal
+        # scores.
         images = sorted(ground_truth["images"], key=lambda image: (isinstance(image["id"], str), image["id"]))
         self._images = {image["id"]: {**image, "id": number} for number, image in enumerate(images, start=1)}
         categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
@@ -54,10 +51,9 @@ class CocoEvaluator:
         self._truth = {"bbox": [], "segm": []}
         for number, annotation in enumerate(ground_truth["annotations"], start=1):
             image, shape = self._images[annotation["image_id"]], annotation.get("segmentation")
-            row = {"image_id": image["id"], "category_id": self._classes[annotation["category_id"]]}
-            row |= {"bbox": annotation["bbox"], "area": annotation["area"], "iscrowd": annotation.get("iscrowd", 0)}
-            # pycocotools takes a match with annotation 0 for no match; the figures are to be the same as its own
-            row["id"] = number if annotation["id"] != 0 else 0
+            row = {"id": number if annotation["id"] != 0 else 0, "image_id": image["id"], "area": annotation["area"]}
+            row |= {"bbox": annotation["bbox"], "category_id": self._classes[annotation["category_id"]]}
+            row["iscrowd"] = annotation.get("iscrowd", 0)
             self._truth["bbox"].append(row)
             if masks:
                 rle = to_rle(shape or np.array([row["bbox"]], dtype=float), image["height"], image["width"])
@@ -82,16 +78,17 @@ class CocoEvaluator:
         size = [self._images[image_id].get("height"), self._images[image_id].get("width")]
         if wrong := [rle["size"] for rle in rles if list(rle["size"]) != size]:
             raise ValueError(f"image {image_id}: a mask of (height, width) {wrong[0]}, the image has {size}")
-        shapes = {"bbox": boxes[good].tolist(), "segm": rles}
-        self.found[image_id] = labels[good].tolist(), scores[good].tolist(), shapes
+        numbers = np.searchsorted(list(self._classes), labels) + 1
+        image = np.full(len(boxes), self._images[image_id]["id"])
+        self.found[image_id] = np.column_stack((image, boxes, scores, numbers))[good], rles
 
     def results(self, kind: str) -> list[dict]:
         """COCO results with the dataset's own ids: "bbox" with boxes xywh in pixels, "segm" with RLEs alone."""
-        field = {"bbox": "bbox", "segm": "segmentation"}[kind]
+        field, ids = {"bbox": "bbox", "segm": "segmentation"}[kind], list(self._classes)
         return [
-            {"image_id": image_id, "category_id": label, field: shape, "score": score}
-            for image_id, (labels, scores, shapes) in self.found.items()
-            for label, score, shape in zip(labels, scores, shapes[kind])
+            {"image_id": image_id, "category_id": ids[int(number) - 1], field: shape, "score": score}
+            for image_id, (rows, rles) in self.found.items()
+            for shape, (score, number) in zip(rles if kind == "segm" else rows[:, 1:5].tolist(), rows[:, 5:].tolist())
         ]
 
     def save(self, folder: str | Path) -> None:
@@ -104,34 +101,22 @@ class CocoEvaluator:
         """The twelve COCO figures, 0..1, and `per_class` {name: {"mAP", "mAP50"}} under "bbox" and, with masks, "segm",
         with masks also "mask": {"giou", "ciou", "dice"}.  What does not exist (no objects of a size, say) is None.
         """
-        summary = {"bbox": self._score("bbox", self._numbered("bbox"))}
+        rows = np.concatenate([np.empty((0, 7)), *(rows for rows, _ in self.found.values())])
+        summary = {"bbox": self._score("bbox", rows, rows[:, 3] * rows[:, 4], None)}
         if self.masks:
-            detections = self._numbered("segm")
-            summary["segm"] = self._score("segm", detections)
-            summary["mask"] = mask_overlap(detections, self._truth["segm"])
+            rles = [rle for _, rles in self.found.values() for rle in rles]
+            summary["segm"] = self._score("segm", rows, np.array([mask_api.area(rle) for rle in rles], float), rles)
+            summary["mask"] = mask_overlap(rows, rles, self._truth["segm"])
         return summary
 
-    def _numbered(self, kind: str) -> list[dict]:
-        """The results as annotations with this object's numbers for ids, which is what loadRes would make of them."""
-        results = self.results(kind)
-        for number, result in enumerate(results, start=1):
-            area = result["bbox"][2] * result["bbox"][3] if "bbox" in result else mask_api.area(result["segmentation"])
-            result.update(id=number, iscrowd=0, area=float(area))
-            result["image_id"] = self._images[result["image_id"]]["id"]
-            result["category_id"] = self._classes[result["category_id"]]
-        return results
-
-    def _score(self, kind: str, detections: list[dict]) -> dict:
+    def _score(self, kind: str, rows: Array, areas: Array, rles: list[dict] | None) -> dict:
         stats, precision = np.full(12, -1.0), np.full((10, 101, len(self._names)), -1.0)  # -1 is "no objects"
         if self._images and self._names:
-            images, categories = list(self._images.values()), [{"id": number} for number in self._classes.values()]
+            truth = {"images": list(self._images.values()), "annotations": self._truth[kind]}
+            truth["categories"] = [{"id": number, "name": name} for number, name in enumerate(self._names, start=1)]
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                apis = COCO(), COCO()
-                for api, annotations in zip(apis, (self._truth[kind], detections), strict=True):
-                    api.dataset = {"images": images, "categories": categories, "annotations": annotations}
-                    api.createIndex()
-                evaluation = COCOeval(*apis, kind)
+                evaluation = _prepare(kind, truth, rows, areas, rles)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
@@ -144,6 +129,25 @@ class CocoEvaluator:
         classes = [{"mAP": mean(precision[..., i]), "mAP50": mean(precision[0, :, i])} for i in range(len(self._names))]
         figures = {name: mean(value) for name, value in zip(FIGURES, stats)}
         return figures | {"per_class": dict(zip(self._names, classes))}
+
+
+def _prepare(kind: str, truth: dict, rows: Array, areas: Array, rles: list[dict] | None) -> COCOeval:
+    """A COCOeval of a COCO ground truth and n detections: rows (n, 7) as CocoEvaluator.found has them, areas (n,)."""
+    # pycocotools takes a match with annotation 0 for no match; the figures are to be the same as its own
+    if hotcoco and all(annotation["id"] for annotation in truth["annotations"]):
+        true = hotcoco.COCO(truth)
+        found = true.loadRes(rows, segmentation=rles)
+        found.update_anns(ids=np.arange(1, len(rows) + 1), area=areas)
+        return hotcoco.COCOeval(true, found, kind)
+    true, found = COCO(), COCO()
+    true.dataset, found.dataset = truth, truth | {"annotations": []}
+    for number, (row, area) in enumerate(zip(rows.tolist(), areas.tolist()), start=1):
+        entry = {"id": number, "image_id": int(row[0]), "bbox": row[1:5], "score": row[5], "category_id": int(row[6])}
+        entry |= {"area": area, "iscrowd": 0, "segmentation": rles and rles[number - 1]}
+        found.dataset["annotations"].append(entry)
+    true.createIndex()
+    found.createIndex()
+    return COCOeval(true, found, kind)
 
 
 def format_table(summary: dict) -> str:
