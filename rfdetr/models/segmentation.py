@@ -55,23 +55,22 @@ def box_quadratic(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
 class MaskHead(nn.Module):
     """Pixel embeddings at 4x the feature map's side from features and image, and a kernel for each chosen query."""
 
-    def __init__(self, hidden: int, trunk: int, pixel: int, context: int, query: int):
-        """`trunk` 3x3 convolutions at `context` channels on the features, `pixel` embedding channels, `query` width."""
+    def __init__(self, hidden: int, trunk: int, fuse: int, pixel: int, context: int, query: int):
+        """`trunk` 3x3 convolutions at `context` channels on the features, `fuse` of them on the sum with the image's
+        own 4x4 patches, `pixel` embedding channels, `query` width."""
         super().__init__()
         layers: list[nn.Module] = [conv_norm_act(hidden, context, kernel=1)]
         layers += [conv_norm_act(context, context) for _ in range(trunk)]
         self.context = nn.Sequential(*layers, nn.Conv2d(context, pixel, kernel_size=1))
-        half = pixel // 2
-        self.detail = nn.Sequential(conv_norm_act(3, half, stride=2), conv_norm_act(half, pixel, stride=2))
-        self.fuse = nn.Sequential(conv_norm_act(pixel, pixel), conv_norm_act(pixel, pixel, depthwise=trunk == 0))
-        self.out = nn.Conv2d(pixel, pixel, kernel_size=1)
+        self.detail = nn.Sequential(conv_norm_act(3, 48, kernel=4, stride=4), nn.Conv2d(48, pixel, kernel_size=1))
+        self.fuse = nn.Sequential(*(conv_norm_act(pixel, pixel) for _ in range(fuse)))
         self.query = nn.Sequential(nn.Linear(hidden + 4, query), nn.SiLU(), nn.Linear(query, pixel + 6))
 
     def pixels(self, features: Tensor, images: Tensor) -> Tensor:
         """features (B, C, h, w), images (B, 3, H, W) normalised -> pixel embeddings (B, P, H/4, W/4)."""
         detail = self.detail(images)
         context = F.interpolate(self.context(features), size=detail.shape[-2:], mode="bilinear", align_corners=False)
-        return self.out(self.fuse(context + detail))
+        return self.fuse(context + detail)
 
     def kernels(self, queries: Tensor, boxes: Tensor) -> Tensor:
         """queries (M, C), boxes (M, 4) cxcywh 0..1 -> (M, P + 6): dot-product weights, then the quadratic's six."""
@@ -125,7 +124,7 @@ class MaskHeadNano(MaskHead):
     """The light head of the family, at most a quarter of the standard one."""
 
     def __init__(self, hidden: int):
-        super().__init__(hidden, trunk=0, pixel=32, context=32, query=40 if hidden < 128 else 128)
+        super().__init__(hidden, trunk=0, fuse=1, pixel=32, context=32, query=40 if hidden < 128 else 128)
 
 
 class MaskHeadStandard(MaskHead):
@@ -136,6 +135,7 @@ class MaskHeadStandard(MaskHead):
         super().__init__(
             hidden,
             trunk=2 if wide else 1,
+            fuse=2,
             pixel=64 if wide else 48,
             context=128 if wide else 56,
             query=256 if wide else 104,
@@ -223,15 +223,7 @@ class OfficialMaskHead(nn.Module):
             yield 0, 0, (whole > 0).cpu()
 
 
-def conv_norm_act(
-    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, depthwise: bool = False
-) -> nn.Sequential:
+def conv_norm_act(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, group norm over 8 channels a group, SiLU."""
-    if depthwise:
-        conv: nn.Module = nn.Sequential(
-            nn.Conv2d(inputs, inputs, kernel, stride, padding=kernel // 2, groups=inputs, bias=False),
-            nn.Conv2d(inputs, outputs, 1, bias=False),
-        )
-    else:
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - stride) // 2, bias=False)
     return nn.Sequential(conv, nn.GroupNorm(outputs // 8, outputs), nn.SiLU())
