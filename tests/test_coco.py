@@ -347,6 +347,14 @@ def disc() -> np.ndarray:
     return ((x - 40) ** 2 + (y - 30) ** 2 < 20**2).astype(np.uint8)
 
 
+def drawn(segmentation: list | dict, height: int = 60, width: int = 80, place: np.ndarray | None = None) -> np.ndarray:
+    """A segmentation of a 60x80 image, rasterised at another size, or where `place` takes it."""
+    out = np.zeros((height, width), np.uint8)
+    place = np.array([[width / 80, 0, 0], [0, height / 60, 0]]) if place is None else place
+    rasterise(segmentation, 60, 80, place, out)
+    return out
+
+
 def test_all_segmentation_formats_give_the_same_mask():
     mask = disc()
     compressed = mask_utils.encode(np.asfortranarray(mask))
@@ -355,9 +363,9 @@ def test_all_segmentation_formats_give_the_same_mask():
     angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
     polygon = np.stack([40.5 + 20 * np.cos(angle), 30.5 + 20 * np.sin(angle)], axis=1).ravel().tolist()
     size = {"size": [60, 80]}
-    assert np.array_equal(rasterise(size | {"counts": runs}, 60, 80, 60, 80), mask)
-    assert np.array_equal(rasterise(size | {"counts": compressed["counts"].decode()}, 60, 80, 60, 80), mask)
-    assert np.abs(rasterise([polygon], 60, 80, 60, 80).astype(int) - mask).sum() < 0.05 * mask.sum()
+    assert np.array_equal(drawn(size | {"counts": runs}), mask)
+    assert np.array_equal(drawn(size | {"counts": compressed["counts"].decode()}), mask)
+    assert np.abs(drawn([polygon]).astype(int) - mask).sum() < 0.05 * mask.sum()
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 40), (120, 160), (33, 91)])
@@ -367,7 +375,17 @@ def test_rasterise_at_another_size_keeps_place_and_share(height, width):
     polygon = np.stack([40.5 + 20 * np.cos(angle), 30.5 + 20 * np.sin(angle)], axis=1).ravel().tolist()
     rle = {"size": [60, 80], "counts": mask_utils.encode(np.asfortranarray(mask))["counts"].decode()}
     for segmentation in ([polygon], rle):
-        scaled = rasterise(segmentation, 60, 80, height, width)
+        scaled = drawn(segmentation, height, width)
         assert scaled.shape == (height, width) and scaled.dtype == np.uint8 and scaled.max() == 1
         assert scaled.mean() == pytest.approx(mask.mean(), rel=0.06)
         assert scaled[height // 2, width // 2] == 1 and scaled[:2].sum() == 0
+
+
+def test_a_placed_polygon_is_drawn_as_on_the_whole_canvas():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        polygons = [(rng.uniform(-0.1, 1.1, (rng.integers(3, 9), 2)) * [80, 60]).ravel().tolist() for _ in range(2)]
+        place = np.array([[2, 0, -rng.uniform(0, 80)], [0, 3, -rng.uniform(0, 60)]])[:: rng.choice([1, -1])]
+        placed = [(np.reshape(p, (-1, 2)) @ place[:, :2].T + place[:, 2]).ravel().tolist() for p in polygons]
+        whole = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(placed, 90, 90)))
+        assert np.abs(drawn(polygons, 90, 90, place).astype(int) - whole).sum() <= 1  # rounding

@@ -6,6 +6,7 @@ The faults of each file are found by `validation.py` in one pass; what is built 
 from __future__ import annotations
 
 import hashlib
+import math
 from copy import copy
 from pathlib import Path
 
@@ -135,16 +136,21 @@ def load_image(record: ImageRecord) -> np.ndarray:
 
     Raises UserError naming the file where it cannot be decoded or has changed its size since it was checked.
     """
-    try:
-        with Image.open(record.path) as image:
-            pixels = to_rgb_array(ImageOps.exif_transpose(image) if record.exif else image)
-    except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
-        message = f"{record.path}: cannot be read as an image: {error}. Replace it or delete its entry"
-        raise UserError(message) from error
+    pixels = read_pixels(record.path, record.exif)
     if pixels.shape[:2] != (record.height, record.width):
         size = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise UserError(f"{record.path}: {size} pixels, the annotations say {record.width}x{record.height}")
     return pixels
+
+
+def read_pixels(path: str | Path, turn: bool) -> np.ndarray:
+    """An image file as (H, W, 3) uint8 RGB; `turn`: upright by its EXIF orientation.  UserError if it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb_array(ImageOps.exif_transpose(image) if turn else image)
+    except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
+        message = f"{path}: cannot be read as an image: {error}. Replace it or delete its entry"
+        raise UserError(message) from error
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:
@@ -157,21 +163,36 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode in ("P", "PA"):  # a palette's transparency may be bytes, which only RGBA takes
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def rasterise(segmentation: list | dict, height: int, width: int, out_height: int, out_width: int) -> np.ndarray:
-    """A sound COCO segmentation of a (height, width) image as (out_height, out_width) uint8 0/1.
+def rasterise(segmentation: list | dict, height: int, width: int, place: np.ndarray, out: np.ndarray) -> None:
+    """Draw a sound COCO segmentation of a (height, width) image into `out`, uint8 (h, w) zeros, as ones.
 
-    Polygons are scaled first and drawn at the output's size. RLEs are decoded and averaged over each output pixel's
-    area, which is set from a half on.
+    place (2, 3): the matrix that takes (x, y, 1), pixels of the image, along the axes to those of `out`. Polygons are
+    placed first and drawn there. RLEs are decoded and averaged over each output pixel's area: set from a half on.
     """
-    if isinstance(segmentation, list):
-        scale = np.array([out_width / width, out_height / height])
-        polygons = [(np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in segmentation]
-        return mask_utils.decode(to_rle(polygons, out_height, out_width))
-    mask = mask_utils.decode(to_rle(segmentation, height, width))
-    if (height, width) == (out_height, out_width):
-        return mask
-    resized = Image.fromarray(mask * np.uint8(255)).resize((out_width, out_height), Image.Resampling.BOX)
-    return (np.asarray(resized) >= 128).astype(np.uint8)
+    turn, shift = place[:, :2], place[:, 2]
+    if polygons := isinstance(segmentation, list):
+        shapes = [np.reshape(polygon, (-1, 2)) @ turn.T + shift for polygon in segmentation]
+        corners = np.concatenate(shapes)
+    else:
+        rle = to_rle(segmentation, height, width)
+        x, y, w, h = mask_utils.toBbox(rle)
+        corners = np.array([[x, y], [x + w, y + h]]) @ turn.T + shift
+    # nothing outside the object's own rectangle is looked at
+    left, top = (max(int(least), 0) for least in corners.min(0))
+    right, bottom = (min(math.ceil(most), side) for most, side in zip(corners.max(0), out.shape[::-1]))
+    if left >= right or top >= bottom:
+        return
+    part, (w, h) = out[top:bottom, left:right], (right - left, bottom - top)
+    if polygons:
+        part[:] = mask_utils.decode(to_rle([(shape - (left, top)).ravel().tolist() for shape in shapes], h, w))
+        return
+    seen = np.array([[left, top], [right, bottom]]) - shift
+    source = np.sort(np.linalg.solve(turn, seen.T)).clip(0, [[width], [height]])  # x x, y y in the image
+    pixels, transposed = Image.fromarray(mask_utils.decode(rle) * np.uint8(255)), turn[0, 0] == 0
+    pixels = pixels.resize((h, w) if transposed else (w, h), Image.Resampling.BOX, source.T.ravel().tolist())
+    pixels = np.asarray(pixels).T if transposed else np.asarray(pixels)
+    x_step, y_step = np.sign(turn.sum(1)).astype(int)
+    part[:] = pixels[::y_step, ::x_step] >= 128

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from rfdetr.data.coco import CocoSplit, load_image, rasterise
-from rfdetr.data.transforms import training_transform
+from rfdetr.data.transforms import LEAST_SIDE, place_boxes, random_view
 
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
 
@@ -53,10 +52,7 @@ class SplitDataset(Dataset):
     """
 
     def __init__(self, split: CocoSplit, resolution: int, augment: str | None, masks: bool):
-        self.split, self.resolution, self.masks = split, resolution, masks
-        self.augment = training_transform(augment, resolution) if augment else None
-        # everything but crops works on the resized image
-        self.resize_first = augment != "crops"
+        self.split, self.resolution, self.augment, self.masks = split, resolution, augment, masks
         fits = len(split.images) * 3 * resolution**2 <= RAM_CACHE_BYTES
         self.cache: dict[int, Tensor] | None = {} if fits else None  # index -> what image() returns
 
@@ -65,55 +61,44 @@ class SplitDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, seed = key
-        sample = self._read(index)
-        if self.augment is not None and seed is not None:
+        record, side = self.split.images[index], self.resolution
+        # crops are taken from the whole image, everything else from the resized one, which is worth keeping
+        image = self._read(index) if self.augment == "crops" and seed is not None else self.image(index)
+        (height, width), place = image.shape[-2:], np.eye(2, 3)
+        if self.augment and seed is not None:
             # the CPU generator alone: torch.manual_seed would reach for the GPUs', at 2 ms a call
             state = torch.get_rng_state()
             torch.default_generator.manual_seed(seed)
-            sample = self.augment(sample)
+            image, place = random_view(image, self.augment, side)
             torch.set_rng_state(state)
-        elif not self.resize_first:  # an image that is otherwise cropped, as a whole
-            sample = v2.Resize((self.resolution, self.resolution), antialias=True)(sample)
-        height, width = sample["image"].shape[-2:]
-        boxes = box_convert(torch.as_tensor(sample["boxes"]).float(), "xyxy", "cxcywh")
-        target = {key: torch.as_tensor(sample[key]) for key in ("labels", "has_mask", "masks") if key in sample}
-        target |= {"boxes": boxes / torch.tensor([width, height, width, height]), "index": index}
-        return {"image": torch.as_tensor(sample["image"]), "target": target}
+        place = place * [width / record.width, height / record.height, 1]
+        boxes = place_boxes(record.boxes, place, side)
+        kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
+        segmentations = [record.segmentations[i] for i in kept]
+        target = {
+            "boxes": box_convert(torch.from_numpy(boxes[kept] / side).float(), "xyxy", "cxcywh"),
+            "labels": torch.from_numpy(record.labels[kept]),
+            "has_mask": torch.tensor([s is not None for s in segmentations], dtype=torch.bool),
+            "index": index,
+        }
+        if self.masks:
+            target["masks"] = torch.zeros(len(kept), side, side, dtype=torch.uint8)
+            for mask, segmentation in zip(target["masks"].numpy(), segmentations):
+                if segmentation is not None:
+                    rasterise(segmentation, record.height, record.width, place, mask)
+        return {"image": image, "target": target}
 
     def image(self, index: int) -> Tensor:
         """The resized picture alone, uint8 (3, R, R); small sets' stay in memory.  Raises UserError as load_image."""
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        picture = torch.from_numpy(load_image(self.split.images[index])).permute(2, 0, 1)
-        picture = v2.functional.resize(picture, [self.resolution] * 2, antialias=True).contiguous()
+        image = v2.functional.resize(self._read(index), [self.resolution] * 2, antialias=True).contiguous()
         if self.cache is not None:
-            self.cache[index] = picture
-        return picture
+            self.cache[index] = image
+        return image
 
-    def _read(self, index: int) -> dict:
-        """The decoded sample: image uint8 (3, H, W), boxes xyxy pixels, labels, masks."""
-        record = self.split.images[index]
-        height, width = record.height, record.width
-        boxes = torch.from_numpy(record.boxes).float()
-        if self.resize_first:
-            image = self.image(index)
-            boxes = boxes * self.resolution / torch.tensor([width, height, width, height])
-        else:
-            image = torch.from_numpy(load_image(record)).permute(2, 0, 1).contiguous()
-        side = tuple(image.shape[-2:])
-        sample = {
-            "image": tv_tensors.Image(image),
-            "boxes": tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=side),
-            "labels": torch.from_numpy(record.labels),
-            "has_mask": torch.tensor([s is not None for s in record.segmentations], dtype=torch.bool),
-        }
-        if self.masks:
-            masks = np.zeros((len(record.labels), *side), dtype=np.uint8)
-            for i, segmentation in enumerate(record.segmentations):
-                if segmentation is not None:
-                    masks[i] = rasterise(segmentation, height, width, *side)
-            sample["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
-        return sample
+    def _read(self, index: int) -> Tensor:
+        return torch.from_numpy(load_image(self.split.images[index])).permute(2, 0, 1)  # (3, H, W)
 
 
 def collate(samples: list[dict]) -> Batch:

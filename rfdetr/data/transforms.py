@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from rfdetr.sizes import ModelSize
@@ -15,38 +15,36 @@ from rfdetr.sizes import ModelSize
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the official weights expect
 
 
-class RandomTranspose(v2.Transform):
-    """Swap x and y with probability 1/2; with both flips it gives the square's eight symmetries."""
-
-    def make_params(self, flat_inputs: list) -> dict:
-        return {"apply": torch.rand(()).item() < 0.5}
-
-    def transform(self, inpt, params: dict):
-        if not params["apply"]:
-            return inpt
-        if isinstance(inpt, tv_tensors.BoundingBoxes):
-            height, width = inpt.canvas_size
-            return tv_tensors.BoundingBoxes(inpt[:, [1, 0, 3, 2]], format="XYXY", canvas_size=(width, height))
-        if isinstance(inpt, tv_tensors.Image | tv_tensors.Mask):
-            return tv_tensors.wrap(inpt.transpose(-1, -2), like=inpt)
-        return inpt
+JITTER = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
+LEAST_SIDE = 1  # pixels; boxes of which a crop leaves less are gone
 
 
-def training_transform(augment: str, resolution: int) -> v2.Transform:
-    """Augmentation of a sample dict (image, boxes xyxy pixels, masks, labels ...), ending at resolution x resolution.
+def random_view(image: Tensor, augment: str, side: int) -> tuple[Tensor, np.ndarray]:
+    """An image uint8 (3, H, W) as training sees it once, (3, side, side); torch's global generator draws.
 
-    "dihedral": images that are already square and resized; "crops": any size.
+    "dihedral": one of a square's eight symmetries, with other colours. "crops": mirrored or not, all of it or a part.
+    Also returns where its pixels are then: the matrix (2, 3) that takes their (x, y, 1) there.
     """
+    top, left, (height, width) = 0, 0, image.shape[-2:]
+    if augment == "crops" and torch.rand(()) < 0.5:
+        top, left, height, width = v2.RandomResizedCrop.get_params(image, scale=[0.3, 1.0], ratio=[0.75, 1.33])
+    image = v2.functional.resized_crop(image, top, left, height, width, [side, side], antialias=True)
+    place = np.array([[1, 0, -left], [0, 1, -top]]) * [[side / width], [side / height]]
+    for axis in (0, 1) if augment == "dihedral" else (0,):
+        if torch.rand(()) < 0.5:
+            image = image.flip(2 - axis)
+            place[axis] = [0, 0, side] - place[axis]
     if augment == "dihedral":
-        jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
-        steps = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), RandomTranspose(), jitter]
-    else:
-        square = (resolution, resolution)
-        crop = v2.RandomResizedCrop(square, scale=(0.3, 1.0), ratio=(0.75, 1.33), antialias=True)
-        steps = [v2.RandomHorizontalFlip(), v2.RandomChoice([crop, v2.Resize(square, antialias=True)])]
-    # boxes that a crop left with less than a pixel go, together with their labels and masks
-    keep = v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda s: (s["labels"], s["has_mask"]))
-    return v2.Compose([*steps, v2.ClampBoundingBoxes(), keep])
+        if torch.rand(()) < 0.5:
+            image, place = image.transpose(1, 2), place[::-1].copy()
+        image = JITTER(image)
+    return image.contiguous(), place
+
+
+def place_boxes(boxes: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
+    """Boxes (n, 4) xyxy where the matrix `place` (2, 3) takes them, clipped to a square of `side`."""
+    corners = (boxes.reshape(-1, 2) @ place[:, :2].T + place[:, 2]).clip(0, side).reshape(-1, 2, 2)
+    return np.concatenate((corners.min(1), corners.max(1)), axis=1)
 
 
 def multi_scale_sides(size: ModelSize, resolution: int, expanded: bool) -> list[int]:
