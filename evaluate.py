@@ -12,7 +12,7 @@ from rfdetr import checkpoint
 from rfdetr.cli import add_compile_flag
 from rfdetr.console import UserError, number, run_script, tick
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.loaders import SplitDataset, evaluation_loader
+from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.evaluation import Judge
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.precision import compile_in_place, pick_device, pick_precision
@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     model.to(precision.device)
     if args.compile:
         compile_in_place(model.encoder, precision.device)
-    evaluator = Judge(loader, table, precision, masks).evaluator(model)
+    judge = Judge(loader, table, precision, masks)
+    evaluator = judge.evaluator(model)
+    check_unread(judge.unread, split)
     summary = evaluator.summary()
     print(f"{args.checkpoint} on {args.dataset} ({args.split}, {len(split.images)} images, {resolution} px)")
     print(format_table(summary))

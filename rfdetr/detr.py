@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from rfdetr import checkpoint
 from rfdetr.console import UserError
-from rfdetr.data.coco import to_rgb_array
+from rfdetr.data.coco import read_pixels, to_rgb_array
 from rfdetr.evaluation import Detections, Finder, draw_masks
 from rfdetr.precision import pick_device, pick_precision
 from rfdetr.sizes import SIZES
@@ -130,11 +130,7 @@ def read_image(image: ImageInput) -> np.ndarray:
             raise UserError(f"an image array must be (H, W, 3) uint8 RGB, this one is {image.shape} {image.dtype}")
         return image
     if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as opened:
-                return to_rgb_array(ImageOps.exif_transpose(opened))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the image {image}: {error}") from error
+        return read_pixels(image, turn=True)
     return to_rgb_array(ImageOps.exif_transpose(image))
 
 

@@ -30,12 +30,13 @@ class Progress:
     micro_batch: int = 0  # images in one forward pass; out of memory halves it
     nan_steps: int = 0
     sums: dict = field(default_factory=dict)  # running sums of the epoch's losses
+    unread: list = field(default_factory=list)  # numbers of the training images that could not be read
 
 
 @dataclass
 class Trainer:
-    """All that a run trains with. A batch is anything with a length, slices, `objects` and
-    `indices`. `losses(model, batch, objects)` gives {name: weighted scalar}, each already divided by
+    """All that a run trains with. A batch is anything with a length, slices, `objects`,
+    `indices` and `unread`. `losses(model, batch, objects)` gives {name: weighted scalar}, each already divided by
     `objects`, the objects of the whole effective batch; `schedule(step)` the factor on each group's base_lr."""
 
     model: nn.Module
@@ -49,10 +50,10 @@ class Trainer:
     progress: Progress
 
 
-def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[list[int], bool], None]) -> dict:
+def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, bool], None]) -> dict:
     """Train on every batch of `loader`, one optimizer step each; returns the epoch's mean losses, rates and times.
 
-    `after_step(image indices, finite)` is called after each step, for signals and timed saves.
+    `after_step(batch, finite)` is called after each step, for signals and timed saves.
     """
     progress, device = trainer.progress, trainer.device
     trainer.model.train()
@@ -79,7 +80,7 @@ def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Calla
         parts = " ".join(f"{name.removeprefix('loss_')} {losses[name]:.2f}" for name in SHOWN if name in losses)
         text = f"loss {losses['loss']:.2f} ({parts}), {rate:.1f} images/s, {memory_mb(device):.0f} MB"
         bar.set_postfix_str(text, refresh=False)
-        after_step(batch.indices, finite)
+        after_step(batch, finite)
         mark = time.perf_counter()
     bar.close()
     seconds = time.perf_counter() - begin

@@ -18,6 +18,7 @@ from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, warn
 from rfdetr.data.coco import CocoSplit, load_image
+from rfdetr.data.loaders import naming_workers, note_unread
 from rfdetr.data.transforms import to_model_input
 from rfdetr.engine import is_out_of_memory
 from rfdetr.metrics.coco_eval import CocoEvaluator
@@ -166,22 +167,28 @@ class Judge:
         self.masks, self.frozen = masks, frozen
         self.split: CocoSplit = loader.dataset.split
         self.keep, self.kept = frozen is not None, None
+        self.unread: list[int] = []  # numbers of images that cannot be read: nothing is found in them
 
     def detections(self, model: nn.Module) -> Iterable[Detections]:
         if self.kept is not None:
             return self.kept
-        bar = tqdm(self.loader, desc="detecting", disable=not distributed.is_main(), leave=False)
-        found = (one for batch in bar for one in self.finder(self.frozen or model, batch.images, batch.indices))
+        found = self._detect(self.frozen or model)
         if self.keep:
             found = self.kept = list(found)
         return found
+
+    def _detect(self, model: Detector) -> Iterator[Detections]:
+        for batch in tqdm(self.loader, desc="detecting", disable=not distributed.is_main(), leave=False):
+            note_unread(batch.unread, self.unread)
+            yield from self.finder(model, batch.images, batch.indices)
 
     def head(self, model: nn.Module) -> AnyMaskHead | None:
         return model if self.frozen is not None else model.head if self.masks else None
 
     def evaluator(self, model: nn.Module) -> CocoEvaluator:
         """All ranks' detections of the split, ready to be summed up or saved."""
-        return score(self.detections(model), self.head(model), self.split, self.precision)
+        with naming_workers(self.loader.dataset):
+            return score(self.detections(model), self.head(model), self.split, self.precision)
 
     def __call__(self, model: nn.Module) -> dict:
         """The summary of metrics.json's "valid", on every rank."""

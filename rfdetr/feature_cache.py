@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class FrozenBatch:
     boxes: list[Tensor]
     grids: list[Tensor]
     indices: list[int]
+    unread: ClassVar[dict] = {}  # the images are read when the cache is made
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -97,7 +99,7 @@ def flipped(sample: dict, view: int) -> dict:
     target, (x, y, *sides) = sample["target"], sample["target"]["boxes"].unbind(1)
     boxes = torch.stack([1 - x if view & 1 else x, 1 - y if view & 2 else y, *sides], dim=1)
     masks = apply_view(target["masks"], view)
-    return {"image": apply_view(sample["image"], view), "target": target | {"boxes": boxes, "masks": masks}}
+    return sample | {"image": apply_view(sample["image"], view), "target": target | {"boxes": boxes, "masks": masks}}
 
 
 def bytes_needed(images: int, resolution: int, views: int, model: Detector) -> int:

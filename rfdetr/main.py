@@ -25,7 +25,15 @@ from rfdetr.classes import ClassTable, is_class_head
 from rfdetr.console import Stopped, UserError, banner, tick, warn
 from rfdetr.convert import load_pretrained
 from rfdetr.data.coco import CocoSplit, read_dataset
-from rfdetr.data.loaders import Batch, EpochSampler, SplitDataset, evaluation_loader
+from rfdetr.data.loaders import (
+    Batch,
+    EpochSampler,
+    SplitDataset,
+    check_unread,
+    evaluation_loader,
+    naming_workers,
+    note_unread,
+)
 from rfdetr.data.transforms import draw_side, multi_scale_sides, to_model_input
 from rfdetr.engine import Progress, Trainer, random_states, set_random_states, train_one_epoch
 from rfdetr.evaluation import Judge
@@ -425,10 +433,13 @@ class Keeper:
                 shutil.copyfile(first, temporary)
             os.replace(temporary, other)
 
-    def after_step(self, images: list[int], finite: bool) -> None:
-        """Timed saves, the record of steps without a finite loss, and the end after a signal."""
+    def after_step(self, batch: Batch, finite: bool) -> None:
+        """Timed saves, the record of steps without a finite loss, unreadable images, and the end after a signal."""
         if not finite:
-            self.note_nan(images)
+            self.note_nan(batch.indices)
+        if batch.unread:
+            note_unread(batch.unread, self.trainer.progress.unread)
+            check_unread(self.trainer.progress.unread, self.session.splits["train"])
         if time.monotonic() - self.last_save > self.session.args.save_minutes * 60:
             self.save(("checkpoint.pt",))
         self.stop_if_asked()
@@ -493,28 +504,31 @@ def fit(
     if args.resume_from:
         keeper.restore(args.resume_from)
     keeper.watch_signals()
-    for epoch in range(progress.epoch, args.epochs):
-        sampler.set_epoch(epoch, progress.step_in_epoch)
-        record = {"epoch": epoch + 1, "train": train_one_epoch(trainer, loader, keeper.after_step)}
-        progress.epoch, progress.step_in_epoch, progress.sums = epoch + 1, 0, {}
-        gained = None
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            gained = evaluate_epoch(keeper, judge, record, metric)
-            keeper.epochs_without_gain = 0 if gained else keeper.epochs_without_gain + 1
-        if run:
-            run.add_epoch(record)
-            run.set(best=keeper.best)
-            if args.tensorboard:
-                for name in record.keys() - {"epoch"}:
-                    run.scalars(name, record[name], epoch + 1)
-            if gained:
-                draw_pictures(session, judge, trainer, keeper.best, epoch + 1)
-        keeper.save(("last.pt", "checkpoint.pt"))
-        if epoch + 1 < args.epochs:
-            keeper.stop_if_asked()
-        if args.patience and keeper.epochs_without_gain >= args.patience:
-            tick(f"Stopped early: no gain in {metric} for {args.patience} evaluations")
-            break
+    with naming_workers(loader.dataset):
+        for epoch in range(progress.epoch, args.epochs):
+            sampler.set_epoch(epoch, progress.step_in_epoch)
+            record = {"epoch": epoch + 1, "train": train_one_epoch(trainer, loader, keeper.after_step)}
+            progress.unread = sorted(set().union(*distributed.gather_objects(progress.unread)))
+            record["train"]["skipped_images"] = len(progress.unread)
+            progress.epoch, progress.step_in_epoch, progress.sums = epoch + 1, 0, {}
+            gained = None
+            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                gained = evaluate_epoch(keeper, judge, record, metric)
+                keeper.epochs_without_gain = 0 if gained else keeper.epochs_without_gain + 1
+            if run:
+                run.add_epoch(record)
+                run.set(best=keeper.best)
+                if args.tensorboard:
+                    for name in record.keys() - {"epoch"}:
+                        run.scalars(name, record[name], epoch + 1)
+                if gained:
+                    draw_pictures(session, judge, trainer, keeper.best, epoch + 1)
+            keeper.save(("last.pt", "checkpoint.pt"))
+            if epoch + 1 < args.epochs:
+                keeper.stop_if_asked()
+            if args.patience and keeper.epochs_without_gain >= args.patience:
+                tick(f"Stopped early: no gain in {metric} for {args.patience} evaluations")
+                break
     return keeper.best
 
 

@@ -250,7 +250,7 @@ def test_the_module_gives_logits_and_boxes(model):
 def test_bad_inputs_of_the_python_door(model, stage2, tmp_path):
     with pytest.raises(UserError, match="H, W, 3"):
         model.predict(np.zeros((8, 8), np.uint8))
-    with pytest.raises(UserError, match="cannot read the image"):
+    with pytest.raises(UserError, match="cannot be read as an image"):
         model.predict(tmp_path / "nowhere.jpg")
     with pytest.raises(UserError, match="--size tiny|tiny checkpoint"):
         RFDETRNano(checkpoint=stage2.folder / "best.pt", device="cpu")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
+from rfdetr.console import UserError, warn
 from rfdetr.data.coco import CocoSplit, load_image, rasterise
 from rfdetr.data.transforms import LEAST_SIDE, place_boxes, random_view
 
@@ -21,10 +25,12 @@ RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memor
 @dataclass
 class Batch:
     """images uint8 (n, 3, R, R); targets, one an image: boxes (t, 4) cxcywh 0..1, labels (t,), has_mask (t,) bool,
-    masks uint8 (t, R, R) where the dataset was asked for them, index (position in the split)."""
+    masks uint8 (t, R, R) where the dataset was asked for them, index (position in the split); unread: the images that
+    could not be read, index -> message."""
 
     images: Tensor
     targets: list[dict]
+    unread: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -41,29 +47,32 @@ class Batch:
         return [target["index"] for target in self.targets]
 
     def pin_memory(self) -> Batch:
-        return Batch(self.images.pin_memory(), self.targets)
+        return Batch(self.images.pin_memory(), self.targets, self.unread)
 
 
 class SplitDataset(Dataset):
     """A split's images at one resolution.
 
     Keys are (index, seed): the seed alone decides the augmentation, so that neither the number of workers nor a resume
-    changes what is seen; None means no augmentation.
+    changes what is seen; None means no augmentation. Where an image cannot be read, the next one of the split stands
+    in for it, with the same seed, and the sample's "unread" has the reason.
     """
 
     def __init__(self, split: CocoSplit, resolution: int, augment: str | None, masks: bool):
         self.split, self.resolution, self.augment, self.masks = split, resolution, augment, masks
         fits = len(split.images) * 3 * resolution**2 <= RAM_CACHE_BYTES
-        self.cache: dict[int, Tensor] | None = {} if fits else None  # index -> what image() returns
+        self.cache: dict[int, Tensor] | None = {} if fits else None  # index -> the resized image
+        self.reading: Tensor | None = None  # of each worker: its process id, and the image that it took last
 
     def __len__(self) -> int:
         return len(self.split.images)
 
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, seed = key
-        record, side = self.split.images[index], self.resolution
         # crops are taken from the whole image, everything else from the resized one, which is worth keeping
-        image = self._read(index) if self.augment == "crops" and seed is not None else self.image(index)
+        read = self._read if self.augment == "crops" and seed is not None else self._resized
+        index, image, unread = self._first_readable(index, read)
+        record, side = self.split.images[index], self.resolution
         (height, width), place = image.shape[-2:], np.eye(2, 3)
         if self.augment and seed is not None:
             # the CPU generator alone: torch.manual_seed would reach for the GPUs', at 2 ms a call
@@ -86,10 +95,26 @@ class SplitDataset(Dataset):
             for mask, segmentation in zip(target["masks"].numpy(), segmentations):
                 if segmentation is not None:
                     rasterise(segmentation, record.height, record.width, place, mask)
-        return {"image": image, "target": target}
+        return {"image": image, "target": target, "unread": unread}
 
     def image(self, index: int) -> Tensor:
-        """The resized picture alone, uint8 (3, R, R); small sets' stay in memory.  Raises UserError as load_image."""
+        """The resized picture alone, uint8 (3, R, R), or of the image that stands in for it."""
+        return self._first_readable(index, self._resized)[1]
+
+    def _first_readable(self, index: int, read: Callable[[int], Tensor]) -> tuple[int, Tensor, dict[int, str]]:
+        """The first image from `index` on that can be read: its number, its pixels, and what befell those before."""
+        unread: dict[int, str] = {}
+        while len(unread) < len(self):
+            if self.reading is not None and (worker := get_worker_info()):
+                self.reading[worker.id] = torch.tensor([os.getpid(), index])
+            try:
+                return index, read(index), unread
+            except UserError as error:
+                unread[index] = str(error)
+                index = (index + 1) % len(self)
+        raise UserError(f"{self.split.annotation_file}: none of its images can be read. {unread[index]}")
+
+    def _resized(self, index: int) -> Tensor:
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         image = v2.functional.resize(self._read(index), [self.resolution] * 2, antialias=True).contiguous()
@@ -102,7 +127,33 @@ class SplitDataset(Dataset):
 
 
 def collate(samples: list[dict]) -> Batch:
-    return Batch(torch.stack([s["image"] for s in samples]), [s["target"] for s in samples])
+    unread = {index: message for sample in samples for index, message in sample["unread"].items()}
+    return Batch(torch.stack([s["image"] for s in samples]), [s["target"] for s in samples], unread)
+
+
+def collate_without_stand_ins(samples: list[dict]) -> Batch:
+    """A batch that lacks the images that could not be read."""
+    batch, own = collate(samples), [not sample["unread"] for sample in samples]
+    targets = [target for target, is_own in zip(batch.targets, own) if is_own]
+    return batch if all(own) else Batch(batch.images[own], targets, batch.unread)
+
+
+def note_unread(found: dict[int, str], known: list[int]) -> None:
+    """Warn of images that could not be read, once each; their numbers are added to `known`."""
+    for index in sorted(found.keys() - set(known)):
+        warn(f"skipped: {found[index]}")
+        known.append(index)
+
+
+def check_unread(known: list[int], split: CocoSplit) -> None:
+    """Raises UserError if more than 3 images and more than 1 % of a split could not be read."""
+    if len(known) > max(3, len(split.images) / 100):
+        files = ", ".join(split.images[index].path.name for index in known[:3])
+        raise UserError(
+            f"{split.annotation_file}: {len(known)} of {len(split.images)} images cannot be read ({files}, ...): too "
+            "many to go on without them. python validate_setup.py --check_images 1 lists them all: replace the files "
+            "or delete their entries"
+        )
 
 
 class EpochSampler(Sampler):
@@ -138,21 +189,41 @@ class EpochSampler(Sampler):
 
 
 def training_loader(dataset: SplitDataset, sampler: EpochSampler, workers: int, pin: bool) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # a loader draws from the global one, which a resumed run must find as it was
-    )
+    return _loader(dataset, sampler, workers, collate_fn=collate, pin_memory=pin, persistent_workers=workers > 0)
 
 
 def evaluation_loader(dataset: SplitDataset, batch: int, workers: int, rank: int = 0, world: int = 1) -> DataLoader:
-    """The split in order, without augmentation, every `world`-th image of it."""
+    """The split in order, without augmentation, every `world`-th image of it; without those that cannot be read."""
     keys = [(index, None) for index in range(rank, len(dataset), world)]
     batches = [keys[i : i + batch] for i in range(0, len(keys), batch)]
-    return DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=torch.Generator()
-    )
+    return _loader(dataset, batches, workers, collate_fn=collate_without_stand_ins)
+
+
+def _loader(dataset: SplitDataset, batches: Sampler | list, workers: int, **options) -> DataLoader:
+    if workers:
+        dataset.reading = torch.full((workers, 2), -1).share_memory_()
+        if len(dataset) * workers * 3 * dataset.resolution**2 > RAM_CACHE_BYTES:  # each would keep its own
+            dataset.cache = None
+    # a loader draws from the global generator, which a resumed run must find as it was
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator(), **options)
+
+
+@contextlib.contextmanager
+def naming_workers(dataset: SplitDataset) -> Iterator[None]:
+    """Ends with a UserError that names the image where a worker of the dataset's loader dies.
+
+    torch notices that by a signal, wherever the main process is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        numbers = re.findall(r"\d+", str(error))  # its process id among them
+        taken = [] if dataset.reading is None else dataset.reading.tolist()
+        files = [str(dataset.split.images[index].path) for process, index in taken if str(process) in numbers]
+        raise UserError(
+            f"a data worker died ({str(error).splitlines()[0]}) at the image {' or '.join(files) or '(unknown)'}. "
+            "Either the image crashes its decoder, or memory or shared memory (/dev/shm) ran out: go on with fewer "
+            "workers, or with --workers 0"
+        ) from error

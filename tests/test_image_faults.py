@@ -1,0 +1,167 @@
+"""Images that go bad after the check, and processes that die while they read one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, quick_flags, run_script, train_flags
+from PIL import Image
+from test_resume import assert_same_run, signal_at_step
+
+import train_detector_stage1
+from rfdetr.console import Stopped, UserError
+from rfdetr.data.coco import read_dataset
+from rfdetr.data.loaders import SplitDataset, evaluation_loader
+
+pytestmark = pytest.mark.slow
+
+
+def truncated(source: Path, target: Path, count: dict[str, int]) -> list[Path]:
+    """Copy a dataset; the first images of the named splits are cut JPEGs there. Their headers are sound."""
+    shutil.copytree(source, target)
+    files = [file for split, n in count.items() for file in sorted((target / split).glob("*.png"))[:n]]
+    for file in files:
+        whole = io.BytesIO()
+        Image.open(file).convert("RGB").save(whole, "JPEG", quality=95)
+        file.write_bytes(whole.getvalue()[: whole.tell() // 2])
+    return files
+
+
+def epochs(folder: Path) -> list[dict]:
+    return json.loads((folder / "metrics.json").read_text())["epochs"]
+
+
+def test_unreadable_images_are_skipped_named_once_and_counted(few, tmp_path):
+    bad, bad_valid = truncated(few, tmp_path / "data", {"train": 1, "valid": 1})
+    flags, losses = [*quick_flags(tmp_path / "data"), "--epochs", 2], []
+    for workers in (0, 2):
+        out = tmp_path / f"run{workers}"
+        said = run_script("train_detector_stage1.py", *flags, "--workers", workers, "--output_dir", out, cwd=tmp_path)
+        for file in (bad, bad_valid):
+            assert said.stdout.count(f"skipped: {file}: cannot be read") == 1
+        assert [epoch["train"]["skipped_images"] for epoch in epochs(out)] == [1, 1]
+        losses.append([(epoch["train"]["loss"], epoch["valid"]) for epoch in epochs(out)])
+    assert losses[0] == losses[1]
+
+    best = ["--checkpoint", tmp_path / "run0/best.pt"]
+    said = run_script("evaluate.py", *best, "--dataset", tmp_path / "data", "--results", tmp_path, cwd=tmp_path)
+    assert f"skipped: {bad_valid}" in said.stdout
+    truth = json.loads((tmp_path / "data/valid/_annotations.coco.json").read_text())
+    number = {entry["file_name"]: entry["id"] for entry in truth["images"]}[bad_valid.name]
+    found = {result["image_id"] for result in json.loads((tmp_path / "bbox.json").read_text())}
+    assert found == {entry["id"] for entry in truth["images"]} - {number}
+    said = run_script("predict.py", *best, "--input", bad.parent, "--output", tmp_path / "out", cwd=tmp_path)
+    assert str(bad) in said.stdout and "in 3 files" in said.stdout
+
+
+def test_too_many_unreadable_images_are_an_error(demo, tmp_path):
+    truncated(demo, tmp_path / "data", {"train": 4, "valid": 4})
+    flags = [*train_flags(tmp_path / "data", 32), "--workers", 1, "--epochs", 1]
+    done = run_script("train_detector_stage1.py", *flags, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "4 of 12 images cannot be read" in done.stderr and "Traceback" not in done.stderr
+    for script in ("train/_annotations", "4 of 12", "--check_images 1"):
+        assert script in done.stderr
+    run_script("train_detector_stage1.py", *quick_flags(demo), "--output_dir", "sound", cwd=tmp_path)
+    words = ["--checkpoint", "sound/best.pt", "--dataset", tmp_path / "data"]
+    done = run_script("evaluate.py", *words, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "4 of 6 images cannot be read" in done.stderr
+
+
+def test_a_run_with_an_unreadable_image_resumes_exactly(few, tmp_path, call, monkeypatch):
+    truncated(few, tmp_path / "data", {"train": 1})
+    flags = [*quick_flags(tmp_path / "data"), "--epochs", 2]
+    call(train_detector_stage1.main, *flags, "--output_dir", "whole")
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        signal_at_step(patched, 3, signal.SIGINT)
+        call(train_detector_stage1.main, *flags, "--output_dir", "stopped")
+    call(train_detector_stage1.main, "--resume", "stopped")
+    assert_same_run(Path("stopped"), Path("whole"))
+
+
+def test_the_next_image_stands_in_in_training_and_nothing_in_evaluation(few, tmp_path):
+    (bad,) = truncated(few, tmp_path / "data", {"train": 1})
+    split = read_dataset(tmp_path / "data")["train"]
+    at = [image.path for image in split.images].index(bad)
+    for augment in ("crops", "dihedral"):
+        dataset = SplitDataset(split, 64, augment, masks=True)
+        taken, other = dataset[at, 5], dataset[(at + 1) % 4, 5]
+        assert torch.equal(taken["image"], other["image"]) and taken["target"]["index"] == other["target"]["index"]
+        assert list(taken["unread"]) == [at] and str(bad) in taken["unread"][at] and not other["unread"]
+        assert torch.equal(dataset.image(at), dataset.image((at + 1) % 4))
+    batches = list(evaluation_loader(SplitDataset(split, 64, None, masks=False), 1, 0))
+    assert [batch.indices for batch in batches] == [[i] if i != at else [] for i in range(4)]
+    assert [len(batch.images) for batch in batches] == [int(i != at) for i in range(4)]
+    for image in split.images:
+        image.path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of its images"):
+        SplitDataset(split, 64, None, masks=False)[0, None]
+
+
+# Every training image becomes a pipe, once the check is over: who opens one waits until the test writes to it.
+WAITING = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_detector_stage1 as script
+from rfdetr.console import run_script
+make = script.training_loader
+def training_loader(dataset, *rest, **options):
+    for image in dataset.split.images:
+        image.path.unlink()
+        os.mkfifo(image.path)
+    return make(dataset, *rest, **options)
+script.training_loader = training_loader
+run_script(script.main)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for the worker in /proc")
+def test_a_dead_worker_ends_the_run_and_its_image_is_named(few, tmp_path):
+    shutil.copytree(few, tmp_path / "data")
+    flags = [*quick_flags(tmp_path / "data"), "--workers", 2]
+    script = subprocess.Popen(
+        [sys.executable, "-c", WAITING.format(root=str(ROOT)), *map(str, flags)],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        file, worker = who_reads(sorted((tmp_path / "data/train").glob("*.png")), script)
+        os.kill(worker, signal.SIGKILL)
+        out, err = script.communicate(timeout=120)
+    finally:
+        script.kill()
+    assert script.returncode == 2, err
+    assert str(worker) in err and str(file) in err and "--workers 0" in err and "Traceback" not in err
+    assert err.count(".png") == 1
+
+
+def who_reads(files: list[Path], script: subprocess.Popen) -> tuple[Path, int]:
+    """The first pipe that a process has opened to read, and that process; it goes on waiting for what is in there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and script.poll() is None:
+        for file in files:
+            try:
+                writer = os.open(file, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # nobody reads it, or it is no pipe yet
+                continue
+            if not file.is_fifo():
+                os.close(writer)
+                continue
+            while time.monotonic() < deadline:
+                for link in Path("/proc").glob("[0-9]*/fd/*"):
+                    try:
+                        if Path(os.readlink(link)) == file and int(link.parts[2]) != os.getpid():
+                            return file, int(link.parts[2])
+                    except OSError:
+                        continue
+        time.sleep(0.1)
+    raise AssertionError(f"no worker began to read: {script.communicate(timeout=10)}")
