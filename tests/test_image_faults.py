@@ -18,6 +18,7 @@ from conftest import ROOT, quick_flags, run_script, train_flags
 from PIL import Image
 from test_resume import assert_same_run, signal_at_step
 
+import evaluate
 import train_detector_stage1
 from rfdetr.console import Stopped, UserError
 from rfdetr.data.coco import read_dataset
@@ -64,17 +65,16 @@ def test_unreadable_images_are_skipped_named_once_and_counted(few, tmp_path):
     assert str(bad) in said.stdout and "in 3 files" in said.stdout
 
 
-def test_too_many_unreadable_images_are_an_error(demo, tmp_path):
+def test_too_many_unreadable_images_are_an_error(demo, tmp_path, call):
     truncated(demo, tmp_path / "data", {"train": 4, "valid": 4})
     flags = [*train_flags(tmp_path / "data", 32), "--workers", 1, "--epochs", 1]
     done = run_script("train_detector_stage1.py", *flags, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "4 of 12 images cannot be read" in done.stderr and "Traceback" not in done.stderr
     for script in ("train/_annotations", "4 of 12", "--check_images 1"):
         assert script in done.stderr
-    run_script("train_detector_stage1.py", *quick_flags(demo), "--output_dir", "sound", cwd=tmp_path)
-    words = ["--checkpoint", "sound/best.pt", "--dataset", tmp_path / "data"]
-    done = run_script("evaluate.py", *words, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "4 of 6 images cannot be read" in done.stderr
+    call(train_detector_stage1.main, *quick_flags(demo), "--output_dir", "sound")
+    with pytest.raises(UserError, match="4 of 6 images cannot be read"):
+        call(evaluate.main, "--checkpoint", "sound/best.pt", "--dataset", tmp_path / "data")
 
 
 def test_a_run_with_an_unreadable_image_resumes_exactly(few, tmp_path, call, monkeypatch):
