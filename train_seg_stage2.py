@@ -8,19 +8,20 @@ python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth     (classe
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 from pathlib import Path
 
-from rfdetr import checkpoint
+from rfdetr import checkpoint, distributed
 from rfdetr import main as shared
-from rfdetr.auto_batch import resolve_batch
+from rfdetr.auto_batch import free_memory_mb, resolve_batch
 from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
 from rfdetr.console import UserError, boolean, number, run_script, tick
-from rfdetr.data.loaders import training_loader
+from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.data.validation import require_masks
-from rfdetr.feature_cache import FeatureCache, MaskObjective, bytes_needed, choose_cache
+from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, choose_cache
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.segmentation import build_mask_head
 from rfdetr.rundir import write_json
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--cache", choices=["auto", "ram", "disk", "off"], default="auto", help="the frozen features")
     parser.add_argument("--cache_views", type=number(int, 1, 4), help="flips of each image that are cached")
+    parser.add_argument("--keep_cache", type=boolean, default=True, metavar="0|1", help="on disk, for later runs")
     parser.add_argument("--auto_shrink", type=boolean, default=False, metavar="0|1", help="cut the class head here")
     args = parse(parser, argv, "segmentation")
 
@@ -66,10 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     dataset, sampler = shared.training_data(session, masks=True, augment=size.recipe.augment)
     groups = [{"params": list(head.parameters()), "base_lr": args.seg_lr, "weight_decay": args.weight_decay}]
     trainer = shared.make_trainer(session, head, objective, groups, sampler.steps)
-    needed = bytes_needed(len(dataset), args.resolution, args.cache_views, detector)
-    cache, why = choose_cache(args.cache, needed, Path.cwd(), args.multi_scale)
+    plain = SplitDataset(train, args.resolution, None, masks=True)
+    parent = (args.output_dir.parent if args.output_dir else Path("runs")) / "feature_cache"
+    cache = FeatureCache(objective, plain, args.cache_views, parent)
+    where, why = distributed.from_main(choose_cache(args.cache, cache, args.multi_scale))
     judge = shared.judge_of(session, "valid", table, masks=True, frozen=detector)
-    judge.keep = cache == "ram"
+    # of each valid image: features and queries in fp32, and its pixels
+    kept = 2 * cache.record_bytes(0) + 4 * size.hidden * size.select + 3 * args.resolution**2
+    judge.keep = len(judge.split.images) * kept < (free_memory_mb() or math.inf) * 2**20 / 4
 
     def pack(state: dict) -> dict:
         if checkpoint.fingerprint(detector) != frozen_hash:
@@ -94,17 +100,18 @@ def main(argv: list[str] | None = None) -> None:
                 "detector_file": str(path),
                 "detector_sha256": checkpoint.file_sha256(path),
                 "mask_head": name,
-                "cache": cache,
+                "cache": where,
                 "class_names": list(table.names),
                 "parameters": parameters,
             }
             write_json(session.folder / "stage2_config.json", settings)
-        if cache == "off":
+        if where == "off":
             loader = training_loader(dataset, sampler, args.workers, pin=device.type == "cuda")
         else:
-            folder = session.folder if cache == "disk" else None
-            loader = FeatureCache(objective, dataset, args.cache_views, folder).loader(sampler)
+            loader = CachedLoader(cache.open(where == "disk"), sampler, args.workers)
         shared.fit(session, trainer, loader, judge, pack)
+        if where == "disk":
+            cache.close(args.keep_cache)
         shared.finish(session, table, True, shared.predict_command(session))
 
 

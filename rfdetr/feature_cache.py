@@ -1,27 +1,34 @@
 """What a frozen detector gives the mask head, computed once and kept.
 
-The detector never changes in stage 2, so one pass over a few fixed views of each image (flips) serves every epoch:
-feature maps, the queries matched to objects, their boxes, and the objects' masks on the grid the loss looks at.
+The detector never changes in stage 2, so one look at a few fixed views of each image (flips) serves every epoch and
+every later run: feature maps, the queries matched to objects, their boxes, and the objects' masks on the grid the loss
+looks at. A view is computed when an epoch first draws it. Images are not kept: they are read and flipped.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import mmap
+import os
 import shutil
-import tempfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset
 
-from rfdetr import distributed
+from rfdetr import checkpoint, distributed
 from rfdetr.auto_batch import free_memory_mb
 from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
-from rfdetr.console import UserError
+from rfdetr.console import UserError, tick, warn
 from rfdetr.data.loaders import Batch, EpochSampler, SplitDataset, collate
 from rfdetr.data.transforms import draw_side, to_model_input
 from rfdetr.engine import Progress
@@ -29,10 +36,14 @@ from rfdetr.losses.criterion import LossWeights, mask_losses
 from rfdetr.losses.matcher import match
 from rfdetr.models.detector import Detector
 from rfdetr.models.projector import LEVEL_SCALE
-from rfdetr.models.segmentation import GRID, MaskHead, sample_in_boxes
+from rfdetr.models.segmentation import ENLARGE, GRID, MaskHead, sample_in_boxes
 from rfdetr.precision import Precision
+from rfdetr.rundir import free_disk
 
+FORMAT = 1  # of the cache's file, and of how its content is computed
 MATCH_IOU = 0.5  # a query that misses its object by more teaches the mask head nothing
+SPARE_DISK = 64 << 20  # bytes to leave free
+VIEWS = "views.bin"  # the file in a cache's folder
 
 
 @dataclass
@@ -102,76 +113,250 @@ def flipped(sample: dict, view: int) -> dict:
     return sample | {"image": apply_view(sample["image"], view), "target": target | {"boxes": boxes, "masks": masks}}
 
 
-def bytes_needed(images: int, resolution: int, views: int, model: Detector) -> int:
-    """What a cache would take, with about ten objects an image."""
-    side = resolution // model.size.patch * LEVEL_SCALE[model.size.levels[0]]
-    view = 2 * model.size.hidden * (side**2 + 10) + 10 * GRID**2
-    return int(images * (views * view + 3 * resolution**2))
+def in_mb(size: int) -> str:
+    return f"{math.ceil(size / 1e6):,} MB"
 
 
-def choose_cache(mode: str, needed: int, folder: Path, multi_scale: bool) -> tuple[str, str]:
+def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> tuple[str, str]:
     """What becomes of `--cache`: ("ram" | "disk" | "off", why, for the user).
 
-    auto: RAM while half of what is free suffices, else the disk of `folder`, else off.
+    auto: disk while it has twice what is missing there (the system keeps in memory what fits), else RAM while half of
+    what is free suffices for every rank, else off.  Raises UserError where what was asked for cannot be.
     """
-    size = f"{needed / 1e6:,.0f} MB"
     if multi_scale:
         if mode in ("ram", "disk"):
             raise UserError(f"--cache {mode} keeps features of one scale: use it with --multi_scale 0, or --cache off")
         return "off", "off, since --multi_scale 1 asks for new features at every step"
-    if mode != "auto":
-        return mode, "off, as asked" if mode == "off" else f"{mode}, as asked, about {size}"
-    free = free_memory_mb()
-    if free is None or needed < free * 2**20 / 2:
-        return "ram", f"in RAM, about {size}"
-    if needed < shutil.disk_usage(folder).free / 2:
-        return "disk", f"on disk, about {size} (more than half of the free RAM)"
-    return "off", f"off: {size} fit neither RAM nor disk"
+    views, _, missing = cache.there()
+    needed = cache.bytes * distributed.world_size()
+    ram, disk = free_memory_mb(), free_disk(cache.folder) - SPARE_DISK
+    short = f"{cache.folder.parent} has {in_mb(max(disk, 0))} of disk, {in_mb(missing)} are missing"
+    if mode == "disk" and disk < missing:
+        raise UserError(f"--cache disk: {short}. Free some space there, or use --cache ram or --cache off")
+    asked = ", as asked" if mode != "auto" else ""
+    if mode == "disk" or mode == "auto" and 2 * missing < disk:
+        total = f"{views:,} of {len(cache.table):,} views there, about {in_mb(cache.bytes)} in all"
+        return "disk", f"on disk{asked}, {cache.folder}, {total}"
+    size = f"about {in_mb(needed)}"
+    if mode == "ram" or mode == "auto" and (ram is None or needed < ram * 2**20 / 2):
+        return "ram", f"in RAM{asked}, {size}" + ("" if asked else f": {short}")
+    return "off", "off, as asked" if asked else f"off: half of the free RAM is less than {size}, and {short}"
 
 
 class FeatureCache:
-    """FrozenBatches of `views` fixed views of every image of a dataset.
+    """`views` fixed views of every image of a dataset (unaugmented, with masks), as the mask head learns from them.
 
-    The features lie in RAM or, with a `folder`, in a memory-mapped file there that goes with the cache; images are kept
-    once each and flipped when read.
+    They lie in memory, or in views.bin in a folder of `parent` that is named after all that they depend on.  First an
+    int64 a view: 0 until it is there, then (objects + 1) << 32 | crc32.  Then the views, each at its own place:
+    features fp16 (C, h, w), matched objects (`item`), and room for more, up to all that have a mask.  The int64 is
+    written last, so that a kill costs no more than one view, and processes that fill a file at once only do the same
+    work twice.  The file is read, not mapped: writing to a full disk is an error then, and no crash.
     """
 
-    def __init__(self, objective: MaskObjective, dataset: SplitDataset, views: int, folder: Path | None):
-        model, table, precision = objective.detector, objective.table, objective.precision
-        self.views = views
-        self.folder = tempfile.TemporaryDirectory(dir=folder, prefix="cache_") if folder else None
-        self.features: Tensor | None = None
-        self.images: list[Tensor] = []
-        self.objects: list[list[tuple[Tensor, ...]]] = []  # per image and view: queries fp16, boxes, grids
-        model.eval()
-        for index in tqdm(range(len(dataset)), desc="caching", disable=not distributed.is_main(), leave=False):
-            sample = dataset[index, None]
-            self.images.append(sample["image"])
-            frozen = freeze(model, collate([flipped(sample, view) for view in range(views)]), table, precision, None)
-            if self.features is None:
-                self.features = self._allocate(len(dataset) * views, frozen.features.shape[1:])
-            self.features[index * views : (index + 1) * views] = frozen.features.half().cpu()
-            parts = zip(frozen.queries, frozen.boxes, frozen.grids)
-            self.objects.append([(queries.half().cpu(), boxes.cpu(), grids.cpu()) for queries, boxes, grids in parts])
+    def __init__(self, objective: MaskObjective, dataset: SplitDataset, views: int, parent: Path):
+        self.objective, self.dataset, self.views = objective, dataset, views
+        size = objective.detector.size
+        side = dataset.resolution // size.patch * LEVEL_SCALE[size.levels[0]]
+        self.shape = (size.hidden, int(side), int(side))
+        self.item = np.dtype([("box", "<f4", 4), ("query", "<f2", size.hidden), ("grid", "u1", -(-(GRID**2) // 8))])
+        masks = [sum(s is not None for s in record.segmentations) for record in dataset.split.images]
+        rooms = [self.record_bytes(min(count, size.queries)) for count in masks for _ in range(views)]
+        self.places = np.cumsum([8 * len(rooms), *rooms])  # where each view begins, and the end
+        self.bytes = int(self.places[-1])
+        self.contents = distributed.from_main(self._contents() if distributed.is_main() else None)
+        self.folder = parent / hashlib.sha256(json.dumps(self.contents).encode()).hexdigest()[:16]
+        self.full = False
+        self.checked = np.zeros(len(rooms), dtype=bool)  # views that this process has written, or read and compared
+        self.table = torch.from_numpy(self._saved())
 
-    def _allocate(self, count: int, shape: torch.Size) -> Tensor:
-        if self.folder is None:
-            return torch.empty(count, *shape, dtype=torch.float16)
-        path = str(Path(self.folder.name) / "features.f16")
-        flat = torch.from_file(path, shared=True, size=count * shape.numel(), dtype=torch.float16)
-        return flat.view(count, *shape)
+    def record_bytes(self, objects: int) -> int:
+        return 2 * math.prod(self.shape) + objects * self.item.itemsize
 
-    def loader(self, sampler: EpochSampler) -> DataLoader:
-        """FrozenBatches in a sampler's order."""
-        return DataLoader(self, batch_sampler=sampler, collate_fn=lambda batch: batch, generator=torch.Generator())
+    def _contents(self) -> dict:
+        """What the views depend on, as plain values."""
+        split, precision, images = self.dataset.split, self.objective.precision, hashlib.sha256()
+        for record in split.images:
+            file = record.path.stat()
+            images.update(repr((record.file_name, file.st_size, file.st_mtime_ns, record.exif)).encode())
+            images.update(record.boxes.tobytes() + record.labels.tobytes())
+        return {
+            "what": "a frozen detector's features for train_seg_stage2.py; the folder may be deleted",
+            "format": FORMAT,
+            "detector": checkpoint.fingerprint(self.objective.detector),
+            "size": asdict(self.objective.detector.size) | {"recipe": None},
+            "class_rows": self.objective.table.rows,
+            "annotations": checkpoint.file_sha256(split.annotation_file),
+            "images": f"{len(split.images)}, {images.hexdigest()}",
+            "resolution": self.dataset.resolution,
+            "views": self.views,
+            "grid, enlarge, match_iou": [GRID, ENLARGE, MATCH_IOU],
+            "computed in": [str(precision.dtype), precision.device.type],
+        }
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> FrozenBatch:
-        """The batch of (image index, any number); the number's remainder chooses the view."""
-        views = [(index, seed % self.views) for index, seed in keys]
-        objects = [self.objects[index][view] for index, view in views]
-        images = torch.stack([apply_view(self.images[index], view) for index, view in views])
-        features = self.features[[index * self.views + view for index, view in views]]
-        return FrozenBatch(images, features, *map(list, zip(*objects)), [index for index, _ in views])
+    def fault(self) -> str | None:
+        """Why the folder cannot be used as it is; None where it can."""
+        file, key = self.folder / VIEWS, self.folder / "key.json"
+        size = file.stat().st_size if file.is_file() else 0
+        return None if size == self.bytes and key.is_file() else f"{VIEWS} has {size:,} bytes, not {self.bytes:,}"
+
+    def there(self) -> tuple[int, int, int]:
+        """How many views are in the folder, their bytes, and the bytes that the others may take."""
+        table = self._saved()
+        objects = (table[table != 0] >> 32) - 1
+        size = len(objects) * self.record_bytes(0) + int(objects.sum()) * self.item.itemsize
+        return len(objects), size, int(np.diff(self.places)[table == 0].sum())
+
+    def _saved(self) -> np.ndarray:
+        """The folder's table; all zero where there is none."""
+        count = len(self.checked)
+        return np.zeros(count, "<i8") if self.fault() else np.fromfile(self.folder / VIEWS, "<i8", count)
+
+    def open(self, on_disk: bool) -> FeatureCache:
+        """Get ready to read and fill memory, or the folder's file, which is made where it is missing or damaged.
+
+        Processes of one machine share a folder.  Raises UserError where it cannot be made.
+        """
+        if not on_disk:
+            self.file = mmap.mmap(-1, self.bytes)
+            self.table.zero_()
+            return self
+        if distributed.local_rank() == 0 and self.fault():
+            self._make()
+        distributed.gather_objects(None)  # the others wait for it
+        self.file = open(self.folder / VIEWS, "r+b", buffering=0)
+        return self
+
+    def _make(self) -> None:
+        """Make the folder, under another name first, so that whoever finds it finds it whole."""
+        new = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
+        try:
+            new.mkdir(parents=True)
+            with open(new / VIEWS, "wb") as file:
+                file.truncate(self.bytes)
+            (new / "key.json").write_text(json.dumps(self.contents, indent=1), encoding="utf-8")
+            if self.folder.exists() and (fault := self.fault()):
+                warn(f"the feature cache {self.folder} is damaged ({fault}): made anew")
+                shutil.rmtree(self.folder)
+            new.rename(self.folder)
+        except OSError as error:
+            if self.fault():  # else another run was faster
+                raise UserError(
+                    f"cannot make the feature cache {self.folder}, {in_mb(self.bytes)} ({error.strerror}): "
+                    "free some space there, or use --cache ram or --cache off"
+                ) from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def close(self, keep: bool) -> None:
+        """Be done with the folder: say what is in it, or remove it."""
+        self.file.close()
+        distributed.gather_objects(None)  # every rank is done
+        if distributed.local_rank() == 0 and not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)  # another run may use it still, where that forbids removal
+        elif distributed.is_main():
+            views, size, _ = self.there()
+            tick(
+                f"Feature cache kept for later runs: {self.folder}, {views:,} of {len(self.table):,} views, "
+                f"{in_mb(size)}. The folder may be deleted; --keep_cache 0 does it at the end of a run"
+            )
+
+    def _read(self, place: int, size: int) -> bytes:
+        self.file.seek(place)
+        return self.file.read(size)
+
+    def _write(self, place: int, data: bytes) -> None:
+        self.file.seek(place)
+        if self.file.write(data) != len(data):
+            raise OSError("no space left")
+
+    def _load(self, number: int) -> bytes | None:
+        """A view's record; None where it is not there or not what was written."""
+        if not self.table[number]:  # another run may have computed it
+            self.table[number] = int.from_bytes(self._read(8 * number, 8), "little")
+        count, crc = divmod(int(self.table[number]), 1 << 32)
+        record = self._read(int(self.places[number]), self.record_bytes(count - 1)) if count else b""
+        if not count or not self.checked[number] and zlib.crc32(record) != crc:
+            self.table[number] = 0
+            return None
+        self.checked[number] = True
+        return record
+
+    def _compute(self, number: int, sample: dict) -> bytes:
+        """Run the detector on one view, keep its record and return it.
+
+        One at a time, so that no bit depends on which views were computed together: a CPU is as fast that way.
+        """
+        model, precision = self.objective.detector.eval(), self.objective.precision
+        frozen = freeze(model, collate([sample]), self.objective.table, precision, None)
+        objects = np.empty(frozen.objects, self.item)
+        objects["box"], objects["query"] = frozen.boxes[0].cpu(), frozen.queries[0].half().cpu()
+        objects["grid"] = np.packbits(frozen.grids[0].flatten(1).cpu(), axis=1)
+        record = frozen.features.half().cpu().numpy().tobytes() + objects.tobytes()
+        state = (len(objects) + 1) << 32 | zlib.crc32(record)
+        try:
+            if not self.full:
+                self._write(int(self.places[number]), record)
+                self._write(8 * number, state.to_bytes(8, "little"))
+                self.table[number], self.checked[number] = state, True
+        except OSError as error:
+            self.full = True
+            warn(f"the feature cache {self.folder} takes no more ({error}): the missing views are computed every time")
+        return record
+
+    def batch(self, items: list[tuple[int, int, Tensor, dict | None]]) -> FrozenBatch:
+        """The batch of what Views gave; the detector runs on the views that are missing."""
+        features, objects = [], []
+        for index, view, _, sample in items:
+            number = index * self.views + view
+            record = self._load(number) or self._compute(number, sample or flipped(self.dataset[index, None], view))
+            features.append(np.frombuffer(record, "<f2", math.prod(self.shape)).reshape(self.shape))
+            objects.append(np.frombuffer(record, self.item, offset=self.record_bytes(0)))
+        grids = [np.unpackbits(o["grid"], axis=1, count=GRID**2).reshape(-1, GRID, GRID) for o in objects]
+        return FrozenBatch(
+            images=torch.stack([image for _, _, image, _ in items]),
+            features=torch.from_numpy(np.stack(features)),
+            queries=[torch.from_numpy(o["query"].copy()) for o in objects],
+            boxes=[torch.from_numpy(o["box"].copy()) for o in objects],
+            grids=[torch.from_numpy(grid) for grid in grids],
+            indices=[index for index, *_ in items],
+        )
+
+
+@dataclass
+class Views(Dataset):
+    """What the loader's processes read: (index, view, image, sample), the sample None where `table` has the view."""
+
+    dataset: SplitDataset
+    views: int
+    table: Tensor
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int, Tensor, dict | None]:
+        """`key`: image index and any number, whose remainder chooses the view."""
+        index, view = key[0], key[1] % self.views
+        if self.table[index * self.views + view]:
+            return index, view, apply_view(self.dataset.image(index), view), None
+        sample = flipped(self.dataset[index, None], view)
+        return index, view, sample["image"], sample
+
+
+class CachedLoader(DataLoader):
+    """FrozenBatches in a sampler's order. Where memory does not hold the images, `workers` processes read them."""
+
+    def __init__(self, cache: FeatureCache, sampler: EpochSampler, workers: int = 0):
+        workers = workers if cache.dataset.cache is None else 0
+        self.make_batch = cache.batch
+        cache.table.share_memory_()  # the processes see what has been computed since
+        super().__init__(
+            Views(cache.dataset, cache.views, cache.table),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=list,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[FrozenBatch]:
+        return map(self.make_batch, super().__iter__())
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,15 @@ def given_run(folder: Path) -> Path:
     return Path(folder)
 
 
-def check_free_disk(folder: Path, needed: int) -> None:
-    """Raise UserError where the disk of `folder` (which may not exist yet) has less than `needed` bytes free."""
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk of `folder`, which may not exist yet."""
     folder = Path(folder).absolute()
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if free < needed:
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def check_free_disk(folder: Path, needed: int) -> None:
+    """Raise UserError where the disk of `folder` has less than `needed` bytes free."""
+    if (free := free_disk(folder)) < needed:
         sizes = f"{free / 1e9:.1f} GB free and this run needs about {needed / 1e9:.1f} GB"
         raise UserError(f"the disk of {folder} has {sizes}: free some space, or name another disk with --output_dir")
 

@@ -1,20 +1,29 @@
-"""The cache of a frozen detector's outputs: the same as running the detector again."""
+"""The cache of a frozen detector's outputs: the same as running the detector again, whoever filled it and when."""
 
 from __future__ import annotations
 
 import copy
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, quick_flags, run_script
 
-from rfdetr import checkpoint
+import train_seg_stage2
+from rfdetr import checkpoint, feature_cache
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
 from rfdetr.engine import Progress
-from rfdetr.feature_cache import FeatureCache, MaskObjective, choose_cache, flipped, freeze
+from rfdetr.feature_cache import CachedLoader, FeatureCache, FrozenBatch, MaskObjective, choose_cache, flipped, freeze
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import build_mask_head
@@ -39,11 +48,21 @@ def dataset(demo) -> SplitDataset:
     empty = split.images[2]
     for name in ("boxes", "labels", "segmentations"):
         setattr(empty, name, getattr(empty, name)[:0])
-    return SplitDataset(split, 64, "dihedral", masks=True)
+    return SplitDataset(split, 64, None, masks=True)
 
 
 def objective_for(detector: Detector) -> MaskObjective:
     return MaskObjective(detector, TABLE, LossWeights(), CPU, (), 0, Progress())
+
+
+@pytest.fixture
+def cache_of(detector, dataset, tmp_path):
+    """cache_of(views, on_disk): an open cache of the three images; those on disk share a folder."""
+
+    def make(views: int = 2, on_disk: bool = False) -> FeatureCache:
+        return FeatureCache(objective_for(detector), dataset, views, tmp_path / "feature_cache").open(on_disk)
+
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -52,18 +71,50 @@ def every_match_counts(monkeypatch):
     monkeypatch.setattr("rfdetr.feature_cache.MATCH_IOU", -1.0)
 
 
-def test_cached_views_are_the_flipped_images_frozen_anew(detector, dataset):
-    cache = FeatureCache(objective_for(detector), dataset, 4, None)
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The image of each view that the detector is run on from here on."""
+    images = []
+
+    def counted(model, batch, *rest):
+        images.extend(batch.indices)
+        return freeze(model, batch, *rest)
+
+    monkeypatch.setattr(feature_cache, "freeze", counted)
+    return images
+
+
+def read(cache: FeatureCache, *keys: tuple[int, int]) -> FrozenBatch:
+    """The batch of (image index, any number) as a loader makes it."""
+    views = feature_cache.Views(cache.dataset, cache.views, cache.table)
+    return cache.batch([views[key] for key in keys])
+
+
+def assert_same(a: FrozenBatch, b: FrozenBatch) -> None:
+    """Equal bit for bit."""
+    assert torch.equal(a.features, b.features) and torch.equal(a.images, b.images) and a.indices == b.indices
+    for name in ("queries", "boxes", "grids"):
+        assert all(torch.equal(x, y) for x, y in zip(getattr(a, name), getattr(b, name), strict=True))
+
+
+ALL = [(index, view) for index in range(3) for view in range(2)]
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_cached_views_are_the_flipped_images_frozen_anew(detector, dataset, cache_of):
+    cache = cache_of(4)
     for index in range(3):
         for view in range(4):
             batch = collate([flipped(dataset[index, None], view)])
-            fresh, kept = freeze(detector, batch, TABLE, CPU, None), cache.__getitems__([(index, view)])
-            assert torch.equal(kept.images, batch.images) and kept.indices == [index]
-            torch.testing.assert_close(kept.features.float(), fresh.features, atol=2e-2, rtol=2e-3)  # half precision
-            torch.testing.assert_close(kept.queries[0].float(), fresh.queries[0], atol=2e-2, rtol=2e-3)
-            torch.testing.assert_close(kept.boxes[0], fresh.boxes[0])  # a batch against its images one by one
-            assert (kept.grids[0] != fresh.grids[0]).sum() <= 2e-3 * fresh.grids[0].numel()
-            assert len(kept.boxes[0]) == len(batch.targets[0]["boxes"])
+            fresh = freeze(detector, batch, TABLE, CPU, None)
+            for kept in (read(cache, (index, view)), read(cache, (index, view + 4))):  # computed, and kept
+                assert torch.equal(kept.images, batch.images) and kept.indices == [index]
+                assert torch.equal(kept.features, fresh.features.half())
+                assert torch.equal(kept.queries[0], fresh.queries[0].half())
+                assert torch.equal(kept.boxes[0], fresh.boxes[0]) and torch.equal(kept.grids[0], fresh.grids[0])
+                assert len(kept.boxes[0]) == len(batch.targets[0]["boxes"])
 
 
 def test_views_are_flips_of_image_and_objects_together(dataset):
@@ -79,47 +130,52 @@ def test_views_are_flips_of_image_and_objects_together(dataset):
     torch.testing.assert_close(again.targets[0]["boxes"], batch.targets[0]["boxes"])
 
 
-def test_disk_and_memory_give_the_same(detector, dataset, tmp_path):
-    ram, disk = (FeatureCache(objective_for(detector), dataset, 2, folder) for folder in (None, tmp_path))
-    assert list(tmp_path.glob("cache_*/features*"))
-    keys = [(2, 1), (0, 0), (1, 7)]
-    a, b = ram.__getitems__(keys), disk.__getitems__(keys)
-    assert torch.equal(a.features, b.features) and torch.equal(a.images, b.images) and a.indices == [2, 0, 1]
-    for name in ("queries", "boxes", "grids"):
-        assert all(torch.equal(x, y) for x, y in zip(getattr(a, name), getattr(b, name)))
-    del disk, b
-    assert not list(tmp_path.glob("cache_*"))  # it goes with its owner
+def test_a_view_is_computed_when_it_is_first_drawn_and_never_again(cache_of, computed):
+    cache = cache_of()
+    read(cache, (0, 0), (2, 1), (0, 2))  # the last is the first one's view
+    assert computed == [0, 2]
+    read(cache, (0, 0), (1, 0), (2, 1))
+    assert computed == [0, 2, 1]
 
 
-def test_the_detector_is_left_as_it_was(detector, dataset):
+def test_a_batch_is_its_views_one_by_one_in_memory_and_on_disk(cache_of):
+    keys = [(2, 1), (0, 0), (1, 7), (0, 0)]
+    ram, disk, alone = cache_of(), cache_of(on_disk=True), cache_of()
+    batch = read(ram, *keys)
+    assert_same(batch, read(disk, *keys))
+    assert_same(batch, read(disk, *keys))  # once computed, once read
+    for i, key in enumerate(keys):
+        assert_same(batch[i : i + 1], read(alone, key))
+
+
+def test_the_detector_is_left_as_it_was(detector, cache_of):
     before = checkpoint.fingerprint(detector)
     detector.train()
-    FeatureCache(objective_for(detector), dataset, 1, None)
+    read(cache_of(), *ALL)
     assert checkpoint.fingerprint(detector) == before and not detector.training
     assert all(p.grad is None for p in detector.parameters())
 
 
-def test_cached_and_fresh_batches_have_the_same_losses(detector, dataset):
+def test_cached_and_fresh_batches_have_the_same_losses(detector, dataset, cache_of):
     torch.manual_seed(1)
     head = build_mask_head("nano", detector.size.hidden)
     objective = objective_for(detector)
-    cache = FeatureCache(objective_for(detector), dataset, 1, None)
-    kept = cache.__getitems__([(i, 0) for i in range(3)])
+    kept = read(cache_of(1), *[(i, 0) for i in range(3)])
     fresh = collate([dataset[i, None] for i in range(3)])
     a, b = objective(head, kept, 5.0), objective(head, fresh, 5.0)
     for name in ("loss_mask", "loss_dice"):
         assert a[name].item() == pytest.approx(b[name].item(), rel=5e-3) and a[name] > 0
 
 
-def test_images_without_objects_train_too(detector, dataset):
+def test_images_without_objects_train_too(detector, dataset, cache_of):
     head = build_mask_head("nano", detector.size.hidden)
-    cache = FeatureCache(objective_for(detector), dataset, 2, None)
-    batch = cache.__getitems__([(2, 0), (2, 1)])
+    cache = cache_of()
+    batch = read(cache, (2, 0), (2, 1))
     assert batch.objects == 0 and len(batch) == 2
     losses = objective_for(detector)(head, batch, 1.0)
     sum(losses.values()).backward()
     assert sum(losses.values()) == 0 and all(p.grad is None or not p.grad.any() for p in head.parameters())
-    part = cache.__getitems__([(0, 0), (2, 0), (1, 0)])[1:]
+    part = read(cache, (0, 0), (2, 0), (1, 0))[1:]
     assert part.indices == [2, 1] and part.objects == len(dataset[1, None]["target"]["boxes"])
 
 
@@ -136,34 +192,294 @@ def test_poor_matches_teach_nothing(detector, dataset, monkeypatch):
     assert freeze(detector, collate([dataset[0, None]]), TABLE, CPU, None).objects == 0
 
 
-def test_the_loader_follows_its_sampler(detector, dataset):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_follows_its_sampler(detector, dataset, cache_of, workers):
+    dataset = SplitDataset(dataset.split, 64, None, masks=True)
+    dataset.cache = None  # as of a set that memory does not hold
+    cache = FeatureCache(objective_for(detector), dataset, 2, Path()).open(False)
     sampler = EpochSampler(3, 2, 0, 3)
-    loader = FeatureCache(objective_for(detector), dataset, 2, None).loader(sampler)
-    sampler.set_epoch(4, start_step=1)
-    assert len(loader) == 2
-    assert [batch.indices for batch in loader] == [[index for index, _ in step] for step in sampler]
+    loader = CachedLoader(cache, sampler, workers)
+    assert loader.num_workers == workers
+    for epoch in (4, 5):
+        sampler.set_epoch(epoch, start_step=1)
+        assert len(loader) == 2
+        for batch, keys in zip(loader, sampler, strict=True):
+            assert_same(batch, read(cache_of(), *keys))
+    assert CachedLoader(cache_of(), sampler, 2).num_workers == 0  # memory holds these images
+
+
+def test_a_view_of_nano_takes_at_most_300_kib(demo):
+    split = copy.deepcopy(read_dataset(demo)["train"])
+    for image in split.images:
+        image.segmentations = [[[0, 0, 1, 0, 1, 1]]] * 10
+    nano = Detector(SIZES["nano"], TABLE.rows_total, True, groups=1)
+    cache = FeatureCache(objective_for(nano), SplitDataset(split, 384, None, True), 2, Path("nowhere"))
+    assert cache.bytes <= 300 * 1024 * 2 * len(split.images)
+    assert nano.size.hidden * 24 * 24 * 2 < cache.record_bytes(0) + 1
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_a_second_run_computes_nothing(cache_of, computed, capsys):
+    first = cache_of(on_disk=True)
+    batch = read(first, *ALL)
+    assert len(computed) == 6
+    first.close(keep=True)
+    assert f"{first.folder}, 6 of 6 views" in capsys.readouterr().out
+    second = cache_of(on_disk=True)
+    assert choose_cache("disk", second, False)[1].startswith(f"on disk, as asked, {first.folder}, 6 of 6 views there")
+    assert_same(batch, read(second, *ALL))
+    assert len(computed) == 6
+    second.close(keep=False)
+    assert not second.folder.exists() and "kept" not in capsys.readouterr().out
+
+
+def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch):
+    whole = read(cache_of(), *ALL)
+    del computed[:]
+    cache, write = cache_of(on_disk=True), FeatureCache._write
+    read(cache, (1, 0))
+
+    def killed(self, place, data):
+        """The process ends in the middle of a record."""
+        write(self, place, data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureCache, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            read(cache, (0, 1))
+    resumed = cache_of(on_disk=True)
+    assert resumed.there()[0] == 1
+    assert_same(whole, read(resumed, *ALL))
+    assert computed == [1, 0, 0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_a_damaged_view_is_computed_again(cache_of, computed, length):
+    whole = read(cache_of(on_disk=True), *ALL)
+    cache = cache_of(on_disk=True)
+    with open(cache.folder / "views.bin", "r+b") as file:
+        file.seek(int(cache.places[3]) + 20)
+        file.write(b"\xff" * length)
+    del computed[:]
+    assert_same(whole, read(cache, *ALL))
+    assert computed == [1]
+
+
+@pytest.mark.parametrize("damage", ["short", "no views", "no key"])
+def test_a_damaged_folder_is_made_anew_and_said(cache_of, capsys, damage):
+    whole = read(cache := cache_of(on_disk=True), *ALL)
+    if damage == "short":
+        os.truncate(cache.folder / "views.bin", 1000)
+    else:
+        (cache.folder / {"no views": "views.bin", "no key": "key.json"}[damage]).unlink()
+    capsys.readouterr()
+    again = cache_of(on_disk=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{cache.folder} is damaged" in line and "made anew" in line
+    assert again.there()[0] == 0
+    assert_same(whole, read(again, *ALL))
+    assert sorted(path.name for path in cache.folder.parent.iterdir()) == [cache.folder.name]
+
+
+def fill(parent: Path, detector: Detector, dataset: SplitDataset, keys: list, barrier) -> None:
+    """Another process's share of a cache, with everybody beginning at once."""
+    torch.set_num_threads(1)
+    feature_cache.MATCH_IOU = -1.0
+    barrier.wait()
+    cache = FeatureCache(objective_for(detector), dataset, 2, parent).open(True)
+    for key in keys:
+        barrier.wait()
+        read(cache, key)
+
+
+def test_two_processes_fill_one_folder_at_once_and_one_killed_spoils_nothing(
+    detector, dataset, cache_of, tmp_path, computed
+):
+    context, parent = multiprocessing.get_context("spawn"), tmp_path / "feature_cache"
+    barrier, alone = context.Barrier(2), context.Barrier(1)
+    both = [context.Process(target=fill, args=(parent, detector, dataset, ALL[:4], barrier)) for _ in range(2)]
+    endless = context.Process(target=fill, args=(parent, detector, dataset, ALL * 1000, alone))
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    assert len(list(parent.iterdir())) == 1
+    assert (cache := cache_of(on_disk=True)).there()[0] == 4
+    endless.start()
+    while cache.there()[0] < 5:  # the first of its own
+        assert endless.is_alive()
+        time.sleep(0.001)
+    endless.kill()
+    endless.join()
+    filled = read(cache_of(on_disk=True), *ALL)
+    assert len(computed) <= 1
+    assert_same(filled, read(cache_of(), *ALL))
+
+
+def test_one_run_takes_what_another_has_computed_meanwhile(cache_of, computed):
+    one, other = cache_of(on_disk=True), cache_of(on_disk=True)
+    batch = read(one, (0, 0))
+    assert_same(batch, read(other, (0, 0)))
+    assert computed == [0]
+
+
+def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp_path, monkeypatch):
+    shutil.copytree(demo, tmp_path / "data")
+    annotations = tmp_path / "data/train/_annotations.coco.json"
+
+    def key(model=detector, views=2, resolution=64, table=TABLE, precision=CPU, drop=0) -> str:
+        split = read_dataset(tmp_path / "data")["train"]
+        del split.images[len(split.images) - drop :]
+        objective = MaskObjective(model, table, LossWeights(), precision, (), 0, Progress())
+        return FeatureCache(objective, SplitDataset(split, resolution, None, True), views, Path()).folder.name
+
+    other = copy.deepcopy(detector)
+    other.class_embed[0].bias.data += 1e-3
+    first = key()
+    keys = [first, key(other), key(views=1), key(resolution=96), key(drop=1)]
+    keys.append(key(table=assign_rows(["a", "b", "c"], [3, 2, 1], "coco91")))
+    keys.append(key(precision=Precision(torch.device("cpu"), torch.bfloat16)))
+    for name in ("FORMAT", "GRID", "ENLARGE", "MATCH_IOU"):
+        with monkeypatch.context() as patched:
+            patched.setattr(feature_cache, name, 7)
+            keys.append(key())
+    image = next(annotations.parent.glob("*.png"), None) or next(annotations.parent.glob("*.jpg"))
+    os.utime(image, ns=(1, 1))
+    keys.append(key())
+    content = json.loads(annotations.read_text(encoding="utf-8"))
+    content["annotations"][0]["segmentation"][0][0] += 0.25
+    annotations.write_text(json.dumps(content), encoding="utf-8")
+    keys.append(key())
+    assert len(set(keys)) == len(keys) and key() == keys[-1]
+    # other objects, drawn from the same detector, change nothing
+    assert key(copy.deepcopy(detector)) == keys[-1]
+
+
+# ---------------------------------------------------------------- where it goes
 
 
 @pytest.mark.parametrize(
-    "mode, needed, free_mb, expected",
+    "mode, ram_mb, disk_mb, expected",
     [
-        ("ram", 10**12, 1.0, "ram"),  # what was asked for is done
-        ("disk", 10, 1e6, "disk"),
-        ("off", 10, 1e6, "off"),
-        ("auto", 10**6, 1e4, "ram"),
-        ("auto", 10**6, None, "ram"),
-        ("auto", 10**6, 1.0, "disk"),
-        ("auto", 10**18, 1.0, "off"),
+        ("ram", 0.001, 1e6, "ram"),  # what was asked for is done
+        ("disk", 1e6, 1e3, "disk"),
+        ("off", 1e6, 1e6, "off"),
+        ("auto", 1e6, 1e6, "disk"),
+        ("auto", None, 0.1, "ram"),
+        ("auto", 1e6, 0.1, "ram"),
+        ("auto", 0.1, 0.1, "off"),
     ],
 )
-def test_where_the_cache_goes(mode, needed, free_mb, expected, monkeypatch, tmp_path):
-    monkeypatch.setattr("rfdetr.feature_cache.free_memory_mb", lambda: free_mb)
-    chosen, why = choose_cache(mode, needed, tmp_path, multi_scale=False)
-    assert chosen == expected and why
+def test_where_the_cache_goes(mode, ram_mb, disk_mb, expected, monkeypatch, cache_of):
+    monkeypatch.setattr(feature_cache, "free_memory_mb", lambda: ram_mb)
+    monkeypatch.setattr(feature_cache, "free_disk", lambda folder: disk_mb * 1e6 + feature_cache.SPARE_DISK)
+    chosen, why = choose_cache(mode, cache_of(), multi_scale=False)
+    assert chosen == expected
+    assert ("as asked" in why) == (mode != "auto") and ("MB of disk" in why) == (disk_mb == 0.1)
 
 
-def test_one_cache_cannot_hold_many_scales():
-    assert choose_cache("auto", 10, Path.cwd(), multi_scale=True)[0] == "off"
-    assert choose_cache("off", 10, Path.cwd(), multi_scale=True)[0] == "off"
+def test_a_full_folder_is_used_whatever_the_disk_has_free(cache_of, monkeypatch):
+    monkeypatch.setattr(feature_cache, "free_disk", lambda folder: 0)
+    cache = cache_of(on_disk=True)
+    with pytest.raises(UserError, match="--cache ram or --cache off"):
+        choose_cache("disk", cache, multi_scale=False)
+    read(cache, *ALL)
+    monkeypatch.setattr(feature_cache, "free_disk", lambda folder: feature_cache.SPARE_DISK + 1)
+    assert choose_cache("auto", cache, multi_scale=False)[0] == "disk"
+
+
+def test_one_cache_cannot_hold_many_scales(cache_of):
+    assert choose_cache("auto", cache_of(), multi_scale=True)[0] == "off"
+    assert choose_cache("off", cache_of(), multi_scale=True)[0] == "off"
     with pytest.raises(UserError, match="--multi_scale 0"):
-        choose_cache("ram", 10, Path.cwd(), multi_scale=True)
+        choose_cache("ram", cache_of(), multi_scale=True)
+
+
+@pytest.fixture
+def file_limit():
+    """file_limit(bytes): no file of this process may grow beyond."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_cannot_hold_it_is_a_user_error_and_nothing_is_left(cache_of, file_limit, tmp_path):
+    file_limit(1000)
+    with pytest.raises(UserError, match="feature_cache.*--cache ram or --cache off"):
+        cache_of(on_disk=True)
+    assert list((tmp_path / "feature_cache").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_ends_no_run(cache_of, file_limit, computed, capsys):
+    whole = read(cache_of(), *ALL)
+    cache = cache_of(on_disk=True)
+    file_limit(int(cache.places[2]) + 100)  # in the middle of the third view
+    del computed[:]
+    assert_same(whole, read(cache, *ALL))
+    assert_same(whole, read(cache, *ALL))
+    assert computed == [0, 0, 1, 1, 2, 2, 1, 1, 2, 2]
+    assert capsys.readouterr().out.count("takes no more") == 1
+
+
+# ---------------------------------------------------------------- the script
+
+
+def config_of(folder: str) -> dict:
+    return json.loads(Path(folder, "stage2_config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_runs_share_a_folder_until_one_removes_it(few, shrunk, call, capsys, computed):
+    flags = [*quick_flags(few), "--checkpoint", shrunk.folder, "--min_steps", 8]
+    call(train_seg_stage2.main, *flags)
+    drawn = len(computed)
+    (folder,) = Path("runs/feature_cache").iterdir()
+    first = capsys.readouterr().out
+    assert f"Feature cache: on disk, {folder}, 0 of 16 views there" in first
+    assert 4 < drawn <= 16 and f"Feature cache kept for later runs: {folder}, {drawn} of 16 views" in first
+    call(train_seg_stage2.main, *flags, "--keep_cache", 0)
+    assert len(computed) == drawn and f"{drawn} of 16 views there" in capsys.readouterr().out
+    assert config_of("runs/segmentation_tiny_32_1")["cache"] == "disk" and not folder.exists()
+    one, two = (torch.load(f"runs/segmentation_tiny_32_{n}/last.pt")["model"] for n in (1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_two_ranks_fill_one_folder_and_train_like_one_process(few, shrunk, tmp_path):
+    flags = [*quick_flags(few), "--checkpoint", shrunk.folder, "--min_steps", 4]
+    run_script("train_seg_stage2.py", *flags, "--batch", 4, "--output_dir", "one/run", cwd=tmp_path)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += [ROOT / "train_seg_stage2.py", *flags, "--output_dir", "two/run"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(word) for word in words], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Feature cache kept") == 1
+    one, two = (tmp_path / name / "feature_cache" for name in ("one", "two"))
+    assert [path.name for path in one.iterdir()] == [path.name for path in two.iterdir()]
+    (one,), (two,) = one.iterdir(), two.iterdir()
+    assert (one / "views.bin").read_bytes() == (two / "views.bin").read_bytes()
+    losses = [
+        json.loads((folder.parents[1] / "run/metrics.json").read_text())["epochs"][0]["train"]["loss"]
+        for folder in (one, two)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_validation_is_kept_between_epochs_where_memory_holds_it(few, shrunk, call, monkeypatch):
+    kept = []
+    fit = train_seg_stage2.shared.fit
+    monkeypatch.setattr(
+        train_seg_stage2.shared, "fit", lambda *args: (fit(*args), kept.append(args[3].kept is not None))
+    )
+    for ram in (1e6, 0.1):
+        monkeypatch.setattr(train_seg_stage2, "free_memory_mb", lambda ram=ram: ram)
+        call(train_seg_stage2.main, *quick_flags(few), "--checkpoint", shrunk.folder)
+    assert kept == [True, False]

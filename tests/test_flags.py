@@ -360,9 +360,11 @@ def test_debug_shows_the_traceback(error_of):
 
 
 def test_cache_choices_give_the_same_training(stage2_run):
-    ram, disk = stage2_run("--cache", "ram"), stage2_run("--cache", "disk")
+    ram, disk = stage2_run("--cache", "ram"), stage2_run("--cache", "disk", "--keep_cache", 0)
     assert same_weights(ram, disk)
-    assert not list(disk.folder.glob("cache*"))  # it goes with the run
+    assert not list(Path("feature_cache").iterdir())
+    again = stage2_run("--cache", "disk")
+    assert same_weights(ram, again) and len(list(Path("feature_cache").iterdir())) == 1
     off = stage2_run("--cache", "off")
     assert not same_weights(ram, off) and "off, as asked" in off.output
     configs = [json.loads((run.folder / "stage2_config.json").read_text())["cache"] for run in (ram, disk, off)]

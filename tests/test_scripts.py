@@ -249,7 +249,7 @@ def test_stage2_config_says_what_was_frozen(stage2, shrunk):
     config = json.loads((stage2.folder / "stage2_config.json").read_text(encoding="utf-8"))
     assert config["detector_sha256"] == hashlib.sha256(shrunk.folder.read_bytes()).hexdigest()
     assert Path(config["detector_file"]) == shrunk.folder
-    assert config["mask_head"] == "nano" and config["cache"] == "ram" and config["class_names"]
+    assert config["mask_head"] == "nano" and config["cache"] == "disk" and config["class_names"]
     state = load(stage2.folder / "best.pt")["model"]
     head = sum(t.numel() for name, t in state.items() if name.startswith("mask_head."))
     assert config["parameters"]["mask_head"] == head
