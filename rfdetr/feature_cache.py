@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -43,7 +42,6 @@ from rfdetr.rundir import free_disk
 FORMAT = 1  # of the cache's file, and of how its content is computed
 MATCH_IOU = 0.5  # a query that misses its object by more teaches the mask head nothing
 SPARE_DISK = 64 << 20  # bytes to leave free
-VIEWS = "views.bin"  # the file in a cache's folder
 
 
 @dataclass
@@ -127,16 +125,16 @@ def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> tuple[str
         if mode in ("ram", "disk"):
             raise UserError(f"--cache {mode} keeps features of one scale: use it with --multi_scale 0, or --cache off")
         return "off", "off, since --multi_scale 1 asks for new features at every step"
-    views, _, missing = cache.there()
+    (views, _, missing), folder = cache.there(), cache.path.parent
     needed = cache.bytes * distributed.world_size()
-    ram, disk = free_memory_mb(), free_disk(cache.folder) - SPARE_DISK
-    short = f"{cache.folder.parent} has {in_mb(max(disk, 0))} of disk, {in_mb(missing)} are missing"
+    ram, disk = free_memory_mb(), free_disk(folder) - SPARE_DISK
+    short = f"{folder.parent} has {in_mb(max(disk, 0))} of disk, {in_mb(missing)} are missing"
     if mode == "disk" and disk < missing:
         raise UserError(f"--cache disk: {short}. Free some space there, or use --cache ram or --cache off")
     asked = ", as asked" if mode != "auto" else ""
     if mode == "disk" or mode == "auto" and 2 * missing < disk:
         total = f"{views:,} of {len(cache.table):,} views there, about {in_mb(cache.bytes)} in all"
-        return "disk", f"on disk{asked}, {cache.folder}, {total}"
+        return "disk", f"on disk{asked}, {folder}, {total}"
     size = f"about {in_mb(needed)}"
     if mode == "ram" or mode == "auto" and (ram is None or needed < ram * 2**20 / 2):
         return "ram", f"in RAM{asked}, {size}" + ("" if asked else f": {short}")
@@ -146,7 +144,7 @@ def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> tuple[str
 class FeatureCache:
     """`views` fixed views of every image of a dataset (unaugmented, with masks), as the mask head learns from them.
 
-    They lie in memory, or in views.bin in a folder of `parent` that is named after all that they depend on.  First an
+    They lie in memory, or in a file in a folder of `parent` that is named after all that they depend on.  First an
     int64 a view: 0 until it is there, then (objects + 1) << 32 | crc32.  Then the views, each at its own place:
     features fp16 (C, h, w), matched objects (`item`), and room for more, up to all that have a mask.  The int64 is
     written last, so that a kill costs no more than one view, and processes that fill a file at once only do the same
@@ -164,7 +162,8 @@ class FeatureCache:
         self.places = np.cumsum([8 * len(rooms), *rooms])  # where each view begins, and the end
         self.bytes = int(self.places[-1])
         self.contents = distributed.from_main(self._contents() if distributed.is_main() else None)
-        self.folder = parent / hashlib.sha256(json.dumps(self.contents).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps(self.contents).encode()).hexdigest()[:16]
+        self.path = parent / key / "views.bin"
         self.full = False
         self.checked = np.zeros(len(rooms), dtype=bool)  # views that this process has written, or read and compared
         self.table = torch.from_numpy(self._saved())
@@ -193,12 +192,6 @@ class FeatureCache:
             "computed in": [str(precision.dtype), precision.device.type],
         }
 
-    def fault(self) -> str | None:
-        """Why the folder cannot be used as it is; None where it can."""
-        file, key = self.folder / VIEWS, self.folder / "key.json"
-        size = file.stat().st_size if file.is_file() else 0
-        return None if size == self.bytes and key.is_file() else f"{VIEWS} has {size:,} bytes, not {self.bytes:,}"
-
     def there(self) -> tuple[int, int, int]:
         """How many views are in the folder, their bytes, and the bytes that the others may take."""
         table = self._saved()
@@ -207,56 +200,45 @@ class FeatureCache:
         return len(objects), size, int(np.diff(self.places)[table == 0].sum())
 
     def _saved(self) -> np.ndarray:
-        """The folder's table; all zero where there is none."""
-        count = len(self.checked)
-        return np.zeros(count, "<i8") if self.fault() else np.fromfile(self.folder / VIEWS, "<i8", count)
+        """The table of the folder's file; all zero where there is none of the right size."""
+        count, sound = len(self.checked), self.path.is_file() and self.path.stat().st_size == self.bytes
+        return np.fromfile(self.path, "<i8", count) if sound else np.zeros(count, "<i8")
 
     def open(self, on_disk: bool) -> FeatureCache:
-        """Get ready to read and fill memory, or the folder's file, which is made where it is missing or damaged.
+        """Get ready to read and fill memory, or the folder's file, which all ranks of a machine share.
 
-        Processes of one machine share a folder.  Raises UserError where it cannot be made.
+        A file of a wrong size is made anew.  Raises UserError where the disk refuses.
         """
         if not on_disk:
             self.file = mmap.mmap(-1, self.bytes)
             self.table.zero_()
             return self
-        if distributed.local_rank() == 0 and self.fault():
-            self._make()
-        distributed.gather_objects(None)  # the others wait for it
-        self.file = open(self.folder / VIEWS, "r+b", buffering=0)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and (size := self.path.stat().st_size) not in (0, self.bytes):
+                warn(f"Feature cache {self.path} is damaged ({size:,} bytes, not {self.bytes:,}): made anew")
+                self.path.unlink()
+            with open(self.path, "ab") as file:
+                file.truncate(self.bytes)  # zeros, where it is new: no view is there
+            self.file = open(self.path, "r+b", buffering=0)
+            self.path.with_name("key.json").write_text(json.dumps(self.contents, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot make the feature cache {self.path}, {in_mb(self.bytes)} ({error.strerror}): free some space "
+                "there, or use --cache ram or --cache off"
+            ) from error
         return self
 
-    def _make(self) -> None:
-        """Make the folder, under another name first, so that whoever finds it finds it whole."""
-        new = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
-        try:
-            new.mkdir(parents=True)
-            with open(new / VIEWS, "wb") as file:
-                file.truncate(self.bytes)
-            (new / "key.json").write_text(json.dumps(self.contents, indent=1), encoding="utf-8")
-            if self.folder.exists() and (fault := self.fault()):
-                warn(f"the feature cache {self.folder} is damaged ({fault}): made anew")
-                shutil.rmtree(self.folder)
-            new.rename(self.folder)
-        except OSError as error:
-            if self.fault():  # else another run was faster
-                raise UserError(
-                    f"cannot make the feature cache {self.folder}, {in_mb(self.bytes)} ({error.strerror}): "
-                    "free some space there, or use --cache ram or --cache off"
-                ) from error
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-
     def close(self, keep: bool) -> None:
-        """Be done with the folder: say what is in it, or remove it."""
+        """Be done with the file: say what is in it, or remove it with its folder."""
         self.file.close()
         distributed.gather_objects(None)  # every rank is done
         if distributed.local_rank() == 0 and not keep:
-            shutil.rmtree(self.folder, ignore_errors=True)  # another run may use it still, where that forbids removal
+            shutil.rmtree(self.path.parent, ignore_errors=True)  # Windows forbids it while another run reads
         elif distributed.is_main():
             views, size, _ = self.there()
             tick(
-                f"Feature cache kept for later runs: {self.folder}, {views:,} of {len(self.table):,} views, "
+                f"Feature cache kept for later runs: {self.path.parent}, {views:,} of {len(self.table):,} views, "
                 f"{in_mb(size)}. The folder may be deleted; --keep_cache 0 does it at the end of a run"
             )
 
@@ -300,7 +282,7 @@ class FeatureCache:
                 self.table[number], self.checked[number] = state, True
         except OSError as error:
             self.full = True
-            warn(f"the feature cache {self.folder} takes no more ({error}): the missing views are computed every time")
+            warn(f"Feature cache {self.path} takes no more ({error}): the missing views are computed every time")
         return record
 
     def batch(self, items: list[tuple[int, int, Tensor, dict | None]]) -> FrozenBatch:

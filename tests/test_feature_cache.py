@@ -226,13 +226,15 @@ def test_a_second_run_computes_nothing(cache_of, computed, capsys):
     batch = read(first, *ALL)
     assert len(computed) == 6
     first.close(keep=True)
-    assert f"{first.folder}, 6 of 6 views" in capsys.readouterr().out
+    assert f"{first.path.parent}, 6 of 6 views" in capsys.readouterr().out
     second = cache_of(on_disk=True)
-    assert choose_cache("disk", second, False)[1].startswith(f"on disk, as asked, {first.folder}, 6 of 6 views there")
+    assert choose_cache("disk", second, False)[1].startswith(
+        f"on disk, as asked, {first.path.parent}, 6 of 6 views there"
+    )
     assert_same(batch, read(second, *ALL))
     assert len(computed) == 6
     second.close(keep=False)
-    assert not second.folder.exists() and "kept" not in capsys.readouterr().out
+    assert not second.path.parent.exists() and "kept" not in capsys.readouterr().out
 
 
 def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch):
@@ -260,7 +262,7 @@ def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch
 def test_a_damaged_view_is_computed_again(cache_of, computed, length):
     whole = read(cache_of(on_disk=True), *ALL)
     cache = cache_of(on_disk=True)
-    with open(cache.folder / "views.bin", "r+b") as file:
+    with open(cache.path, "r+b") as file:
         file.seek(int(cache.places[3]) + 20)
         file.write(b"\xff" * length)
     del computed[:]
@@ -268,20 +270,19 @@ def test_a_damaged_view_is_computed_again(cache_of, computed, length):
     assert computed == [1]
 
 
-@pytest.mark.parametrize("damage", ["short", "no views", "no key"])
-def test_a_damaged_folder_is_made_anew_and_said(cache_of, capsys, damage):
+def test_a_file_of_the_wrong_size_is_made_anew_and_said(cache_of, capsys):
     whole = read(cache := cache_of(on_disk=True), *ALL)
-    if damage == "short":
-        os.truncate(cache.folder / "views.bin", 1000)
-    else:
-        (cache.folder / {"no views": "views.bin", "no key": "key.json"}[damage]).unlink()
-    capsys.readouterr()
+    os.truncate(cache.path, 1000)
     again = cache_of(on_disk=True)
     (line,) = capsys.readouterr().out.splitlines()
-    assert f"{cache.folder} is damaged" in line and "made anew" in line
+    assert f"{cache.path} is damaged (1,000 bytes" in line and "made anew" in line
     assert again.there()[0] == 0
     assert_same(whole, read(again, *ALL))
-    assert sorted(path.name for path in cache.folder.parent.iterdir()) == [cache.folder.name]
+
+
+def test_the_folder_says_what_it_is(cache_of, dataset):
+    key = json.loads(cache_of(on_disk=True).path.with_name("key.json").read_text(encoding="utf-8"))
+    assert "may be deleted" in key["what"] and (key["resolution"], key["views"]) == (64, 2)
 
 
 def fill(parent: Path, detector: Detector, dataset: SplitDataset, keys: list, barrier) -> None:
@@ -335,7 +336,7 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
         split = read_dataset(tmp_path / "data")["train"]
         del split.images[len(split.images) - drop :]
         objective = MaskObjective(model, table, LossWeights(), precision, (), 0, Progress())
-        return FeatureCache(objective, SplitDataset(split, resolution, None, True), views, Path()).folder.name
+        return FeatureCache(objective, SplitDataset(split, resolution, None, True), views, Path()).path.parent.name
 
     other = copy.deepcopy(detector)
     other.class_embed[0].bias.data += 1e-3
@@ -408,11 +409,13 @@ def file_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_cannot_hold_it_is_a_user_error_and_nothing_is_left(cache_of, file_limit, tmp_path):
+def test_a_disk_that_cannot_hold_it_is_a_user_error_and_takes_no_space(cache_of, file_limit, tmp_path):
     file_limit(1000)
     with pytest.raises(UserError, match="feature_cache.*--cache ram or --cache off"):
         cache_of(on_disk=True)
-    assert list((tmp_path / "feature_cache").iterdir()) == []
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) == 0
+    file_limit(10**6)
+    assert cache_of(on_disk=True).there()[0] == 0
 
 
 def test_a_disk_that_fills_up_ends_no_run(cache_of, file_limit, computed, capsys):
