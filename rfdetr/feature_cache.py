@@ -14,21 +14,20 @@ import mmap
 import shutil
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from rfdetr import checkpoint, distributed
 from rfdetr.auto_batch import free_memory_mb
 from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, tick, warn
-from rfdetr.data.loaders import Batch, EpochSampler, SplitDataset, collate
+from rfdetr.data.loaders import Batch, EpochSampler, SplitDataset, collate, make_loader
 from rfdetr.data.transforms import draw_side, to_model_input
 from rfdetr.engine import Progress
 from rfdetr.losses.criterion import LossWeights, mask_losses
@@ -49,7 +48,8 @@ class FrozenBatch:
     """A batch as the mask head sees it.
 
     images uint8 (n, 3, R, R); features (n, C, h, w); one list entry an image: queries (m, C), boxes (m, 4) cxcywh
-    0..1 as predicted, grids uint8 (m, GRID, GRID), the object's mask inside the enlarged box; index: in the split.
+    0..1 as predicted, grids uint8 (m, GRID, GRID), the object's mask inside the enlarged box; index: in the split;
+    unread: as in Batch.
     """
 
     images: Tensor
@@ -58,13 +58,13 @@ class FrozenBatch:
     boxes: list[Tensor]
     grids: list[Tensor]
     indices: list[int]
-    unread: ClassVar[dict] = {}  # the images are read when the cache is made
+    unread: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, part: slice) -> FrozenBatch:
-        return FrozenBatch(**{name: value[part] for name, value in vars(self).items()})
+        return FrozenBatch(**{name: value[part] for name, value in vars(self).items() if name != "unread"})
 
     @property
     def objects(self) -> int:
@@ -256,8 +256,10 @@ class FeatureCache:
         if not self.table[number]:  # another run may have computed it
             self.table[number] = int.from_bytes(self._read(8 * number, 8), "little")
         count, crc = divmod(int(self.table[number]), 1 << 32)
-        record = self._read(int(self.places[number]), self.record_bytes(count - 1)) if count else b""
-        if not count or not self.checked[number] and zlib.crc32(record) != crc:
+        place, end = self.places[number : number + 2].tolist()
+        size = self.record_bytes(count - 1)
+        record = self._read(place, size) if count > 0 and size <= end - place else b""
+        if not record or not self.checked[number] and zlib.crc32(record) != crc:
             self.table[number] = 0
             return None
         self.checked[number] = True
@@ -285,60 +287,65 @@ class FeatureCache:
             warn(f"Feature cache {self.path} takes no more ({error}): the missing views are computed every time")
         return record
 
-    def batch(self, items: list[tuple[int, int, Tensor, dict | None]]) -> FrozenBatch:
+    def batch(self, items: list[tuple[int, dict]]) -> FrozenBatch:
         """The batch of what Views gave; the detector runs on the views that are missing."""
-        features, objects = [], []
-        for index, view, _, sample in items:
-            number = index * self.views + view
-            record = self._load(number) or self._compute(number, sample or flipped(self.dataset[index, None], view))
+        samples, features, objects = [], [], []
+        for view, sample in items:
+            record = self._load(sample["target"]["index"] * self.views + view)
+            if record is None:
+                if "masks" not in sample["target"]:  # its record is damaged
+                    sample = flipped(self.dataset[sample["target"]["index"], None], view)
+                record = self._compute(sample["target"]["index"] * self.views + view, sample)
+            samples.append(sample)
             features.append(np.frombuffer(record, "<f2", math.prod(self.shape)).reshape(self.shape))
             objects.append(np.frombuffer(record, self.item, offset=self.record_bytes(0)))
+        images, targets, unread = vars(collate(samples)).values()
         grids = [np.unpackbits(o["grid"], axis=1, count=GRID**2).reshape(-1, GRID, GRID) for o in objects]
         return FrozenBatch(
-            images=torch.stack([image for _, _, image, _ in items]),
+            images=images,
             features=torch.from_numpy(np.stack(features)),
             queries=[torch.from_numpy(o["query"].copy()) for o in objects],
             boxes=[torch.from_numpy(o["box"].copy()) for o in objects],
             grids=[torch.from_numpy(grid) for grid in grids],
-            indices=[index for index, *_ in items],
+            indices=[target["index"] for target in targets],
+            unread=unread,
         )
 
 
 @dataclass
 class Views(Dataset):
-    """What the loader's processes read: (index, view, image, sample), the sample None where `table` has the view."""
+    """What the loader's processes read: views with their samples, without objects where `table` has the view."""
 
     dataset: SplitDataset
     views: int
     table: Tensor
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int, Tensor, dict | None]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, dict]:
         """`key`: image index and any number, whose remainder chooses the view."""
         index, view = key[0], key[1] % self.views
-        if self.table[index * self.views + view]:
-            return index, view, apply_view(self.dataset.image(index), view), None
-        sample = flipped(self.dataset[index, None], view)
-        return index, view, sample["image"], sample
+        if not self.table[index * self.views + view]:
+            return view, flipped(self.dataset[index, None], view)
+        index, image, unread = self.dataset.image(index)
+        return view, {"image": apply_view(image, view), "target": {"index": index}, "unread": unread}
 
 
-class CachedLoader(DataLoader):
+class CachedLoader:
     """FrozenBatches in a sampler's order. Where memory does not hold the images, `workers` processes read them."""
 
     def __init__(self, cache: FeatureCache, sampler: EpochSampler, workers: int = 0):
         workers = workers if cache.dataset.cache is None else 0
-        self.make_batch = cache.batch
-        cache.table.share_memory_()  # the processes see what has been computed since
-        super().__init__(
-            Views(cache.dataset, cache.views, cache.table),
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=list,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),
-        )
+        if workers:
+            cache.table.share_memory_()  # they see what has been computed since
+        self.cache, self.dataset, self.batch_sampler = cache, cache.dataset, sampler
+        self.reader = Views(cache.dataset, cache.views, cache.table)
+        options = {"collate_fn": list, "persistent_workers": workers > 0}
+        self.items = make_loader(cache.dataset, sampler, workers, self.reader, **options)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[FrozenBatch]:
-        return map(self.make_batch, super().__iter__())
+        return map(self.cache.batch, self.items)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, quick_flags, run_script
+from test_resume import assert_same_run, signal_at_step
 
 import train_seg_stage2
 from rfdetr import checkpoint, feature_cache
 from rfdetr.classes import assign_rows
-from rfdetr.console import UserError
+from rfdetr.console import Stopped, UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
 from rfdetr.engine import Progress
@@ -192,6 +194,23 @@ def test_poor_matches_teach_nothing(detector, dataset, monkeypatch):
     assert freeze(detector, collate([dataset[0, None]]), TABLE, CPU, None).objects == 0
 
 
+def test_where_an_image_cannot_be_read_the_next_one_stands_in(detector, dataset, tmp_path, computed):
+    split = copy.deepcopy(dataset.split)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    split.images[0].path = tmp_path / "bad.png"
+    cache = FeatureCache(objective_for(detector), SplitDataset(split, 64, None, True), 2, tmp_path).open(True)
+    for _ in range(2):
+        batch = read(cache, (0, 1), (1, 1))
+        assert_same(batch[:1], batch[1:])
+        assert batch.indices == [1, 1] and computed == [1]
+        assert list(batch.unread) == [0] and "bad.png" in batch.unread[0]
+    read(cache, (1, 0))
+    cache.dataset.cache.clear()
+    split.images[1].path = tmp_path / "bad.png"  # a file that becomes unreadable in the middle of a run
+    batch = read(cache, (1, 0), (2, 1))
+    assert batch.indices == [2, 2] and computed == [1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_follows_its_sampler(detector, dataset, cache_of, workers):
     dataset = SplitDataset(dataset.split, 64, None, masks=True)
@@ -199,13 +218,13 @@ def test_the_loader_follows_its_sampler(detector, dataset, cache_of, workers):
     cache = FeatureCache(objective_for(detector), dataset, 2, Path()).open(False)
     sampler = EpochSampler(3, 2, 0, 3)
     loader = CachedLoader(cache, sampler, workers)
-    assert loader.num_workers == workers
+    assert loader.items.num_workers == workers
     for epoch in (4, 5):
         sampler.set_epoch(epoch, start_step=1)
         assert len(loader) == 2
         for batch, keys in zip(loader, sampler, strict=True):
             assert_same(batch, read(cache_of(), *keys))
-    assert CachedLoader(cache_of(), sampler, 2).num_workers == 0  # memory holds these images
+    assert CachedLoader(cache_of(), sampler, 2).items.num_workers == 0  # memory holds these images
 
 
 def test_a_view_of_nano_takes_at_most_300_kib(demo):
@@ -258,15 +277,14 @@ def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch
     assert computed == [1, 0, 0, 0, 1, 2, 2]
 
 
-@pytest.mark.parametrize("length", [1, 100])
-def test_a_damaged_view_is_computed_again(cache_of, computed, length):
-    whole = read(cache_of(on_disk=True), *ALL)
-    cache = cache_of(on_disk=True)
+@pytest.mark.parametrize("place", ["record", "table", "sign"])
+def test_a_damaged_view_is_computed_again(cache_of, computed, place):
+    whole = read(cache := cache_of(on_disk=True), *ALL)
     with open(cache.path, "r+b") as file:
-        file.seek(int(cache.places[3]) + 20)
-        file.write(b"\xff" * length)
+        file.seek({"record": int(cache.places[3]) + 20, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place])
+        file.write(b"\xff")
     del computed[:]
-    assert_same(whole, read(cache, *ALL))
+    assert_same(whole, read(cache_of(on_disk=True), *ALL))
     assert computed == [1]
 
 
@@ -450,6 +468,21 @@ def test_runs_share_a_folder_until_one_removes_it(few, shrunk, call, capsys, com
     assert config_of("runs/segmentation_tiny_32_1")["cache"] == "disk" and not folder.exists()
     one, two = (torch.load(f"runs/segmentation_tiny_32_{n}/last.pt")["model"] for n in (1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disk", "ram", "off"])
+def test_a_stopped_run_goes_on_bit_for_bit(mode, few, shrunk, call, monkeypatch, computed):
+    flags = [*quick_flags(few), "--checkpoint", shrunk.folder, "--epochs", 2, "--min_steps", 3, "--cache", mode]
+    call(train_seg_stage2.main, *flags, "--output_dir", "a/whole")
+    drawn = len(computed)
+    with monkeypatch.context() as patched:
+        signal_at_step(patched, 4, signal.SIGINT)
+        with pytest.raises(Stopped):
+            call(train_seg_stage2.main, *flags, "--output_dir", "b/stopped")
+    call(train_seg_stage2.main, "--resume", "b/stopped")
+    assert_same_run(Path("b/stopped"), Path("a/whole"))
+    assert (len(computed) == 2 * drawn) == (mode != "ram")  # what lay in memory alone was computed again
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_the_next_image_stands_in_in_training_and_nothing_in_evaluation(few, tmp
         taken, other = dataset[at, 5], dataset[(at + 1) % 4, 5]
         assert torch.equal(taken["image"], other["image"]) and taken["target"]["index"] == other["target"]["index"]
         assert list(taken["unread"]) == [at] and str(bad) in taken["unread"][at] and not other["unread"]
-        assert torch.equal(dataset.image(at), dataset.image((at + 1) % 4))
+        assert torch.equal(dataset.image(at)[1], dataset.image((at + 1) % 4)[1])
     batches = list(evaluation_loader(SplitDataset(split, 64, None, masks=False), 1, 0))
     assert [batch.indices for batch in batches] == [[i] if i != at else [] for i in range(4)]
     assert [len(batch.images) for batch in batches] == [int(i != at) for i in range(4)]

@@ -97,9 +97,9 @@ class SplitDataset(Dataset):
                     rasterise(segmentation, record.height, record.width, place, mask)
         return {"image": image, "target": target, "unread": unread}
 
-    def image(self, index: int) -> Tensor:
-        """The resized picture alone, uint8 (3, R, R), or of the image that stands in for it."""
-        return self._first_readable(index, self._resized)[1]
+    def image(self, index: int) -> tuple[int, Tensor, dict[int, str]]:
+        """The index of an image or of its stand-in, the resized picture, uint8 (3, R, R), and a sample's "unread"."""
+        return self._first_readable(index, self._resized)
 
     def _first_readable(self, index: int, read: Callable[[int], Tensor]) -> tuple[int, Tensor, dict[int, str]]:
         """The first image from `index` on that can be read: its number, its pixels, and what befell those before."""
@@ -189,23 +189,27 @@ class EpochSampler(Sampler):
 
 
 def training_loader(dataset: SplitDataset, sampler: EpochSampler, workers: int, pin: bool) -> DataLoader:
-    return _loader(dataset, sampler, workers, collate_fn=collate, pin_memory=pin, persistent_workers=workers > 0)
+    return make_loader(dataset, sampler, workers, collate_fn=collate, pin_memory=pin, persistent_workers=workers > 0)
 
 
 def evaluation_loader(dataset: SplitDataset, batch: int, workers: int, rank: int = 0, world: int = 1) -> DataLoader:
     """The split in order, without augmentation, every `world`-th image of it; without those that cannot be read."""
     keys = [(index, None) for index in range(rank, len(dataset), world)]
     batches = [keys[i : i + batch] for i in range(0, len(keys), batch)]
-    return _loader(dataset, batches, workers, collate_fn=collate_without_stand_ins)
+    return make_loader(dataset, batches, workers, collate_fn=collate_without_stand_ins)
 
 
-def _loader(dataset: SplitDataset, batches: Sampler | list, workers: int, **options) -> DataLoader:
+def make_loader(
+    dataset: SplitDataset, batches: Sampler | list, workers: int, reader: Dataset | None = None, **options
+) -> DataLoader:
+    """A DataLoader over `dataset`, or a `reader` of it."""
     if workers:
         dataset.reading = torch.full((workers, 2), -1).share_memory_()
         if len(dataset) * workers * 3 * dataset.resolution**2 > RAM_CACHE_BYTES:  # each would keep its own
             dataset.cache = None
     # a loader draws from the global generator, which a resumed run must find as it was
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=torch.Generator(), **options)
+    generator = torch.Generator()
+    return DataLoader(reader or dataset, batch_sampler=batches, num_workers=workers, generator=generator, **options)
 
 
 @contextlib.contextmanager
