@@ -127,12 +127,12 @@ def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> tuple[str
         return "off", "off, since --multi_scale 1 asks for new features at every step"
     (views, _, missing), folder = cache.there(), cache.path.parent
     needed = cache.bytes * distributed.world_size()
-    ram, disk = free_memory_mb(), free_disk(folder) - SPARE_DISK
-    short = f"{folder.parent} has {in_mb(max(disk, 0))} of disk, {in_mb(missing)} are missing"
-    if mode == "disk" and disk < missing:
+    ram, disk = free_memory_mb(), free_disk(folder)
+    short = f"the disk of {folder.parent} has {in_mb(disk)} free, {in_mb(missing)} are missing"
+    if mode == "disk" and disk < missing + SPARE_DISK:
         raise UserError(f"--cache disk: {short}. Free some space there, or use --cache ram or --cache off")
     asked = ", as asked" if mode != "auto" else ""
-    if mode == "disk" or mode == "auto" and 2 * missing < disk:
+    if mode == "disk" or mode == "auto" and 2 * missing + SPARE_DISK < disk:
         total = f"{views:,} of {len(cache.table):,} views there, about {in_mb(cache.bytes)} in all"
         return "disk", f"on disk{asked}, {folder}, {total}"
     size = f"about {in_mb(needed)}"

@@ -398,7 +398,7 @@ def test_where_the_cache_goes(mode, ram_mb, disk_mb, expected, monkeypatch, cach
     monkeypatch.setattr(feature_cache, "free_disk", lambda folder: disk_mb * 1e6 + feature_cache.SPARE_DISK)
     chosen, why = choose_cache(mode, cache_of(), multi_scale=False)
     assert chosen == expected
-    assert ("as asked" in why) == (mode != "auto") and ("MB of disk" in why) == (disk_mb == 0.1)
+    assert ("as asked" in why) == (mode != "auto") and ("MB free" in why) == (disk_mb == 0.1)
 
 
 def test_a_full_folder_is_used_whatever_the_disk_has_free(cache_of, monkeypatch):
