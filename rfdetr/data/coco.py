@@ -191,8 +191,10 @@ def rasterise(segmentation: list | dict, height: int, width: int, place: np.ndar
         return
     seen = np.array([[left, top], [right, bottom]]) - shift
     source = np.sort(np.linalg.solve(turn, seen.T)).clip(0, [[width], [height]])  # x x, y y in the image
-    pixels, transposed = Image.fromarray(mask_utils.decode(rle) * np.uint8(255)), turn[0, 0] == 0
-    pixels = pixels.resize((h, w) if transposed else (w, h), Image.Resampling.BOX, source.T.ravel().tolist())
+    (x0, y0), (x1, y1) = np.floor(source[:, 0]).astype(int), np.ceil(source[:, 1]).astype(int)
+    pixels, transposed = Image.fromarray(mask_utils.decode(rle)[y0:y1, x0:x1] * np.uint8(255)), turn[0, 0] == 0
+    source = (source.T - (x0, y0)).ravel().tolist()
+    pixels = pixels.resize((h, w) if transposed else (w, h), Image.Resampling.BOX, source)
     pixels = np.asarray(pixels).T if transposed else np.asarray(pixels)
     x_step, y_step = np.sign(turn.sum(1)).astype(int)
     part[:] = pixels[::y_step, ::x_step] >= 128
