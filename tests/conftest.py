@@ -30,6 +30,12 @@ class Finished:
     output: str
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """What the scripts remember goes to a folder of the tests' own."""
+    os.environ["RFDETR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """A small demo dataset with all three splits; tests must not change it."""

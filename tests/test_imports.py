@@ -14,7 +14,7 @@ LAYERS = [
     ["precision", "models", "data", "metrics", "losses"],
     ["convert", "rundir", "checkpoint", "weights", "visualise"],
     ["engine", "evaluation", "auto_batch", "feature_cache"],
-    ["main", "cli", "detr"],
+    ["main", "cli", "detr", "estimate"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGE = sorted((ROOT / "rfdetr").rglob("*.py"))

@@ -150,9 +150,9 @@ def test_annotation_faults(tmp_path, change, code, severity):
     assert "error" not in {other.severity for other in problems if other.code != code}
     problem = next(problem for problem in problems if problem.code == code)
     assert problem.count == 1 and problem.message.startswith(f"{file}: 1 annotation ")
-    assert problem.places == [
-        f"annotation {data['annotations'][0]['id']} of image {data['annotations'][0]['image_id']}"
-    ]
+    entry = data["annotations"][0]
+    where = "1.png" if entry["image_id"] == 1 else "not listed"
+    assert problem.places == [f"annotation {entry['id']} of image {entry['image_id']} ({where})"]
     if severity == "error":
         with pytest.raises(UserError, match="validate_setup.py --dataset") as caught:
             read_split(file, file.parent, "train")
@@ -323,7 +323,7 @@ def test_shared_images_and_classes_missing_in_train(dataset):
     (dataset / "valid/1.png").write_bytes((dataset / "train/3.png").read_bytes())
     problems = check_dataset(dataset, check_images=True)
     assert codes(problems) == {"CLASS_NOT_IN_TRAIN": "warning", "IMG_SHARED": "warning"}
-    assert {place for problem in problems for place in problem.places} == {"'vessel'", "1.png"}
+    assert {place for problem in problems for place in problem.places} == {"'vessel'", "1.png = train's 3.png"}
     assert len(read_dataset(dataset)["valid"].warnings) == 1
 
 
@@ -473,7 +473,7 @@ def test_validate_setup_judges_the_size_resolution_and_device_to_be_trained(data
     assert "IMG_MANY_OBJECTS" not in capsys.readouterr().out
     validate_setup.main([*flags, "--size", "tiny", "--resolution", "64"])
     said = capsys.readouterr().out
-    assert "[warning] IMG_MANY_OBJECTS" in said and "image 1: 103, queries: 100" in said
+    assert "[warning] IMG_MANY_OBJECTS" in said and "image 1 (1.png): 103, queries: 100" in said
     assert said.splitlines()[-1].endswith(" --val_fraction 0.2 --size tiny --resolution 64 --device cpu")
     for wrong in (["--resolution", "100"], ["--device", "abacus"]):
         with pytest.raises(UserError, match=" ".join(wrong)):

@@ -18,6 +18,10 @@ from rfdetr.console import UserError
 from rfdetr.data.validation import NO_MASKS, CocoSplit, ImageRecord, Problem, find_splits, placeholders, raise_errors
 from rfdetr.metrics.overlap import to_rle
 
+SEEN = 8  # pixels: smaller objects, half a patch of most sizes, are hardly seen
+SMALL_SHARE = 0.2  # of a split's objects; more are worth a warning
+COCO_SIDES = {"small": 32, "medium": 96, "large": np.inf}  # pixels, up to where COCO calls an object so
+
 
 def read_dataset(root: str | Path, val_fraction: float | None = None, queries: int = 300) -> dict[str, CocoSplit]:
     """Check and read all splits of a dataset: "train", "valid" and, where it exists, "test".
@@ -71,7 +75,8 @@ def inspect_dataset(
             if need_masks and split.object_count:
                 error("MASKS_NONE", NO_MASKS.format(split.annotation_file, split.object_count))
         for image, count in zip(split.images, split.per_image):
-            split.fault("IMG_MANY_OBJECTS", f"image {image.id}: {count}, queries: {queries}", count > queries)
+            place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
+            split.fault("IMG_MANY_OBJECTS", place, count > queries)
         split.fault("SPLIT_FRACTION_UNUSED", name, name == "valid" and val_fraction is not None)
         split.fault("SPLIT_EMPTY", f"{name}: {len(split.images)} images", not split.object_count and split.sound)
         if split is train:
@@ -80,9 +85,10 @@ def inspect_dataset(
             # where train has errors, what is missing there may be their effect
             for class_name, here, there in zip(split.class_names, split.per_class, train.per_class):
                 split.fault("CLASS_NOT_IN_TRAIN", repr(class_name), here and not there and train.sound)
-            known = {image.digest for image in train.images if image.digest}
+            known = {image.digest: image.file_name for image in train.images if image.digest}
             for image in split.images:
-                split.fault("IMG_SHARED", image.path.name, image.digest in known)
+                place = f"{image.file_name} = train's {known.get(image.digest)}"
+                split.fault("IMG_SHARED", place, image.digest in known)
     problems += [problem for split in splits.values() for problem in split.problems]
     return splits, sorted(problems, key=lambda problem: problem.severity)
 
@@ -109,14 +115,43 @@ def number_classes(splits: dict[str, CocoSplit]) -> None:
         label_of = {entry["id"]: names.index(entry["name"]) for entry in split.categories if entry["name"] in names}
         for image in split.images:
             for entry in (entry for entry in image.annotations if entry["area"] is None):
-                mask, (width, height) = entry["segmentation"], entry["bbox"][2:]
-                rle = to_rle(mask, image.height, image.width) if mask else None
-                entry["area"] = float(mask_utils.area(rle)) if mask else width * height
-            objects = [entry for entry in image.annotations if entry["box"] and not entry["iscrowd"]]
-            image.boxes = np.array([entry["box"] for entry in objects], np.float32).reshape(-1, 4)
-            image.labels = np.array([label_of[entry["category_id"]] for entry in objects], np.int64)
-            image.segmentations = [entry["segmentation"] for entry in objects]
+                entry["area"] = object_area(entry, image.height, image.width)
+            image.boxes = np.array([entry["box"] for entry in image.objects], np.float32).reshape(-1, 4)
+            image.labels = np.array([label_of[entry["category_id"]] for entry in image.objects], np.int64)
+            image.segmentations = [entry["segmentation"] for entry in image.objects]
         split.count()
+
+
+def object_area(entry: dict, height: int, width: int) -> float:
+    """Of a sound annotation's mask, else of its box, in pixels of its (height, width) image."""
+    if mask := entry.get("segmentation"):
+        return float(mask_utils.area(to_rle(mask, height, width)))
+    return float(entry["bbox"][2] * entry["bbox"][3])
+
+
+def object_sides(split: CocoSplit, resolution: int) -> np.ndarray:
+    """(objects,) the square roots of the boxes' areas in pixels, once the images are `resolution` pixels square."""
+    scaled = [(r.boxes[:, 2:] - r.boxes[:, :2]) * (resolution / np.array([r.width, r.height])) for r in split.images]
+    return np.sqrt(np.concatenate([np.zeros((0, 2)), *scaled]).prod(axis=1))
+
+
+def small_objects(split: CocoSplit, resolution: int, step: int) -> list[Problem]:
+    """A warning where many objects are too small to be seen, with the resolution, a multiple of `step`, that helps."""
+    sides = object_sides(split, resolution)
+    if not len(sides) or (share := (sides < SEEN).mean()) <= SMALL_SHARE:
+        return []
+    better = -int(-resolution * SEEN / np.quantile(sides, SMALL_SHARE, method="higher") // step) * step
+    objects = [(entry, image) for image in split.images for entry in image.objects]
+    small = np.flatnonzero(sides < SEEN)
+    message = (
+        f"{split.annotation_file}: {len(small)} annotations ({share:.0%}) are smaller than {SEEN} x {SEEN} pixels at "
+        f"{resolution} px, hardly seen: --resolution {better} leaves {SMALL_SHARE:.0%} so; tiles of the images help too"
+    )
+    places = [
+        f"annotation {entry['id']} of image {image.id} ({image.file_name}): {sides[i]:.1f} px"
+        for i, (entry, image) in ((i, objects[i]) for i in small[:20])
+    ]
+    return [Problem("ANN_SMALL", "warning", message, len(small), places)]
 
 
 def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
 from rfdetr.console import UserError, tick, warn
+from rfdetr.data.seen import SeenImages, stamp_of
 
 LIMIT = 1e7  # pixels; beyond it a coordinate is absurd, and pycocotools would allocate in proportion to it
 SLACK = 0.1  # pixels a box may stand out before it is worth a word: many tools round to one decimal
@@ -111,6 +112,11 @@ class ImageRecord:
     labels: np.ndarray = field(init=False)  # (n,) int64, 0..N-1
     segmentations: list[list | dict | None] = field(init=False)  # raw polygons or RLE, None where missing or unusable
 
+    @property
+    def objects(self) -> list[dict]:
+        """The annotations that are to be learnt, in the order of the arrays."""
+        return [entry for entry in self.annotations if entry["box"] and not entry["iscrowd"]]
+
 
 class CocoSplit:
     """One split: the faults of its annotation file, and what of it is usable.
@@ -124,12 +130,13 @@ class CocoSplit:
         """Check `data`, else what `file` holds (UserError for no JSON), and the images where `folder` is given."""
         self.annotation_file, data = Path(file), read_json(file) if data is None else data
         self.places: dict[str, list[str]] = {}  # code -> where
+        self.blame: dict[int, set[str]] = {}  # id() of an entry of `data`, or of an ImageRecord -> codes
         self.raised: set[str] = set()  # codes that are errors here though CODES says warning
         categories, images, annotations = (self._table(data, key) for key in ("categories", "images", "annotations"))
         self.categories = self._check_categories(categories, annotations)
-        listed = self._check_images(images)
-        self.images = list(listed.values()) if folder is None else self._check_files(listed, folder, decode)
-        self._check_annotations(annotations, listed)
+        self.listed = self._check_images(images)  # by id, those that cannot be read too
+        self.images = list(self.listed.values()) if folder is None else self._check_files(folder, decode)
+        self._check_annotations(annotations)
 
     def count(self) -> None:
         """Count the objects: per image, per class, all, with masks."""
@@ -149,10 +156,12 @@ class CocoSplit:
             "categories": [{"id": key, "name": name} for key, name in zip(self.category_ids, self.class_names)],
         }
 
-    def fault(self, code: str, place: str, found: bool = True) -> bool:
-        """Note a fault, if it is one; returns whether."""
+    def fault(self, code: str, place: str, found: bool = True, of: object = None) -> bool:
+        """Note a fault, if it is one, and the entry or record that has it; returns whether."""
         if found:
             self.places.setdefault(code, []).append(place[:200])
+            if of is not None:
+                self.blame.setdefault(id(of), set()).add(code)
         return found
 
     @property
@@ -190,10 +199,10 @@ class CocoSplit:
         for index, entry in enumerate(entries):
             key, name = entry.get("id"), entry.get("name")
             place = f"categories[{index}]: id {key!r}, name {name!r}"
-            if not self.fault("CAT_INVALID", place, not _whole(key) or not isinstance(name, str)):
-                self.fault("CAT_ID_DUPLICATE", place, good.setdefault(key, entry) is not entry)
+            if not self.fault("CAT_INVALID", place, not is_whole(key) or not isinstance(name, str), entry):
+                self.fault("CAT_ID_DUPLICATE", place, good.setdefault(key, entry) is not entry, entry)
         # Labelling tools give the placeholder the name of the class where there is but one, so it does not count.
-        used = {entry.get("category_id") for entry in annotations if _whole(entry.get("category_id"))}
+        used = {entry.get("category_id") for entry in annotations if is_whole(entry.get("category_id"))}
         left_out = placeholders(good.values(), used)
         names = Counter(entry["name"] for key, entry in good.items() if (key, entry["name"]) not in left_out)
         for name, times in names.items():
@@ -205,57 +214,59 @@ class CocoSplit:
         for index, entry in enumerate(entries):
             key, file, sides = entry.get("id"), entry.get("file_name"), [entry.get("width"), entry.get("height")]
             place = f"images[{index}]: id {key!r}, file {file!r}"
-            if self.fault("IMG_ID_INVALID", place, not _whole(key) and type(key) is not str):
+            if self.fault("IMG_ID_INVALID", place, not is_whole(key) and type(key) is not str, entry):
                 continue
-            self.fault("IMG_ID_DUPLICATE", place, key in images)
-            if self.fault("IMG_PATH", place, type(file) is not str or not file or _leads_outside(file)):
+            self.fault("IMG_ID_DUPLICATE", place, key in images, entry)
+            if self.fault("IMG_PATH", place, not stays_inside(file), entry):
                 file = ""
             sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
-            wrong = any(side is not None and not (_whole(side) and side > 0) for side in sides)
-            if self.fault("IMG_SIZE_INVALID", place, wrong) or None in sides:
+            wrong = any(side is not None and not (is_whole(side) and side > 0) for side in sides)
+            if self.fault("IMG_SIZE_INVALID", place, wrong, entry) or None in sides:
                 sides = [inf, inf]  # until the file tells
             images[key] = ImageRecord(key, file, *sides)
         return images
 
-    def _check_files(self, listed: dict, folder: Path, decode: bool) -> list[ImageRecord]:
+    def _check_files(self, folder: Path, decode: bool) -> list[ImageRecord]:
         """The images that can be read."""
-        images, readable = [image for image in listed.values() if image.file_name], []
+        images, readable = [image for image in self.listed.values() if image.file_name], []
         bar = {"desc": "Images", "unit": "image", "leave": False, "disable": None if decode else True}
-        for image, faults in zip(images, thread_map(lambda image: _open(image, folder, decode), images, **bar)):
+        with SeenImages(folder) as seen:
+            found = thread_map(lambda image: _look(image, folder, decode, seen), images, **bar)
+        for image, faults in zip(images, found):
             for code in faults:
-                self.fault(code, faults[code])
+                self.fault(code, faults[code], of=image)
             if not faults.keys() & {"IMG_MISSING", "IMG_BOMB", "IMG_CORRUPT"}:
                 readable.append(image)
-        if decode or len(self.places.get("IMG_CORRUPT", ())) > max(3, len(listed) / 100):
+        if decode or len(self.places.get("IMG_CORRUPT", ())) > max(3, len(self.listed) / 100):
             self.raised.add("IMG_CORRUPT")
         return readable
 
-    def _check_annotations(self, entries: list[dict], listed: dict[int | str, ImageRecord]) -> None:
+    def _check_annotations(self, entries: list[dict]) -> None:
         """Give the images their sound annotations."""
-        ids, twins, nowhere = {}, {}, ImageRecord("", "", inf, inf)
+        ids, twins, nowhere = {}, {}, ImageRecord("", "not listed", inf, inf)
         categories = {entry["id"] for entry in self.categories}
         for entry in entries:
             key, image_id, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
-            place = f"annotation {key} of image {image_id}"
-            image = listed.get(image_id, nowhere) if type(image_id) in (int, str) else nowhere
-            box, box_fault = _clip(entry, image.width, image.height)
-            segmentation, faults = _usable(entry.get("segmentation"), image.width, image.height)
+            image = self.listed.get(image_id, nowhere) if type(image_id) in (int, str) else nowhere
+            place = f"annotation {key} of image {image_id} ({image.file_name})"
+            box, box_fault = clip_box(entry, image.width, image.height)
+            segmentation, faults = usable_part(entry.get("segmentation"), image.width, image.height)
             tests = {
-                "ANN_ID_INVALID": not _whole(key),
-                "ANN_ID_DUPLICATE": _whole(key) and ids.setdefault(key, entry) != entry,
+                "ANN_ID_INVALID": not is_whole(key),
+                "ANN_ID_DUPLICATE": is_whole(key) and ids.setdefault(key, entry) != entry,
                 "ANN_CROWD_INVALID": entry.get("iscrowd") not in (0, 1, None),
-                "ANN_CATEGORY_UNKNOWN": not _whole(category) or category not in categories,
+                "ANN_CATEGORY_UNKNOWN": not is_whole(category) or category not in categories,
                 "ANN_IMAGE_UNKNOWN": image is nowhere,
                 "ANN_AREA_INVALID": entry.get("area") is not None and _number_fault([entry["area"]], LIMIT**2),
             }
             wrong = [code for code in tests if tests[code]] + sorted({*faults, box_fault} - {None})
             for code in wrong:
-                self.fault(code, place)
+                self.fault(code, place, of=entry)
             if any(CODES[code][0] == "error" for code in wrong):
                 continue
             twin = twins.setdefault((image_id, category, *entry["bbox"]), entry)
             same = twin is not entry and all(twin.get(name) == entry.get(name) for name in ("segmentation", "iscrowd"))
-            if box and self.fault("ANN_DUPLICATE", place, same):
+            if box and self.fault("ANN_DUPLICATE", place, same, entry):
                 box = None
             clean = {"area": entry.get("area"), "iscrowd": int(entry.get("iscrowd") or 0), "segmentation": segmentation}
             self.fault("ANN_NO_MASK", place, box and not clean["iscrowd"] and not segmentation)
@@ -333,23 +344,46 @@ def placeholders(categories: Iterable[dict], used: set[int]) -> set[tuple[int, s
     return {key for key, parent in parents.items() if key[0] not in used and children[key[1]] > (parent == key[1])}
 
 
-def _whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
     """A whole number that float64 holds exactly: pycocotools keeps ids in such arrays. Excludes true and false."""
     return type(value) is int and abs(value) < 2**53
 
 
-def _leads_outside(name: str) -> bool:
-    """True for `..`, absolute and UNC paths and drive letters, as any system would read them."""
-    return ".." in re.split(r"[\\/]", name) or bool(re.match(r"[\\/]|[A-Za-z]:", name)) or "\0" in name
+def stays_inside(name: object) -> bool:
+    """False for `..`, absolute and UNC paths and drive letters, as any system would read them, and for no text."""
+    if type(name) is not str or not name or "\0" in name:
+        return False
+    return ".." not in re.split(r"[\\/]", name) and not re.match(r"[\\/]|[A-Za-z]:", name)
 
 
-def _open(image: ImageRecord, folder: Path, decode: bool) -> dict[str, str]:
-    """Read the image's header, or all of it, and fill in what it tells; returns {code: place} of the faults."""
-    image.path = folder / image.file_name
-    if "\\" in image.file_name and not image.path.exists():
-        image.path = folder / image.file_name.replace("\\", "/")
-    place = str(image.path)
-    faults = {"IMG_LINK": place} if folder.is_symlink() or image.path.is_symlink() else {}
+def find_image(folder: Path, name: str) -> Path:
+    """The file that a file_name means: with backslashes, also what Windows would read."""
+    windows = folder / name.replace("\\", "/")
+    return windows if "\\" in name and not (folder / name).exists() else folder / name
+
+
+def _look(image: ImageRecord, folder: Path, decode: bool, seen: SeenImages) -> dict[str, str]:
+    """Find the image's file and fill in what it tells, as it was seen before where it is still the same file.
+
+    `decode`: as a whole, not the header alone.  Returns {code: place} of the faults.
+    """
+    image.path = find_image(folder, image.file_name)
+    links = {"IMG_LINK": str(image.path)} if folder.is_symlink() or image.path.is_symlink() else {}
+    name, stamp = f"{image.file_name} {image.width}x{image.height}", stamp_of(image.path)
+    known = seen.get(f"{name} decoded", stamp)
+    if not decode and (known is None or "IMG_CORRUPT" in known[0]):  # its header may be sound
+        known = seen.get(name, stamp)
+    if known is None:
+        faults = _open(image, decode)
+        known = [faults, image.width, image.height, image.exif, image.digest.hex()]
+        seen.put(name + " decoded" * decode, stamp, known)
+    faults, image.width, image.height, image.exif, digest = known
+    image.digest = bytes.fromhex(digest)
+    return links | {code: f"{image.path}{more}" for code, more in faults.items()}
+
+
+def _open(image: ImageRecord, decode: bool) -> dict[str, str]:
+    """Read the image's header, or all of it, and fill in what it tells; returns {code: what to add to the path}."""
     try:
         with Image.open(image.path) as picture:
             stored, orientation = picture.size, 1
@@ -361,17 +395,16 @@ def _open(image: ImageRecord, folder: Path, decode: bool) -> dict[str, str]:
                 picture.load()
                 image.digest = hashlib.sha256(image.path.read_bytes()).digest()
     except (FileNotFoundError, NotADirectoryError):
-        return faults | {"IMG_MISSING": place}
+        return {"IMG_MISSING": ""}
     except Image.DecompressionBombError:
-        return faults | {"IMG_BOMB": place}
+        return {"IMG_BOMB": ""}
     except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
-        return faults | {"IMG_CORRUPT": f"{place}: {error}"}
+        return {"IMG_CORRUPT": f": {error}"}
     said, turned = (image.width, image.height), stored[::-1] if orientation in (5, 6, 7, 8) else stored
     image.exif = orientation in range(2, 9) and said in (turned, (inf, inf))
     image.width, image.height = width, height = turned if image.exif else stored
-    if said not in ((width, height), (inf, inf)):
-        faults["IMG_SIZE"] = f"{place}: {said[0]}x{said[1]}, the file has {width}x{height}"
-    return faults
+    other = said not in ((width, height), (inf, inf))
+    return {"IMG_SIZE": f": {said[0]}x{said[1]}, the file has {width}x{height}"} if other else {}
 
 
 def _number_fault(values: list, limit: float = LIMIT) -> str | None:
@@ -383,7 +416,7 @@ def _number_fault(values: list, limit: float = LIMIT) -> str | None:
     return None if sound else "NAN"
 
 
-def _clip(entry: dict, right: float, bottom: float) -> tuple[tuple[float, float, float, float] | None, str | None]:
+def clip_box(entry: dict, right: float, bottom: float) -> tuple[tuple[float, float, float, float] | None, str | None]:
     """(xyxy box inside the image, or None where the annotation falls out; fault code, if any)."""
     box, area = entry.get("bbox"), entry.get("area")
     fault = _number_fault(box) if type(box) is list and len(box) == 4 else "TYPE"
@@ -401,7 +434,7 @@ def _clip(entry: dict, right: float, bottom: float) -> tuple[tuple[float, float,
     return clipped, "ANN_BBOX_CLIPPED" if stands_out else None
 
 
-def _usable(segmentation: object, width: float, height: float) -> tuple[list | dict | None, set[str | None]]:
+def usable_part(segmentation: object, width: float, height: float) -> tuple[list | dict | None, set[str | None]]:
     """(the sound part of a segmentation, None if nothing is; fault codes)."""
     if not segmentation:
         return None, set()
@@ -429,7 +462,7 @@ def _rle_fault(rle: object, width: float, height: float) -> str | None:
     if not isinstance(rle, dict):
         return "ANN_SEG_TYPE"
     size, runs, known = rle.get("size"), rle.get("counts"), (height, width)
-    sound = type(size) is list and len(size) == 2 and all(_whole(side) and side > 0 for side in size)
+    sound = type(size) is list and len(size) == 2 and all(is_whole(side) and side > 0 for side in size)
     if not sound or any(theirs not in (own, inf) for own, theirs in zip(size, known)):
         return "ANN_RLE_SIZE"
     if type(runs) is str:
