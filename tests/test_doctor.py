@@ -199,7 +199,7 @@ ROWS = [
     ("30 queries", crowded, GOOD, {"IMG_MANY_OBJECTS", "ANN_NO_MASK"}),
     ("31 some", without_masks(1), GOOD, {"ANN_NO_MASK"}),
     ("31 all", without_masks(0), BAD, {"MASKS_NONE"}),
-    ("32 shapes", extremes, GOOD, {"ANN_NO_MASK"}),
+    ("32 shapes", extremes, GOOD, set()),
     ("32 one", one_image, GOOD, set()),
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from pycocotools import mask as mask_utils
 import validate_setup
 from rfdetr.console import UserError
 from rfdetr.data.coco import inspect_dataset, read_dataset
-from rfdetr.data.validation import CocoSplit, Problem, decompress_runs, require_masks
+from rfdetr.data.validation import CocoSplit, Problem, require_masks, run_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT = 40, 30
@@ -239,23 +239,22 @@ def test_dropped_and_clipped_annotations(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.booleans(), min_size=1, max_size=600), st.integers(1, 25))
-def test_compressed_runs_decode_as_pycocotools_does(bits, height):
-    width = -(-len(bits) // height)
-    mask = np.zeros(height * width, np.uint8)
-    mask[: len(bits)] = bits
-    mask = np.asfortranarray(mask.reshape(width, height).T)
-    runs = decompress_runs(mask_utils.encode(mask)["counts"].decode())
-    assert sum(runs) == mask.size and min(runs) >= 0
-    edges = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=0, append=2))
-    assert sorted(runs) == sorted(np.diff(edges, prepend=0).tolist())
+@given(st.lists(st.tuples(st.lists(st.booleans(), min_size=1, max_size=600), st.integers(1, 25)), max_size=5))
+def test_compressed_runs_are_summed_as_pycocotools_reads_them(masks):
+    sizes = {}
+    for bits, height in masks:
+        mask = np.zeros((height, -(-len(bits) // height)), np.uint8, order="F")
+        mask.ravel(order="K")[: len(bits)] = bits
+        sizes[mask_utils.encode(mask)["counts"].decode()] = mask.size
+    assert run_sums([*sizes, "", "é", "o" * 14, *sizes], at_once=3) == sizes | {"": -1, "é": -1, "o" * 14: -1}
 
 
-def test_large_runs_decode():
+def test_large_runs_and_negative_ones():
     mask = np.zeros((3000, 4000), np.uint8, order="F")
     mask[100:2000, 500:3900:7] = 1
-    runs = decompress_runs(mask_utils.encode(mask)["counts"].decode())
-    assert sum(runs) == mask.size and max(runs) == 500 * 3000 + 100
+    text = mask_utils.encode(mask)["counts"].decode()
+    broken = [text[:-1] + "o", text[:40] + "/" + text[40:], text[:40] + "p" + text[40:], "PPPPPP1", "5O5"]
+    assert run_sums([*broken, text]) == {text: mask.size} | dict.fromkeys(broken, -1)
 
 
 anything = st.recursive(

@@ -14,8 +14,16 @@ from pathlib import Path
 
 from rfdetr.console import UserError
 from rfdetr.data.coco import object_area
-from rfdetr.data.validation import CocoSplit, clip_box, find_image, find_splits, is_whole, read_json, stays_inside
-from rfdetr.data.validation import usable_part as usable
+from rfdetr.data.validation import (
+    CocoSplit,
+    clip_box,
+    find_image,
+    find_splits,
+    is_whole,
+    read_json,
+    stays_inside,
+    usable_part,
+)
 
 ROUNDS = 6  # a repair may bring another fault to light: two boxes may be the same once they are clipped
 UNREADABLE = {"IMG_MISSING", "IMG_CORRUPT", "IMG_BOMB"}
@@ -173,7 +181,7 @@ def _repair_annotations(data: dict, split: CocoSplit, gone: set[int | str], done
         for code in codes & POLYGONS:
             done[f"{code}: the polygon is dropped"] += 1
         if codes & POLYGONS:
-            entry["segmentation"] = usable(entry["segmentation"], record.width, record.height)[0] or []
+            entry["segmentation"] = usable_part(entry["segmentation"], record.width, record.height, {})[0] or []
         if "ANN_BBOX_CLIPPED" in codes:
             done["ANN_BBOX_CLIPPED: clipped"] += 1
             x, y, right, bottom = clip_box(entry, record.width, record.height)[0]

@@ -245,12 +245,15 @@ class CocoSplit:
         """Give the images their sound annotations."""
         ids, twins, nowhere = {}, {}, ImageRecord("", "not listed", inf, inf)
         categories = {entry["id"] for entry in self.categories}
+        masks = (entry.get("segmentation") for entry in entries)
+        texts = [mask.get("counts") for mask in masks if isinstance(mask, dict)]
+        sums = run_sums([text for text in texts if type(text) is str])
         for entry in entries:
             key, image_id, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
             image = self.listed.get(image_id, nowhere) if type(image_id) in (int, str) else nowhere
             place = f"annotation {key} of image {image_id} ({image.file_name})"
             box, box_fault = clip_box(entry, image.width, image.height)
-            segmentation, faults = usable_part(entry.get("segmentation"), image.width, image.height)
+            segmentation, faults = usable_part(entry.get("segmentation"), image.width, image.height, sums)
             tests = {
                 "ANN_ID_INVALID": not is_whole(key),
                 "ANN_ID_DUPLICATE": is_whole(key) and ids.setdefault(key, entry) != entry,
@@ -434,12 +437,14 @@ def clip_box(entry: dict, right: float, bottom: float) -> tuple[tuple[float, flo
     return clipped, "ANN_BBOX_CLIPPED" if stands_out else None
 
 
-def usable_part(segmentation: object, width: float, height: float) -> tuple[list | dict | None, set[str | None]]:
-    """(the sound part of a segmentation, None if nothing is; fault codes)."""
+def usable_part(
+    segmentation: object, width: float, height: float, sums: dict[str, int]
+) -> tuple[list | dict | None, set[str | None]]:
+    """(the sound part of a segmentation, None if nothing is; fault codes).  sums: run_sums of the RLEs."""
     if not segmentation:
         return None, set()
     if not isinstance(segmentation, list):
-        fault = _rle_fault(segmentation, width, height)
+        fault = _rle_fault(segmentation, width, height, sums)
         return (None if fault else segmentation), {fault}
     faults = [_polygon_fault(polygon, 2 * max(width, height)) for polygon in segmentation]
     return [polygon for polygon, fault in zip(segmentation, faults) if not fault] or None, set(faults)
@@ -458,7 +463,7 @@ def _polygon_fault(polygon: object, far: float) -> str | None:
     return "ANN_POLYGON_FAR" if max(polygon) > far or min(polygon) < -far else None
 
 
-def _rle_fault(rle: object, width: float, height: float) -> str | None:
+def _rle_fault(rle: object, width: float, height: float, sums: dict[str, int]) -> str | None:
     if not isinstance(rle, dict):
         return "ANN_SEG_TYPE"
     size, runs, known = rle.get("size"), rle.get("counts"), (height, width)
@@ -466,25 +471,36 @@ def _rle_fault(rle: object, width: float, height: float) -> str | None:
     if not sound or any(theirs not in (own, inf) for own, theirs in zip(size, known)):
         return "ANN_RLE_SIZE"
     if type(runs) is str:
-        runs = decompress_runs(runs)
+        total = sums[runs]
     elif type(runs) is not list or any(type(run) is not int for run in runs):
         return "ANN_RLE_TYPE"
-    return None if runs and min(runs) >= 0 and sum(runs) == size[0] * size[1] else "ANN_RLE_COUNTS"
+    else:
+        total = sum(runs) if min(runs, default=-1) >= 0 else -1
+    return None if total == size[0] * size[1] else "ANN_RLE_COUNTS"
 
 
-def decompress_runs(counts: str) -> list[int]:
-    """The runs of a compressed COCO RLE, in no particular order; empty where the text is none.
+def run_sums(texts: list[str], at_once: int = 1000) -> dict[str, int]:
+    """text -> sum of the runs of that compressed COCO RLE; -1 where it is none or a run is negative.
 
     Numbers of 5 bits a character, lowest first, offset 48; bit 5: goes on; bit 4 of the last: sign. From the fourth on
     a number is the difference to the run two before.  Source of the format: pycocotools' maskApi.c, rleFrString.
     """
-    if not re.fullmatch("(?:[P-o]{0,5}[0-O])+", counts):  # 30 bits: the C code's shifts hold no more
-        return []
-    chars = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(chars < 32)
-    lengths = np.diff(ends, prepend=-1)
-    place = np.arange(len(chars)) - np.repeat(ends - lengths + 1, lengths)
-    runs = np.add.reduceat((chars & 31) << 5 * place, ends - lengths + 1)
-    runs -= (chars[ends] >> 4 & 1) << 5 * lengths
-    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
-    return runs.tolist()
+    sums = dict.fromkeys(texts, -1)
+    whole = [text for text in sums if text.isascii() and "0" <= text[-1:] <= "O"]  # the last number ends
+    for part in (whole[i : i + at_once] for i in range(0, len(whole), at_once)):
+        chars = np.frombuffer("".join(part).encode(), np.uint8) - np.uint8(48)  # what is below 48 comes out above 63
+        ends = np.flatnonzero(chars < 32)
+        starts = np.append(0, ends[:-1] + 1)
+        lengths = ends - starts + 1
+        shift = 5 * (np.arange(len(chars)) - np.repeat(starts, lengths))
+        runs = np.add.reduceat((chars & 31).astype(np.int64) << np.minimum(shift, 30), starts)
+        runs -= (chars[ends] >> 4 & 1).astype(np.int64) << np.minimum(5 * lengths, 30)
+        first = np.append(0, np.searchsorted(ends, np.cumsum([len(text) for text in part]))[:-1])
+        for begin, end in zip(first, [*first[1:], len(runs)]):
+            for start in (begin + 1, begin + 2):
+                np.cumsum(runs[start:end:2], out=runs[start:end:2])
+        # 30 bits: the C code's shifts hold no more
+        wrong = (runs < 0) | (lengths > 6) | (np.maximum.reduceat(chars, starts) > 63)
+        totals = np.where(np.logical_or.reduceat(wrong, first), -1, np.add.reduceat(runs, first))
+        sums |= zip(part, totals.tolist())
+    return sums
