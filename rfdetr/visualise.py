@@ -184,14 +184,9 @@ def _cut_out(image: ImageRecord, index: int, names: list[str], colours: dict[str
     boxes, masks = (image.boxes - np.tile(corner, 2)) * scale, []
     inside = np.flatnonzero((boxes[:, :2] < pixels.size).all(1) & (boxes[:, 2:] > 0).all(1))
     for segmentation in (image.segmentations[i] for i in inside):
-        if isinstance(segmentation, list):
-            moved = [((np.reshape(polygon, (-1, 2)) - corner) * scale).ravel().tolist() for polygon in segmentation]
-            masks.append(to_rle(moved, pixels.height, pixels.width))
-        elif segmentation:
-            mask = Image.fromarray(mask_api.decode(to_rle(segmentation, image.height, image.width))[window])
-            masks.append(mask_api.encode(np.asfortranarray(mask.resize(pixels.size, Image.Resampling.NEAREST))))
-        else:
-            masks.append(None)
+        mask = segmentation and mask_api.decode(to_rle(segmentation, image.height, image.width))[window]
+        mask = mask is not None and np.asarray(Image.fromarray(mask).resize(pixels.size, Image.Resampling.NEAREST))
+        masks.append(mask_api.encode(np.asfortranarray(mask)) if segmentation else None)
     named = [names[image.labels[i]] for i in inside]
     picture = draw(np.asarray(pixels), boxes[inside], named, masks=masks if any(masks) else None, colours=colours)
     square = Image.new("RGB", (max(picture.size),) * 2, BACKGROUND)

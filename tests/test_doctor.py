@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from test_validation import ANNOTATION_FAULTS, DATA_FAULTS, HEIGHT, SQUARE, WIDTH, coco, rewrite, write
+from test_validation import ANNOTATION_FAULTS, DATA_FAULTS, HEIGHT, SQUARE, WIDTH, anything, coco, rewrite, write
 
 import validate_setup
 from rfdetr import console, estimate
@@ -279,6 +281,31 @@ def test_a_fixed_copy_is_sound_and_the_original_untouched(dataset, row, spoil):
     assert FOR_THE_USER[row] in errors if row in FOR_THE_USER else left.keys() <= HARMLESS and not errors
     assert contents(dataset) == before
     assert bool(faults) <= (bool(done["train"]) or row in FOR_THE_USER), done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("any") / "train", coco(4)).parent
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
+    content = coco(4)
+    for _ in range(data.draw(st.integers(1, 4))):
+        table = data.draw(st.sampled_from(["images", "annotations", "categories"]))
+        entry = data.draw(st.sampled_from(content[table]))
+        key = data.draw(st.sampled_from([*entry, "supercategory"]))
+        others = st.sampled_from([other.get(key) for other in content[table]])  # twice the same id, for one
+        entry[key] = data.draw(anything | others)
+    (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
+    repaired, _ = repair.clean(folder / FILE, folder, decode=False)
+    left = checks.CocoSplit(folder / FILE, folder, data=json.loads(json.dumps(repaired))).problems
+    errors = {problem.code for problem in left if problem.severity == "error"}
+    guesses = {"IMG_ID_DUPLICATE", "IMG_ID_INVALID", "IMG_SIZE", "ANN_IMAGE_UNKNOWN", "ANN_CATEGORY_UNKNOWN"}
+    unused = {"ANN_BBOX_EMPTY", "ANN_BBOX_OUTSIDE", "ANN_BBOX_CLIPPED", "ANN_DUPLICATE", "ANN_AREA_EMPTY"}
+    assert not {code for code in errors if not code.startswith("CAT_")} - guesses
+    assert errors or not unused & {problem.code for problem in left}
 
 
 def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypatch, capsys):

@@ -14,16 +14,8 @@ from pathlib import Path
 
 from rfdetr.console import UserError
 from rfdetr.data.coco import object_area
-from rfdetr.data.validation import (
-    CocoSplit,
-    clip_box,
-    find_image,
-    find_splits,
-    is_whole,
-    read_json,
-    stays_inside,
-    usable_part,
-)
+from rfdetr.data.seen import find_image, stays_inside
+from rfdetr.data.validation import CocoSplit, clip_box, find_splits, is_whole, read_json, usable_part
 
 ROUNDS = 6  # a repair may bring another fault to light: two boxes may be the same once they are clipped
 UNREADABLE = {"IMG_MISSING", "IMG_CORRUPT", "IMG_BOMB"}
@@ -43,13 +35,14 @@ def fix_dataset(root: Path, out: Path, decode: bool) -> dict[str, dict[str, int]
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--fix {out}: it exists already and is never written over: name a new or empty folder")
-    cleaned = {name: clean(*files, decode) for name, files in find_splits(root).items()}
-    for name, (_, folder) in find_splits(root).items():
-        data = cleaned[name][0]
+    files = find_splits(root)
+    cleaned = {name: clean(*files[name], decode) for name in files}
+    for name, (data, _) in cleaned.items():
+        folder = files[name][1]
         (out / name).mkdir(parents=True)
-        images = data.get("images")
-        for entry in images if isinstance(images, list) else ():
-            file = entry.get("file_name") if isinstance(entry, dict) else None
+        images = data["images"] if isinstance(data.get("images"), list) else []
+        for entry in (entry for entry in images if isinstance(entry, dict)):
+            file = entry.get("file_name")
             if stays_inside(file) and (source := find_image(folder, file)).is_file():
                 entry["file_name"] = source.relative_to(folder).as_posix()
                 link(source, out / name / entry["file_name"])
@@ -70,7 +63,6 @@ def clean(file: Path, folder: Path, decode: bool) -> tuple[dict, Counter]:
             whole = [entry for entry in data[key] if isinstance(entry, dict)]
             done["JSON_STRUCTURE: dropped"] += len(data[key]) - len(whole)
             data[key] = whole
-        _repair_categories(data, split, done)
         gone = _repair_images(data, split, folder, done)
         _repair_annotations(data, split, gone, done)
         if done.total() == before:
@@ -92,19 +84,6 @@ def link(source: Path, target: Path) -> None:
 def _named(data: dict, table: str, key: str) -> set[str]:
     """The values of a key over a table, as text: they may be anything."""
     return {repr(entry.get(key)) for entry in data[table]}
-
-
-def _repair_categories(data: dict, split: CocoSplit, done: Counter) -> None:
-    kept, used = [], _named(data, "annotations", "category_id")
-    for entry in data["categories"]:
-        codes = split.blame.get(id(entry), set())
-        if "CAT_ID_DUPLICATE" in codes and entry in kept:
-            done["CAT_ID_DUPLICATE: dropped, identical to another"] += 1
-        elif "CAT_INVALID" in codes and repr(entry.get("id")) not in used:
-            done["CAT_INVALID: dropped, no annotation uses them"] += 1
-        else:
-            kept.append(entry)
-    data["categories"] = kept
 
 
 def _repair_images(data: dict, split: CocoSplit, folder: Path, done: Counter) -> set[int | str]:

@@ -1,7 +1,7 @@
-"""What earlier checks found in image files, kept outside the dataset: the same size and time, and none is read again.
+"""Image files: what a file_name may mean, and what earlier checks found in the file, kept outside the dataset.
 
-Only time is saved by it. Names are judged and annotations are read anew each time, and a file that is not what it was,
-or a damaged cache, is looked at as if there were none.
+A file of the same size and time is not read again. Only time is saved by it: names are judged and annotations read anew
+each time, and a file that is not what it was, or a damaged cache, is looked at as if there were none.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 import zlib
@@ -21,10 +22,17 @@ SETTLED = 2e9  # nanoseconds: a file younger than its disk's clock ticks may cha
 Stamp = tuple[int, int] | None  # bytes, time of change in nanoseconds; None where there is no file
 
 
-def cache_folder() -> Path:
-    """RFDETR_CACHE, else rfdetr-two-stage in the user's cache folder."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rfdetr-two-stage")
-    return Path(os.environ.get("RFDETR_CACHE") or usual)
+def stays_inside(name: object) -> bool:
+    """False for `..`, absolute and UNC paths and drive letters, as any system would read them, and for no text."""
+    if type(name) is not str or not name or "\0" in name:
+        return False
+    return ".." not in re.split(r"[\\/]", name) and not re.match(r"[\\/]|[A-Za-z]:", name)
+
+
+def find_image(folder: Path, name: str) -> Path:
+    """The file that a file_name means: with backslashes, also what Windows would read."""
+    windows = folder / name.replace("\\", "/")
+    return windows if "\\" in name and not (folder / name).exists() else folder / name
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -38,17 +46,18 @@ def stamp_of(path: Path) -> Stamp:
 class SeenImages(contextlib.AbstractContextManager):
     """The findings in one folder of images, by name; new ones are written at the end of the `with` block.
 
-    A finding is anything that JSON holds. Nothing fails where the cache cannot be read or written, and processes that
-    write at once replace each other's files whole.
+    They are kept in the folder RFDETR_CACHE, else in the user's cache. Nothing fails where that cannot be read or
+    written, and processes that write at once replace each other's files whole.
     """
 
     def __init__(self, folder: Path):
+        usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rfdetr-two-stage")
         name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
-        self.file, self.known, self.new = cache_folder() / "checks" / f"{name}_{FORMAT}.json", {}, {}
+        self.file = Path(os.environ.get("RFDETR_CACHE") or usual, "checks", f"{name}_{FORMAT}.json")
+        self.known, self.new = {}, {}  # name -> stamp, finding (anything that JSON holds)
         with contextlib.suppress(OSError, ValueError):
             checksum, body = self.file.read_bytes().split(b"\n", 1)
-            if int(checksum, 16) == zlib.crc32(body):
-                self.known = json.loads(body)
+            self.known = json.loads(body) if int(checksum, 16) == zlib.crc32(body) else {}
 
     def get(self, name: str, stamp: Stamp) -> list | None:
         """What was found under this name in a file of the same stamp."""
@@ -60,10 +69,10 @@ class SeenImages(contextlib.AbstractContextManager):
             self.new[name] = stamp, finding
 
     def __exit__(self, *error: object) -> None:
-        if not self.new:
-            return
         body = json.dumps(self.known | self.new).encode()
         with contextlib.suppress(OSError):
+            if not self.new:
+                return
             self.file.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.file.parent)
             try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
 from rfdetr.console import UserError, tick, warn
-from rfdetr.data.seen import SeenImages, stamp_of
+from rfdetr.data.seen import SeenImages, find_image, stamp_of, stays_inside
 
 LIMIT = 1e7  # pixels; beyond it a coordinate is absurd, and pycocotools would allocate in proportion to it
 SLACK = 0.1  # pixels a box may stand out before it is worth a word: many tools round to one decimal
@@ -350,19 +349,6 @@ def placeholders(categories: Iterable[dict], used: set[int]) -> set[tuple[int, s
 def is_whole(value: object) -> bool:
     """A whole number that float64 holds exactly: pycocotools keeps ids in such arrays. Excludes true and false."""
     return type(value) is int and abs(value) < 2**53
-
-
-def stays_inside(name: object) -> bool:
-    """False for `..`, absolute and UNC paths and drive letters, as any system would read them, and for no text."""
-    if type(name) is not str or not name or "\0" in name:
-        return False
-    return ".." not in re.split(r"[\\/]", name) and not re.match(r"[\\/]|[A-Za-z]:", name)
-
-
-def find_image(folder: Path, name: str) -> Path:
-    """The file that a file_name means: with backslashes, also what Windows would read."""
-    windows = folder / name.replace("\\", "/")
-    return windows if "\\" in name and not (folder / name).exists() else folder / name
 
 
 def _look(image: ImageRecord, folder: Path, decode: bool, seen: SeenImages) -> dict[str, str]:
