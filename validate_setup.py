@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--json", type=Path, metavar="FILE", help="write all that is said here too")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
+    for path in (args.json, args.preview):
+        if path and path.is_file() and args.dataset.resolve() in path.resolve().parents:
+            raise UserError(f"{path} is a file of the dataset, which is only read: name another")
 
     found, needed = packages(Path(__file__).with_name("requirements.txt"))
     lacking = [
@@ -146,7 +149,7 @@ def estimate_sizes(name: str, resolution: int, precision, images: int) -> list[d
     rows = estimate(name, resolution, precision, images)
     cuda = precision.device.type == "cuda"
     free = torch.cuda.mem_get_info(precision.device)[0] / 2**20 if cuda else free_memory_mb()
-    print(f"Stage 1 here, {images} images, few ones repeated (*: a step was measured, ~: by shape; no evaluation)")
+    print(f"Stage 1 here, {images} images a pass, small sets repeated (*: a step was measured, ~: from its shape)")
     print(f"  {'size':<13}{'px':>5}{'parameters':>13}{'MB, batch 1':>13}{'batch 4':>10}{'s an epoch':>12}")
     for row in rows:
         sign, (one, four) = "*" if row["measured"] else "~", row["memory_mb"].values()
