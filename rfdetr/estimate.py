@@ -97,7 +97,8 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
         parameters, flop, kept = shapes[key]
         step_s, before, peak = measure_apart(key, sides[key], precision)
         seconds.append((flop, step_s))
-        memory.append((kept, max(peak - before - parameters * STATE_BYTES / 2**20, 0.0)))
+        needed = max(peak - before - parameters * STATE_BYTES / 2**20, 0.0)
+        memory.append((kept, needed if peak else kept))  # Windows does not tell the peak
     rows = []
     for key, (parameters, flop, kept) in shapes.items():
         recipe, fixed = SIZES[key].recipe, before + parameters * STATE_BYTES / 2**20

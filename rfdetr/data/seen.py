@@ -69,10 +69,10 @@ class SeenImages(contextlib.AbstractContextManager):
             self.new[name] = stamp, finding
 
     def __exit__(self, *error: object) -> None:
+        if not self.new:
+            return
         body = json.dumps(self.known | self.new).encode()
         with contextlib.suppress(OSError):
-            if not self.new:
-                return
             self.file.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.file.parent)
             try:
