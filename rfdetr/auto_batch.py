@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rfdetr import distributed
 from rfdetr.console import tick, warn
 from rfdetr.data.loaders import Batch
 from rfdetr.engine import is_out_of_memory, memory_mb
@@ -53,12 +54,13 @@ def resolve_batch(
     else:
         before, free = memory_mb(device), free_memory_mb()
         _step_fits(model, losses, 1, args.resolution)
-        each = max(memory_mb(device) - before, 1.0)
+        each = max(memory_mb(device) - before, 1.0) * distributed.world_size()  # on this machine, perhaps
         args.batch = next((b for b in fits if free is None or b * each < HEADROOM * free), 1)
         if free is None:
             warn("this system does not tell how much memory is free: --batch auto takes the whole effective batch")
     args.accum = effective // args.batch
-    tick(f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times (effective {effective})")
+    if distributed.is_main():
+        tick(f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times (effective {effective})")
 
 
 def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from rfdetr import checkpoint
 from rfdetr.console import UserError, boolean, number, warn
@@ -70,6 +71,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
 
     `kind` is "detector", "segmentation" or "seg_single". Fills in what the size decides; raises UserError.
     """
+
+    def refuse(message: str) -> NoReturn:  # as argparse does, but once for all processes of a run
+        raise UserError(f"{parser.format_usage()}{parser.prog}: error: {message}")
+
+    parser.error = refuse
     args = parser.parse_args(argv)
     args.resume_from = None
     if args.resume:

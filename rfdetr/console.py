@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import platform
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
@@ -70,12 +72,26 @@ def packages(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
     return found, {name: least for name, least in needed.items() if release(found[name]) < release(least)}
 
 
+def first_to_say(what: str) -> bool:
+    """Whether no other process of the run has said this yet; True where it cannot be told."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from torch.distributed import TCPStore  # this module is read where torch is missing, too
+
+    with contextlib.suppress(KeyError, ValueError, RuntimeError):
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"said {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {what}", 1) == 1
+    return True
+
+
 def tick(message: str) -> None:
     print(f"{TICK} {message}", flush=True)
 
 
 def warn(message: str) -> None:
-    print(f"{WARN} {message}", flush=True)
+    if first_to_say(message):
+        print(f"{WARN} {message}", flush=True)
 
 
 def banner(title: str, rows: dict[str, object]) -> None:
@@ -101,17 +117,20 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(error, file=sys.stderr, flush=True)
+        if first_to_say("why it ends"):
+            print(error, file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(stopped.code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        if first_to_say("why it ends"):
+            print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
         if debug:
             raise
         message = f"error: unexpected {type(error).__name__}: {' '.join(str(error).split())}"
         advice = "This is a defect of the program. Run the command again with --debug to see where it happened."
-        print(message, advice, sep="\n", file=sys.stderr, flush=True)
+        if first_to_say("why it ends"):
+            print(message, advice, sep="\n", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+
+from rfdetr.console import UserError
+
+# Not for a process that has died, which the others notice at once, but for one that hangs; rank 0 downloads weights
+# while the others wait.
+TIMEOUT = datetime.timedelta(hours=1)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Around a call that needs every rank: a UserError where one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            "another process of this run has ended or does not answer, and so this one ends. Which one, and how, is in "
+            "torchrun's summary below (exit code -9: killed, mostly for want of memory). What was saved is kept: run "
+            "the same command again with --resume RUN"
+        ) from error
 
 
 def start(device: torch.device) -> None:
     """Join the process group that torchrun describes in the environment; nothing on a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        with _together():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
 def stop() -> None:
@@ -37,19 +58,26 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def launcher() -> list[str]:
+    """What a command begins with that starts a script as this one was started, on this machine."""
+    if world_size() == 1:
+        return ["python"]
+    return ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))]
+
+
 def sum_over_ranks(value: float, device: torch.device) -> float:
     """The sum of `value` over all ranks."""
     if world_size() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    dist.all_reduce(total)
-    return total.item()
+    dtype = torch.float64 if device.type != "mps" else torch.float32
+    return sum_tensor(torch.tensor(value, dtype=dtype, device=device)).item()
 
 
 def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The elementwise sum of `tensor` over all ranks, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        with _together():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -71,10 +99,15 @@ def gather_objects(value: object) -> list:
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _together():
+        dist.all_gather_object(values, value)
     return values
 
 
 def from_main(value: object) -> object:
     """Rank 0's object, on every rank."""
-    return gather_objects(value)[0]
+    values = [value]
+    if world_size() > 1:
+        with _together():
+            dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -77,12 +77,12 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     torch.manual_seed(args.seed)
     queries = getattr(args, "num_queries", None) or SIZES[args.size].queries
     splits = read_dataset(args.dataset, args.val_fraction, queries)
-    if args.run_test and "test" not in splits and distributed.is_main():
+    if args.run_test and "test" not in splits:
         warn(f"--run_test 1: {args.dataset} has no test split, it is skipped")
     if not args.run_test:
         splits.pop("test", None)
     for split in splits.values():
-        for message in split.warnings if distributed.is_main() else ():
+        for message in split.warnings:
             warn(message)
     progress = Progress()
     if args.resume_from:
@@ -377,7 +377,8 @@ class Keeper:
     def watch_signals(self) -> None:
         def note(number: int, frame: object) -> None:
             self.signal = number
-            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+            if distributed.world_size() == 1:  # torchrun hands a signal on that came here already
+                signal.signal(number, signal.SIG_DFL)  # a second one ends at once
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
@@ -451,7 +452,8 @@ class Keeper:
             if distributed.is_main():
                 print(f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:")
                 # the run's own flags come back with it
-                print("  " + shlex.join(["python", sys.argv[0], "--resume", str(self.session.folder)]), flush=True)
+                words = [*distributed.launcher(), sys.argv[0], "--resume", str(self.session.folder)]
+                print("  " + shlex.join(words), flush=True)
             raise Stopped(128 + (self.signal or signal.SIGTERM))
 
     def note_nan(self, images: list[int]) -> None:
@@ -573,7 +575,9 @@ def predict_command(session: Session) -> str:
 def finish(session: Session, table: ClassTable, masks: bool, next_command: str) -> None:
     """Score the test split with the best weights, say where the files are, and what to type next."""
     if "test" in session.splits:
-        model, _ = checkpoint.build_model(checkpoint.load(session.folder / "best.pt"))
+        # rank 0 may still be writing it, and on another machine's disk
+        best = distributed.from_main(checkpoint.load(session.folder / "best.pt") if distributed.is_main() else None)
+        model, _ = checkpoint.build_model(best)
         scores = judge_of(session, "test", table, masks)(model.to(session.device))
         if distributed.is_main():
             print(f"test split\n{format_table(scores)}")

@@ -1,32 +1,155 @@
-"""Under torchrun: the same training as one process with the whole batch, and only rank 0 writes."""
+"""Under torchrun: the same training as one process with the whole batch, one voice, and no process left behind."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, quick_flags, run_script, train_flags
 
-FLAGS = "--size tiny --epochs 1 --min_steps 3 --workers 0 --resolution 64 --device cpu".split()
+pytestmark = pytest.mark.slow
+posix = pytest.mark.skipif(os.name != "posix", reason="signals")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+ALONE = ("--standalone", "--nproc_per_node")
 
 
-@pytest.mark.slow
-def test_two_processes_train_like_one_with_the_whole_batch(demo, tmp_path):
-    common = [*FLAGS, "--dataset", str(demo)]
-    run_script("train_detector_stage1.py", *common, "--batch", "4", "--output_dir", "one", cwd=tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train_detector_stage1.py"), *common, "--batch", "2", "--output_dir", "two"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("STAGE 1: DETECTOR TRAINING") == 1
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["epochs"][0] for name in ("one", "two"))
-    assert two["train"]["loss"] == pytest.approx(one["train"]["loss"], rel=1e-5)
-    assert two["valid"]["bbox"]["AR100"] == pytest.approx(one["valid"]["bbox"]["AR100"], abs=1e-3)
-    states = [torch.load(tmp_path / name / "last.pt")["model"] for name in ("one", "two")]
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, atol=2e-4, rtol=1e-3)
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun(options, script, *flags) starts it in tmp_path; its output goes to out.txt there, or the file named."""
+    started = []
+
+    def start(options: tuple, script: str, *flags: object, output: str = "out.txt") -> subprocess.Popen:
+        words = [str(word) for word in (*TORCHRUN, *options, ROOT / script, *flags)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+        with open(tmp_path / output, "w") as file:
+            process = subprocess.Popen(words, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, env=env)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def said(folder: Path, file: str = "out.txt") -> str:
+    return (folder / file).read_text(encoding="utf-8", errors="replace")
+
+
+def end_well(process: subprocess.Popen, folder: Path, file: str = "out.txt") -> str:
+    assert process.wait(300) == 0, said(folder, file)[-4000:]
+    return said(folder, file)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until the file is there; fails where the run ends before."""
+    while not path.exists():
+        assert process.poll() is None, said(path.parent.parent)[-4000:]
+        time.sleep(0.02)
+
+
+def epochs(folder: Path) -> list[dict]:
+    return json.loads((folder / "metrics.json").read_text())["epochs"]
+
+
+def assert_same_training(ours: Path, one: Path) -> None:
+    """Losses, weights and files of a run of several processes are those of one process with the whole batch."""
+    assert {path.name for path in ours.iterdir()} == {path.name for path in one.iterdir()}
+    for a, b in zip(epochs(ours), epochs(one), strict=True):
+        losses = [name for name in b["train"] if name.startswith("loss")]
+        assert {n: a["train"][n] for n in losses} == pytest.approx({n: b["train"][n] for n in losses}, rel=1e-5)
+    states = [torch.load(folder / "last.pt")["model"] for folder in (ours, one)]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[1].items():
+        torch.testing.assert_close(states[0][name], tensor, atol=2e-4, rtol=1e-3)
+
+
+def test_three_processes_and_two_validation_images(few, tmp_path, torchrun):
+    """One process scores nothing; four training images are no multiple of three."""
+    flags = [*quick_flags(few), "--output_dir"]
+    process = torchrun((*ALONE, 3), "train_detector_stage1.py", *flags, "three", "--batch", 1)
+    run_script("train_detector_stage1.py", *flags, "one", "--batch", 3, cwd=tmp_path)
+    output = end_well(process, tmp_path)
+    assert output.count("STAGE 1: DETECTOR TRAINING") == output.count("Done. Files") == 1
+    assert_same_training(tmp_path / "three", tmp_path / "one")
+
+
+def test_two_nodes_train_and_score_stage_2_as_one_process_does(demo, stage1, shrunk, stage2, tmp_path, torchrun):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    rendezvous = ("--nnodes", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", port)
+    flags = [*train_flags(demo), "--stage1_run", stage1.folder, "--checkpoint", shrunk.folder, "--run_test", 1]
+    flags += ["--min_steps", 10, "--accum", 1, "--output_dir", "nodes"]  # two processes of half the images each
+    nodes = [torchrun(rendezvous, "train_seg_stage2.py", *flags, output=name) for name in ("node 0", "node 1")]
+    output = "".join(end_well(node, tmp_path, name) for node, name in zip(nodes, ("node 0", "node 1")))
+    assert output.count("STAGE 2: SEGMENTATION HEAD TRAINING") == output.count("Done. Files") == 1
+    assert_same_training(tmp_path / "nodes", stage2.folder)
+    ours, one = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "nodes", stage2.folder))
+    assert one["test"]["bbox"]["mAP"] > 0.1
+    for a, b in (
+        (ours["test"], one["test"]),
+        *((x["valid"], y["valid"]) for x, y in zip(ours["epochs"], one["epochs"])),
+    ):
+        for name in ("mAP", "mAP50", "AR100"):
+            assert a["bbox"][name] == pytest.approx(b["bbox"][name], abs=1e-9)
+            assert a["segm"][name] == pytest.approx(b["segm"][name], abs=1e-9)
+
+
+@posix
+def test_sigterm_to_torchrun_saves_and_the_printed_command_goes_on(demo, single, tmp_path, torchrun):
+    """With loader processes, which the signal reaches too; the end is that of a single process that never stopped."""
+    flags = [*train_flags(demo), "--accum", 1, "--workers", 2, "--save_minutes", 0, "--output_dir", "run"]
+    process = torchrun((*ALONE, 2), "train_seg_single_stage.py", *flags)
+    wait_for(tmp_path / "run/checkpoint.pt", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) != 0
+    output = said(tmp_path)
+    assert output.count("stopped: the state is in run/checkpoint.pt") == 1 and "error:" not in output
+    assert len(epochs(tmp_path / "run")) < 2
+    command = next(line for line in output.splitlines() if "--resume" in line).split()
+    assert command[:3] == ["torchrun", "--nproc_per_node", "2"]
+    script, *words = command[3:]
+    end_well(torchrun((*ALONE, 2), Path(script).name, *shlex.split(shlex.join(words))), tmp_path)
+    assert_same_training(tmp_path / "run", single.folder)
+
+
+def processes_of(agent: subprocess.Popen) -> dict[int, int]:
+    """Rank -> process id."""
+    found = {}
+    for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        environment = dict(item.partition("=")[::2] for item in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        found[int(environment["RANK"])] = int(pid)
+    return found
+
+
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux's /proc")
+def test_the_others_end_when_one_is_killed(few, tmp_path, torchrun):
+    process = torchrun(
+        (*ALONE, 2), "train_detector_stage1.py", *quick_flags(few), "--epochs", 9999, "--output_dir", "run"
+    )
+    wait_for(tmp_path / "run/last.pt", process)
+    ranks = processes_of(process)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert not Path(f"/proc/{ranks[0]}").exists()
+    output = said(tmp_path)
+    assert output.count("another process of this run has ended") == 1
+    assert "exit code -9" in output and "defect" not in output
+    torch.load(tmp_path / "run/last.pt")
+
+
+def test_what_all_processes_have_to_say_is_said_once(few, tmp_path, torchrun):
+    process = torchrun((*ALONE, 2), "train_detector_stage1.py", "--dataset", few, "--epochs", "many")
+    assert process.wait(120) != 0
+    output = said(tmp_path)
+    assert output.count("argument --epochs: expected int >= 1, got 'many'") == 1
+    assert output.count("exitcode  : 2") == 1 or "exitcode: 2" in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -188,6 +189,13 @@ class EpochSampler(Sampler):
             yield keys[first : first + self.per_step]
 
 
+def outlive_one_signal(worker: int) -> None:
+    """For a loader's process: Ctrl-C, torchrun and job schedulers signal it too, while the main process still needs
+    its batches, up to the end of the step, and then saves. A second signal ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
 def training_loader(dataset: SplitDataset, sampler: EpochSampler, workers: int, pin: bool) -> DataLoader:
     return make_loader(dataset, sampler, workers, collate_fn=collate, pin_memory=pin, persistent_workers=workers > 0)
 
@@ -208,8 +216,8 @@ def make_loader(
         if len(dataset) * workers * 3 * dataset.resolution**2 > RAM_CACHE_BYTES:  # each would keep its own
             dataset.cache = None
     # a loader draws from the global generator, which a resumed run must find as it was
-    generator = torch.Generator()
-    return DataLoader(reader or dataset, batch_sampler=batches, num_workers=workers, generator=generator, **options)
+    options |= {"worker_init_fn": outlive_one_signal, "generator": torch.Generator()}
+    return DataLoader(reader or dataset, batch_sampler=batches, num_workers=workers, **options)
 
 
 @contextlib.contextmanager
