@@ -219,6 +219,8 @@ def test_a_resumed_epoch_skips_what_was_done():
     whole = list(sampler)
     sampler.set_epoch(2, start_step=3)
     assert len(sampler) == 2 and list(sampler) == whole[3:]
+    sampler.set_epoch(2, start_step=8)  # begun by fewer processes
+    assert len(sampler) == 0 and list(sampler) == []
 
 
 # ---------------------------------------------------------------- multi-scale

@@ -175,7 +175,7 @@ class EpochSampler(Sampler):
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
-        return self.steps - self.start_step
+        return max(self.steps - self.start_step, 0)  # more processes than before have fewer steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
