@@ -511,6 +511,7 @@ def fit(
             sampler.set_epoch(epoch, progress.step_in_epoch)
             record = {"epoch": epoch + 1, "train": train_one_epoch(trainer, loader, keeper.after_step)}
             progress.unread = sorted(set().union(*distributed.gather_objects(progress.unread)))
+            check_unread(progress.unread, session.splits["train"])
             record["train"]["skipped_images"] = len(progress.unread)
             progress.epoch, progress.step_in_epoch, progress.sums = epoch + 1, 0, {}
             gained = None

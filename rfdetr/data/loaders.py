@@ -229,13 +229,14 @@ def naming_workers(dataset: SplitDataset) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not re.search(r"DataLoader worker \(pid|shared memory|\bshm\b", str(error)):
             raise
         numbers = re.findall(r"\d+", str(error))  # its process id among them
         taken = [] if dataset.reading is None else dataset.reading.tolist()
         files = [str(dataset.split.images[index].path) for process, index in taken if str(process) in numbers]
+        reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"a data worker died ({str(error).splitlines()[0]}) at the image {' or '.join(files) or '(unknown)'}. "
+            f"a data worker died ({reason}) at the image {' or '.join(files) or '(unknown)'}. "
             "Either the image crashes its decoder, or memory or shared memory (/dev/shm) ran out: go on with fewer "
             "workers, or with --workers 0"
         ) from error
