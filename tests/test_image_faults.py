@@ -20,6 +20,7 @@ from test_resume import assert_same_run, signal_at_step
 
 import evaluate
 import train_detector_stage1
+import train_seg_stage2
 from rfdetr.console import Stopped, UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import SplitDataset, evaluation_loader
@@ -86,6 +87,18 @@ def test_a_run_with_an_unreadable_image_resumes_exactly(few, tmp_path, call, mon
         call(train_detector_stage1.main, *flags, "--output_dir", "stopped")
     call(train_detector_stage1.main, "--resume", "stopped")
     assert_same_run(Path("stopped"), Path("whole"))
+
+
+@pytest.mark.parametrize("caches", [["off"], ["disk", "disk"]])  # the second finds what the first has computed
+def test_stage_2_skips_them_too(few, tmp_path, call, capsys, caches):
+    (bad,) = truncated(few, tmp_path / "data", {"train": 1})
+    call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "stage1")
+    flags = [*quick_flags(tmp_path / "data"), "--stage1_run", "stage1", "--auto_shrink", 1]
+    for number, cache in enumerate(caches):
+        capsys.readouterr()
+        call(train_seg_stage2.main, *flags, "--cache", cache, "--output_dir", f"run{number}")
+        assert capsys.readouterr().out.count(f"skipped: {bad}") == 1
+        assert [epoch["train"]["skipped_images"] for epoch in epochs(Path(f"run{number}"))] == [1]
 
 
 def test_the_next_image_stands_in_in_training_and_nothing_in_evaluation(few, tmp_path):
