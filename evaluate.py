@@ -16,7 +16,7 @@ from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.evaluation import Judge
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.precision import compile_in_place, pick_device, pick_precision
-from rfdetr.rundir import write_json
+from rfdetr.rundir import make_folder, make_place, write_json, writing_to
 from rfdetr.sizes import check_resolution
 
 
@@ -39,6 +39,10 @@ def main(argv: list[str] | None = None) -> None:
 
     precision = pick_precision(args.amp, pick_device(args.device))
     content = checkpoint.load(args.checkpoint)
+    if args.json:
+        make_place(args.json, "--json")
+    if args.results:
+        make_folder(args.results, "--results")
     splits = read_dataset(args.dataset, args.val_fraction)
     if args.split not in splits:
         raise UserError(f"{args.dataset} has no {args.split} split, it has {', '.join(splits)}: choose with --split")
@@ -62,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         write_json(args.json, summary)
         tick(f"Scores: {args.json}")
     if args.results:
-        evaluator.save(args.results)
+        with writing_to(args.results, "--results"):
+            evaluator.save(args.results)
         tick(f"COCO results: {args.results}")
 
 

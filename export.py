@@ -11,6 +11,7 @@ from pathlib import Path
 from rfdetr import checkpoint
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.convert import to_package
+from rfdetr.rundir import make_place
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     if content["mask_head"] not in (None, "official"):
         warn(f"the mask head ({content['mask_head']}) is not one of the package's: only the detector is written")
     exported = to_package(content)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    make_place(args.out, "--out")
     checkpoint.save(args.out, exported)
 
     names = exported["args"].get("class_names")

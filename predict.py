@@ -20,7 +20,7 @@ from rfdetr.cli import add_compile_flag
 from rfdetr.console import UserError, number, run_script, tick, warn
 from rfdetr.detr import RFDETR, Found, read_image
 from rfdetr.precision import compile_in_place
-from rfdetr.rundir import write_json, writing_to
+from rfdetr.rundir import make_folder, write_json, writing_to
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     model = RFDETR.from_checkpoint(args.checkpoint, args.device, args.amp)
     if args.compile:
         compile_in_place(model.model.encoder, model.precision.device)
-    with writing_to(args.output, "--output"):
-        args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output, "--output")
     images, videos = ([path for path in files if path.suffix.lower() in kind] for kind in (IMAGES, VIDEOS))
     taken = {path.name for path in files if path.resolve().parent == args.output.resolve()}  # no input is overwritten
     results, unread, saving = [], 0, []
@@ -158,6 +157,8 @@ def predict_video(model: RFDETR, path: Path, target: Path, args: argparse.Namesp
     if writer is None:
         raise UserError(f"{path} is not a video that can be read: it has no frames. Convert it to .mp4 and try again")
     writer.release()
+    if cv2.VideoCapture(str(target)).get(cv2.CAP_PROP_FRAME_COUNT) != next(count):  # OpenCV writes without a word
+        raise UserError(f"could not write all of {target}. Free some space there, or name another --output")
     return records
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from rfdetr import checkpoint
 from rfdetr.classes import background_row, is_class_head
 from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.rundir import make_place
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         warn(f"{name!r} is a placeholder category without objects that was never trained: left out")
     keep = [name for name in args.keep or table.names if name not in placeholders]
     small = checkpoint.shrink(content, keep)
-    args.out_ckpt.parent.mkdir(parents=True, exist_ok=True)
+    make_place(args.out_ckpt, "--out_ckpt")
     checkpoint.save(args.out_ckpt, small)
 
     new = checkpoint.table_of(small)

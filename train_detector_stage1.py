@@ -11,7 +11,6 @@ import shlex
 from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.checkpoint import make_content
-from rfdetr.classes import assign_rows
 from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import number, run_script
 from rfdetr.data.loaders import training_loader
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
     session = shared.begin(args, "detector")
     size, train = session.size, session.splits["train"]
-    table = assign_rows(train.class_names, train.category_ids, args.head)
+    table = shared.class_table(session, args.head)
     model = Detector(
         size, table.rows_total, table.background_last, drop_path=args.drop_path, grad_checkpoint=args.grad_checkpoint
     ).to(session.device)

@@ -12,7 +12,6 @@ from pathlib import Path
 from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.checkpoint import make_content
-from rfdetr.classes import assign_rows
 from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import boolean, number, run_script
 from rfdetr.data.loaders import training_loader
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     train = session.splits["train"]
     require_masks(train)
     size = replace(session.size, queries=args.num_queries) if args.num_queries else session.size
-    table = assign_rows(train.class_names, train.category_ids, "dataset")
+    table = shared.class_table(session, "dataset")
     model = Detector(
         size, table.rows_total, table.background_last, size.mask_head, grad_checkpoint=args.grad_checkpoint
     ).to(session.device)

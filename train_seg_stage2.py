@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     session = shared.begin(args, "segmentation")
     train, device = session.splits["train"], session.device
     require_masks(train)
-    path = detector_file(args)
-    content = checkpoint.load(path)
+    # a resumed run has its detector in its own state
+    path = args.output_dir if args.resume_from else detector_file(args)
+    content = args.resume_from or checkpoint.load(path)
     checkpoint.require_size(content, session.size, path)
     args.resolution = args.resolution or content["resolution"]
     name, rows = head_name(args, content, path), checkpoint.table_of(content).rows_total
@@ -96,15 +97,16 @@ def main(argv: list[str] | None = None) -> None:
             tick(f"Detector frozen: {parameters['detector']:,} parameters")
             tick(f"Segmentation head trainable: {parameters['mask_head']:,} parameters ({name})")
             tick(f"Feature cache: {why}")
-            settings = shared.plain_args(args) | {
-                "detector_file": str(path),
-                "detector_sha256": checkpoint.file_sha256(path),
-                "mask_head": name,
-                "cache": where,
-                "class_names": list(table.names),
-                "parameters": parameters,
-            }
-            write_json(session.folder / "stage2_config.json", settings)
+            if not args.resume_from:  # it is there, and the detector's file may be gone
+                settings = shared.plain_args(args) | {
+                    "detector_file": str(path),
+                    "detector_sha256": checkpoint.file_sha256(path),
+                    "mask_head": name,
+                    "cache": where,
+                    "class_names": list(table.names),
+                    "parameters": parameters,
+                }
+                write_json(session.folder / "stage2_config.json", settings)
         if where == "off":
             loader = training_loader(dataset, sampler, args.workers, pin=device.type == "cuda")
         else:

@@ -65,15 +65,32 @@ def load(path: Path) -> dict:
     """
     path = Path(path)
     content = _read(path)
-    if isinstance(content.get("state_dict"), dict):
-        content = package_weights(content)
-    if not isinstance(content.get("model"), dict):
-        raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")
-    if "format" not in content:
-        return _from_official_file(content, path)
-    if content["format"] != FORMAT:
-        raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
+    try:
+        if isinstance(content.get("state_dict"), dict):
+            content = package_weights(content)
+        if not isinstance(content.get("model"), dict):
+            raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")
+        if "format" not in content:
+            return _from_official_file(content, path)
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
+        _check(content)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's file does to code that expects one of ours
+        raise UserError(f"{path} is no checkpoint of this program ({type(error).__name__}: {error})") from error
     return content
+
+
+def _check(content: dict) -> None:
+    """Raise some error where a file says that it is ours and has not what ours have."""
+    kinds = {"stage": str, "size": dict, "resolution": int, "classes": dict, "model": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
+        raise ValueError(f"it lacks {', '.join(wrong)}")
+    if other := [name for name, value in content["model"].items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{other[0]} is no tensor")
+    size_from_dict(content["size"])
+    table_of(content)
 
 
 def load_backbone(path: Path, patch: int) -> dict:
@@ -104,7 +121,7 @@ def _read(path: Path) -> dict:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it wants to run {wanted[1]}" if wanted else "it is damaged or holds more than tensors and plain values"
         raise UserError(f"{path} was refused, nothing of it was run: {why}. Use a checkpoint you trust") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes make torch's reader raise nearly anything
         raise UserError(
             f"{path} is damaged or no checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error

@@ -9,7 +9,15 @@ from typing import NoReturn
 
 from rfdetr import checkpoint
 from rfdetr.console import UserError, boolean, number, warn
+from rfdetr.engine import Progress
+from rfdetr.rundir import start_command
 from rfdetr.sizes import SIZES, check_resolution
+
+SCRIPTS = {  # of each stage
+    "detector": "train_detector_stage1.py",
+    "segmentation": "train_seg_stage2.py",
+    "single": "train_seg_single_stage.py",
+}
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +89,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
     if args.resume:
         folder = newest_run(kind) if args.resume == "auto" else Path(args.resume)
         content = latest_state(folder)
+        if content["stage"] != kind.removeprefix("seg_"):
+            raise UserError(f"{folder} is another script's: python {SCRIPTS[content['stage']]} --resume {folder}")
         stored = {k: v for k, v in content["args"].items() if k not in ("resume", "output_dir") and hasattr(args, k)}
         paths = {action.dest for action in parser._actions if action.type is Path}
         parser.set_defaults(**{k: Path(v) if k in paths and v is not None else v for k, v in stored.items()})
         args = parser.parse_args(argv)
         args.output_dir, args.resume_from = folder, content
+        checkpoint.require_size(content, SIZES[args.size], folder)
     size = SIZES[args.size]
     if args.resolution or kind != "segmentation":  # stage 2 takes its detector's
         args.resolution = check_resolution(size, args.resolution)
@@ -119,16 +130,25 @@ def newest_run(kind: str) -> Path:
 
 
 def latest_state(folder: Path) -> dict:
-    """The furthest of a run's checkpoint.pt and last.pt; a damaged one is named and passed over."""
+    """The furthest of a run's last.pt and checkpoint.pt; a damaged one is named and passed over.  Raises UserError."""
     found, problems = [], []
-    for name in ("checkpoint.pt", "last.pt"):
-        if (folder / name).exists():
+    for path in (folder / "last.pt", folder / "checkpoint.pt"):
+        if path.exists():
             try:
-                found.append(checkpoint.load(folder / name))
+                content = checkpoint.load(path)
+                progress = Progress(**content["training"]["progress"])
+                found.append(((progress.epoch, progress.step), path, content | {"args": dict(content["args"])}))
             except UserError as error:
                 problems.append(str(error))
+            except (KeyError, TypeError, ValueError):
+                problems.append(f"{path} holds nothing that a run can go on with")
     if not found:
-        raise UserError("; ".join(problems) or f"--resume {folder}: there is no last.pt or checkpoint.pt in it")
+        command = start_command(folder)
+        why = "; ".join(problems) or f"there is no last.pt or checkpoint.pt in {folder}"
+        if command and not problems:
+            why += ": the run ended before its first save"
+        raise UserError(f"--resume: {why}" + (f". Start anew, in another folder:\n  {command}" if command else ""))
+    _, path, content = max(found, key=lambda one: one[0])
     for problem in problems:
-        warn(f"{problem}: going on from the other one")
-    return max(found, key=lambda content: content["training"]["progress"]["step"])
+        warn(f"{problem}: going on from the other one, {path}")
+    return content

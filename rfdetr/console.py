@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,8 +23,11 @@ class UserError(Exception):
     """Bad input: the message is one paragraph saying what, where and the next command to type."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved its state; `code` is the exit status."""
+class Stopped(BaseException):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved its state; `code` is the exit status.
+
+    It may be raised anywhere by a signal, so that no `except Exception` on the way may take it for an error.
+    """
 
     def __init__(self, code: int):
         super().__init__(f"stopped with exit status {code}")
@@ -106,8 +110,9 @@ def banner(title: str, rows: dict[str, object]) -> None:
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script's main(argv) and leave with its exit status.
 
-    UserError: one paragraph on stderr, 2. Ctrl-C: 130. Stopped: its own code. `--debug` shows tracebacks.
+    UserError: one paragraph on stderr, 2. Ctrl-C: 130, SIGTERM: 143. Stopped: its own code. `--debug` shows tracebacks.
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # files are closed on the way
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows console's code page may lack the tick
             stream.reconfigure(errors="replace")

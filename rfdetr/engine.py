@@ -114,10 +114,12 @@ def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         result["grad_norm"] = nn.utils.clip_grad_norm_(parameters, trainer.clip or math.inf).item()
         finite = math.isfinite(result["grad_norm"])
-        if not finite and not trainer.scaler.is_enabled():
+        mendable = trainer.scaler.get_scale() > 1  # by a lower scale: fp16 gradients that overflowed
+        if finite or trainer.scaler.is_enabled():
+            trainer.scaler.step(trainer.optimizer)  # leaves the weights alone where they did
+            trainer.scaler.update()
+        if not (finite or mendable):
             return result | {"loss": math.nan}
-        trainer.scaler.step(trainer.optimizer)  # leaves the weights alone where fp16 gradients overflowed
-        trainer.scaler.update()
         if trainer.ema is not None and finite:
             trainer.ema.update(trainer.model, trainer.progress.step + 1)
     return result

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 import shlex
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,11 +19,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from rfdetr import checkpoint, distributed
-from rfdetr.classes import ClassTable, is_class_head
+from rfdetr.classes import ClassTable, assign_rows, is_class_head
 from rfdetr.console import Stopped, UserError, banner, tick, warn
 from rfdetr.convert import load_pretrained
 from rfdetr.data.coco import CocoSplit, read_dataset
 from rfdetr.data.loaders import (
+    STOP_SIGNALS,
     Batch,
     EpochSampler,
     SplitDataset,
@@ -42,7 +41,7 @@ from rfdetr.metrics.coco_eval import format_table
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import sample_in_boxes
 from rfdetr.precision import Precision, compile_in_place, pick_device, pick_precision
-from rfdetr.rundir import Run, check_free_disk, environment, given_run, new_run, write_json
+from rfdetr.rundir import Run, check_free_disk, environment, given_run, new_run, test_is_scored, write_json
 from rfdetr.sizes import SIZES, ModelSize
 
 NAN_STEPS = 10  # steps in a row without a finite loss end the run
@@ -87,14 +86,26 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     progress = Progress()
     if args.resume_from:
         progress = Progress(**args.resume_from["training"]["progress"])
-        if args.batch != args.resume_from["args"]["batch"]:
+        if args.batch != args.resume_from["args"].get("batch"):
             progress.micro_batch = 0  # asked for anew
-        if args.epochs <= progress.epoch:
+        if args.epochs <= progress.epoch and ("test" not in splits or test_is_scored(args.output_dir)):
             raise UserError(
                 f"{args.output_dir} has finished its {progress.epoch} epochs. To train longer, give more: "
                 f"--resume {args.output_dir} --epochs {progress.epoch + 20}"
             )
     return Session(args, kind, pick_precision(args.amp, device), splits, progress)
+
+
+def class_table(session: Session, head: str) -> ClassTable:
+    """The class head's rows: new ones (`head` as in assign_rows), or a resumed run's, in the dataset's order of now.
+
+    Raises UserError where the dataset's classes are no longer the run's.
+    """
+    args, train = session.args, session.splits["train"]
+    if args.resume_from:
+        table = checkpoint.table_of(args.resume_from)
+        return table.in_order_of(train.class_names, train.category_ids, f"{args.dataset} (train)")
+    return assign_rows(train.class_names, train.category_ids, head)
 
 
 def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: Judge) -> AbstractContextManager:
@@ -106,7 +117,7 @@ def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: 
     if distributed.is_main():
         weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
         parent = args.output_dir or Path("runs")
-        check_free_disk(parent, 12 * weights + (64 << 20))
+        check_free_disk(parent, 15 * weights + (64 << 20))
         stem = f"{session.kind}_{args.size}_{args.resolution}"
         if args.resume_from:
             folder = args.output_dir
@@ -373,15 +384,40 @@ class Keeper:
         self.last_save = time.monotonic()
         self.nan_batches: list[dict] = []
         self.signal: int | None = None
+        self.busy = True  # with something that a signal has to wait for
 
-    def watch_signals(self) -> None:
+    @contextmanager
+    def watch_signals(self) -> Iterator[None]:
+        """Inside, a first signal ends the run after the step, a second one at once."""
+
         def note(number: int, frame: object) -> None:
             self.signal = number
             if distributed.world_size() == 1:  # torchrun hands a signal on that came here already
-                signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+                signal.signal(number, signal.SIG_DFL)
+            if not self.busy:
+                self.stop()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number in before:
+            if before[number] is not signal.SIG_IGN:  # nohup
+                signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """For what takes long and changes nothing of the run's state: inside, a signal ends the run at once."""
+        self.stop_if_asked()
+        self.busy = False
+        try:
+            if self.signal:  # it came between the two
+                self.stop()
+            yield
+        finally:
+            self.busy = True
 
     def state(self) -> dict:
         trainer = self.trainer
@@ -397,42 +433,38 @@ class Keeper:
                 "best": self.best,
                 "each": self.each,
                 "epochs_without_gain": self.epochs_without_gain,
+                "nan_batches": self.nan_batches,
             },
         }
 
     def restore(self, content: dict) -> None:
         """Put back everything state() took; progress itself was read when the session began."""
         trainer, state = self.trainer, content["training"]
-        trainer.model.load_state_dict(state["trained"])
-        if trainer.ema:  # an average that begins now begins at the weights
-            trainer.ema.module.load_state_dict(state["trained_ema"] or state["trained"])
         rates = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in trainer.optimizer.param_groups]
         try:
+            trainer.model.load_state_dict(state["trained"])
+            if trainer.ema:  # an average that begins now begins at the weights
+                trainer.ema.module.load_state_dict(state["trained_ema"] or state["trained"])
             trainer.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise UserError(f"--resume: the optimizer's state does not fit these settings ({error})") from error
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--resume: the state in {self.session.folder} does not fit these settings "
+                f"({' '.join(str(error).split())[:300]}). Leave out flags that change the model"
+            ) from error
         for group, given in zip(trainer.optimizer.param_groups, rates):  # flags given anew win over the stored ones
             group.update(given)
         trainer.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random"])
         self.best, self.each = state["best"], state["each"]
-        self.epochs_without_gain = state["epochs_without_gain"]
+        self.epochs_without_gain, self.nan_batches = state["epochs_without_gain"], state.get("nan_batches", [])
 
     def save(self, names: tuple[str, ...]) -> None:
-        """Write the state under the first name; further names share the file."""
+        """Write the state under each name: files of their own, so that damage to one leaves another."""
         self.last_save = time.monotonic()
-        if not distributed.is_main():
-            return
-        first, *others = [self.session.folder / name for name in names]
-        checkpoint.save(first, self.state())
-        for other in others:
-            temporary = other.with_name(other.name + ".tmp")
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(first, temporary)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(first, temporary)
-            os.replace(temporary, other)
+        if distributed.is_main():
+            state = self.state()
+            for name in names:
+                checkpoint.save(self.session.folder / name, state)
 
     def after_step(self, batch: Batch, finite: bool) -> None:
         """Timed saves, the record of steps without a finite loss, unreadable images, and the end after a signal."""
@@ -448,13 +480,18 @@ class Keeper:
     def stop_if_asked(self) -> None:
         # any rank's signal stops them all, at the same step
         if distributed.sum_over_ranks(self.signal or 0, self.trainer.device):
-            self.save(("checkpoint.pt",))
-            if distributed.is_main():
-                print(f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:")
-                # the run's own flags come back with it
-                words = [*distributed.launcher(), sys.argv[0], "--resume", str(self.session.folder)]
-                print("  " + shlex.join(words), flush=True)
-            raise Stopped(128 + (self.signal or signal.SIGTERM))
+            self.stop()
+
+    def stop(self) -> None:
+        """Save, say how to go on, and leave."""
+        self.busy = True
+        self.save(("checkpoint.pt",))
+        if distributed.is_main():
+            print(f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:")
+            # the run's own flags come back with it
+            words = [*distributed.launcher(), sys.argv[0], "--resume", str(self.session.folder)]
+            print("  " + shlex.join(words), flush=True)
+        raise Stopped(128 + (self.signal or signal.SIGTERM))
 
     def note_nan(self, images: list[int]) -> None:
         split, progress = self.session.splits["train"], self.trainer.progress
@@ -499,50 +536,57 @@ def fit(
     loader: batches in the order of its `batch_sampler`, an EpochSampler; judge scores the trained module; `pack` as in
     Keeper. The best is chosen by valid bbox/mAP for a detector, by segm/mAP where masks are trained.
     """
-    args, progress, run = session.args, trainer.progress, session.run
-    sampler: EpochSampler = loader.batch_sampler
-    metric = "bbox/mAP" if session.kind == "detector" else "segm/mAP"
+    args, progress = session.args, trainer.progress
     keeper = Keeper(session, trainer, pack)
     if args.resume_from:
         keeper.restore(args.resume_from)
-    keeper.watch_signals()
-    with naming_workers(loader.dataset):
-        for epoch in range(progress.epoch, args.epochs):
-            sampler.set_epoch(epoch, progress.step_in_epoch)
-            record = {"epoch": epoch + 1, "train": train_one_epoch(trainer, loader, keeper.after_step)}
-            progress.unread = sorted(set().union(*distributed.gather_objects(progress.unread)))
-            check_unread(progress.unread, session.splits["train"])
-            record["train"]["skipped_images"] = len(progress.unread)
-            progress.epoch, progress.step_in_epoch, progress.sums = epoch + 1, 0, {}
-            gained = None
-            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-                gained = evaluate_epoch(keeper, judge, record, metric)
-                keeper.epochs_without_gain = 0 if gained else keeper.epochs_without_gain + 1
-            if run:
-                run.add_epoch(record)
-                run.set(best=keeper.best)
-                if args.tensorboard:
-                    for name in record.keys() - {"epoch"}:
-                        run.scalars(name, record[name], epoch + 1)
-                if gained:
-                    draw_pictures(session, judge, trainer, keeper.best, epoch + 1)
-            keeper.save(("last.pt", "checkpoint.pt"))
-            if epoch + 1 < args.epochs:
-                keeper.stop_if_asked()
+        if distributed.is_main():
+            tick(f"Going on with {session.folder} in epoch {progress.epoch + 1}, after {progress.step_in_epoch} steps")
+    with keeper.watch_signals(), naming_workers(loader.dataset):
+        while progress.epoch < args.epochs:
             if args.patience and keeper.epochs_without_gain >= args.patience:
-                tick(f"Stopped early: no gain in {metric} for {args.patience} evaluations")
+                tick(f"Stopped early: {args.patience} evaluations without gain (--patience {args.patience})")
                 break
+            train_and_judge(keeper, loader, judge)
+            keeper.save(("last.pt", "checkpoint.pt"))
+            if progress.epoch < args.epochs or "test" in session.splits:
+                keeper.stop_if_asked()
     return keeper.best
+
+
+def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
+    """One epoch, or what is left of it, with its entry in metrics.json and TensorBoard, and its pictures."""
+    session, trainer, progress, run = keeper.session, keeper.trainer, keeper.trainer.progress, keeper.session.run
+    args, epoch = session.args, progress.epoch + 1
+    loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch)
+    record = {"epoch": epoch, "train": train_one_epoch(trainer, loader, keeper.after_step)}
+    progress.unread = sorted(set().union(*distributed.gather_objects(progress.unread)))
+    check_unread(progress.unread, session.splits["train"])
+    record["train"]["skipped_images"] = len(progress.unread)
+    gained = None
+    if epoch % args.eval_every == 0 or epoch == args.epochs:
+        gained = evaluate_epoch(keeper, judge, record, "bbox/mAP" if session.kind == "detector" else "segm/mAP")
+        keeper.epochs_without_gain = 0 if gained else keeper.epochs_without_gain + 1
+    if run:
+        run.add_epoch(record)
+        run.set(best=keeper.best)
+        for name in record.keys() - {"epoch"}:
+            run.scalars(name, record[name], epoch)
+        if gained:
+            draw_pictures(session, judge, trainer, keeper.best, epoch)
+    # not before: a run stopped during the evaluation starts it again
+    progress.epoch, progress.step_in_epoch, progress.sums = epoch, 0, {}
 
 
 def evaluate_epoch(keeper: Keeper, judge: Judge, record: dict, metric: str) -> bool:
     """Score regular and averaged weights into `record`, print the table, keep the best; True for a new best."""
     trainer, epoch = keeper.trainer, record["epoch"]
     begin = time.perf_counter()
-    scores = {"regular": judge(trainer.model)}
-    record["valid"] = scores["regular"]
-    if trainer.ema:
-        scores["ema"] = record["valid_ema"] = judge(trainer.ema.module)
+    with keeper.interruptible():
+        scores = {"regular": judge(trainer.model)}
+        record["valid"] = scores["regular"]
+        if trainer.ema:
+            scores["ema"] = record["valid_ema"] = judge(trainer.ema.module)
     record["train"]["evaluation_s"] = time.perf_counter() - begin
     gained = keeper.keep_best(epoch, scores, metric)
     if distributed.is_main():
@@ -559,11 +603,13 @@ def draw_pictures(session: Session, judge: Judge, trainer: Trainer, best: dict, 
     """Draw a few validation images with the best weights, into predictions/ and TensorBoard."""
     model = trainer.model if best["weights"] == "regular" else trainer.ema.module
     folder = session.folder / "predictions"
-    folder.mkdir(exist_ok=True)
-    for name, drawn in judge.pictures(model, PICTURES):
-        drawn.save(folder / f"valid_{name}.png", compress_level=1)
-        if session.args.tensorboard:
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, drawn in judge.pictures(model, PICTURES):
+            drawn.save(folder / f"valid_{name}.png", compress_level=1)
             session.run.image(f"valid/{name}", drawn, epoch)
+    except OSError as error:
+        warn(f"could not write the pictures in {folder} ({error}): training goes on without them")
 
 
 def predict_command(session: Session) -> str:

@@ -10,8 +10,10 @@ import platform
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,9 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
+from torch.utils.tensorboard import summary
 
 from rfdetr.console import UserError, warn
 
@@ -39,6 +43,20 @@ def writing_to(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         raise UserError(f"cannot write to the folder {folder}: {reason}. Name another with {flag}") from error
 
 
+def make_folder(folder: Path, flag: str = "--output_dir") -> None:
+    """Make a folder where it is missing, and see whether a file can be written there.  UserError as writing_to."""
+    with writing_to(folder, flag):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def make_place(file: Path, flag: str) -> None:
+    """Make the folder of a file to be written at the end.  UserError as make_folder, or where it is a folder itself."""
+    make_folder(file.parent, flag)
+    if file.is_dir():
+        raise UserError(f"{flag} {file} is a folder: name a file in it")
+
+
 def new_run(parent: Path, stem: str) -> Path:
     """Make PARENT/<stem>_<n>, n the first free number; runs that start at once get two folders.  Raises UserError."""
     with writing_to(parent):
@@ -51,10 +69,9 @@ def new_run(parent: Path, stem: str) -> Path:
 
 def given_run(folder: Path) -> Path:
     """Make the folder that the user named for a new run.  Raises UserError where it cannot, or holds files."""
-    with writing_to(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        if first := next(Path(folder).iterdir(), None):
-            raise UserError(f"{folder} is not empty (it holds {first.name}): name another --output_dir, or --resume it")
+    make_folder(folder)
+    if first := next(Path(folder).iterdir(), None):
+        raise UserError(f"{folder} is not empty (it holds {first.name}): name another --output_dir, or --resume it")
     return Path(folder)
 
 
@@ -85,9 +102,12 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             time.sleep(0.5)
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise UserError(f"could not write {path} ({error}); an earlier file is kept. Free some space there") from error
+        raise UserError(
+            f"could not write {path} ({error}); an earlier file is kept. Free some space there, or name another place"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is a file
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: dict | list) -> None:
@@ -133,6 +153,19 @@ def _output(*command: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
 
 
+def test_is_scored(folder: Path) -> bool:
+    """Whether a run's metrics.json has the scores of its test split, the last thing that a run writes."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return "test" in json.loads((folder / "metrics.json").read_bytes())
+    return False
+
+
+def start_command(folder: Path) -> str | None:
+    """What a run was started with, from its log; None where there is no log."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return "python " + (folder / "log.txt").read_text(encoding="utf-8").splitlines()[0].split(" ", 3)[3]
+
+
 class _Tee:
     """A stream that hands its finished lines to a log file too; of a progress bar's line only the last state."""
 
@@ -158,25 +191,47 @@ def _last_state(line: str) -> str:
     return next((state for state in reversed(line.split("\r")) if state.strip()), "")
 
 
+def _whole(events: Path) -> bool:
+    """Whether TensorBoard can read a file's records (of pictures, whether it finds them); the last may be cut short."""
+    with open(events, "rb") as file:
+        while len(head := file.read(12)) == 12:
+            size, check = struct.unpack("<QI", head)
+            if check != masked_crc32c(head[:8]):
+                return False
+            if size > 1 << 16:  # the checksum is computed in Python
+                file.seek(size + 4, os.SEEK_CUR)
+            elif len(data := file.read(size + 4)) == size + 4:
+                if struct.unpack("<I", data[-4:])[0] != masked_crc32c(data[:-4]):
+                    return False
+    return True
+
+
 class Run(contextlib.AbstractContextManager):
     """An open run folder: log.txt takes what the console says, metrics.json and tb/ take the figures.
 
-    `header`: metrics.json's fields before "epochs"; of an earlier file the first `done_epochs` epochs are kept.
+    `header`: metrics.json's fields before "epochs"; of an earlier file the first `done_epochs` epochs are kept. What a
+    killed run left half written is removed, and what is damaged is set aside.
     """
 
     def __init__(self, folder: Path, header: dict, done_epochs: int = 0, tensorboard: bool = True):
         self.folder = Path(folder)
         self.metrics = {"format": 1, **header, "epochs": [], "best": None}
+        self._events: RecordWriter | None = None
         with writing_to(folder):
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
             self._log = open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace", buffering=1)
-            # on resume TensorBoard is told to forget what the stopped run wrote of the epochs that are run again
-            purge = done_epochs + 1 if done_epochs else None
-            self._writer = SummaryWriter(self.folder / "tb", purge_step=purge) if tensorboard else None
             self._log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n")
         self._tees = sys.stdout, sys.stderr = _Tee(sys.stdout, self._log), _Tee(sys.stderr, self._log)
-        if (self.folder / "metrics.json").exists():
-            self._take_over(self.folder / "metrics.json", done_epochs)
-        self.set()
+        try:
+            with writing_to(folder):
+                self._take_over(self.folder / "metrics.json", done_epochs)
+                if tensorboard:
+                    self._open_events(self.folder / "tb", done_epochs)
+            self.set()
+        except UserError:
+            self.close()
+            raise
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:  # the message itself is printed when the log is closed already
@@ -199,13 +254,23 @@ class Run(contextlib.AbstractContextManager):
             if isinstance(value, dict):
                 self.scalars(f"{prefix}/{name}", value, step)
             elif value is not None:
-                self._writer.add_scalar(f"{prefix}/{name}", float(value), step)
+                self._event(step=step, summary=summary.scalar(f"{prefix}/{name}", float(value)))
 
     def image(self, tag: str, picture: Image.Image, step: int) -> None:
         """Write a picture to TensorBoard, shrunk to PICTURE_SIDE; `step` is the epoch, from 1."""
         small = picture.convert("RGB")
         small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-        self._writer.add_image(tag, np.asarray(small), step, dataformats="HWC")
+        self._event(step=step, summary=summary.image(tag, np.asarray(small), dataformats="HWC"))
+
+    def _event(self, **fields) -> None:
+        """Write one event at once: a thread of its own, as SummaryWriter has, could not say that the disk is full."""
+        if self._events is not None:
+            try:
+                self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+                self._events.flush()
+            except OSError as error:
+                self._events = None
+                warn(f"{self.folder / 'tb'} takes no more ({error}): the curves go on in metrics.json alone")
 
     def close(self) -> None:
         """Give the console back and close the files; a second call does nothing."""
@@ -214,17 +279,36 @@ class Run(contextlib.AbstractContextManager):
                 setattr(sys, name, tee.stream)
             if tee.line:
                 tee.keep(tee.line)
-        if self._writer is not None:
-            self._writer.close()
-        self._log.close()
+        for file in (self._events, self._log):
+            with contextlib.suppress(OSError):  # a full disk, which the run has met before
+                if file is not None:
+                    file.close()
+
+    def _open_events(self, folder: Path, done_epochs: int) -> None:
+        """A new file in tb/, which tells TensorBoard to forget what a stopped run wrote of the epochs run again."""
+        for path in folder.iterdir() if folder.is_dir() else [folder] * folder.exists():
+            if path == folder or path.is_file() and not _whole(path):
+                self._set_aside(path, "tb.damaged-{}", done_epochs)
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        self._events = RecordWriter(open(folder / name, "wb"))
+        self._event(file_version="brain.Event:2")
+        self._event(step=done_epochs + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _set_aside(self, path: Path, name: str, done_epochs: int) -> None:
+        """Rename a damaged file, {} in its new name being a number, and say so."""
+        names = (self.folder / name.format(n) for n in itertools.count(1))
+        aside = path.rename(next(name for name in names if not name.exists()))
+        warn(f"{path} is damaged: kept as {aside.name}, a new one begins at epoch {done_epochs + 1}")
 
     def _take_over(self, path: Path, done_epochs: int) -> None:
         """Take epochs 1..done_epochs and their best from an earlier metrics.json; a damaged one is set aside."""
+        if not path.exists():
+            return
         try:
             earlier = json.loads(path.read_bytes())
             best, epochs = earlier["best"], [record for record in earlier["epochs"] if record["epoch"] <= done_epochs]
-            self.metrics.update(epochs=epochs, best=best if best and best["epoch"] <= done_epochs else None)
-        except (ValueError, KeyError, TypeError):
-            names = (path.with_name(f"metrics.damaged-{n}.json") for n in itertools.count(1))
-            aside = path.rename(next(name for name in names if not name.exists()))
-            warn(f"{path} is damaged: kept as {aside.name}, a new one begins at epoch {done_epochs + 1}")
+            best = best if best and best["epoch"] <= done_epochs else None
+            self.metrics.update(epochs=epochs, best=best)
+        except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError):
+            self._set_aside(path, "metrics.damaged-{}.json", done_epochs)

@@ -20,42 +20,22 @@ import rfdetr.main
 import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
+from benchmarks.stress import differences
 from rfdetr.console import Stopped, UserError
+from rfdetr.precision import Precision
 
 pytestmark = pytest.mark.slow
 
 SCRIPTS = {"stage1": train_detector_stage1.main, "stage2": train_seg_stage2.main, "single": train_seg_single_stage.main}
-MEASURED = {"images_per_s", "data_s", "compute_s", "epoch_s", "evaluation_s", "peak_memory_mb"}
 
 
 def load(path: Path) -> dict:
     return torch.load(path)
 
 
-def plain(value):
-    """Nested checkpoint content with tensors as lists, so that == compares bits."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.flatten().tolist()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def assert_same_run(stopped: Path, whole: Path) -> None:
     """Weights, averages, optimizer, random state and figures are equal, bit for bit."""
-    a, b = load(stopped / "last.pt"), load(whole / "last.pt")
-    for key in ("model", "ema"):
-        assert a[key].keys() == b[key].keys()
-        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key]), key
-    for key in ("optimizer", "random", "progress", "best", "each", "epochs_without_gain"):
-        assert plain(a["training"][key]) == plain(b["training"][key]), key
-    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (stopped, whole))
-    assert ours["best"] == theirs["best"]
-    assert len(ours["epochs"]) == len(theirs["epochs"])
-    for one, other in zip(ours["epochs"], theirs["epochs"]):
-        for record in (one, other):
-            record["train"] = {name: v for name, v in record["train"].items() if name not in MEASURED}
-        assert one == other
+    assert differences(stopped, whole) == []
 
 
 def signal_at_step(monkeypatch, step: int, number: int) -> None:
@@ -183,14 +163,14 @@ def test_timed_saves_inside_an_epoch(few, call, monkeypatch):
     call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "rarely")
     rarely = saved.count("checkpoint.pt")
     call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "often", "--save_minutes", 0)
-    assert (rarely, saved.count("checkpoint.pt")) == (0, 2)
+    assert (rarely, saved.count("checkpoint.pt") - rarely) == (1, 3)  # one after the epoch
 
 
 # ---------------------------------------------------------------- faults while training
 
 
-def patch_losses(monkeypatch, change) -> None:
-    """`change(call number, losses of the call)` stands between the objective and the engine."""
+def patch_losses(monkeypatch, change) -> list[int]:
+    """`change(call number, losses of the call)` stands between the objective and the engine; returns calls' images."""
     original, calls = rfdetr.main.Objective.__call__, []
 
     def changed(self, model, batch, objects):
@@ -198,10 +178,23 @@ def patch_losses(monkeypatch, change) -> None:
         return change(len(calls), original(self, model, batch, objects))
 
     monkeypatch.setattr(rfdetr.main.Objective, "__call__", changed)
+    return calls
 
 
-def test_out_of_memory_halves_the_batch_and_changes_no_gradient(few, call, capsys, monkeypatch):
-    flags = [*quick_flags(few), "--batch", 4, "--min_steps", 1]
+def set_precision(monkeypatch, amp: str) -> list[str]:
+    """Flags for a precision; fp16 is forced on a CPU, which the scripts refuse since it is slow there."""
+    if amp != "fp16":
+        return ["--amp", amp]
+    monkeypatch.setattr(rfdetr.main, "pick_precision", lambda amp, device: Precision(device, torch.float16))
+    return []
+
+
+PRECISIONS = pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+
+
+@PRECISIONS
+def test_out_of_memory_halves_the_batch_and_changes_no_gradient(amp, few, call, capsys, monkeypatch):
+    flags = [*quick_flags(few), "--batch", 4, "--min_steps", 1, *set_precision(monkeypatch, amp)]
     call(train_detector_stage1.main, *flags, "--output_dir", "plenty")
 
     def fail_once(number, losses):
@@ -217,7 +210,25 @@ def test_out_of_memory_halves_the_batch_and_changes_no_gradient(few, call, capsy
     assert (plenty["progress"]["micro_batch"], little["progress"]["micro_batch"]) == (4, 2)
     moments = [[s["exp_avg"] for s in run["optimizer"]["state"].values()] for run in (plenty, little)]
     for a, b in zip(*moments):  # after one step the first moment is the gradient's share
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+        if amp == "off":
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+        else:  # 8 or 11 bits, which another order of sums moves
+            assert (a - b).norm() <= 0.05 * a.norm() + 1e-6
+
+
+def test_a_smaller_batch_is_remembered_by_a_resumed_run(few, call, monkeypatch, capsys):
+    def fail_once(number, losses):
+        if number == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses
+
+    with monkeypatch.context() as patched:
+        patch_losses(patched, fail_once)
+        call(train_detector_stage1.main, *quick_flags(few), "--batch", 4)
+    assert "out of memory" in capsys.readouterr().out
+    sizes = patch_losses(monkeypatch, lambda number, losses: losses)
+    call(train_detector_stage1.main, "--resume", "--epochs", 2)
+    assert sizes == [2, 2, 2, 2]  # two steps of four images
 
 
 def test_out_of_memory_with_one_image_gives_the_advice_that_is_left(few, call, monkeypatch):
@@ -229,12 +240,15 @@ def test_out_of_memory_with_one_image_gives_the_advice_that_is_left(few, call, m
         call(train_detector_stage1.main, *quick_flags(few))
 
 
-def test_a_step_without_a_finite_loss_is_skipped_and_recorded(few, call, capsys, monkeypatch):
+@PRECISIONS
+def test_a_step_without_a_finite_loss_is_skipped_and_recorded(amp, few, call, capsys, monkeypatch):
     def spoil(number, losses):
         return losses | {"loss_class": losses["loss_class"] * float("nan")} if number == 1 else losses
 
-    patch_losses(monkeypatch, spoil)
-    call(train_detector_stage1.main, *quick_flags(few))
+    flags = set_precision(monkeypatch, amp)
+    with monkeypatch.context() as patched:
+        patch_losses(patched, spoil)
+        call(train_detector_stage1.main, *quick_flags(few), *flags)
     folder = Path("runs/detector_tiny_32_1")
     (entry,) = json.loads((folder / "nan_batches.json").read_text())
     assert (entry["epoch"], entry["step"], len(entry["images"])) == (1, 1, 2)
@@ -243,9 +257,17 @@ def test_a_step_without_a_finite_loss_is_skipped_and_recorded(few, call, capsys,
     content = load(folder / "last.pt")
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
     assert {s["step"].item() for s in content["training"]["optimizer"]["state"].values()} == {1.0}  # of two
+    call(train_detector_stage1.main, "--resume", folder, "--epochs", 2, *flags)
+    assert json.loads((folder / "nan_batches.json").read_text()) == [entry]
+    with monkeypatch.context() as patched:
+        patch_losses(patched, spoil)
+        call(train_detector_stage1.main, "--resume", folder, "--epochs", 3, *flags)
+    first, second = json.loads((folder / "nan_batches.json").read_text())
+    assert first == entry and (second["epoch"], second["step"]) == (3, 5)
 
 
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(few, call, monkeypatch):
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(amp, few, call, monkeypatch):
     """A finite loss may still have such a gradient (the square root of zero, say)."""
 
     def spoil(number, losses):
@@ -254,12 +276,31 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(few, call, mon
         return losses
 
     patch_losses(monkeypatch, spoil)
-    call(train_detector_stage1.main, *quick_flags(few))
+    call(train_detector_stage1.main, *quick_flags(few), *set_precision(monkeypatch, amp))
     content = load(Path("runs/detector_tiny_32_1/last.pt"))
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
 
 
-def test_too_many_steps_without_a_finite_loss_end_the_run(few, call, monkeypatch):
-    patch_losses(monkeypatch, lambda number, losses: {name: v * float("inf") for name, v in losses.items()})
+def test_fp16_gradients_that_no_scale_mends_end_the_run(few, call, monkeypatch):
+    def spoil(number, losses):
+        return losses | {"loss_class": losses["loss_class"] + (losses["loss_class"] * 0).sqrt()}
+
+    patch_losses(monkeypatch, spoil)
+    with pytest.raises(UserError, match="10 steps in a row had no finite loss"):
+        call(train_detector_stage1.main, *quick_flags(few), "--min_steps", 40, *set_precision(monkeypatch, "fp16"))
+
+
+@PRECISIONS
+def test_too_many_steps_without_a_finite_loss_end_the_run(amp, few, call, monkeypatch):
+    flags = [*quick_flags(few), "--epochs", 2, "--min_steps", 12, *set_precision(monkeypatch, amp)]
+
+    def spoil(number, losses):
+        return losses if number <= 12 else {name: v * float("inf") for name, v in losses.items()}
+
+    patch_losses(monkeypatch, spoil)
     with pytest.raises(UserError, match="10 steps in a row had no finite loss.*--lr"):
-        call(train_detector_stage1.main, *quick_flags(few), "--min_steps", 12)
+        call(train_detector_stage1.main, *flags)
+    folder = Path("runs/detector_tiny_32_1")
+    assert [entry["step"] for entry in json.loads((folder / "nan_batches.json").read_text())] == list(range(13, 23))
+    for name in ("best.pt", "checkpoint_best_regular.pth", "last.pt"):
+        assert all(tensor.isfinite().all() for tensor in load(folder / name)["model"].values())

@@ -20,6 +20,8 @@ from rfdetr.console import UserError, warn
 from rfdetr.data.coco import CocoSplit, load_image, rasterise
 from rfdetr.data.transforms import LEAST_SIDE, place_boxes, random_view
 
+# of a user, a job scheduler, a terminal that goes away
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
 
 
@@ -192,7 +194,7 @@ class EpochSampler(Sampler):
 def outlive_one_signal(worker: int) -> None:
     """For a loader's process: Ctrl-C, torchrun and job schedulers signal it too, while the main process still needs
     its batches, up to the end of the step, and then saves. A second signal ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 

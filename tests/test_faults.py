@@ -1,0 +1,573 @@
+"""What a machine or a stranger does to a run: each fault is made for real, and nothing that was saved is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, quick_flags, run_script
+from test_resume import assert_same_run, load
+
+import evaluate
+import export
+import predict
+import rfdetr.engine
+import rfdetr.evaluation
+import rfdetr.main
+import shrink_head
+import train_detector_stage1
+import train_seg_single_stage
+import train_seg_stage2
+import validate_setup
+from rfdetr.cli import latest_state
+from rfdetr.console import Stopped
+from rfdetr.console import run_script as as_a_script
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def made(few, tmp_path_factory) -> Path:
+    """A finished stage-1 run of one epoch, with a class head that needs no shrinking."""
+    folder = tmp_path_factory.mktemp("faults")
+    flags = [*quick_flags(few), "--tensorboard", 1, "--head", "dataset", "--output_dir", "run"]
+    run_script("train_detector_stage1.py", *flags, cwd=folder)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def exit_of(call, capsys):
+    """exit_of(main, *flags) -> (exit status, stderr) of a script that fails, without a traceback."""
+
+    def run(main, *words: object) -> tuple[int, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            call(lambda argv: as_a_script(main, argv), *words)
+        text = capsys.readouterr().err
+        assert "Traceback" not in text and "defect" not in text
+        return left.value.code, text
+
+    return run
+
+
+def driver(prelude: str, *commands: list[object]) -> list[str]:
+    """A command that runs scripts in one process after `prelude`, printing the exit status of each."""
+    lines = ["import sys", f"sys.path.insert(0, {str(ROOT)!r})", "import importlib", prelude]
+    lines += ["from rfdetr.console import run_script"]
+    for script, *words in commands:
+        lines += [
+            f"sys.argv = [{script + '.py'!r}, *{[str(word) for word in words]!r}]",
+            "try:",
+            f"    run_script(importlib.import_module({script!r}).main)",
+            "    status = 0",
+            "except SystemExit as left:",
+            "    status = left.code",
+            f"print('{script} left with', status, flush=True)",
+        ]
+    return [sys.executable, "-c", "\n".join([*lines, "sys.exit(status)"])]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+
+
+def run_driver(prelude: str, *commands: list[object], cwd: Path) -> subprocess.CompletedProcess:
+    words = driver(prelude, *commands)
+    return subprocess.run(words, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".json")}
+
+
+# ---------------------------------------------------------------- row 1: kill -9, and exact resume
+
+KILLED_WHILE_SAVING = """
+import io, os, torch
+save, saves = torch.save, []
+def half(content, file):
+    saves.append(1)
+    if len(saves) == 3:
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[:50_000])
+        file.flush()
+        os.kill(os.getpid(), 9)
+    save(content, file)
+torch.save = half
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(few, call, tmp_path):
+    flags = [*quick_flags(few), "--min_steps", 3, "--save_minutes", 0]
+    command = ["train_detector_stage1", *flags, "--output_dir", "killed"]
+    assert run_driver(KILLED_WHILE_SAVING, command, cwd=tmp_path).returncode != 0
+    killed = tmp_path / "killed"
+    assert (killed / "checkpoint.pt.tmp").stat().st_size == 50_000
+    assert load(killed / "checkpoint.pt")["training"]["progress"]["step"] == 2
+    call(train_detector_stage1.main, "--resume", killed)
+    assert not list(killed.glob("*.tmp"))
+    call(train_detector_stage1.main, *flags, "--output_dir", "whole")
+    assert_same_run(killed, tmp_path / "whole")
+
+
+def test_ten_runs_killed_at_random_moments_go_on_with_the_same_bits(tmp_path):
+    words = [sys.executable, str(ROOT / "benchmarks/stress.py"), "--kills", "10", "--keep", str(tmp_path / "stress")]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", env=environment(), timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"10 kills in \d+ runs, 0 runs lost something", done.stdout)
+
+
+def test_a_run_that_ended_before_its_first_save_says_how_to_start_anew(few, exit_of, call, monkeypatch):
+    def end(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rfdetr.engine, "optimise", end)
+        with pytest.raises(KeyboardInterrupt):
+            call(train_detector_stage1.main, *quick_flags(few))
+    code, text = exit_of(train_detector_stage1.main, "--resume", "runs/detector_tiny_32_1")
+    assert code == 2 and "ended before its first save" in text
+    command = text.splitlines()[-1].split()
+    assert command[0] == "python" and command[2:] == [str(flag) for flag in quick_flags(few)]
+
+
+# ---------------------------------------------------------------- row 2: a full disk
+
+FILE_LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+
+
+def test_files_that_may_not_grow_keep_the_old_checkpoints(run, tmp_path):
+    pytest.importorskip("resource")
+    before = contents(run)
+    resume = ["train_detector_stage1", "--resume", run, "--epochs", 2]
+    done = run_driver(FILE_LIMIT.format(1 << 20), resume, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"could not write .*\.pth? \(.*Free some space", done.stderr)
+    after = contents(run)
+    assert all(after[name] == before[name] for name in before if name != "metrics.json")
+    assert not list(run.glob("*.tmp"))
+    run_script("train_detector_stage1.py", *resume[1:], cwd=tmp_path)  # with room again
+    assert load(run / "last.pt")["training"]["progress"]["epoch"] == 2
+
+
+def test_outputs_that_may_not_grow_are_named(run, few, tmp_path):
+    pytest.importorskip("resource")
+    weights, small = ["--checkpoint", run / "best.pt"], tmp_path / "small.pt"
+    small.write_bytes(b"an earlier file")
+    done = run_driver(
+        FILE_LIMIT.format(100),
+        ["predict", *weights, "--input", few / "valid", "--output", "found"],
+        ["evaluate", *weights, "--dataset", few, "--json", "scores.json"],
+        ["evaluate", *weights, "--dataset", few, "--results", "results"],
+        ["shrink_head", "--in_ckpt", run / "best.pt", "--out_ckpt", small],
+        cwd=tmp_path,
+    )
+    assert re.findall(r"left with (\d+)", done.stdout) == ["2", "2", "2", "2"], done.stderr
+    assert "Traceback" not in done.stderr and "defect" not in done.stderr
+    for name in ("found", "scores.json", "results", "small.pt"):
+        assert re.search(rf"(could not write|cannot write to the folder) \S*{name}", done.stderr), name
+    assert small.read_bytes() == b"an earlier file" and not (tmp_path / "scores.json").exists()
+    assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "found").iterdir())
+
+
+def in_a_namespace(mount: str, words: list[str], after: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a command where `mount` was done in a mount namespace of its own, and the shell's `after` behind it."""
+    if subprocess.run(["sh", "-c", "unshare -rm mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    lines = f'{mount} || exit 99\n"$@"\nstatus=$?\n{after}\nexit $status'
+    command = ["unshare", "-rm", "sh", "-c", lines, "sh", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600)
+
+
+DISK_FILLS_UP = """
+import rfdetr.main
+train, check = rfdetr.main.train_one_epoch, rfdetr.main.check_free_disk
+def fill():
+    with open("ballast", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)) == 4096: pass
+        except OSError: pass
+def train_one_epoch(trainer, *rest):
+    if trainer.progress.epoch == {epoch}: fill()
+    return train(trainer, *rest)
+rfdetr.main.train_one_epoch = train_one_epoch
+"""
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_disk_that_is_really_full(epoch, few, tmp_path):
+    (tmp_path / "disk").mkdir()
+    flags = [*quick_flags(few), "--epochs", 2, "--tensorboard", 1, "--output_dir", "run"]
+    done = in_a_namespace(
+        "mount -t tmpfs -o size=160m tmpfs disk && cd disk",
+        driver(DISK_FILLS_UP.format(epoch=epoch), ["train_detector_stage1", *flags]),
+        "cp -r run ..",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"could not write run.*No space left on device|could not write run.*\.pth? ", done.stderr)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr  # of TensorBoard neither
+    run = tmp_path / "run"
+    assert not list(run.glob("*.tmp"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert len(metrics["epochs"]) == epoch
+    if epoch:
+        assert load(run / "last.pt")["training"]["progress"]["epoch"] == 1
+        run_script("train_detector_stage1.py", "--resume", "run", cwd=tmp_path)
+        assert load(run / "last.pt")["training"]["progress"]["epoch"] == 2
+
+
+# ---------------------------------------------------------------- row 3: damaged checkpoints
+
+
+def test_a_resume_passes_over_whatever_is_left_of_a_file(run, capsys):
+    """Cut anywhere, or with bytes of another file: never an error of its own, and the other file is taken."""
+    chance, whole = random.Random(0), (run / "checkpoint.pt").read_bytes()
+    cuts = [0, 1, 100, len(whole) // 2, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(10))]
+    for name in ("checkpoint.pt", "last.pt"):
+        for cut in cuts:
+            (run / name).write_bytes(whole[:cut])
+            assert latest_state(run)["training"]["progress"]["epoch"] == 1
+            said = capsys.readouterr().out
+            assert str(run / name) in said and "going on from the other one" in said
+        (run / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "content", [{"format": 1, "model": {}}, {"model": {"a": 1}}, {"format": 1}, {"state_dict": {"x": 1}}, {1: 2}]
+)
+def test_files_of_another_making_are_named(content, run, exit_of):
+    torch.save(content, run / "strange.pt")
+    code, text = exit_of(export.main, "--checkpoint", run / "strange.pt", "--out", run / "out.pth")
+    assert code == 2 and "strange.pt" in text
+
+
+def test_no_good_checkpoint_left(run, exit_of):
+    for name in ("checkpoint.pt", "last.pt"):
+        (run / name).write_bytes(b"")
+    code, text = exit_of(train_detector_stage1.main, "--resume", run)
+    assert code == 2 and text.count(str(run)) >= 2 and "Start anew, in another folder:\n  python " in text
+
+
+# ---------------------------------------------------------------- row 4: code in a checkpoint
+
+
+class Malicious:
+    """Unpickled, this would make a folder."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "pickle"])
+@pytest.mark.parametrize(
+    "script, flag, more",
+    [
+        (train_detector_stage1, "--pretrain_weights", "train"),
+        (train_detector_stage1, "--backbone_weights", "train"),
+        (train_detector_stage1, "--resume", None),
+        (train_seg_stage2, "--checkpoint", "train"),
+        (train_seg_single_stage, "--init_ckpt", "train"),
+        (evaluate, "--checkpoint", "--dataset"),
+        (predict, "--checkpoint", "--output"),
+        (export, "--checkpoint", "--out"),
+        (shrink_head, "--in_ckpt", "--out_ckpt"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_code_in_a_checkpoint_is_refused_and_never_run(script, flag, more, legacy, run, few, exit_of, tmp_path):
+    marker, evil = tmp_path / "was_here", run / "evil.bin"
+    content = load(run / "last.pt") | {"args": Malicious(marker)}
+    evil.write_bytes(pickle.dumps({"model": Malicious(marker)})) if legacy else torch.save(content, evil)
+    words = [flag, evil]
+    if flag == "--resume":
+        shutil.copy(evil, run / "last.pt")
+        shutil.copy(evil, run / "checkpoint.pt")
+        words = [flag, run]
+    elif more == "train":
+        words += quick_flags(few)
+    else:
+        words += [more, few if more == "--dataset" else tmp_path / "out"]
+        words += ["--input", few / "valid"] if script is predict else []
+    code, text = exit_of(script.main, *words)
+    assert code == 2 and "was refused, nothing of it was run" in text
+    assert not marker.exists() and not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------- rows 5 and 6: another size, other classes
+
+
+def test_a_resumed_run_keeps_its_size_and_architecture(run, few, exit_of):
+    code, text = exit_of(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--size", "nano")
+    assert code == 2 and "tensors differ" in text and "--size tiny" in text
+    code, text = exit_of(train_seg_single_stage.main, "--resume", run)
+    assert code == 2 and f"python train_detector_stage1.py --resume {run}" in text
+
+
+def test_weights_of_another_architecture(few, exit_of, tmp_path):
+    torch.save({"model": {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}}, tmp_path / "resnet.pth")
+    code, text = exit_of(train_seg_stage2.main, *quick_flags(few), "--checkpoint", "resnet.pth")
+    assert code == 2 and "fits none of the sizes" in text and "tensors differ" in text
+
+
+def renamed(few: Path, folder: Path, names: dict[str, str]) -> Path:
+    shutil.copytree(few, folder)
+    for file in folder.glob("*/_annotations.coco.json"):
+        content = json.loads(file.read_text())
+        for category in content["categories"]:
+            category["name"] = names[category["name"]]
+        file.write_text(json.dumps(content))
+    return folder
+
+
+def test_other_class_names_and_another_order(run, few, exit_of, call, tmp_path):
+    names = ["cells", "blood_vessel", "glomerulus"]
+    other = renamed(few, tmp_path / "other", dict(zip(names, ["cells", "tubule", "glomerulus"])))
+    for words in (
+        [train_detector_stage1.main, "--resume", run, "--epochs", 2],
+        [train_seg_stage2.main, *quick_flags(few), "--checkpoint", run / "best.pt"],
+        [evaluate.main, "--checkpoint", run / "best.pt"],
+    ):
+        code, text = exit_of(*words, "--dataset", other)
+        assert code == 2 and "Only in the dataset: ['tubule']; only in the checkpoint: ['blood_vessel']" in text
+    order = renamed(few, tmp_path / "order", dict(zip(names, names[1:] + names[:1])))
+    call(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--dataset", order)
+    assert load(run / "last.pt")["classes"]["names"] == names[1:] + names[:1]
+    assert load(run / "last.pt")["classes"]["rows"] == [1, 2, 0]
+
+
+# ---------------------------------------------------------------- row 7: places that cannot be written
+
+
+def test_a_file_where_the_output_belongs(run, few, exit_of, tmp_path):
+    (file := tmp_path / "file").write_text("keep")
+    weights = ["--checkpoint", run / "best.pt"]
+    for words in (
+        [train_detector_stage1.main, *quick_flags(few), "--output_dir", file],
+        [train_seg_single_stage.main, *quick_flags(few), "--output_dir", file / "deeper"],
+        [train_seg_stage2.main, *quick_flags(few), *weights, "--output_dir", file],
+        [predict.main, *weights, "--input", few / "valid", "--output", file],
+        [evaluate.main, *weights, "--dataset", few, "--json", file / "scores.json"],
+        [evaluate.main, *weights, "--dataset", few, "--json", tmp_path],
+        [evaluate.main, *weights, "--dataset", few, "--results", file],
+        [shrink_head.main, "--in_ckpt", run / "best.pt", "--out_ckpt", file / "small.pt"],
+        [export.main, *weights, "--out", tmp_path],
+    ):
+        code, text = exit_of(*words)
+        assert code == 2 and ("file" in text or "is a folder" in text or "tiny" in text), text
+    assert file.read_text() == "keep"
+
+
+def test_a_folder_that_is_read_only(run, few, tmp_path):
+    (tmp_path / "locked").mkdir()
+    weights = ["--checkpoint", run / "best.pt"]
+    command = driver(
+        "",
+        ["evaluate", *weights, "--dataset", few, "--json", "locked/scores.json"],
+        ["predict", *weights, "--input", few / "valid", "--output", "locked"],
+        ["train_detector_stage1", *quick_flags(few), "--output_dir", "locked/run"],
+    )
+    done = in_a_namespace("mount -t tmpfs -o ro tmpfs locked", command, "", cwd=tmp_path)
+    assert re.findall(r"left with (\d+)", done.stdout) == ["2", "2", "2"], done.stderr
+    assert done.stderr.count("Read-only file system") == 3
+    for flag in ("--json", "--output", "--output_dir"):
+        assert f"Name another with {flag}\n" in done.stderr
+
+
+# ---------------------------------------------------------------- row 8: signals
+
+
+def signal_at_detection(monkeypatch, call: int, number: int) -> list[int]:
+    """The process gets a signal in its `call`-th detection; the list grows with every one that begins."""
+    detect, calls = rfdetr.evaluation.Finder._detect, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return detect(*args)
+
+    monkeypatch.setattr(rfdetr.evaluation.Finder, "_detect", interrupted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["stage1", "stage2"])
+def test_a_signal_during_the_evaluation_ends_it_at_once(kind, few, run, call, monkeypatch):
+    script, flags = train_detector_stage1, [*quick_flags(few), "--batch", 1]
+    if kind == "stage2":
+        script, flags = train_seg_stage2, [*flags, "--checkpoint", run / "best.pt"]
+    call(script.main, *flags, "--output_dir", "whole")
+    with monkeypatch.context() as patched:
+        calls = signal_at_detection(patched, 1, signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            call(script.main, *flags, "--output_dir", "stopped")
+    assert stopped.value.code == 143 and len(calls) == 1
+    assert load(Path("stopped/checkpoint.pt"))["training"]["progress"]["step_in_epoch"] == 4
+    if kind == "stage2":
+        (run / "best.pt").unlink()  # the run has its detector in its own state
+    call(script.main, "--resume", "stopped")
+    assert_same_run(Path("stopped"), Path("whole"))
+
+
+def test_a_run_interrupted_while_it_scores_the_test_split_does_that_on_resume(few, call, exit_of, monkeypatch):
+    flags = [*quick_flags(few), "--run_test", 1, "--ema", 0]
+    with monkeypatch.context() as patched:
+        signal_at_detection(patched, 3, signal.SIGINT)  # after valid and the pictures
+        code, text = exit_of(train_detector_stage1.main, *flags, "--output_dir", "run")
+    assert code == 130 and "interrupted" in text
+    assert "test" not in json.loads(Path("run/metrics.json").read_text())
+    call(train_detector_stage1.main, "--resume", "run")
+    assert json.loads(Path("run/metrics.json").read_text())["test"].keys() == {"bbox"}
+    code, text = exit_of(train_detector_stage1.main, "--resume", "run")
+    assert code == 2 and "has finished its 1 epochs" in text
+
+
+def test_a_run_stopped_after_its_patience_does_not_train_on(few, call):
+    flags = [*quick_flags(few), "--epochs", 9, "--patience", 1, "--lr", 0, "--lr_encoder", 0]
+    call(train_detector_stage1.main, *flags, "--output_dir", "run")
+    before = load(Path("run/last.pt"))["training"]["progress"]
+    call(train_detector_stage1.main, "--resume", "run")
+    assert load(Path("run/last.pt"))["training"]["progress"] == before
+    call(train_detector_stage1.main, "--resume", "run", "--patience", 2)
+    assert load(Path("run/last.pt"))["training"]["progress"]["epoch"] == before["epoch"] + 1
+
+
+def test_scripts_that_only_read_leave_with_143(run, few, exit_of, monkeypatch):
+    signal_at_detection(monkeypatch, 1, signal.SIGTERM)
+    assert exit_of(evaluate.main, "--checkpoint", run / "best.pt", "--dataset", few)[0] == 143
+
+
+def start_and_wait(prelude: str, words: list[object], until: str, cwd: Path) -> subprocess.Popen:
+    """A script in a session of its own, as a terminal would have it, once it has printed `until` to stderr."""
+    process = subprocess.Popen(
+        driver(prelude, words), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env=environment(),
+    )  # fmt: skip
+    seen = b""
+    while not re.search(until.encode(), seen):
+        character = process.stderr.read(1)
+        assert character, seen
+        seen += character
+    return process
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too(few, tmp_path):
+    flags = [*quick_flags(few), "--workers", 2, "--min_steps", 500, "--output_dir", "run"]
+    process = start_and_wait("", ["train_detector_stage1", *flags], r"\b[1-9]\d*/500 ", tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = (text.decode() for text in process.communicate(timeout=120))
+    assert process.returncode == 130, err
+    assert "--resume run" in out and "Traceback" not in err
+    assert load(tmp_path / "run/checkpoint.pt")["training"]["progress"]["step"] > 0
+
+
+SLOW_STEP = """
+import rfdetr.engine, time
+def slow(*args):
+    print("in a step", file=sys.stderr, flush=True)
+    for _ in range(6000): time.sleep(0.1)
+rfdetr.engine.optimise = slow
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to other processes")
+def test_a_second_signal_ends_at_once(few, tmp_path):
+    process = start_and_wait(SLOW_STEP, ["train_detector_stage1", *quick_flags(few)], "in a step", tmp_path)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None  # it would end the step
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+
+
+# ---------------------------------------------------------------- rows 33 to 36
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        (train_detector_stage1, ["--dataset", "file"], "file"),
+        (train_detector_stage1, ["--resume", "file"], "there is no last.pt or checkpoint.pt in file"),
+        (train_seg_stage2, ["--seg_lr", "-1"], ">= 0"),
+        (train_seg_stage2, ["--cache", "tape"], "'ram', 'disk', 'off'"),
+        (train_seg_stage2, ["--cache_views", "5"], "<= 4"),
+        (train_seg_single_stage, ["--num_queries", "0"], ">= 1"),
+        (evaluate, ["--checkpoint", "folder", "--batch", "0"], ">= 1"),
+        (predict, ["--checkpoint", "x.pt", "--input", "folder", "--output", "o", "--threshold", "2"], "<= 1"),
+        (predict, ["--checkpoint", "x.pt", "--input", "folder", "--output", "o"], "no images or videos there"),
+        (shrink_head, ["--in_ckpt", "folder", "--out_ckpt", "o.pt"], "there is no checkpoint folder"),
+        (export, ["--checkpoint", "file", "--out", "o.pth", "--format", "onnx"], "rfdetr"),
+        (validate_setup, ["--dataset", "file"], "file"),
+    ],
+    ids=lambda value: getattr(value, "__name__", " ".join(value) if isinstance(value, list) else ""),
+)
+def test_bad_values_name_what_is_accepted(script, flags, message, call, capfd, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as left:
+        call(lambda argv: as_a_script(script.main, argv), *flags)
+    out, err = capfd.readouterr()
+    assert left.value.code and message in out + err and "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_two_runs_started_at_once_get_two_folders(few, tmp_path):
+    words = [sys.executable, str(ROOT / "train_detector_stage1.py"), *map(str, quick_flags(few)), "--fast_dev_run", "1"]
+    both = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, env=environment()) for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    folders = {re.search(r"Output:\s+(\S+)", output)[1] for output in outputs}
+    assert folders == {str(Path("runs", f"detector_tiny_32_{n}")) for n in (1, 2)}
+    assert all((tmp_path / folder / "last.pt").exists() for folder in folders)
+
+
+def test_damaged_figures_of_an_earlier_run_are_kept_aside(run, call, capsys):
+    (run / "metrics.json").write_text('{"format": 1, "epo')
+    (events,) = (run / "tb").iterdir()
+    data = bytearray(events.read_bytes())
+    data[100] ^= 255  # in a number's record
+    events.write_bytes(data)
+    call(train_detector_stage1.main, "--resume", run, "--epochs", 2)
+    said = capsys.readouterr().out
+    assert "metrics.json is damaged: kept as metrics.damaged-1.json, a new one begins at epoch 2" in said
+    assert "is damaged: kept as tb.damaged-1, a new one begins at epoch 2" in said
+    assert (run / "metrics.damaged-1.json").read_text() == '{"format": 1, "epo'
+    assert (run / "tb.damaged-1").read_bytes() == data and len(list((run / "tb").iterdir())) == 1
+    assert [epoch["epoch"] for epoch in json.loads((run / "metrics.json").read_text())["epochs"]] == [2]
+
+
+def test_weights_that_cannot_be_downloaded(few, exit_of, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # nobody listens there from here on
+    url = f"http://127.0.0.1:{port}/weights.pth"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    code, text = exit_of(train_detector_stage1.main, *quick_flags(few), "--pretrain_weights", url)
+    assert code == 2 and url in text and str(tmp_path / "hub") in text
+    assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert not (tmp_path / "runs").exists()
