@@ -265,3 +265,24 @@ def test_recipes_are_the_only_home_of_training_defaults():
     assert SIZES["nano"].recipe == Recipe()
     tiny = SIZES["tiny"].recipe
     assert (tiny.lr, tiny.group_detr, tiny.batch, tiny.ema_decay) == (1e-3, 1, 4, 0.99)
+
+
+def test_attention_in_parts_computes_what_the_fused_one_does(small_model, monkeypatch):
+    images = torch.randn(2, 3, 64, 64)
+    for module in (small_model.train(), small_model.eval()):
+        with torch.no_grad():
+            fused = module(images)
+        with monkeypatch.context() as patched, torch.no_grad():
+            for name in ("windowed_vit", "decoder"):
+                patched.setattr(f"rfdetr.models.{name}.fused_attention_pays", lambda device: False)
+            apart = module(images)
+        for key in ("pred_logits", "pred_boxes"):
+            torch.testing.assert_close(apart[key], fused[key], atol=1e-5, rtol=1e-4)
+
+
+def test_attention_is_fused_except_in_bf16_on_a_cpu(small_model):
+    attention = small_model.encoder.encoder["layer"][0].attn
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            small_model(torch.randn(1, 3, 64, 64))
+        assert attention.fused_attn is not enabled

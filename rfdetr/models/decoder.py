@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdetr.models.deformable_attention import DeformableAttention
+from rfdetr.precision import fused_attention_pays
 from rfdetr.sizes import ModelSize
 
 
@@ -74,8 +75,10 @@ class DecoderLayer(nn.Module):
         # x, position (B, G*Q, C); groups never see each other
         B, _, C = x.shape
         query = (x + position).reshape(B * groups, -1, C)
-        attended = self.self_attn(query, query, x.reshape(B * groups, -1, C), need_weights=False)[0].reshape(B, -1, C)
-        x = self.norm1(x + attended)
+        apart = not fused_attention_pays(x.device)  # asked for its weights, the module computes them by themselves
+        value = x.reshape(B * groups, -1, C)
+        attended = self.self_attn(query, query, value, need_weights=apart, average_attn_weights=False)[0]
+        x = self.norm1(x + attended.reshape(B, -1, C))
         x = self.norm2(x + self.cross_attn(x + position, boxes, memory, shapes))
         return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
 

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rfdetr.precision import fused_attention_pays
 from rfdetr.sizes import ModelSize
 
 
@@ -81,8 +82,9 @@ class WindowedViT(nn.Module):
         B, _, H, W = images.shape
         N, height, width = self.size.windows, H // self.size.patch, W // self.size.patch
         x = self.embeddings(images)
-        features = []
+        features, fused = [], fused_attention_pays(images.device)
         for i, block in enumerate(self.encoder["layer"][: self.size.used_depth]):
+            block.attn.fused_attn = fused
             # attention alone mixes tokens, so a global block is a plain block on all windows in one row
             x = x.reshape(B, -1, x.shape[-1]) if i in self.size.global_blocks else x.reshape(B * N * N, -1, x.shape[-1])
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
