@@ -131,6 +131,8 @@ ANNOTATION_FAULTS = [
     ({"segmentation": EMPTY_RLE | {"counts": [1199]}}, "ANN_RLE_COUNTS", "error"),
     ({"segmentation": EMPTY_RLE | {"counts": [1300, -100]}}, "ANN_RLE_COUNTS", "error"),
     ({"segmentation": EMPTY_RLE | {"counts": []}}, "ANN_RLE_COUNTS", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": [0, *[0] * 5000, 1200]}}, "ANN_RLE_COUNTS", "error"),
+    ({"segmentation": EMPTY_RLE | {"counts": "10000_U1"}}, "ANN_RLE_COUNTS", "error"),
     ({"segmentation": EMPTY_RLE | {"counts": [1200.0]}}, "ANN_RLE_TYPE", "error"),
     ({"segmentation": EMPTY_RLE | {"counts": 7}}, "ANN_RLE_TYPE", "error"),
     ({"segmentation": EMPTY_RLE | {"counts": "0"}}, "ANN_RLE_COUNTS", "error"),

@@ -15,7 +15,16 @@ from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
 from rfdetr.console import UserError
-from rfdetr.data.validation import NO_MASKS, CocoSplit, ImageRecord, Problem, find_splits, placeholders, raise_errors
+from rfdetr.data.validation import (
+    FORMATS,
+    NO_MASKS,
+    CocoSplit,
+    ImageRecord,
+    Problem,
+    find_splits,
+    placeholders,
+    raise_errors,
+)
 from rfdetr.metrics.overlap import to_rle
 
 SEEN = 8  # pixels: smaller objects, half a patch of most sizes, are hardly seen
@@ -181,7 +190,7 @@ def load_image(record: ImageRecord) -> np.ndarray:
 def read_pixels(path: str | Path, turn: bool) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; `turn`: upright by its EXIF orientation.  UserError if it is unreadable."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return to_rgb_array(ImageOps.exif_transpose(image) if turn else image)
     except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
         message = f"{path}: cannot be read as an image: {error}. Replace it or delete its entry"

@@ -32,6 +32,11 @@ NO_MASKS = (
 )
 ORIENTATION = 0x0112  # EXIF tag: 2-4 mirror or turn by 180 degrees, 5-8 also swap width and height
 
+# Only these are decoded: for others Pillow would call a program (Ghostscript for EPS), whatever the file's name says.
+FORMATS = "JPEG PNG TIFF BMP WEBP GIF PPM JPEG2000 AVIF DIB PCX ICO TGA".split()  # JPEG: cameras' MPO too
+Image.init()
+FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF: from Pillow 11.3 on
+
 # Above this Pillow warns, above twice this it raises, and only that counts as a decompression bomb here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -71,7 +76,7 @@ CODES: dict[str, tuple[str, str, str]] = {
     "ANN_POLYGON_ODD": ("warning", "with a polygon of an odd number of coordinates", "the polygon is dropped"),
     "ANN_POLYGON_FAR": ("warning", "with a polygon that leads far outside the image", "the polygon is dropped"),
     "ANN_RLE_SIZE": ("error", "with an RLE of another size than the image", "export the masks again"),
-    "ANN_RLE_COUNTS": ("error", "with RLE runs that do not sum to height x width", "export the masks again"),
+    "ANN_RLE_COUNTS": ("error", "with RLE runs that are empty or do not sum to height x width", "export the masks again"),
     "ANN_RLE_TYPE": ("error", "whose RLE counts are neither a text nor whole numbers", "export the masks again"),
     "ANN_NO_MASK": ("warning", "without a usable mask", "they give no mask loss"),
     "SPLIT_EMPTY": ("warning", "without a usable object", "it gives nothing to train on and no scores"),
@@ -374,7 +379,7 @@ def _look(image: ImageRecord, folder: Path, decode: bool, seen: SeenImages) -> d
 def _open(image: ImageRecord, decode: bool) -> dict[str, str]:
     """Read the image's header, or all of it, and fill in what it tells; returns {code: what to add to the path}."""
     try:
-        with Image.open(image.path) as picture:
+        with Image.open(image.path, formats=FORMATS) as picture:
             stored, orientation = picture.size, 1
             # Pillow turns TIFFs by itself. For a PNG without EXIF in front of its pixels getexif() decodes them all.
             if picture.format != "TIFF" and ("exif" in picture.info or (image.width, image.height) != stored):
@@ -461,12 +466,14 @@ def _rle_fault(rle: object, width: float, height: float, sums: dict[str, int]) -
     elif type(runs) is not list or any(type(run) is not int for run in runs):
         return "ANN_RLE_TYPE"
     else:
-        total = sum(runs) if min(runs, default=-1) >= 0 else -1
+        total = sum(runs) if min(runs, default=-1) >= 0 and 0 not in runs[1:-1] else -1
     return None if total == size[0] * size[1] else "ANN_RLE_COUNTS"
 
 
 def run_sums(texts: list[str], at_once: int = 1000) -> dict[str, int]:
-    """text -> sum of the runs of that compressed COCO RLE; -1 where it is none or a run is negative.
+    """text -> sum of the runs of that compressed COCO RLE; -1 where it is none, or a run is negative or empty.
+
+    Empty runs (the first and the last may be) make pycocotools' merge write beyond its memory.
 
     Numbers of 5 bits a character, lowest first, offset 48; bit 5: goes on; bit 4 of the last: sign. From the fourth on
     a number is the difference to the run two before.  Source of the format: pycocotools' maskApi.c, rleFrString.
@@ -487,6 +494,9 @@ def run_sums(texts: list[str], at_once: int = 1000) -> dict[str, int]:
                 np.cumsum(runs[start:end:2], out=runs[start:end:2])
         # 30 bits: the C code's shifts hold no more
         wrong = (runs < 0) | (lengths > 6) | (np.maximum.reduceat(chars, starts) > 63)
+        inside = np.ones(len(runs), dtype=bool)
+        inside[first] = inside[first - 1] = False  # -1: the last of the text before
+        wrong |= (runs == 0) & inside
         totals = np.where(np.logical_or.reduceat(wrong, first), -1, np.add.reduceat(runs, first))
         sums |= zip(part, totals.tolist())
     return sums
