@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, metavar="DIR", help="write COCO results here: bbox.json, segm.json")
     parser.add_argument("--resolution", type=number(int, 1), help="input side (default: the checkpoint's)")
     parser.add_argument("--batch", type=number(int, 1), default=8)
-    parser.add_argument("--workers", type=number(int, 0), default=0)
+    parser.add_argument("--workers", type=number(int, 0, 256), default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="off")
     add_compile_flag(parser)

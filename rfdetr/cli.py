@@ -22,7 +22,7 @@ SCRIPTS = {  # of each stage
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of all three training scripts. A default of None means the size's own (rfdetr/sizes.py)."""
-    positive, share = number(int, 1), number(float, 0)
+    positive, images, share = number(int, 1), number(int, 1, 65536), number(float, 0)
     add = parser.add_argument
     add("--size", choices=list(SIZES), default="nano", help="model size (default: nano)")
     add("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
@@ -31,9 +31,9 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--resolution", type=positive, help="input side in pixels (default: the size's own)")
     add("--epochs", type=positive, help="passes over the training images")
-    add("--batch", type=lambda t: t if t == "auto" else positive(t), help="images in one forward pass, or auto")
-    add("--accum", type=positive, help="forward passes per optimizer step")
-    add("--workers", type=number(int, 0), help="loader processes (default: 2; 0 where images stay in memory)")
+    add("--batch", type=lambda t: t if t == "auto" else images(t), help="images in one forward pass, or auto")
+    add("--accum", type=images, help="forward passes per optimizer step")
+    add("--workers", type=number(int, 0, 256), help="loader processes (default: 2; 0 where images stay in memory)")
     add("--weight_decay", type=share, help="AdamW's weight decay")
     add("--multi_scale", type=boolean, default=None, metavar="0|1", help="draw the input side anew for each step")
     add("--expanded_scales", type=boolean, default=False, metavar="0|1", help="a wider range of sides")
@@ -41,7 +41,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--no_amp", action="store_true", help="the same as --amp off")
     add("--ema", type=boolean, default=True, metavar="0|1", help="keep an average of the weights, scored as well")
     add("--patience", type=number(int, 0), default=0, help="stop after this many epochs without gain (0: never)")
-    add("--min_steps", type=positive, help="repeat small datasets until an epoch has this many steps")
+    add("--min_steps", type=number(int, 1, 10**6), help="repeat small datasets until an epoch has this many steps")
     add("--eval_every", type=positive, default=1, help="epochs between evaluations (the last is always evaluated)")
     add("--save_minutes", type=share, default=5.0, help="minutes between saves inside an epoch")
     add("--seed", type=number(int, 0), default=0)

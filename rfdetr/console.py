@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import platform
 import re
@@ -17,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 TICK, WARN = "✓", "⚠"
+MOST = 10**9  # that a flag may say: what is larger is a slip, and no library takes it
 
 
 class UserError(Exception):
@@ -44,15 +44,14 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected 0, 1, true, false, yes or no, got {text!r}")
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+def number(kind: type, low: float = -MOST, high: float = MOST) -> Callable[[str], float]:
     """argparse type: an int or float within [low, high]; the error names the accepted range."""
 
     def parse(text: str):
         with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high:  # never true of nan
                 return value
-        bounds = " and ".join(f"{sign} {end}" for sign, end in ((">=", low), ("<=", high)) if math.isfinite(end))
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__} {bounds}".rstrip() + f", got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}")
 
     return parse
 
@@ -119,11 +118,12 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         main(argv)
-    except UserError as error:
+    except (UserError, OSError) as error:  # the system's refusals name their file
         if debug:
             traceback.print_exc()
         if first_to_say("why it ends"):
-            print(error, file=sys.stderr, flush=True)
+            lines = [line for line in str(error).splitlines() if line.strip()]  # one paragraph, whatever names hold
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(stopped.code)

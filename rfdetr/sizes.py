@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from rfdetr.console import UserError
 
+MOST_PIXELS = 4096  # side of an input, beyond which no memory suffices
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -176,11 +178,12 @@ def check_resolution(size: ModelSize, resolution: int | None) -> int:
     """The input side in pixels: the size's own, or `resolution` if it fits the grid; UserError names the nearest."""
     if resolution is None:
         return size.resolution
-    if resolution < size.block or resolution % size.block:
-        below = max(resolution // size.block, 1) * size.block
+    if not size.block <= resolution <= MOST_PIXELS or resolution % size.block:
+        below = min(max(resolution // size.block, 1), MOST_PIXELS // size.block - 1) * size.block
         raise UserError(
-            f"--resolution {resolution} does not fit {size.name}: it must be a multiple of {size.block} "
-            f"(patch {size.patch} x {size.windows} windows), the nearest are {below} and {below + size.block}"
+            f"--resolution {resolution} does not fit {size.name}: it must be a multiple of {size.block} (patch "
+            f"{size.patch} x {size.windows} windows) up to {MOST_PIXELS}, the nearest are {below} and "
+            f"{below + size.block}"
         )
     return resolution
 

@@ -185,10 +185,10 @@ class EpochSampler(Sampler):
         rounds = -(-wanted // self.images)
         order = torch.cat([torch.randperm(self.images, generator=generator) for _ in range(rounds)])[:wanted]
         seeds = torch.randint(2**62, (wanted,), generator=generator)
-        keys = list(zip(order.tolist(), seeds.tolist()))
         for step in range(self.start_step, self.steps):
             first = (step * self.world + self.rank) * self.per_step
-            yield keys[first : first + self.per_step]
+            own = slice(first, first + self.per_step)
+            yield list(zip(order[own].tolist(), seeds[own].tolist()))
 
 
 def outlive_one_signal(worker: int) -> None:
