@@ -34,7 +34,7 @@ def pick_device(name: str) -> torch.device:
         if device.type == "cuda":
             device = torch.device("cuda", device.index or distributed.local_rank())
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # of "meta" there is none
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not usable here ({reason}): try --device cpu") from error

@@ -90,7 +90,7 @@ def check_free_disk(folder: Path, needed: int) -> None:
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Put what `write(file)` writes in the place of `path`, whole or not at all.  Raises UserError for a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.parent / f"{path.name}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)

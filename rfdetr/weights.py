@@ -58,7 +58,7 @@ def _find(spec: str, size: ModelSize) -> Path | None:
     if official is not None:
         return _cached(official.weights_url, cache_dir() / official.weights_file, official.weights_md5)
     if spec.startswith(("http://", "https://")):
-        name = re.sub(r"[^\w.-]", "_", urllib.parse.urlsplit(spec).path.rsplit("/", 1)[-1])
+        name = re.sub(r"[^\w.-]", "_", spec.split("?")[0].split("#")[0].rsplit("/", 1)[-1])[-100:]
         tag = hashlib.sha256(spec.encode()).hexdigest()[:8]  # many files out there are called best.pth
         return _cached(spec, cache_dir() / f"{tag}-{name}", None)
     if (path := Path(spec).expanduser()).is_file():
