@@ -100,6 +100,7 @@ class MaskHead(nn.Module):
         kernels = self.kernels(queries, boxes)
         h, w = pixels.shape[-2:]
         regions = enlarged(boxes.float()) * torch.tensor([width, height, width, height], device=boxes.device)
+        regions = regions.nan_to_num()  # what NaN weights give: an empty mask
         logits = (kernels[:, :-6] @ pixels.float().flatten(1)).unflatten(1, (h, w))
         x, y = (torch.arange(side, device=boxes.device) + 0.5 for side in (width, height))
         (x_low, x_high, x_part), (y_low, y_high, y_part) = between(x * w / width, w), between(y * h / height, h)
