@@ -11,6 +11,7 @@ import hashlib
 import math
 import pickle
 import re
+import zipfile
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from rfdetr.classes import (
     ClassTable,
     background_row,
     coco_table,
+    is_class_head,
     keep_class_rows,
     keep_classes,
     shrunk_table,
@@ -43,9 +45,10 @@ from rfdetr.convert import (
 )
 from rfdetr.models.detector import Detector
 from rfdetr.rundir import atomic_write
-from rfdetr.sizes import SIZES, ModelSize, size_from_dict
+from rfdetr.sizes import SIZES, ModelSize, check_resolution, size_from_dict
 
 FORMAT = 1
+STAGES = ("detector", "segmentation", "single")
 
 
 def save(path: Path, content: dict) -> None:
@@ -70,8 +73,9 @@ def load(path: Path) -> dict:
             content = package_weights(content)
         if not isinstance(content.get("model"), dict):
             raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")
+        _require_plain(content["model"])
         if "format" not in content:
-            return _from_official_file(content, path)
+            content = _from_official_file(content, path)
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
         _check(content)
@@ -83,14 +87,45 @@ def load(path: Path) -> dict:
 
 
 def _check(content: dict) -> None:
-    """Raise some error where a file says that it is ours and has not what ours have."""
-    kinds = {"stage": str, "size": dict, "resolution": int, "classes": dict, "model": dict}
+    """Raise some error where a file says that it is ours and has not what ours have, before memory is taken for it."""
+    kinds = {
+        "stage": str,
+        "size": dict,
+        "resolution": int,
+        "classes": dict,
+        "args": dict,
+        "ema": dict,
+        "left_out": list,
+    }
+    content = {"ema": {}, "left_out": []} | {key: value for key, value in content.items() if value is not None}
     if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
         raise ValueError(f"it lacks {', '.join(wrong)}")
-    if other := [name for name, value in content["model"].items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{other[0]} is no tensor")
-    size_from_dict(content["size"])
-    table_of(content)
+    _require_plain(content["ema"])
+    model, size, table = content["model"], size_from_dict(content["size"]), table_of(content)
+    if content["stage"] not in STAGES or content.get("mask_head") not in (None, "nano", "standard", "official"):
+        raise ValueError("its stage or mask head is unknown")
+    if size.depth + size.decoder_layers > len(model) or size.queries * size.recipe.group_detr > 100_000:
+        raise ValueError("its size is absurd")
+    if differences := shape_differences(size, model):
+        raise ValueError(f"{len(differences)} tensors are not of its size: {'; '.join(differences[:3])}")
+    if any(
+        len(state[name]) != table.rows_total
+        for state in (model, content["ema"])
+        for name in state
+        if is_class_head(name)
+    ):
+        raise ValueError(f"its class heads have not the {table.rows_total} rows of its class table")
+    check_resolution(size, content["resolution"])
+
+
+def _require_plain(state: dict) -> None:
+    """Raise ValueError where an entry is anything but a name and a plain tensor all of which is in the file."""
+    for name, tensor in state.items():
+        plain = type(name) is str and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        if not plain or tensor.is_quantized or tensor.is_complex() or tensor.device.type != "cpu":
+            raise ValueError(f"{str(name)[:100]!r} is no plain tensor")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name[:100]!r} is larger than what is stored of it")
 
 
 def load_backbone(path: Path, patch: int) -> dict:
@@ -100,9 +135,10 @@ def load_backbone(path: Path, patch: int) -> dict:
     """
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _read(path)
-    except (SafetensorError, OSError) as error:
+        _require_plain(state)
+        own = from_dinov2(state, patch)
+    except (SafetensorError, OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"cannot read the backbone weights {path}: {error}") from error
-    own = from_dinov2(state, patch)
     if not own:
         raise UserError(
             f"{path} does not hold DINOv2 in the Hugging Face layout (encoder.layer.0.norm1.weight ...), but "
@@ -115,6 +151,10 @@ def _read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}{_neighbours(path)}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch packs nothing
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it would unpack to more than it is")
         with torch.serialization.safe_globals([Namespace, SimpleNamespace]):  # the package keeps its settings in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

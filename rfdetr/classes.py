@@ -41,7 +41,16 @@ class ClassTable:
 
     @classmethod
     def from_dict(cls, values: dict) -> ClassTable:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        """Raises ValueError or TypeError for what is no table."""
+        table = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        rows = [*table.rows, *([] if table.background is None else [table.background])]
+        sound = len(table.names) == len(table.ids) == len(table.rows) and {*map(type, table.names)} <= {str}
+        sound = sound and {*map(type, (*rows, *table.ids, table.rows_total))} <= {int} and len({*rows}) == len(rows)
+        if not sound or len({*table.names}) < len(table.names) or not 0 <= min(rows, default=0) <= max(rows, default=0):
+            raise ValueError("its class table is damaged")
+        if max(rows, default=-1) >= table.rows_total:
+            raise ValueError(f"its class table names row {max(rows)} of {table.rows_total}")
+        return table
 
     @property
     def background_last(self) -> bool:

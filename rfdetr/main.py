@@ -446,15 +446,15 @@ class Keeper:
             if trainer.ema:  # an average that begins now begins at the weights
                 trainer.ema.module.load_state_dict(state["trained_ema"] or state["trained"])
             trainer.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            trainer.scaler.load_state_dict(state["scaler"])
+            set_random_states(state["random"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"--resume: the state in {self.session.folder} does not fit these settings "
                 f"({' '.join(str(error).split())[:300]}). Leave out flags that change the model"
             ) from error
         for group, given in zip(trainer.optimizer.param_groups, rates):  # flags given anew win over the stored ones
             group.update(given)
-        trainer.scaler.load_state_dict(state["scaler"])
-        set_random_states(state["random"])
         self.best, self.each = state["best"], state["each"]
         self.epochs_without_gain, self.nan_batches = state["epochs_without_gain"], state.get("nan_batches", [])
 

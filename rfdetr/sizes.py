@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from rfdetr.console import UserError
 
@@ -189,12 +189,13 @@ def check_resolution(size: ModelSize, resolution: int | None) -> int:
 
 
 def size_from_dict(values: dict) -> ModelSize:
-    """Rebuild a size from a checkpoint's plain dict.  Raises ValueError for unknown or missing names."""
-    known = {field.name for field in fields(ModelSize)}
-    unknown = set(values) - known
-    if unknown:
-        raise ValueError(f"unknown size fields {sorted(unknown)}")
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    if isinstance(values.get("recipe"), dict):
-        values["recipe"] = Recipe(**values["recipe"])
-    return ModelSize(**values)
+    """Rebuild a size from a checkpoint's plain dict.  ValueError or TypeError for unknown names and absurd values."""
+    size = ModelSize(**values | {"recipe": Recipe(**values["recipe"])})
+    for own, known in ((size, list(SIZES.values())), (size.recipe, [size.recipe for size in SIZES.values()])):
+        for name, value in vars(own).items():
+            kinds = {type(getattr(one, name)) for one in known}
+            numbers = value if type(value) is tuple else [value]
+            absurd = any(type(number) in (int, float) and not 0 <= number <= 10_000 for number in numbers)
+            if type(value) not in kinds or absurd:
+                raise ValueError(f"size field {name} is {str(value)[:50]}")
+    return size
