@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--init_ckpt", type=Path, help="start from this checkpoint instead of --pretrain_weights")
     parser.add_argument("--lr", type=share, help="learning rate (default: 5e-5, tiny its own)")
     parser.add_argument("--lr_encoder", type=share, help="the encoder's (default: 1e-4, tiny its own)")
-    parser.add_argument("--num_queries", type=number(int, 1, 10_000), help="queries per image (default: the size's own)")
+    parser.add_argument(
+        "--num_queries", type=number(int, 1, 10_000), help="queries per image (default: the size's own)"
+    )
     for name, default in LossWeights.flag_defaults().items():
         default = None if name in ("mask", "dice") else default  # the size's own
         parser.add_argument(f"--{name}_loss_coef", type=share, default=default, help=f"weight of the {name} loss")

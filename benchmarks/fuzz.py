@@ -8,6 +8,7 @@ its own. No traceback, no "defect of the program", at most 5 s of CPU time and 2
 file written, nothing changed outside what the command names as output.
 """
 
+# ruff: noqa: E402 (the repository is put on the path first)
 from __future__ import annotations
 
 import argparse
@@ -76,7 +77,8 @@ VALUES = [
 ]  # fmt: skip
 WORDS = [
     "", "0", "1", "2", "-1", "1.5", "nan", "inf", "-inf", "1e400", "9" * 400, "9" * 5000, "1000000000000", "100000000",
-    "abc", "é血", "\udce9", "x" * 300, "x" * 5000, "a\nb", "/", ".", "..", "~", "*", "[", "**", "--", "-", "auto", "none",
+    "abc", "é血", "\udce9", "x" * 300, "x" * 5000, "a\nb", "/", ".", "..", "~", "*", "[", "**", "--", "-", "auto",
+    "none",
     "true", "no", "cpu", "cuda:99", "meta", "mps", "cpu:7", "../data", "../data/train", "there.txt", "nowhere/x/y",
     "there.txt/x", "tiny", "nano", "64", "http://", "http://[", "file:///etc/passwd", "\x1b[2J", "cells", "%s", "{}",
 ]  # fmt: skip
@@ -221,7 +223,9 @@ def damaged_json(rng: random.Random, document: dict) -> bytes:
         key = rng.choice(["images", "annotations", "categories", "bbox", "id", "segmentation", "width"])
         return text.replace(f'"{key}":', f'"{key}": {rng.choice(["1", "[]", "null", "{}"])}, "{key}":').encode()
     if way == 4:
-        number = rng.choice(["9" * 4000, "9" * 5000, "1e999", "-1e999", "1E-999", "NaN", "-Infinity", "01", "1.", "0x10"])
+        number = rng.choice(
+            ["9" * 4000, "9" * 5000, "1e999", "-1e999", "1E-999", "NaN", "-Infinity", "01", "1.", "0x10"]
+        )
         numbers = list(re.finditer(r"-?\d+(\.\d+)?", text))
         chosen = rng.choice(numbers)
         return (text[: chosen.start()] + number + text[chosen.end() :]).encode()
@@ -286,7 +290,9 @@ def some_polygons(rng: random.Random, height: int, width: int) -> object:
     if way == 3:
         return [points(rng.choice([3000, 20_000]))]
     if way == 4:
-        return rng.choice([points(4), [[points(4)]], [points(4), 5], [points(4), some_rle(rng, height, width)], {"0": 1}])
+        return rng.choice(
+            [points(4), [[points(4)]], [points(4), 5], [points(4), some_rle(rng, height, width)], {"0": 1}]
+        )
     if way == 5:
         return [points(4, -rng.choice([1, 1.9, 10, 1e4, 1e6]), rng.choice([1, 1.9, 10, 1e4, 1e6]))]
     if way == 6:
@@ -308,14 +314,18 @@ def damaged_image(rng: random.Random, raw: bytes) -> tuple[bytes, str]:
     if way == 0:
         return raw[: rng.randrange(len(raw))], ".png"
     if way == 1:
-        sides = rng.choice([(10**9, 10**9), (2**31 - 1, 1), (0, 0), (1, 178_000_000), (13_000, 13_000), (65, 64), (0, 9)])
+        sides = rng.choice(
+            [(10**9, 10**9), (2**31 - 1, 1), (0, 0), (1, 178_000_000), (13_000, 13_000), (65, 64), (0, 9)]
+        )
         header = struct.pack(">IIBBBBB", *sides, rng.choice([8, 16, 1]), rng.choice([0, 2, 3, 6]), 0, 0, 0)
         chunk = b"IHDR" + header
         return raw[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + raw[33:], ".png"
     if way == 2:
         return gzip.compress(raw), ".png"
     if way == 3:
-        text = rng.choice([b"", b"\0" * 500, b"<svg/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", b"%PDF"])
+        text = rng.choice(
+            [b"", b"\0" * 500, b"<svg/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", b"%PDF"]
+        )
         return text, suffix
     mode = rng.choice(["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr"])
     sides = rng.choice([(SIDE, SIDE), (SIDE, SIDE), (1, 1), (1, 500), (20_000, 2), (63, 64)])
@@ -379,7 +389,9 @@ def damaged_checkpoint(rng: random.Random, base: Materials, name: str) -> bytes:
     if way < 2:
         return damage_bytes(rng, raw)
     if way == 2:
-        harm = rng.choice([Trap(), {"model": Trap()}, {"model": {"a": np.zeros(3)}}, [1], "x", {1: 2}, {"model": {}}, None])
+        harm = rng.choice(
+            [Trap(), {"model": Trap()}, {"model": {"a": np.zeros(3)}}, [1], "x", {1: 2}, {"model": {}}, None]
+        )
         protocol = rng.randrange(6)
         harmful = rng.random() < 0.5
         if harmful:
@@ -388,7 +400,9 @@ def damaged_checkpoint(rng: random.Random, base: Materials, name: str) -> bytes:
         return out.getvalue()
     if way == 3:
         with zipfile.ZipFile(out, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
-            for member in rng.choice([["x.txt"], ["a/data.pkl"], ["a/data.pkl", "a/version", "a/data/0"], ["../../x"], []]):
+            for member in rng.choice(
+                [["x.txt"], ["a/data.pkl"], ["a/data.pkl", "a/version", "a/data/0"], ["../../x"], []]
+            ):
                 archive.writestr(member, rng.choice([b"", pickle.dumps({"model": {}}, 2), b"3\n", rng.randbytes(99)]))
         return out.getvalue()
     content = copy_of(base.contents[name])
@@ -529,7 +543,17 @@ def checkpoint_case(rng: random.Random, base: Materials, place: Path) -> Command
         script,
         {
             "evaluate": [*file, "--dataset", "../data", "--device", "cpu", "--json", "scores.json"],
-            "predict": [*file, "--input", "../data/valid", "--output", "found", "--device", "cpu", "--threshold", "0.02"],
+            "predict": [
+                *file,
+                "--input",
+                "../data/valid",
+                "--output",
+                "found",
+                "--device",
+                "cpu",
+                "--threshold",
+                "0.02",
+            ],
             "shrink_head": ["--in_ckpt", "../data/given.pt", "--out_ckpt", "small.pt"],
             "export": [*file, "--out", "exported.pth"],
             "train_detector_stage1": [*SMALL, "--dataset", "../data", "--pretrain_weights", file[1], "--ema", "0"],
@@ -597,7 +621,7 @@ def refuse_network(*_, **__):
 
 
 class Watchdog(threading.Thread):
-    """Interrupts the main thread where a case takes more CPU time than it may; ends the process where it stays stuck."""
+    """Interrupts the main thread where a case takes more CPU time than it may; ends the process if it stays stuck."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -633,7 +657,7 @@ class Fuzzer:
     def surroundings(self):
         """No network, the case's folder as the current one, a home and a cache of its own."""
         before, opener, output, environment = Path.cwd(), urllib.request.urlopen, rundir._output, os.environ.copy()
-        home = str(self.place / "out")
+        home = str(self.place / "home")
         os.environ.update(dict.fromkeys(("HOME", "TORCH_HOME", "XDG_CACHE_HOME", "RFDETR_CACHE"), home))
         urllib.request.urlopen, rundir._output = refuse_network, self.output  # git is asked once
         os.chdir(self.place / "out")
@@ -710,8 +734,14 @@ class Fuzzer:
     def listing(self, command: Command) -> dict[Path, tuple]:
         """All files of the temporary tree but the case's outputs: size, time of change, and content of the dataset."""
         given = [word for flag, word in zip(command.argv, command.argv[1:]) if flag in OUTPUT_FLAGS and word]
-        given += [word.split("=", 1)[1] for word in command.argv if word.startswith(tuple(f"{f}=" for f in OUTPUT_FLAGS))]
-        own = [self.place / "out", *(Path(os.path.normpath(self.place / "out" / word)) for word in given)]
+        given += [
+            word.split("=", 1)[1] for word in command.argv if word.startswith(tuple(f"{f}=" for f in OUTPUT_FLAGS))
+        ]
+        own = [
+            self.place / "out",
+            self.place / "home",
+            *(Path(os.path.normpath(self.place / "out" / word)) for word in given),
+        ]
         found = {}
         for folder, _, files in os.walk(self.folder):
             folder = Path(folder)
@@ -763,7 +793,9 @@ def main() -> None:
             found += 1
             words = " ".join(word if len(word) < 80 else word[:80] + "..." for word in command.argv)
             print(f"--kinds {kind} --first {number}: {command.script} {words!r}", *wrong, sep="\n    ", flush=True)
-    print("kind, exit status, cases:", *(f"{kind} {status}: {n}" for (kind, status), n in sorted(ends.items())), sep="\n")
+    print(
+        "kind, exit status, cases:", *(f"{kind} {status}: {n}" for (kind, status), n in sorted(ends.items())), sep="\n"
+    )
     print(f"{args.cases} cases in {time.perf_counter() - begin:.0f} s, {found} with faults")
     if args.keep:
         print(f"the last case: {fuzzer.place}")

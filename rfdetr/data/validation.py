@@ -76,7 +76,11 @@ CODES: dict[str, tuple[str, str, str]] = {
     "ANN_POLYGON_ODD": ("warning", "with a polygon of an odd number of coordinates", "the polygon is dropped"),
     "ANN_POLYGON_FAR": ("warning", "with a polygon that leads far outside the image", "the polygon is dropped"),
     "ANN_RLE_SIZE": ("error", "with an RLE of another size than the image", "export the masks again"),
-    "ANN_RLE_COUNTS": ("error", "with RLE runs that are empty or do not sum to height x width", "export the masks again"),
+    "ANN_RLE_COUNTS": (
+        "error",
+        "with RLE runs that are empty or do not sum to height x width",
+        "export the masks again",
+    ),
     "ANN_RLE_TYPE": ("error", "whose RLE counts are neither a text nor whole numbers", "export the masks again"),
     "ANN_NO_MASK": ("warning", "without a usable mask", "they give no mask loss"),
     "SPLIT_EMPTY": ("warning", "without a usable object", "it gives nothing to train on and no scores"),
