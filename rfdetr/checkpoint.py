@@ -88,16 +88,10 @@ def load(path: Path) -> dict:
 
 def _check(content: dict) -> None:
     """Raise some error where a file says that it is ours and has not what ours have, before memory is taken for it."""
-    kinds = {
-        "stage": str,
-        "size": dict,
-        "resolution": int,
-        "classes": dict,
-        "args": dict,
-        "ema": dict,
-        "left_out": list,
+    kinds = dict(stage=str, size=dict, resolution=int, classes=dict, args=dict, ema=dict, left_out=list)
+    content = {"args": {}, "ema": {}, "left_out": []} | {
+        key: value for key, value in content.items() if value is not None
     }
-    content = {"ema": {}, "left_out": []} | {key: value for key, value in content.items() if value is not None}
     if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
         raise ValueError(f"it lacks {', '.join(wrong)}")
     _require_plain(content["ema"])
@@ -108,12 +102,8 @@ def _check(content: dict) -> None:
         raise ValueError("its size is absurd")
     if differences := shape_differences(size, model):
         raise ValueError(f"{len(differences)} tensors are not of its size: {'; '.join(differences[:3])}")
-    if any(
-        len(state[name]) != table.rows_total
-        for state in (model, content["ema"])
-        for name in state
-        if is_class_head(name)
-    ):
+    heads = [tensor for state in (model, content["ema"]) for name, tensor in state.items() if is_class_head(name)]
+    if any(len(head) != table.rows_total for head in heads):
         raise ValueError(f"its class heads have not the {table.rows_total} rows of its class table")
     check_resolution(size, content["resolution"])
 

@@ -397,7 +397,7 @@ def opened(monkeypatch, tmp_path) -> list[str]:
     """Names of the images that were opened; nothing is remembered at first."""
     names, real = [], Image.open
     monkeypatch.setenv("RFDETR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Image, "open", lambda path, *rest: (names.append(Path(path).name), real(path, *rest))[1])
+    monkeypatch.setattr(Image, "open", lambda path, **kw: (names.append(Path(path).name), real(path, **kw))[1])
     return names
 
 

@@ -237,8 +237,8 @@ def test_a_batch_equals_its_images(model, photos):
         assert alone.names == together.names
         np.testing.assert_allclose(alone.boxes, together.boxes, atol=1e-2)
         np.testing.assert_allclose(alone.scores, together.scores, atol=1e-4)
-        overlaps = [mask_utils.iou([a], [b], [0])[0, 0] for a, b in zip(alone.masks, together.masks)]
-        assert min(overlaps, default=1.0) > 0.98
+        for a, b in zip(alone.masks, together.masks):
+            assert (mask_utils.decode(a) != mask_utils.decode(b)).mean() < 1e-3
 
 
 def test_the_module_gives_logits_and_boxes(model):
