@@ -23,7 +23,7 @@ VENV = os.path.join(HERE, ".venv")
 
 # A job takes about as many optimizer steps of stages 1 and 2 whatever the number of images; the epochs follow from
 # that. The tiny size starts from nothing; the demo data are easier for it than what microscopes see.
-STEPS = {"demo": (800, 120), "tiny": (4000, 300), "others": (1500, 1500)}
+STEPS = {"demo": (800, 300), "tiny": (4000, 300), "others": (1500, 1500)}
 FEWEST_EPOCHS, MOST_EPOCHS = 2, 100
 
 

@@ -20,6 +20,7 @@ from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, ModelSize
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # as in the scripts that run_script starts: bits depend on the number of threads
 
 
 @dataclass
