@@ -21,6 +21,8 @@ from rfdetr.sizes import SIZES, ModelSize
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as in the scripts that run_script starts: bits depend on the number of threads
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose scripts would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
