@@ -173,8 +173,10 @@ def damage_bytes(rng: random.Random, raw: bytes) -> bytes:
 
 
 def places(value: object, prefix: tuple = ()) -> list[tuple]:
-    """The paths of everything inside nested lists and dicts."""
+    """The paths of everything inside nested lists and dicts, 50 deep: a case may have put deeper ones there."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if len(prefix) == 50:
+        return []
     return [place for key, inner in items for place in ((*prefix, key), *places(inner, (*prefix, key)))]
 
 
