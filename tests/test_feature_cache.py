@@ -456,7 +456,7 @@ def config_of(folder: str) -> dict:
 
 @pytest.mark.slow
 def test_runs_share_a_folder_until_one_removes_it(few, shrunk, call, capsys, computed):
-    flags = [*quick_flags(few), "--checkpoint", shrunk.folder, "--min_steps", 8]
+    flags = [*quick_flags(few), "--checkpoint", shrunk.folder, "--min_steps", 8, "--cache_views", 4]
     call(train_seg_stage2.main, *flags)
     drawn = len(computed)
     (folder,) = Path("runs/feature_cache").iterdir()
