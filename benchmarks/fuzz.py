@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import faulthandler
 import functools
 import gzip
@@ -173,7 +174,7 @@ def damage_bytes(rng: random.Random, raw: bytes) -> bytes:
 
 
 def places(value: object, prefix: tuple = ()) -> list[tuple]:
-    """The paths of everything inside nested lists and dicts, 50 deep: a case may have put deeper ones there."""
+    """The paths of everything inside nested lists and dicts, 50 deep."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     if len(prefix) == 50:
         return []
@@ -194,19 +195,18 @@ def damage_values(rng: random.Random, data: dict | list, values: list = VALUES) 
         if action == 0:
             del parent[key]
         elif action == 1 and isinstance(parent, list):
-            parent[key:key] = [parent[key]] * rng.choice([1, 2, 300])
+            parent[key:key] = [copy.deepcopy(parent[key]) for _ in range(rng.choice([1, 2, 300]))]
         elif action == 2:
             *way, key_2 = rng.choice(found)
             with contextlib.suppress(KeyError, IndexError, TypeError):  # inside what this very action has moved
                 other = functools.reduce(lambda inner, step: inner[step], way, data)
-                value = json.loads(json.dumps(other[key_2])) if values is VALUES else other[key_2]
-                parent[key] = value
+                parent[key] = copy.deepcopy(other[key_2])
         elif action == 3 and type(parent[key]) in (int, float):
             parent[key] = parent[key] * rng.choice([-1, 0, 1e6, 0.001, 10**9]) + rng.choice([0, 0.5, 1])
         elif action == 4 and isinstance(parent, dict) and isinstance(key, str):
             parent[rng.choice([key.upper(), key + "s", "", "id"])] = parent.pop(key)
         else:
-            parent[key] = rng.choice(values)
+            parent[key] = copy.deepcopy(rng.choice(values))  # the next case finds the values unchanged
 
 
 def damaged_json(rng: random.Random, document: dict) -> bytes:
@@ -270,7 +270,7 @@ def some_rle(rng: random.Random, height: int, width: int) -> object:
     elif way == 9:
         size = rng.choice([[width + 1, height], [height], [0, 0], [-height, -width], None, "64", [height, width, 3]])
     elif way == 10:
-        counts = rng.choice(VALUES)
+        counts = copy.deepcopy(rng.choice(VALUES))
     return {"size": size, "counts": counts}
 
 
@@ -307,7 +307,7 @@ def some_polygons(rng: random.Random, height: int, width: int) -> object:
         return [points(3)] * rng.choice([2000, 5000])
     if way == 10:
         return [[int(value) for value in points(5)], [True] * 6]
-    return rng.choice(VALUES)
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def damaged_image(rng: random.Random, raw: bytes) -> tuple[bytes, str]:
