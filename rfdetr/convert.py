@@ -14,8 +14,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
-from timm.layers import resample_patch_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from rfdetr.classes import COCO_NAMES, ClassTable, is_class_head
@@ -207,9 +206,7 @@ def _adapt(file: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, str]:
             continue
         if name == POSITIONS:
             old, new = (math.isqrt(tensor.shape[1] - 1) for tensor in (theirs, ours))
-            grid = theirs[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False, antialias=True)
-            file[name] = torch.cat((theirs[:, :1].float(), grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+            file[name] = resample_abs_pos_embed(theirs.float(), [new, new])
             adapted[name] = f"resampled from {old}x{old} to {new}x{new} patches, bicubic"
         elif groups and wanted and len(theirs) % groups == 0:
             theirs, ours = theirs.unflatten(0, (groups, -1)), ours.clone().unflatten(0, (wanted, -1))

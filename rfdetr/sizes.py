@@ -42,7 +42,7 @@ class Recipe:
     seg_multi_scale: bool = False
     seg_min_steps: int = 5
     seg_clip: float = 1.0
-    cache_views: int = 2  # flips of each image whose features are kept: 2 left-right, 4 up-down too (no gain measured)
+    cache_views: int = 2  # flips of each image whose features are kept: 2 left-right, 4 up-down too
     # single stage, both at once
     single_lr: float = 5e-5
     single_lr_encoder: float = 1e-4

@@ -192,15 +192,16 @@ def set_precision(monkeypatch, amp: str) -> list[str]:
 PRECISIONS = pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 
 
+def fail_once(number, losses):
+    if number == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return losses
+
+
 @PRECISIONS
 def test_out_of_memory_halves_the_batch_and_changes_no_gradient(amp, few, call, capsys, monkeypatch):
     flags = [*quick_flags(few), "--batch", 4, "--min_steps", 1, *set_precision(monkeypatch, amp)]
     call(train_detector_stage1.main, *flags, "--output_dir", "plenty")
-
-    def fail_once(number, losses):
-        if number == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return losses
 
     with monkeypatch.context() as patched:
         patch_losses(patched, fail_once)
@@ -217,11 +218,6 @@ def test_out_of_memory_halves_the_batch_and_changes_no_gradient(amp, few, call, 
 
 
 def test_a_smaller_batch_is_remembered_by_a_resumed_run(few, call, monkeypatch, capsys):
-    def fail_once(number, losses):
-        if number == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return losses
-
     with monkeypatch.context() as patched:
         patch_losses(patched, fail_once)
         call(train_detector_stage1.main, *quick_flags(few), "--batch", 4)

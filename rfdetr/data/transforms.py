@@ -13,8 +13,6 @@ from torchvision.transforms import v2
 from rfdetr.sizes import ModelSize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the official weights expect
-
-
 JITTER = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
 LEAST_SIDE = 1  # pixels; boxes of which a crop leaves less are gone
 

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -35,12 +36,8 @@ class Embeddings(nn.Module):
     def positions(self, height: int, width: int) -> Tensor:
         """The position embedding of height x width patches, (1, height, width, D); bicubic from the stored one."""
         stored = self.position_embeddings[:, 1:].unflatten(1, (self.grid, self.grid))
-        if (height, width) == (self.grid, self.grid):
-            return stored
         antialias = stored.device.type != "mps"  # no such kernel on MPS
-        stored_map = stored.permute(0, 3, 1, 2).float()
-        resized = F.interpolate(stored_map, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
-        return resized.permute(0, 2, 3, 1).to(stored.dtype)
+        return resample_abs_pos_embed_nhwc(stored, [height, width], antialias=antialias)
 
     def forward(self, images: Tensor) -> Tensor:
         projection, N = self.patch_embeddings["projection"], self.windows
