@@ -26,12 +26,12 @@ from rfdetr.classes import (
     COCO_NAMES,
     COCO_ROWS,
     ClassTable,
+    assign_rows,
     background_row,
     coco_table,
     is_class_head,
     keep_class_rows,
     keep_classes,
-    shrunk_table,
 )
 from rfdetr.console import UserError
 from rfdetr.convert import (
@@ -48,7 +48,11 @@ from rfdetr.rundir import atomic_write
 from rfdetr.sizes import SIZES, ModelSize, check_resolution, size_from_dict
 
 FORMAT = 1
-STAGES = ("detector", "segmentation", "single")
+SCRIPTS = {  # of each stage
+    "detector": "train_detector_stage1.py",
+    "segmentation": "train_seg_stage2.py",
+    "single": "train_seg_single_stage.py",
+}
 
 
 def save(path: Path, content: dict) -> None:
@@ -96,7 +100,7 @@ def _check(content: dict) -> None:
         raise ValueError(f"it lacks {', '.join(wrong)}")
     _require_plain(content["ema"])
     model, size, table = content["model"], size_from_dict(content["size"]), table_of(content)
-    if content["stage"] not in STAGES or content.get("mask_head") not in (None, "nano", "standard", "official"):
+    if content["stage"] not in SCRIPTS or content.get("mask_head") not in (None, "nano", "standard", "official"):
         raise ValueError("its stage or mask head is unknown")
     if size.depth + size.decoder_layers > len(model) or size.queries * size.recipe.group_detr > 100_000:
         raise ValueError("its size is absurd")
@@ -259,24 +263,18 @@ def table_of(content: dict) -> ClassTable:
 
 
 def build_model(content: dict, groups: int | None = 1) -> tuple[Detector, ClassTable]:
-    """The model of a checkpoint, in eval mode with its weights, and its class table.
+    """The model of a checkpoint, in eval mode with all its weights, and its class table.  UserError if a tensor misses.
 
-    `groups`: query groups to keep (1 is all that inference needs); None keeps the size's own number.
+    `groups`: query groups to keep, the first ones (1 is all that inference needs); None keeps the size's own number.
     """
-    size = size_from_dict(content["size"])
-    table = table_of(content)
+    size, table = size_from_dict(content["size"]), table_of(content)
     model = Detector(size, table.rows_total, table.background_last, content["mask_head"], groups)
-    load_weights(model, content["model"])
-    return model.eval(), table
-
-
-def load_weights(model: Detector, state: dict[str, Tensor]) -> None:
-    """Load every tensor of the model; a file with more query groups gives its first ones.  UserError if one misses."""
-    report = load_pretrained(model, state, [])
+    report = load_pretrained(model, content["model"], [])
     problems = report.missing + [f"{name}: {why}" for name, why in report.skipped.items()] + report.unexpected
     if problems:
         shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise UserError(f"the checkpoint does not fit the model, {len(problems)} tensors differ: {shown}")
+    return model.eval(), table
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -289,11 +287,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def make_content(
@@ -322,4 +316,4 @@ def shrink(content: dict, keep: list[str]) -> dict:
     for key in ("model", "ema"):
         if content.get(key):
             small[key] = keep_class_rows(content[key], rows)
-    return small | {"classes": shrunk_table(kept).to_dict()}
+    return small | {"classes": assign_rows(keep, list(kept.ids), "dataset").to_dict()}

@@ -127,11 +127,6 @@ def background_row(table: ClassTable) -> int:
     return row
 
 
-def shrunk_table(table: ClassTable) -> ClassTable:
-    """The table after keep_class_rows(): rows 0..N-1, background N."""
-    return assign_rows(list(table.names), list(table.ids), "dataset")
-
-
 def is_class_head(name: str) -> bool:
     """True for the parameters of the decoder's and the proposals' class heads, by our names."""
     return name.startswith(("class_embed.", "transformer.enc_out_class_embed."))

@@ -13,12 +13,6 @@ from rfdetr.engine import Progress
 from rfdetr.rundir import start_command
 from rfdetr.sizes import SIZES, check_resolution
 
-SCRIPTS = {  # of each stage
-    "detector": "train_detector_stage1.py",
-    "segmentation": "train_seg_stage2.py",
-    "single": "train_seg_single_stage.py",
-}
-
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of all three training scripts. A default of None means the size's own (rfdetr/sizes.py)."""
@@ -90,7 +84,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
         folder = newest_run(kind) if args.resume == "auto" else Path(args.resume)
         content = latest_state(folder)
         if content["stage"] != kind.removeprefix("seg_"):
-            raise UserError(f"{folder} is another script's: python {SCRIPTS[content['stage']]} --resume {folder}")
+            script = checkpoint.SCRIPTS[content["stage"]]
+            raise UserError(f"{folder} is another script's: python {script} --resume {folder}")
         stored = {k: v for k, v in content["args"].items() if k not in ("resume", "output_dir") and hasattr(args, k)}
         paths = {action.dest for action in parser._actions if action.type is Path}
         parser.set_defaults(**{k: Path(v) if k in paths and v is not None else v for k, v in stored.items()})

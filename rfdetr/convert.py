@@ -59,11 +59,6 @@ def _own_name(official: str) -> str:
     return official
 
 
-def own_and_official_names(own: str) -> list[str]:
-    """Every name that a user's glob may mean by this tensor: ours first."""
-    return list(dict.fromkeys([own, *official_names(own)]))
-
-
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official names -> ours, query, key and value fused.  Names it does not know, and ours, pass untouched."""
     own: dict[str, Tensor] = {}
@@ -231,7 +226,7 @@ def load_pretrained(model: nn.Module, state: dict[str, Tensor], exclude: list[st
     report = LoadReport(missing=[name for name in initial if name not in file])
     used, chosen = set(), {}
     for name, tensor in file.items():
-        names = own_and_official_names(name)
+        names = [name, *official_names(name)]
         hits = {pattern for pattern in exclude if any(fnmatchcase(n, pattern) for n in names)}
         used |= hits
         if name not in initial:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.parity import RECORDED, build_own, error, layout, own_values, projections, same_matches, sample
 from rfdetr.console import UserError
-from rfdetr.convert import from_official, load_pretrained, official_names, own_and_official_names, to_official
+from rfdetr.convert import from_official, load_pretrained, official_names, to_official
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 
@@ -110,9 +110,9 @@ def test_unknown_names_pass_untouched():
     assert from_official(to_official(odd)) == odd
 
 
-def test_both_names_of_a_tensor():
-    assert own_and_official_names("class_embed.0.weight") == ["class_embed.0.weight", "class_embed.weight"]
-    assert own_and_official_names("query_feat.weight") == ["query_feat.weight"]
+def test_the_official_names_of_a_tensor():
+    assert official_names("class_embed.0.weight") == ["class_embed.weight"]
+    assert official_names("query_feat.weight") == ["query_feat.weight"]
     assert official_names(BLOCK + "attn.qkv.bias") == [
         BLOCK + f"attention.attention.{part}.bias" for part in ("query", "key", "value")
     ]
