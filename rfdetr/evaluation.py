@@ -119,6 +119,55 @@ def draw_masks(
     return rles
 
 
+@dataclass
+class Found:
+    """What was found in one image, best first.
+
+    boxes (n, 4) xyxy and masks (COCO RLE dicts, or None without a mask head) in pixels of the original, scores (n,)
+    0..1, labels (n,) in the checkpoint's class order, names n strings; image (H, W, 3) uint8 RGB.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    masks: list[dict] | None
+
+    def keep(self, chosen: np.ndarray) -> Found:
+        masks = None if self.masks is None else [self.masks[i] for i in chosen]
+        names = [self.names[i] for i in chosen]
+        return Found(self.image, self.boxes[chosen], self.scores[chosen], self.labels[chosen], names, masks)
+
+    def without_duplicates(self, iou: float = 0.7) -> Found:
+        """The same without lower-scored boxes of one class that overlap a better one by more than `iou`."""
+        return self.keep(nms_for_drawing(self.boxes, self.scores, self.labels, iou))
+
+    def picture(self, class_names: list[str]) -> Image.Image:
+        """The image with everything drawn in."""
+        colours = class_colours(class_names)
+        return draw(self.image, self.boxes, self.names, self.scores.tolist(), self.masks, colours)
+
+
+def in_originals(
+    found: Detections,
+    images: list[np.ndarray],
+    threshold: float,
+    head: AnyMaskHead | None,
+    names: list[str],
+    precision: Precision,
+) -> list[Found]:
+    """What scores `threshold` or more, in pixels of the original images (H, W, 3); `names` of the classes by label."""
+    sizes, counts = [image.shape[:2] for image in images], (found.scores >= threshold).sum(1).tolist()
+    masks = draw_masks(head, found, sizes, counts, precision) if head is not None else [None] * len(images)
+    answer = []
+    for i, (image, (height, width), count) in enumerate(zip(images, sizes, counts)):
+        boxes = found.pixel_boxes(i, height, width)[:count].clip(0, [width, height, width, height])
+        scores, labels = (values[i, :count].cpu().numpy() for values in (found.scores, found.labels))
+        answer.append(Found(image, boxes, scores, labels, [names[label] for label in labels], masks[i]))
+    return answer
+
+
 def encode(left: int, top: int, mask: Tensor, height: int, width: int) -> dict:
     """COCO RLE of an image-sized mask that is `mask` (h, w) at (left, top) and empty elsewhere; reads `mask` alone."""
     columns = np.zeros((mask.shape[1], mask.shape[0] + 2), dtype=np.int8)
@@ -207,18 +256,10 @@ class Judge:
     def picture(self, found: Detections, head: AnyMaskHead | None) -> Image.Image:
         """Ground truth at the left, what was found in this one image at the right."""
         record, names = self.split.images[found.index[0]], self.split.class_names
-        image, size = load_image(record), (record.height, record.width)
-        colours = class_colours(names)
-        above = int((found.scores[0] >= DRAW_THRESHOLD).sum())
-        boxes = found.pixel_boxes(0, *size)[:above]
-        scores, labels = found.scores[0, :above].cpu().numpy(), found.labels[0, :above].cpu().numpy()
-        keep = nms_for_drawing(boxes, scores, labels)
-        masks = truth_masks = None
+        image, masks = load_image(record), None
+        (one,) = in_originals(found, [image], DRAW_THRESHOLD, head, names, self.precision)
         if head is not None:
-            drawn = draw_masks(head, found, [size], [above], self.precision)[0]
-            masks = [drawn[k] for k in keep]
-            empty = to_rle([[0, 0, 0, 0, 0, 0]], *size)
-            truth_masks = [to_rle(s, *size) if s is not None else empty for s in record.segmentations]
-        predicted = draw(image, boxes[keep], [names[labels[k]] for k in keep], scores[keep].tolist(), masks, colours)
-        truth = draw(image, record.boxes, [names[label] for label in record.labels], None, truth_masks, colours)
-        return side_by_side(truth, predicted, ("ground truth", "prediction"))
+            masks = [s and to_rle(s, record.height, record.width) for s in record.segmentations]
+        labelled = [names[label] for label in record.labels]
+        truth = draw(image, record.boxes, labelled, None, masks, class_colours(names))
+        return side_by_side(truth, one.without_duplicates().picture(names), ("ground truth", "prediction"))
