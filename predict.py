@@ -47,21 +47,21 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.output, "--output")
     images, videos = ([path for path in files if path.suffix.lower() in kind] for kind in (IMAGES, VIDEOS))
     taken = {path.name for path in files if path.resolve().parent == args.output.resolve()}  # no input is overwritten
-    results, unread, saving = [], 0, []
+    chunks = [images[i : i + args.batch] for i in range(0, len(images), args.batch)] or [[]]
+    results, unread, names = [], 0, itertools.repeat(model.class_names)
     with ThreadPoolExecutor() as pool:  # reads the next images and writes the last pictures while the model works
-        for chunk in tqdm(
-            read_ahead(images, args.batch, pool), desc="images", total=-(-len(images) // args.batch), leave=False
-        ):
-            for job in saving:
-                job.result()
-            saving, readable = [], [(path, image) for path, image in chunk if image is not None]
+        reading, saving = pool.map(read, chunks[0]), []
+        for chunk, following in zip(tqdm(chunks, desc="images", leave=False), [*chunks[1:], []]):
+            pixels, reading = list(reading), pool.map(read, following)
+            list(saving)  # raises what went wrong
+            readable = [(path, image) for path, image in zip(chunk, pixels) if image is not None]
             unread += len(chunk) - len(readable)
-            for (path, _), found in zip(readable, find(model, [image for _, image in readable], args)):
-                file = args.output / free_name(path.stem, ".png", taken)
-                saving.append(pool.submit(save_picture, found, model.class_names, file))
-                results += as_records(str(path), found)
-        for job in saving:
-            job.result()
+            found = find(model, [image for _, image in readable], args)
+            targets = [args.output / free_name(path.stem, ".png", taken) for path, _ in readable]
+            saving = pool.map(save_picture, found, names, targets)
+            for (path, _), one in zip(readable, found):
+                results += as_records(str(path), one)
+        list(saving)
     if unread == len(files):
         raise UserError(f"none of the {unread} images could be read (the warnings above name them)")
     for path in videos:
@@ -92,17 +92,6 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
     name = next(name for name in names if name not in taken)
     taken.add(name)
     return name
-
-
-def read_ahead(
-    paths: list[Path], batch: int, pool: ThreadPoolExecutor
-) -> Iterator[list[tuple[Path, np.ndarray | None]]]:
-    """`batch` images at a time; the next ones are read while the caller works on these."""
-    reading = []
-    for first in range(0, len(paths) + batch, batch):
-        ready, reading = reading, [(path, pool.submit(read, path)) for path in paths[first : first + batch]]
-        if ready:
-            yield [(path, job.result()) for path, job in ready]
 
 
 def read(path: Path) -> np.ndarray | None:

@@ -23,7 +23,7 @@ from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.data.validation import require_masks
 from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, choose_cache
 from rfdetr.losses.criterion import LossWeights
-from rfdetr.models.segmentation import build_mask_head
+from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.rundir import write_json
 from rfdetr.sizes import SIZES
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     detector.to(device).requires_grad_(False)
     size, frozen_hash = detector.size, checkpoint.fingerprint(detector)
 
-    head = build_mask_head(name, size.hidden).to(device)
+    head = MASK_HEADS[name](size.hidden).to(device)
     weights = LossWeights(mask=args.mask_loss_coef, dice=args.dice_loss_coef)
     sides = shared.input_sides(args)
     objective = MaskObjective(detector, table, weights, session.precision, sides, args.seed, session.progress)

@@ -35,13 +35,13 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.classes import ClassTable
     from rfdetr.evaluation import Finder, draw_masks
     from rfdetr.models.detector import Detector
-    from rfdetr.models.segmentation import build_mask_head
+    from rfdetr.models.segmentation import MASK_HEADS
     from rfdetr.precision import compile_in_place, pick_precision
     from rfdetr.sizes import SIZES
 
     size = SIZES["nano"]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
-    model, head = Detector(size, rows=91, groups=1).to(device).eval(), build_mask_head("nano", size.hidden).to(device)
+    model, head = Detector(size, rows=91, groups=1).to(device).eval(), MASK_HEADS["nano"](size.hidden).to(device)
     if settings.get("compile"):
         compile_in_place(model.encoder, device)
     images = torch.randint(0, 256, (1, 3, size.resolution, size.resolution), dtype=torch.uint8)

@@ -53,7 +53,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.engine import Progress, Trainer, train_one_epoch
     from rfdetr.losses.criterion import LossWeights
     from rfdetr.models.detector import Detector
-    from rfdetr.models.segmentation import build_mask_head
+    from rfdetr.models.segmentation import MASK_HEADS
     from rfdetr.precision import pick_precision
     from rfdetr.sizes import SIZES
 
@@ -63,7 +63,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     split = read_dataset(write_coco(Path(FOLDER.name) / "data", count, settings["objects"]))["train"]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
     detector = Detector(size, 2, background=True, groups=1).to(device).requires_grad_(False).eval()
-    head, progress = build_mask_head(size.mask_head, size.hidden).to(device), Progress(micro_batch=recipe.seg_batch)
+    head, progress = MASK_HEADS[size.mask_head](size.hidden).to(device), Progress(micro_batch=recipe.seg_batch)
     groups = [{"params": list(head.parameters()), "base_lr": recipe.seg_lr, "lr": recipe.seg_lr}]
     objective = feature_cache.MaskObjective(detector, table, LossWeights(), precision, (), 0, progress)
     trainer = Trainer(

@@ -28,7 +28,7 @@ from rfdetr.engine import Progress
 from rfdetr.feature_cache import CachedLoader, FeatureCache, FrozenBatch, MaskObjective, choose_cache, flipped, freeze
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
-from rfdetr.models.segmentation import build_mask_head
+from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.precision import Precision
 from rfdetr.sizes import SIZES
 
@@ -160,7 +160,7 @@ def test_the_detector_is_left_as_it_was(detector, cache_of):
 
 def test_cached_and_fresh_batches_have_the_same_losses(detector, dataset, cache_of):
     torch.manual_seed(1)
-    head = build_mask_head("nano", detector.size.hidden)
+    head = MASK_HEADS["nano"](detector.size.hidden)
     objective = objective_for(detector)
     kept = read(cache_of(1), *[(i, 0) for i in range(3)])
     fresh = collate([dataset[i, None] for i in range(3)])
@@ -170,7 +170,7 @@ def test_cached_and_fresh_batches_have_the_same_losses(detector, dataset, cache_
 
 
 def test_images_without_objects_train_too(detector, dataset, cache_of):
-    head = build_mask_head("nano", detector.size.hidden)
+    head = MASK_HEADS["nano"](detector.size.hidden)
     cache = cache_of()
     batch = read(cache, (2, 0), (2, 1))
     assert batch.objects == 0 and len(batch) == 2

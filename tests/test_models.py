@@ -11,7 +11,7 @@ from rfdetr.console import UserError
 from rfdetr.models.decoder import move_boxes
 from rfdetr.models.deformable_attention import DeformableAttention
 from rfdetr.models.detector import Detector, select_detections
-from rfdetr.models.segmentation import GRID, MASK_HEADS, OfficialMaskHead, build_mask_head, enlarged, sample_in_boxes
+from rfdetr.models.segmentation import GRID, MASK_HEADS, OfficialMaskHead, enlarged, sample_in_boxes
 from rfdetr.sizes import SIZES, Recipe, check_resolution, size_from_dict
 
 OFFICIAL = [name for name, size in SIZES.items() if size.weights_url]
@@ -28,7 +28,7 @@ def package_mask_head_parameters(size) -> int:
 @pytest.mark.parametrize("name", list(SIZES))
 def test_mask_heads_keep_their_parameter_bounds(name):
     size = SIZES[name]
-    count = {head: sum(p.numel() for p in build_mask_head(head, size.hidden).parameters()) for head in MASK_HEADS}
+    count = {head: sum(p.numel() for p in MASK_HEADS[head](size.hidden).parameters()) for head in MASK_HEADS}
     assert count["nano"] <= 0.25 * count["standard"]
     official = OfficialMaskHead(size.hidden, size.decoder_layers)
     assert sum(p.numel() for p in official.parameters()) == package_mask_head_parameters(size)
@@ -222,7 +222,7 @@ def test_move_boxes_is_relative_to_the_box():
 @pytest.mark.parametrize("name", list(MASK_HEADS))
 def test_pasted_masks_agree_with_the_training_grid(name):
     torch.manual_seed(0)
-    head = build_mask_head(name, 96).eval()
+    head = MASK_HEADS[name](96).eval()
     features, images = torch.randn(1, 96, 16, 16), torch.randn(1, 3, 128, 128)
     queries, boxes = (
         torch.randn(3, 96),
@@ -244,7 +244,7 @@ def test_pasted_masks_agree_with_the_training_grid(name):
 
 
 def test_masks_of_no_queries_are_none():
-    head = build_mask_head("nano", 96)
+    head = MASK_HEADS["nano"](96)
     pixels = head.pixels(torch.randn(1, 96, 8, 8), torch.randn(1, 3, 64, 64))
     empty = head.grid_logits(pixels, torch.zeros(0, 96), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
     assert empty.shape == (0, GRID, GRID)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rfdetr.models.decoder import MLP, Transformer, move_boxes
 from rfdetr.models.projector import Projector
-from rfdetr.models.segmentation import MaskHead, OfficialMaskHead, build_mask_head
+from rfdetr.models.segmentation import MASK_HEADS, MaskHead, OfficialMaskHead
 from rfdetr.models.windowed_vit import WindowedViT, standardise
 from rfdetr.sizes import ModelSize
 
@@ -68,7 +68,7 @@ class Detector(nn.Module):
         self.refpoint_embed = nn.Embedding(groups * size.queries, 4)
         nn.init.zeros_(self.refpoint_embed.weight)
         self.query_feat = nn.Embedding(groups * size.queries, size.hidden)
-        self.mask_head = build_mask_head(mask_head, size.hidden) if mask_head not in (None, "official") else None
+        self.mask_head = MASK_HEADS[mask_head](size.hidden) if mask_head not in (None, "official") else None
         official = mask_head == "official"  # a module of its own, for the official names of its parameters
         self.segmentation_head = OfficialMaskHead(size.hidden, size.decoder_layers) if official else None
 

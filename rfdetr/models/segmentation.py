@@ -146,10 +146,6 @@ class MaskHeadStandard(MaskHead):
 MASK_HEADS = {"nano": MaskHeadNano, "standard": MaskHeadStandard}
 
 
-def build_mask_head(name: str, hidden: int) -> MaskHead:
-    return MASK_HEADS[name](hidden)
-
-
 class PixelBlock(nn.Module):
     """Depthwise 3x3 convolution, LayerNorm, linear, GELU, added to the input (after ConvNeXt, arXiv:2201.03545)."""
 
