@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rfdetr import checkpoint
 from rfdetr.cli import add_compile_flag
-from rfdetr.console import UserError, number, run_script, tick
+from rfdetr.console import UserError, number, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.evaluation import Judge
@@ -47,12 +47,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.split not in splits:
         raise UserError(f"{args.dataset} has no {args.split} split, it has {', '.join(splits)}: choose with --split")
     split = splits[args.split]
+    for message in split.warnings:
+        warn(message)
     model, table = checkpoint.build_model(content)
     table = table.in_order_of(split.class_names, split.category_ids, f"{args.dataset} ({args.split})")
     resolution = check_resolution(model.size, args.resolution or content["resolution"])
 
     loader = evaluation_loader(SplitDataset(split, resolution, None, masks=False), args.batch, args.workers)
-    masks = model.head is not None and any(s is not None for image in split.images for s in image.segmentations)
+    masks = model.head is not None and split.mask_count > 0
     model.to(precision.device)
     if args.compile:
         compile_in_place(model.encoder, precision.device)

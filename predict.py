@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         compile_in_place(model.model.encoder, model.precision.device)
     make_folder(args.output, "--output")
     images, videos = ([path for path in files if path.suffix.lower() in kind] for kind in (IMAGES, VIDEOS))
-    taken = {path.name for path in files if path.resolve().parent == args.output.resolve()}  # no input is overwritten
+    # no input is overwritten
+    taken = {path.name.casefold() for path in files if path.resolve().parent == args.output.resolve()}
     chunks = [images[i : i + args.batch] for i in range(0, len(images), args.batch)] or [[]]
     results, unread, names = [], 0, itertools.repeat(model.class_names)
     with ThreadPoolExecutor() as pool:  # reads the next images and writes the last pictures while the model works
@@ -62,10 +63,12 @@ def main(argv: list[str] | None = None) -> None:
             for (path, _), one in zip(readable, found):
                 results += as_records(str(path), one)
         list(saving)
-    if unread == len(files):
-        raise UserError(f"none of the {unread} images could be read (the warnings above name them)")
     for path in videos:
-        results += predict_video(model, path, args.output / free_name(path.stem, ".mp4", taken), args)
+        found = predict_video(model, path, args.output / free_name(path.stem, ".mp4", taken), args)
+        unread += found is None
+        results += found or []
+    if unread == len(files):
+        raise UserError(f"none of the {unread} files could be read (the warnings above name them)")
     write_json(args.output / "predictions.json", results)
     tick(f"{len(results)} objects in {len(files) - unread} files: {args.output} (pictures and predictions.json)")
 
@@ -87,10 +90,13 @@ def collect(inputs: list[str]) -> list[Path]:
 
 
 def free_name(stem: str, suffix: str, taken: set[str]) -> str:
-    """A file name for a picture or video that is not taken yet, with a number where need be; it is taken then."""
+    """A file name for a picture or video that is not `taken` yet, with a number where need be; it is taken then.
+
+    `taken` has casefolded names: on most Windows and macOS disks a.PNG is a.png.
+    """
     names = itertools.chain([stem + suffix], (f"{stem}_{n}{suffix}" for n in itertools.count(2)))
-    name = next(name for name in names if name not in taken)
-    taken.add(name)
+    name = next(name for name in names if name.casefold() not in taken)
+    taken.add(name.casefold())
     return name
 
 
@@ -131,8 +137,11 @@ def read_video(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
         yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
-def predict_video(model: RFDETR, path: Path, target: Path, args: argparse.Namespace) -> list[dict]:
-    """Write a copy of a video with everything drawn in to `target`; returns its records with frame numbers."""
+def predict_video(model: RFDETR, path: Path, target: Path, args: argparse.Namespace) -> list[dict] | None:
+    """Write a copy of a video with everything drawn in to `target`; returns its records with frame numbers.
+
+    None, with a warning, for a file that cannot be read.
+    """
     video = cv2.VideoCapture(str(path))
     frames, rate = read_video(video), video.get(cv2.CAP_PROP_FPS) or 25.0
     writer, records, count = None, [], itertools.count()
@@ -144,7 +153,8 @@ def predict_video(model: RFDETR, path: Path, target: Path, args: argparse.Namesp
             writer.write(picture)
             records += as_records(str(path), found, next(count))
     if writer is None:
-        raise UserError(f"{path} is not a video that can be read: it has no frames. Convert it to .mp4 and try again")
+        warn(f"{path} is not a video that can be read: it has no frames. Convert it to .mp4 and try again")
+        return None
     writer.release()
     if cv2.VideoCapture(str(target)).get(cv2.CAP_PROP_FRAME_COUNT) != next(count):  # OpenCV writes without a word
         raise UserError(f"could not write all of {target}. Free some space there, or name another --output")

@@ -37,9 +37,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}_loss_coef", type=share, default=default, help=f"weight of the {name} loss")
     parser.add_argument("--lr_scheduler", choices=["cosine", "step", "constant"], default="cosine")
     parser.add_argument("--warmup_epochs", type=share, default=0.0, help="epochs of linear warm-up")
-    parser.add_argument("--early_stopping", type=boolean, default=False, metavar="0|1", help="with --patience (10)")
+    parser.add_argument(
+        "--early_stopping",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="stop after 10 epochs without gain, or --patience",
+    )
     args = parse(parser, argv, "seg_single")
-    args.patience = (args.patience or 10) if args.early_stopping else args.patience
 
     session = shared.begin(args, "seg_single")
     train = session.splits["train"]

@@ -8,14 +8,13 @@ python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth     (classe
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import shlex
 from pathlib import Path
 
 from rfdetr import checkpoint, distributed
 from rfdetr import main as shared
-from rfdetr.auto_batch import free_memory_mb, resolve_batch
+from rfdetr.auto_batch import resolve_batch
 from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
 from rfdetr.console import UserError, boolean, number, run_script, tick
@@ -23,6 +22,7 @@ from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.data.validation import require_masks
 from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, choose_cache
 from rfdetr.losses.criterion import LossWeights
+from rfdetr.memory import free_memory_mb
 from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.rundir import write_json
 from rfdetr.sizes import SIZES
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     judge = shared.judge_of(session, "valid", table, masks=True, frozen=detector)
     # of each valid image: features and queries in fp32, and its pixels
     kept = 2 * cache.record_bytes(0) + 4 * size.hidden * size.select + 3 * args.resolution**2
-    judge.keep = len(judge.split.images) * kept < (free_memory_mb() or math.inf) * 2**20 / 4
+    judge.keep = len(judge.split.images) * kept < free_memory_mb() * 2**20 / 4
 
     def pack(state: dict) -> dict:
         if checkpoint.fingerprint(detector) != frozen_hash:

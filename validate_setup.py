@@ -6,6 +6,7 @@ python validate_setup.py --dataset dataset --size nano --check_images 1
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -49,10 +50,12 @@ def main(argv: list[str] | None = None) -> None:
 
     from rfdetr.data.coco import inspect_dataset, small_objects
     from rfdetr.precision import pick_device, pick_precision
-    from rfdetr.rundir import environment, write_json
+    from rfdetr.rundir import environment, make_place, write_json
 
+    if args.json:
+        make_place(args.json, "--json")
     size, device = SIZES[args.size], pick_device(args.device)
-    resolution, precision = check_resolution(size, args.resolution), pick_precision("auto", device)
+    resolution, precision = check_resolution(size, args.resolution), pick_precision(size.recipe.amp, device)
     found = {"size": f"{size.name}, {resolution} px", **found, **environment(device)}
     found["free_disk_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
     if device.type == "cuda":
@@ -104,7 +107,7 @@ def finish(args: argparse.Namespace, parser: argparse.ArgumentParser, names: lis
         tick("Stage 2 and single stage (masks) are possible")
     else:
         warn("Stage 2 and single stage are not possible: the annotations have no masks")
-    place = f'"{args.dataset}"' if " " in str(args.dataset) else args.dataset
+    place = shlex.quote(str(args.dataset))
     given = {name: getattr(args, name) for name in ("val_fraction", "size", "resolution", "device")}
     flags = "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
     print(f"Next: python train_detector_stage1.py --dataset {place}{flags}")
@@ -143,8 +146,9 @@ def estimate_sizes(name: str, resolution: int, precision, images: int) -> list[d
     """Print and return what stage 1 takes by size; `precision`: rfdetr.precision.Precision."""
     import torch
 
-    from rfdetr.auto_batch import HEADROOM, free_memory_mb
+    from rfdetr.auto_batch import HEADROOM
     from rfdetr.estimate import estimate
+    from rfdetr.memory import free_memory_mb
 
     rows = estimate(name, resolution, precision, images)
     cuda = precision.device.type == "cuda"
@@ -154,13 +158,12 @@ def estimate_sizes(name: str, resolution: int, precision, images: int) -> list[d
     for row in rows:
         sign, (one, four) = "*" if row["measured"] else "~", row["memory_mb"].values()
         line = f"{sign} {row['size']:<13}{row['resolution']:>5}{row['parameters']:>13,}{one:>13,}{four:>10,}"
-        tight = free and one > HEADROOM * free
-        print(f"{line}{row['epoch_s']:>12,.0f}" + "  more than is free" * bool(tight))
-    if free:
-        own = next(row for row in rows if row["size"] == name)["memory_mb"]
-        fits = [batch for batch, needed in own.items() if needed < HEADROOM * free]
-        advice = f"--batch {fits[-1]} fits" if fits else "even --batch 1 is tight: try --grad_checkpoint 1"
-        print(f"{free:,.0f} MB are free: for {name}, {advice}; --batch auto finds the largest")
+        tight = one > HEADROOM * free
+        print(f"{line}{row['epoch_s']:>12,.0f}" + "  more than is free" * tight)
+    own = next(row for row in rows if row["size"] == name)["memory_mb"]
+    fits = [batch for batch, needed in own.items() if needed < HEADROOM * free]
+    advice = f"--batch {fits[-1]} fits" if fits else "even --batch 1 is tight: try --grad_checkpoint 1"
+    print(f"{free:,.0f} MB are free: for {name}, {advice}; --batch auto finds the largest")
     return rows
 
 

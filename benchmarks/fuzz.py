@@ -56,7 +56,7 @@ from rfdetr.classes import assign_rows, coco_table
 from rfdetr.console import run_script
 from rfdetr.convert import to_official
 from rfdetr.data.demo import CLASS_NAMES, make_demo
-from rfdetr.engine import memory_mb
+from rfdetr.memory import memory_mb
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 

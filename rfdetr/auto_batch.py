@@ -10,21 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rfdetr import distributed
-from rfdetr.console import tick, warn
+from rfdetr.console import is_out_of_memory, tick
 from rfdetr.data.loaders import Batch
-from rfdetr.engine import is_out_of_memory, memory_mb
+from rfdetr.memory import free_memory_mb, memory_mb, release_memory
 
 OBJECTS = 30  # an image full of objects: the worst case that is tried
 HEADROOM = 0.8  # of the memory that is free, since a CPU does not refuse but swaps
-
-
-def free_memory_mb() -> float | None:
-    """Free main memory in MB; None where the system does not tell (Linux alone does)."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) / 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
 
 
 def random_batch(images: int, resolution: int) -> Batch:
@@ -55,9 +46,7 @@ def resolve_batch(
         before, free = memory_mb(device), free_memory_mb()
         _step_fits(model, losses, 1, args.resolution)
         each = max(memory_mb(device) - before, 1.0) * distributed.world_size()  # on this machine, perhaps
-        args.batch = next((b for b in fits if free is None or b * each < HEADROOM * free), 1)
-        if free is None:
-            warn("this system does not tell how much memory is free: --batch auto takes the whole effective batch")
+        args.batch = next((b for b in fits if b * each < HEADROOM * free), 1)
     args.accum = effective // args.batch
     if distributed.is_main():
         tick(f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times (effective {effective})")
@@ -76,5 +65,4 @@ def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int)
     finally:
         model.zero_grad(set_to_none=True)
         torch.set_rng_state(state)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory(next(model.parameters()).device)

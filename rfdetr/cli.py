@@ -31,7 +31,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--weight_decay", type=share, help="AdamW's weight decay")
     add("--multi_scale", type=boolean, default=None, metavar="0|1", help="draw the input side anew for each step")
     add("--expanded_scales", type=boolean, default=False, metavar="0|1", help="a wider range of sides")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default=None, help="mixed precision (default: auto)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision (auto: off for tiny)")
     add("--no_amp", action="store_true", help="the same as --amp off")
     add("--ema", type=boolean, default=True, metavar="0|1", help="keep an average of the weights, scored as well")
     add("--patience", type=number(int, 0), default=0, help="stop after this many epochs without gain (0: never)")
@@ -86,7 +86,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
         if content["stage"] != kind.removeprefix("seg_"):
             script = checkpoint.SCRIPTS[content["stage"]]
             raise UserError(f"{folder} is another script's: python {script} --resume {folder}")
-        stored = {k: v for k, v in content["args"].items() if k not in ("resume", "output_dir") and hasattr(args, k)}
+        own = vars(args).keys() - {"resume", "output_dir", "no_amp"}  # the last is in `amp`
+        stored = {k: v for k, v in content["args"].items() if k in own}
         paths = {action.dest for action in parser._actions if action.type is Path}
         parser.set_defaults(**{k: Path(v) if k in paths and v is not None else v for k, v in stored.items()})
         args = parser.parse_args(argv)
@@ -108,8 +109,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
         if args.pretrain_weights not in ("auto", "none") or getattr(args, "init_ckpt", None):
             raise UserError("--backbone_weights is a start without a detector: leave out the other file of weights")
         args.pretrain_weights = "none"
-    if args.no_amp:
-        args.amp = "off"
+    if args.no_amp or args.amp == "auto":
+        args.amp = "off" if args.no_amp else size.recipe.amp
     if args.fast_dev_run:
         args.epochs = 1
     return args

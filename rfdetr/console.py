@@ -19,6 +19,12 @@ TICK, WARN = "✓", "⚠"
 MOST = 10**9  # that a flag may say: what is larger is a slip, and no library takes it
 
 
+OUT_OF_MEMORY_ADVICE = (
+    "What is left: a smaller --batch, --resolution or --size, --grad_checkpoint 1, --multi_scale 0, --amp bf16 where "
+    "the hardware has it, or --device cpu"
+)
+
+
 class UserError(Exception):
     """Bad input: the message is one paragraph saying what, where and the next command to type."""
 
@@ -32,6 +38,12 @@ class Stopped(BaseException):
     def __init__(self, code: int):
         super().__init__(f"stopped with exit status {code}")
         self.code = code
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the main memory had no more: CUDA, cuBLAS, MPS, torch on Linux and Windows, NumPy."""
+    texts = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(t in str(error) for t in texts)
 
 
 def boolean(text: str) -> bool:
@@ -89,7 +101,8 @@ def first_to_say(what: str) -> bool:
 
 
 def tick(message: str) -> None:
-    print(f"{TICK} {message}", flush=True)
+    if first_to_say(message):
+        print(f"{TICK} {message}", flush=True)
 
 
 def warn(message: str) -> None:
@@ -134,8 +147,11 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     except Exception as error:
         if debug:
             raise
-        message = f"error: unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+        reason, status = " ".join(str(error).split()), 1
+        message = f"error: unexpected {type(error).__name__}: {reason}"
         advice = "This is a defect of the program. Run the command again with --debug to see where it happened."
+        if is_out_of_memory(error):
+            message, advice, status = f"out of memory ({reason or 'main memory'})", OUT_OF_MEMORY_ADVICE, 2
         if first_to_say("why it ends"):
             print(message, advice, sep="\n", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(status)

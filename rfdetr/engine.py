@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rfdetr import distributed
-from rfdetr.console import UserError, warn
+from rfdetr.console import OUT_OF_MEMORY_ADVICE, UserError, is_out_of_memory, warn
 from rfdetr.data.loaders import Batch
+from rfdetr.memory import memory_mb, release_memory
 
 SHOWN = ("loss_class", "loss_box", "loss_giou", "loss_mask", "loss_dice")  # in the progress bar
 
@@ -146,8 +146,7 @@ def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
         # outside the handler, where the failed step's tensors are no longer referenced
         trainer.optimizer.zero_grad(set_to_none=True)
         set_random_states(random_state)
-        if trainer.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(trainer.device)
 
 
 def random_states(device: torch.device) -> dict:
@@ -165,28 +164,9 @@ def lower_micro_batch(progress: Progress, images: int) -> None:
     """Halve the images in one forward pass, saying so.  Raises UserError with what is left to try at one image."""
     size = min(progress.micro_batch, images)
     if size <= 1:
-        raise UserError(
-            "out of memory with a single image. What is left: a smaller --resolution or --size, --grad_checkpoint 1, "
-            "--multi_scale 0, --amp bf16 where the hardware has it, or --device cpu"
-        )
+        raise UserError(f"out of memory with a single image. {OUT_OF_MEMORY_ADVICE}")
     progress.micro_batch = -(-size // 2)
     warn(
         f"out of memory: going on with --batch {progress.micro_batch} and the accumulation raised to match "
         f"(the effective batch stays {images})"
     )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def memory_mb(device: torch.device) -> float:
-    """Peak memory so far: allocated on a GPU, resident of the process elsewhere; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rfdetr.auto_batch import OBJECTS, random_batch
 from rfdetr.classes import assign_rows
-from rfdetr.console import UserError
-from rfdetr.engine import Progress, is_out_of_memory, memory_mb
+from rfdetr.console import UserError, is_out_of_memory
+from rfdetr.engine import Progress
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.main import Objective
+from rfdetr.memory import memory_mb
 from rfdetr.models.detector import Detector
 from rfdetr.precision import Precision
 from rfdetr.sizes import SIZES
@@ -92,16 +93,15 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
     sides = {key: size.resolution for key, size in SIZES.items() if not key.startswith("seg-")} | {name: resolution}
     shapes = {key: shape_of(key, side) for key, side in sides.items()}
     anchors = [key for key in sides if key in ("tiny", name if name != "tiny" else "nano")]
-    seconds, memory = [], []  # points of the two lines
+    seconds, memory, base = [], [], 0.0  # points of the two lines; MB of a process without a model
     for key in anchors:
         parameters, flop, kept = shapes[key]
-        step_s, before, peak = measure_apart(key, sides[key], precision)
+        step_s, base, peak = measure_apart(key, sides[key], precision)
         seconds.append((flop, step_s))
-        needed = max(peak - before - parameters * STATE_BYTES / 2**20, 0.0)
-        memory.append((kept, needed if peak else kept))  # Windows does not tell the peak
+        memory.append((kept, max(peak - base - parameters * STATE_BYTES / 2**20, 0.0)))
     rows = []
     for key, (parameters, flop, kept) in shapes.items():
-        recipe, fixed = SIZES[key].recipe, before + parameters * STATE_BYTES / 2**20
+        recipe, fixed = SIZES[key].recipe, base + parameters * STATE_BYTES / 2**20
         step = recipe.batch * recipe.accum
         row = {"size": key, "resolution": sides[key], "parameters": parameters, "measured": key in anchors}
         row["memory_mb"] = {str(batch): round(fixed + on_line(memory, batch * kept)) for batch in (1, 4)}

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from rfdetr import distributed
 from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
-from rfdetr.console import UserError, warn
+from rfdetr.console import UserError, is_out_of_memory, warn
 from rfdetr.data.coco import CocoSplit, load_image
 from rfdetr.data.loaders import naming_workers, note_unread
 from rfdetr.data.transforms import to_model_input
-from rfdetr.engine import is_out_of_memory
+from rfdetr.memory import release_memory
 from rfdetr.metrics.coco_eval import CocoEvaluator
 from rfdetr.metrics.overlap import to_rle
 from rfdetr.models.detector import Detector, select_detections
@@ -51,6 +51,11 @@ class Detections:
 
     def __getitem__(self, part: slice) -> Detections:
         return Detections(**{name: value[part] for name, value in vars(self).items()})
+
+    def on(self, device: torch.device) -> Detections:
+        """The same with all tensors on `device`."""
+        values = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        return Detections(**values)
 
     def pixel_boxes(self, i: int, height: int, width: int) -> np.ndarray:
         """Image i's boxes as (k, 4) xyxy in pixels of a height x width original."""
@@ -99,8 +104,7 @@ class Finder:
             raise UserError("out of memory with a single image: use --device cpu, or a model of a smaller --resolution")
         self.at_once = -(-images // 2)
         warn(f"out of memory: detecting in {self.at_once} images at a time from now on")
-        if self.precision.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.precision.device)
 
 
 @torch.inference_mode()
@@ -111,7 +115,7 @@ def draw_masks(
     head.eval()
     rles = []
     for i, ((height, width), count) in enumerate(zip(sizes, counts)):
-        one = found[i : i + 1]  # pixel maps are large: one image's at a time
+        one = found[i : i + 1].on(precision.device)  # pixel maps are large: one image's at a time
         with precision.autocast():
             pixels = head.pixels(one.features, to_model_input(one.images, precision.device))[0]
         masks = head.paste(pixels, found.queries[i, :count], found.boxes[i, :count], height, width)
@@ -223,7 +227,7 @@ class Judge:
             return self.kept
         found = self._detect(self.frozen or model)
         if self.keep:
-            found = self.kept = list(found)
+            found = self.kept = [part.on(torch.device("cpu")) for part in found]  # main memory is the larger one
         return found
 
     def _detect(self, model: Detector) -> Iterator[Detections]:

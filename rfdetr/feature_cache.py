@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfdetr import checkpoint, distributed
-from rfdetr.auto_batch import free_memory_mb
 from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, tick, warn
@@ -32,6 +31,7 @@ from rfdetr.data.transforms import draw_side, to_model_input
 from rfdetr.engine import Progress
 from rfdetr.losses.criterion import LossWeights, mask_losses
 from rfdetr.losses.matcher import match
+from rfdetr.memory import free_memory_mb
 from rfdetr.models.detector import Detector
 from rfdetr.models.projector import LEVEL_SCALE
 from rfdetr.models.segmentation import ENLARGE, GRID, MaskHead, sample_in_boxes
@@ -48,8 +48,8 @@ class FrozenBatch:
     """A batch as the mask head sees it.
 
     images uint8 (n, 3, R, R); features (n, C, h, w); one list entry an image: queries (m, C), boxes (m, 4) cxcywh
-    0..1 as predicted, grids uint8 (m, GRID, GRID), the object's mask inside the enlarged box; index: in the split;
-    unread: as in Batch.
+    0..1 as predicted, grids uint8 (m, GRID, GRID), the object's mask inside the enlarged box; counts: of all objects,
+    found by a query or not; indices: in the split; unread: as in Batch.
     """
 
     images: Tensor
@@ -57,6 +57,7 @@ class FrozenBatch:
     queries: list[Tensor]
     boxes: list[Tensor]
     grids: list[Tensor]
+    counts: list[int]
     indices: list[int]
     unread: dict[int, str] = field(default_factory=dict)
 
@@ -68,7 +69,7 @@ class FrozenBatch:
 
     @property
     def objects(self) -> int:
-        return sum(len(boxes) for boxes in self.boxes)
+        return sum(self.counts)
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def freeze(model: Detector, batch: Batch, table: ClassTable, precision: Precisio
     per_image = torch.bincount(image, minlength=len(batch)).tolist()
     queries = outputs["queries"].float()[image, query]
     lists = (list(values.split(per_image)) for values in (queries, boxes, grids))
-    return FrozenBatch(batch.images, outputs["features"].float(), *lists, batch.indices)
+    return FrozenBatch(batch.images, outputs["features"].float(), *lists, counts, batch.indices)
 
 
 def apply_view(images: Tensor, view: int) -> Tensor:
@@ -136,7 +137,7 @@ def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> tuple[str
         total = f"{views:,} of {len(cache.table):,} views there, about {in_mb(cache.bytes)} in all"
         return "disk", f"on disk{asked}, {folder}, {total}"
     size = f"about {in_mb(needed)}"
-    if mode == "ram" or mode == "auto" and (ram is None or needed < ram * 2**20 / 2):
+    if mode == "ram" or mode == "auto" and needed < ram * 2**20 / 2:
         return "ram", f"in RAM{asked}, {size}" + ("" if asked else f": {short}")
     return "off", "off, as asked" if asked else f"off: half of the free RAM is less than {size}, and {short}"
 
@@ -215,9 +216,11 @@ class FeatureCache:
             return self
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and (size := self.path.stat().st_size) not in (0, self.bytes):
-                warn(f"Feature cache {self.path} is damaged ({size:,} bytes, not {self.bytes:,}): made anew")
-                self.path.unlink()
+            if distributed.local_rank() == 0 and self.path.exists():
+                if (size := self.path.stat().st_size) not in (0, self.bytes):
+                    warn(f"Feature cache {self.path} is damaged ({size:,} bytes, not {self.bytes:,}): made anew")
+                    self.path.unlink()
+            distributed.gather_objects(None)  # the others take the new file
             with open(self.path, "ab") as file:
                 file.truncate(self.bytes)  # zeros, where it is new: no view is there
             self.file = open(self.path, "r+b", buffering=0)
@@ -272,7 +275,7 @@ class FeatureCache:
         """
         model, precision = self.objective.detector.eval(), self.objective.precision
         frozen = freeze(model, collate([sample]), self.objective.table, precision, None)
-        objects = np.empty(frozen.objects, self.item)
+        objects = np.empty(len(frozen.boxes[0]), self.item)
         objects["box"], objects["query"] = frozen.boxes[0].cpu(), frozen.queries[0].half().cpu()
         objects["grid"] = np.packbits(frozen.grids[0].flatten(1).cpu(), axis=1)
         record = frozen.features.half().cpu().numpy().tobytes() + objects.tobytes()
@@ -300,6 +303,7 @@ class FeatureCache:
             features.append(np.frombuffer(record, "<f2", math.prod(self.shape)).reshape(self.shape))
             objects.append(np.frombuffer(record, self.item, offset=self.record_bytes(0)))
         images, targets, unread = vars(collate(samples)).values()
+        indices = [target["index"] for target in targets]
         grids = [np.unpackbits(o["grid"], axis=1, count=GRID**2).reshape(-1, GRID, GRID) for o in objects]
         return FrozenBatch(
             images=images,
@@ -307,7 +311,8 @@ class FeatureCache:
             queries=[torch.from_numpy(o["query"].copy()) for o in objects],
             boxes=[torch.from_numpy(o["box"].copy()) for o in objects],
             grids=[torch.from_numpy(grid) for grid in grids],
-            indices=[target["index"] for target in targets],
+            counts=[self.dataset.split.per_image[index] for index in indices],
+            indices=indices,
             unread=unread,
         )
 

@@ -45,6 +45,7 @@ from rfdetr.rundir import Run, check_free_disk, environment, given_run, new_run,
 from rfdetr.sizes import SIZES, ModelSize
 
 NAN_STEPS = 10  # steps in a row without a finite loss end the run
+PATIENCE = 10  # evaluations without gain, where --early_stopping 1 names none
 PICTURES = 4  # validation images drawn after an epoch
 
 
@@ -495,7 +496,8 @@ class Keeper:
 
     def note_nan(self, images: list[int]) -> None:
         split, progress = self.session.splits["train"], self.trainer.progress
-        names = [{"id": split.images[i].id, "file": str(split.images[i].path)} for i in images]
+        numbers = sum(distributed.gather_objects(images), [])
+        names = [{"id": split.images[i].id, "file": str(split.images[i].path)} for i in numbers]
         self.nan_batches.append({"epoch": progress.epoch + 1, "step": progress.step, "images": names})
         if distributed.is_main():
             write_json(self.session.folder / "nan_batches.json", self.nan_batches)
@@ -537,6 +539,7 @@ def fit(
     Keeper. The best is chosen by valid bbox/mAP for a detector, by segm/mAP where masks are trained.
     """
     args, progress = session.args, trainer.progress
+    patience = args.patience or (PATIENCE if getattr(args, "early_stopping", False) else 0)
     keeper = Keeper(session, trainer, pack)
     if args.resume_from:
         keeper.restore(args.resume_from)
@@ -544,8 +547,8 @@ def fit(
             tick(f"Going on with {session.folder} in epoch {progress.epoch + 1}, after {progress.step_in_epoch} steps")
     with keeper.watch_signals(), naming_workers(loader.dataset):
         while progress.epoch < args.epochs:
-            if args.patience and keeper.epochs_without_gain >= args.patience:
-                tick(f"Stopped early: {args.patience} evaluations without gain (--patience {args.patience})")
+            if patience and keeper.epochs_without_gain >= patience:
+                tick(f"Stopped early: {patience} evaluations without gain (--patience {patience})")
                 break
             train_and_judge(keeper, loader, judge)
             keeper.save(("last.pt", "checkpoint.pt"))

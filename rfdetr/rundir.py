@@ -78,7 +78,7 @@ def given_run(folder: Path) -> Path:
 def free_disk(folder: Path) -> int:
     """Bytes free on the disk of `folder`, which may not exist yet."""
     folder = Path(folder).absolute()
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return shutil.disk_usage(next((path for path in (folder, *folder.parents) if path.exists()), folder)).free
 
 
 def check_free_disk(folder: Path, needed: int) -> None:
@@ -96,10 +96,12 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.replace(temporary, path)
-        except PermissionError:  # Windows, for the moment in which another program reads the old file
-            time.sleep(0.5)
+        for wait in (0.1, 0.4, 2, 10, 60):  # seconds: on Windows another program may be reading the old file
+            with contextlib.suppress(PermissionError if os.name == "nt" else ()):
+                os.replace(temporary, path)
+                break
+            time.sleep(wait)
+        else:
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise UserError(

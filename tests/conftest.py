@@ -68,6 +68,11 @@ def read_split(file: Path, folder: Path, name: str) -> CocoSplit:
     return split
 
 
+def environment() -> dict[str, str]:
+    """For a script that a test starts: one thread, as this process computes, and UTF-8 whatever the console's."""
+    return os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+
+
 def run_script(*words: object, cwd: Path, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
     """Run `python SCRIPT ...` of this repository in the folder `cwd`; with `check` a failure shows its output."""
     script, *rest = [str(word) for word in words]
@@ -79,7 +84,7 @@ def run_script(*words: object, cwd: Path, check: bool = True, env: dict | None =
         encoding="utf-8",
         errors="replace",
         timeout=600,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"} | (env or {}),
+        env=environment() | (env or {}),
     )
     if check and done.returncode:
         pytest.fail(f"{script} left with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

@@ -150,6 +150,14 @@ def test_missing_valid_names_val_fraction_which_splits_by_name(tmp_path):
     assert {image.path.name for image in read_dataset(tmp_path, 0.25)["valid"].images} == valid
 
 
+def test_the_parts_of_a_divided_train_split_are_checked_too(tmp_path):
+    write_split(tmp_path / "train", [annotation(1, image=2)], images=20)
+    with pytest.raises(UserError, match="without a usable object") as error:
+        for fraction in (0.05, 0.9):  # the one object is in one part or the other
+            read_dataset(tmp_path, fraction)
+    assert "validate_setup.py" in str(error.value)
+
+
 def test_dataset_of_one_image_keeps_it_for_training(tmp_path):
     write_split(tmp_path / "train", [annotation(1)], images=1)
     splits = read_dataset(tmp_path, 0.5)
@@ -259,6 +267,9 @@ def test_links_subfolders_and_backslashes_work(dataset):
     train = read_dataset(dataset)["train"]
     assert [load_image(image).shape for image in train.images] == [(HEIGHT, WIDTH, 3)] * 2
     assert ["1 image behind symbolic links" in message for message in train.warnings] == [True]
+    (dataset / "train/sub").rename(dataset.parent / "sub")
+    (dataset / "train/sub").symlink_to(dataset.parent / "sub")  # a linked folder below the split's
+    assert "2 images behind symbolic links" in read_dataset(dataset)["train"].warnings[0]
 
 
 def save_turned(path: Path, orientation: int, size: tuple[int, int]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, quick_flags, run_script, train_flags
+from conftest import ROOT, environment, quick_flags, run_script, train_flags
 
 pytestmark = pytest.mark.slow
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -29,9 +29,8 @@ def torchrun(tmp_path):
 
     def start(options: tuple, script: str, *flags: object, output: str = "out.txt") -> subprocess.Popen:
         words = [str(word) for word in (*TORCHRUN, *options, ROOT / script, *flags)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
         with open(tmp_path / output, "w") as file:
-            process = subprocess.Popen(words, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, env=env)
+            process = subprocess.Popen(words, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, env=environment())
         started.append(process)
         return process
 

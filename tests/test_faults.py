@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, quick_flags, run_script
+from conftest import ROOT, environment, quick_flags, run_script
 from test_resume import assert_same_run, load
 
 import evaluate
@@ -83,10 +83,6 @@ def driver(prelude: str, *commands: list[object]) -> list[str]:
             f"print('{script} left with', status, flush=True)",
         ]
     return [sys.executable, "-c", "\n".join([*lines, "sys.exit(status)"])]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 
 
 def run_driver(prelude: str, *commands: list[object], cwd: Path) -> subprocess.CompletedProcess:
@@ -376,7 +372,7 @@ def test_a_file_where_the_output_belongs(run, few, exit_of, tmp_path):
         [export.main, *weights, "--out", tmp_path],
     ):
         code, text = exit_of(*words)
-        assert code == 2 and ("file" in text or "is a folder" in text or "tiny" in text), text
+        assert code == 2 and words[-2] in text, text
     assert file.read_text() == "keep"
 
 
@@ -406,7 +402,7 @@ def signal_at_detection(monkeypatch, call: int, number: int) -> list[int]:
     def interrupted(*args):
         calls.append(1)
         if len(calls) == call:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return detect(*args)
 
     monkeypatch.setattr(rfdetr.evaluation.Finder, "_detect", interrupted)
@@ -414,10 +410,11 @@ def signal_at_detection(monkeypatch, call: int, number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["stage1", "stage2"])
-def test_a_signal_during_the_evaluation_ends_it_at_once(kind, few, run, call, monkeypatch):
+def test_a_signal_during_the_evaluation_ends_it_at_once(kind, few, run, call, monkeypatch, request):
     script, flags = train_detector_stage1, [*quick_flags(few), "--batch", 1]
     if kind == "stage2":
-        script, flags = train_seg_stage2, [*flags, "--checkpoint", run / "best.pt"]
+        weights = shutil.copy(request.getfixturevalue("shrunk").folder, run)
+        script, flags = train_seg_stage2, [*flags, "--checkpoint", weights]
     call(script.main, *flags, "--output_dir", "whole")
     with monkeypatch.context() as patched:
         calls = signal_at_detection(patched, 1, signal.SIGTERM)
@@ -426,7 +423,7 @@ def test_a_signal_during_the_evaluation_ends_it_at_once(kind, few, run, call, mo
     assert stopped.value.code == 143 and len(calls) == 1
     assert load(Path("stopped/checkpoint.pt"))["training"]["progress"]["step_in_epoch"] == 4
     if kind == "stage2":
-        (run / "best.pt").unlink()  # the run has its detector in its own state
+        Path(weights).unlink()  # the run has its detector in its own state
     call(script.main, "--resume", "stopped")
     assert_same_run(Path("stopped"), Path("whole"))
 
@@ -525,13 +522,11 @@ def test_a_second_signal_ends_at_once(few, tmp_path):
     ],
     ids=lambda value: getattr(value, "__name__", " ".join(value) if isinstance(value, list) else ""),
 )
-def test_bad_values_name_what_is_accepted(script, flags, message, call, capfd, tmp_path):
+def test_bad_values_name_what_is_accepted(script, flags, message, call, exit_of, capfd, tmp_path):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(SystemExit) as left:
-        call(lambda argv: as_a_script(script.main, argv), *flags)
-    out, err = capfd.readouterr()
-    assert left.value.code and message in out + err and "Traceback" not in err
+    code, text = exit_of(script.main, *flags)
+    assert code == 2 and message in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 

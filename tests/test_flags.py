@@ -202,6 +202,16 @@ def test_mixed_precision_computes_differently_and_keeps_fp32_weights(stage1_run)
     assert same_weights(refused, full)
 
 
+def test_flags_given_with_resume_win_over_the_stored_ones(call, stage1_run):
+    run = stage1_run("--no_amp")
+    call(train_detector_stage1.main, "--resume", run.folder, "--amp", "bf16", "--epochs", 2)
+    assert torch.load(run.folder / "last.pt")["args"]["amp"] == "bf16"
+
+
+def test_auto_is_fp32_for_tiny(stage1_run):
+    assert stage1_run("--amp", "auto").metrics["args"]["amp"] == "off"
+
+
 def test_fp16_on_a_cpu_is_refused(error_of):
     code, text = error_of(train_detector_stage1, "--amp", "fp16")
     assert code == 2 and "--amp fp16 needs a GPU" in text
@@ -534,7 +544,7 @@ def test_early_stopping_and_patience(single_run):
     flags = ["--lr", 0, "--lr_encoder", 0, "--epochs", 4, "--lr_scheduler", "constant"]
     assert len(single_run(*flags, "--early_stopping", 1, "--patience", 1).metrics["epochs"]) == 2
     assert len(single_run(*flags).metrics["epochs"]) == 4
-    assert single_run("--early_stopping", 1).metrics["args"]["patience"] == 10
+    assert len(single_run(*flags, "--early_stopping", 1, "--epochs", 13, "--batch", 4).metrics["epochs"]) == 11
 
 
 def test_gradient_checkpointing_of_single_stage(single_run, monkeypatch):

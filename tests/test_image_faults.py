@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, quick_flags, run_script, train_flags
+from conftest import ROOT, environment, quick_flags, run_script, train_flags
 from PIL import Image
 from test_resume import assert_same_run, signal_at_step
 
@@ -24,6 +25,7 @@ import train_seg_stage2
 from rfdetr.console import Stopped, UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import SplitDataset, evaluation_loader
+from rfdetr.metrics.coco_eval import CocoEvaluator
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +66,20 @@ def test_unreadable_images_are_skipped_named_once_and_counted(few, tmp_path):
     assert found == {entry["id"] for entry in truth["images"]} - {number}
     said = run_script("predict.py", *best, "--input", bad.parent, "--output", tmp_path / "out", cwd=tmp_path)
     assert str(bad) in said.stdout and "in 3 files" in said.stdout
+
+
+def test_what_a_damaged_file_shows_counts_as_missed(few, tmp_path):
+    """The figures stay those of pycocotools on the dataset's own file."""
+    shutil.copytree(few, tmp_path / "data")
+    whole = read_dataset(tmp_path / "data")["valid"]
+    whole.images[0].path.write_bytes(b"not even a header")
+    valid = read_dataset(tmp_path / "data")["valid"]
+    assert valid.ground_truth == whole.ground_truth and "1 image that cannot be read" in valid.warnings[0]
+    evaluator = CocoEvaluator(valid.ground_truth, masks=False)
+    record = valid.images[1]
+    ids = np.asarray(valid.category_ids)[record.labels]
+    evaluator.add(record.id, record.boxes, np.ones(len(ids)), ids, None)
+    assert 0.3 < evaluator.summary()["bbox"]["AR100"] < 0.7
 
 
 def test_too_many_unreadable_images_are_an_error(demo, tmp_path, call):
@@ -144,7 +160,7 @@ def test_a_dead_worker_ends_the_run_and_its_image_is_named(few, tmp_path):
     script = subprocess.Popen(
         [sys.executable, "-c", WAITING.format(root=str(ROOT)), *map(str, flags)],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-        env=os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )  # fmt: skip
     try:
         file, worker = who_reads(sorted((tmp_path / "data/train").glob("*.png")), script)

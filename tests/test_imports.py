@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # A module may import from lower layers, and within its own as long as nothing goes round in a circle.
 LAYERS = [
-    ["console", "sizes", "boxes", "distributed", "classes"],
+    ["console", "sizes", "boxes", "distributed", "classes", "memory"],
     ["precision", "models", "data", "metrics", "losses"],
     ["convert", "rundir", "checkpoint", "weights", "visualise"],
     ["engine", "evaluation", "auto_batch", "feature_cache"],

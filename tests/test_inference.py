@@ -178,7 +178,7 @@ def test_a_higher_threshold_keeps_the_surer_ones(photos, stage2, call):
 
 def test_nothing_but_unreadable_images_is_an_error(photos, stage2, call):
     flags = ["--checkpoint", stage2.folder / "best.pt", "--output", "out"]
-    with pytest.raises(UserError, match="none of the 1 images"):
+    with pytest.raises(UserError, match="none of the 1 files"):
         call(predict.main, *flags, "--input", photos / "broken.jpg")
     with pytest.raises(UserError, match="no images or videos"):
         call(predict.main, *flags, "--input", "nowhere/*.jpg")
@@ -196,6 +196,19 @@ def test_predict_on_a_video_numbers_the_frames(photos, stage2, call, tmp_path):
     assert {record["frame"] for record in predicted("out")} == set(range(6))
     made = cv2.VideoCapture("out/clip.mp4")
     assert made.get(cv2.CAP_PROP_FRAME_COUNT) == 6 and made.get(cv2.CAP_PROP_FPS) == 5
+
+
+def test_a_file_that_is_no_video_costs_no_result(photos, stage2, call, capsys, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    weights = ["--checkpoint", stage2.folder / "best.pt", "--threshold", "0.2"]
+    call(predict.main, *weights, "--input", photos, "bad.mp4", "--output", "out")
+    assert predicted("out") and "bad.mp4 is not a video that can be read" in capsys.readouterr().out
+
+
+def test_names_that_differ_in_case_alone_are_one_file_on_some_disks():
+    taken = {"img_1.png"}  # of the input IMG_1.PNG
+    assert [predict.free_name("IMG_1", ".png", taken) for _ in range(2)] == ["IMG_1_2.png", "IMG_1_3.png"]
+    assert predict.free_name("img_1_2", ".png", taken) == "img_1_2_2.png"
 
 
 def test_the_input_is_never_overwritten(photos, stage2, call):

@@ -83,6 +83,11 @@ def test_a_sound_dataset_has_no_problems(dataset):
     assert check_dataset(dataset, need_masks=True, check_images=True) == []
 
 
+def test_a_name_longer_than_a_disk_takes_is_a_missing_image(dataset):
+    rewrite(dataset / "train/_annotations.coco.json", lambda d: d["images"][0].update(file_name="x" * 300 + ".png"))
+    assert codes(check_dataset(dataset)) == {"IMG_MISSING": "error"}
+
+
 # what the first annotation is updated with -> code, severity
 ANNOTATION_FAULTS = [
     ({"bbox": [math.nan, 5, 10, 8]}, "ANN_BBOX_NAN", "error"),
@@ -292,13 +297,13 @@ def test_other_size_than_the_annotations_say(dataset):
     assert (problem.code, problem.severity) == ("IMG_SIZE", "error") and "33x44" in problem.message
 
 
-def test_a_few_unreadable_images_are_left_out_many_are_an_error(tmp_path):
+def test_a_few_unreadable_images_are_a_warning_many_are_an_error(tmp_path):
     for split in ("train", "valid"):
         write(tmp_path / split, coco(8))
     for number in range(1, 4):
         (tmp_path / f"train/{number}.png").write_bytes(b"no image")
     train = read_dataset(tmp_path)["train"]
-    assert len(train.images) == 5 and len(train.warnings) == 1 and len(train.ground_truth["images"]) == 5
+    assert len(train.images) == 8 and len(train.warnings) == 1  # training skips them, scoring counts them as missed
     assert codes(check_dataset(tmp_path, check_images=True)) == {"IMG_CORRUPT": "error"}
     (tmp_path / "train/4.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="4 images that cannot be read"):

@@ -43,8 +43,6 @@ def read_dataset(root: str | Path, val_fraction: float | None = None, queries: i
         raise UserError(f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example")
     splits, problems = inspect_dataset(root, val_fraction, queries=queries)
     raise_errors(problems, root)
-    if "valid" not in splits:
-        splits["train"], splits["valid"] = _divide(splits["train"], val_fraction)
     return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
 
 
@@ -77,6 +75,8 @@ def inspect_dataset(
     if "valid" not in files and not val_fraction:
         error("SPLIT_VALID_MISSING", f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1")
     number_classes(splits)
+    if val_fraction and "train" in splits and "valid" not in files:
+        splits["train"], splits["valid"] = _divide(splits["train"], val_fraction)
     train = splits.get("train")
     for name, split in splits.items():
         if not split.mask_count:  # boxes alone may be all that is wanted
@@ -86,7 +86,7 @@ def inspect_dataset(
         for image, count in zip(split.images, split.per_image):
             place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
             split.fault("IMG_MANY_OBJECTS", place, count > queries)
-        split.fault("SPLIT_FRACTION_UNUSED", name, name == "valid" and val_fraction is not None)
+        split.fault("SPLIT_FRACTION_UNUSED", name, name == "valid" and name in files and val_fraction is not None)
         split.fault("SPLIT_EMPTY", f"{name}: {len(split.images)} images", not split.object_count and split.sound)
         if split is train:
             split.raised.add("SPLIT_EMPTY")
@@ -169,7 +169,6 @@ def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
     count = min(max(round(fraction * len(order)), 1), len(order) - 1)
     train, valid = copy(split), copy(split)
     train.images, valid.images, valid.places, valid.raised = order[count:], order[:count], {}, set()
-    valid.fault("SPLIT_EMPTY", "too few images to divide", not count)
     for part in (train, valid):
         part.count()
     return train, valid

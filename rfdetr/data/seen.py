@@ -32,7 +32,7 @@ def stays_inside(name: object) -> bool:
 def find_image(folder: Path, name: str) -> Path:
     """The file that a file_name means: with backslashes, also what Windows would read."""
     windows = folder / name.replace("\\", "/")
-    return windows if "\\" in name and not (folder / name).exists() else folder / name
+    return windows if "\\" in name and not os.path.exists(folder / name) else folder / name
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -7,8 +7,10 @@ decides what is dropped or clipped; `coco.py` numbers the classes and looks no m
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -129,7 +131,7 @@ class ImageRecord:
 class CocoSplit:
     """One split: the faults of its annotation file, and what of it is usable.
 
-    categories: the sound entries.  images: the records of those that can be read.  `coco.number_classes` adds
+    categories: the sound entries.  images: the records of those that are there.  `coco.number_classes` adds
     class_names (by label, the same in all splits of a dataset), category_ids (by label, this split's own; an unused
     number for a class that its file does not list) and left_out (placeholder categories), and counts the objects.
     """
@@ -235,19 +237,19 @@ class CocoSplit:
         return images
 
     def _check_files(self, folder: Path, decode: bool) -> list[ImageRecord]:
-        """The images that can be read."""
-        images, readable = [image for image in self.listed.values() if image.file_name], []
+        """The images that are there; one that cannot be read counts as missed in scoring where its size is known."""
+        images, usable = [image for image in self.listed.values() if image.file_name], []
         bar = {"desc": "Images", "unit": "image", "leave": False, "disable": None if decode else True}
         with SeenImages(folder) as seen:
             found = thread_map(lambda image: _look(image, folder, decode, seen), images, **bar)
         for image, faults in zip(images, found):
             for code in faults:
                 self.fault(code, faults[code], of=image)
-            if not faults.keys() & {"IMG_MISSING", "IMG_BOMB", "IMG_CORRUPT"}:
-                readable.append(image)
+            if not faults.keys() & {"IMG_MISSING", "IMG_BOMB"} and image.width < inf:
+                usable.append(image)
         if decode or len(self.places.get("IMG_CORRUPT", ())) > max(3, len(self.listed) / 100):
             self.raised.add("IMG_CORRUPT")
-        return readable
+        return usable
 
     def _check_annotations(self, entries: list[dict]) -> None:
         """Give the images their sound annotations."""
@@ -366,7 +368,8 @@ def _look(image: ImageRecord, folder: Path, decode: bool, seen: SeenImages) -> d
     `decode`: as a whole, not the header alone.  Returns {code: place} of the faults.
     """
     image.path = find_image(folder, image.file_name)
-    links = {"IMG_LINK": str(image.path)} if folder.is_symlink() or image.path.is_symlink() else {}
+    way = [image.path, *image.path.parents][: len(image.path.relative_to(folder).parts) + 1]  # up to the split's folder
+    links = {"IMG_LINK": str(image.path)} if any(map(os.path.islink, way)) else {}
     name, stamp = f"{image.file_name} {image.width}x{image.height}", stamp_of(image.path)
     known = seen.get(f"{name} decoded", stamp)
     if not decode and (known is None or "IMG_CORRUPT" in known[0]):  # its header may be sound
@@ -392,11 +395,11 @@ def _open(image: ImageRecord, decode: bool) -> dict[str, str]:
             if decode:
                 picture.load()
                 image.digest = hashlib.sha256(image.path.read_bytes()).digest()
-    except (FileNotFoundError, NotADirectoryError):
-        return {"IMG_MISSING": ""}
     except Image.DecompressionBombError:
         return {"IMG_BOMB": ""}
     except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
+        if getattr(error, "errno", None) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return {"IMG_MISSING": ""}
         return {"IMG_CORRUPT": f": {error}"}
     said, turned = (image.width, image.height), stored[::-1] if orientation in (5, 6, 7, 8) else stored
     image.exif = orientation in range(2, 9) and said in (turned, (inf, inf))
