@@ -311,7 +311,7 @@ class FeatureCache:
             queries=[torch.from_numpy(o["query"].copy()) for o in objects],
             boxes=[torch.from_numpy(o["box"].copy()) for o in objects],
             grids=[torch.from_numpy(grid) for grid in grids],
-            counts=[self.dataset.split.per_image[index] for index in indices],
+            counts=[len(self.dataset.split.images[index].labels) for index in indices],
             indices=indices,
             unread=unread,
         )

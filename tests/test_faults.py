@@ -369,7 +369,6 @@ def test_a_file_where_the_output_belongs(run, few, exit_of, tmp_path):
         [evaluate.main, *weights, "--dataset", few, "--json", tmp_path],
         [evaluate.main, *weights, "--dataset", few, "--results", file],
         [shrink_head.main, "--in_ckpt", run / "best.pt", "--out_ckpt", file / "small.pt"],
-        [export.main, *weights, "--out", tmp_path],
     ):
         code, text = exit_of(*words)
         assert code == 2 and words[-2] in text, text
@@ -522,7 +521,7 @@ def test_a_second_signal_ends_at_once(few, tmp_path):
     ],
     ids=lambda value: getattr(value, "__name__", " ".join(value) if isinstance(value, list) else ""),
 )
-def test_bad_values_name_what_is_accepted(script, flags, message, call, exit_of, capfd, tmp_path):
+def test_bad_values_name_what_is_accepted(script, flags, message, exit_of, tmp_path):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "folder").mkdir()
     code, text = exit_of(script.main, *flags)

@@ -388,7 +388,6 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
         ("disk", 1e6, 1e3, "disk"),
         ("off", 1e6, 1e6, "off"),
         ("auto", 1e6, 1e6, "disk"),
-        ("auto", None, 0.1, "ram"),
         ("auto", 1e6, 0.1, "ram"),
         ("auto", 0.1, 0.1, "off"),
     ],
