@@ -40,9 +40,10 @@ def main(argv: list[str] | None = None) -> None:
         shared.start_from(model, table, source, args.pretrain_exclude_keys, args.backbone_weights)
     shared.adapt_encoder(session, model)
 
-    objective = shared.make_objective(session, table, LossWeights(), masks=False)
+    sides, progress = shared.input_sides(args), session.progress
+    objective = shared.Objective(table, LossWeights(), session.precision, sides, args.seed, progress)
     resolve_batch(args, model, objective)
-    dataset, sampler = shared.training_data(session, masks=False, augment=size.recipe.augment)
+    dataset, sampler = shared.training_data(session, masks=False)
     loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
     groups = shared.parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
     trainer = shared.make_trainer(session, model, objective, groups, sampler.steps)

@@ -59,10 +59,11 @@ def main(argv: list[str] | None = None) -> None:
         shared.start_from(model, table, source, args.pretrain_exclude_keys, args.backbone_weights)
     shared.adapt_encoder(session, model)
 
-    coefficients = {name: getattr(args, f"{name}_loss_coef") for name in LossWeights.flag_defaults()}
-    objective = shared.make_objective(session, table, LossWeights(**coefficients), masks=True)
+    weights = LossWeights(**{name: getattr(args, f"{name}_loss_coef") for name in LossWeights.flag_defaults()})
+    sides, progress = shared.input_sides(args), session.progress
+    objective = shared.Objective(table, weights, session.precision, sides, args.seed, progress)
     resolve_batch(args, model, objective)
-    dataset, sampler = shared.training_data(session, masks=True, augment=size.recipe.augment)
+    dataset, sampler = shared.training_data(session, masks=True)
     loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
     groups = shared.parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
     trainer = shared.make_trainer(session, model, objective, groups, sampler.steps)

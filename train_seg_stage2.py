@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     sides = shared.input_sides(args)
     objective = MaskObjective(detector, table, weights, session.precision, sides, args.seed, session.progress)
     resolve_batch(args, head, objective)
-    dataset, sampler = shared.training_data(session, masks=True, augment=size.recipe.augment)
+    dataset, sampler = shared.training_data(session, masks=True)
     groups = [{"params": list(head.parameters()), "base_lr": args.seg_lr, "weight_decay": args.weight_decay}]
     trainer = shared.make_trainer(session, head, objective, groups, sampler.steps)
     plain = SplitDataset(train, args.resolution, None, masks=True)

@@ -38,16 +38,8 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     size, batch = SIZES["nano"], settings["batch"]
     recipe, progress = size.recipe, Progress(micro_batch=batch)
     model = Detector(size, rows=91).to(device).train()
-    objective = Objective(
-        table=coco_table(),
-        weights=LossWeights(),
-        precision=pick_precision("bf16" if settings["amp"] == "bf16" else "off", device),
-        masks=False,
-        groups=recipe.group_detr,
-        sides=(),
-        seed=0,
-        progress=progress,
-    )
+    precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
+    objective = Objective(coco_table(), LossWeights(), precision, sides=(), seed=0, progress=progress)
     groups = parameter_groups(model, recipe.lr, recipe.lr_encoder, recipe.weight_decay, size)
     trainer = Trainer(
         model=model,

@@ -56,7 +56,7 @@ def measure(name: str, resolution: int, precision: Precision) -> tuple[float, fl
     model = Detector(size, HEAD_ROWS).to(device).train()
     optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-6), ModelEmaV3(model)
     table = assign_rows(["object"], [1], "coco91")
-    losses = Objective(table, LossWeights(), precision, False, size.recipe.group_detr, (), 0, Progress())
+    losses = Objective(table, LossWeights(), precision, (), 0, Progress())
     for _ in range(2):
         begin = time.perf_counter()
         sum(losses(model, random_batch(1, resolution), float(OBJECTS)).values()).backward()

@@ -159,10 +159,10 @@ def plain_args(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def training_data(session: Session, masks: bool, augment: str) -> tuple[SplitDataset, EpochSampler]:
+def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSampler]:
     """The training images and their order; each list of the sampler is one optimizer step of this rank."""
     args = session.args
-    dataset = SplitDataset(session.splits["train"], args.resolution, augment, masks)
+    dataset = SplitDataset(session.splits["train"], args.resolution, session.size.recipe.augment, masks)
     rank, world = distributed.rank(), distributed.world_size()
     sampler = EpochSampler(len(dataset), args.effective_batch, args.seed, args.min_steps, rank, world)
     if args.fast_dev_run:
@@ -227,13 +227,11 @@ def judge_of(session: Session, name: str, table: ClassTable, masks: bool, frozen
 
 @dataclass(frozen=True)
 class Objective:
-    """The detector's losses on a batch of images, and with `masks` the mask head's on the matched queries."""
+    """The detector's losses on a batch of images, and its mask head's, where it has one, on the matched queries."""
 
     table: ClassTable
     weights: LossWeights
     precision: Precision
-    masks: bool
-    groups: int
     sides: tuple[int, ...]  # multi-scale: the input sides to draw from
     seed: int
     progress: Progress
@@ -247,10 +245,9 @@ class Objective:
         targets = [target | {"rows": rows[target["labels"]]} for target in targets]
         with self.precision.autocast():
             outputs = model(images)
-        losses, (image, query, obj) = detection_losses(
-            outputs, targets, self.groups, objects * self.groups, self.weights
-        )
-        if self.masks and model.mask_head is not None:
+        groups = model.transformer.groups
+        losses, (image, query, obj) = detection_losses(outputs, targets, groups, objects * groups, self.weights)
+        if model.mask_head is not None:
             has_mask = torch.cat([t["has_mask"] for t in targets])[obj]
             image, query, obj = image[has_mask], query[has_mask], obj[has_mask]
             truth = torch.cat([t["masks"] for t in targets])
@@ -259,7 +256,7 @@ class Objective:
             with self.precision.autocast():
                 pixels = model.mask_head.pixels(outputs["features"], images)
                 logits = model.mask_head.grid_logits(pixels, outputs["queries"][image, query], boxes, image)
-            losses |= mask_losses(logits, target, objects * self.groups, self.weights)
+            losses |= mask_losses(logits, target, objects * groups, self.weights)
         return losses
 
 
@@ -270,47 +267,33 @@ def input_sides(args: argparse.Namespace) -> tuple[int, ...]:
     return tuple(multi_scale_sides(SIZES[args.size], args.resolution, args.expanded_scales))
 
 
-def make_objective(session: Session, table: ClassTable, weights: LossWeights, masks: bool) -> Objective:
-    args, size = session.args, session.size
-    return Objective(
-        table=table,
-        weights=weights,
-        precision=session.precision,
-        masks=masks,
-        groups=size.recipe.group_detr,
-        sides=input_sides(args),
-        seed=args.seed,
-        progress=session.progress,
-    )
-
-
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate goes: a linear warm-up, then "cosine" (after a flat part), "step" or "constant"."""
+    """The factor on every base rate at an optimizer step: a linear warm-up, then "cosine" (after a flat part), "step"
+    (a tenth from 80 % on) or "constant".
 
-    warmup: int
-    flat: float = 0.0  # cosine: share of all steps at the full rate first
-    floor: float = 0.0  # cosine: where it ends
-    kind: str = "cosine"
-
-
-def learning_rate_factor(step: int, total: int, schedule: Schedule) -> float:
-    """The factor on every base rate at an optimizer step of `total`; "step" drops to a tenth at 80 %.
-
-    A function of the step and the total alone: a finished run resumed with more epochs goes on where the longer
+    It follows from the step and the total alone: a finished run resumed with more epochs goes on where the longer
     schedule stands at that step.
     """
-    if step < schedule.warmup:
-        return (step + 1) / schedule.warmup
-    if schedule.kind == "constant":
-        return 1.0
-    if schedule.kind == "step":
-        return 1.0 if step < 0.8 * total else 0.1
-    start = max(schedule.warmup, schedule.flat * total)
-    if step < start or total <= start:
-        return 1.0
-    done = min((step - start) / (total - start), 1.0)
-    return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    total: int  # steps
+    warmup: int  # steps
+    flat: float  # cosine: share of all steps at the full rate first
+    floor: float  # cosine: where it ends
+    kind: str
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.kind == "constant":
+            return 1.0
+        if self.kind == "step":
+            return 1.0 if step < 0.8 * self.total else 0.1
+        start = max(self.warmup, self.flat * self.total)
+        if step < start or self.total <= start:
+            return 1.0
+        done = min((step - start) / (self.total - start), 1.0)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def parameter_groups(
@@ -349,23 +332,13 @@ def make_trainer(session: Session, model: nn.Module, losses: Callable, groups: l
     total = args.epochs * steps
     warmup = round(args.warmup_epochs * steps) if "warmup_epochs" in args else min(recipe.warmup_steps, total // 10)
     kind = getattr(args, "lr_scheduler", "cosine")
-    schedule = Schedule(warmup, recipe.flat_fraction, recipe.lr_min_factor, kind)
+    schedule = Schedule(total, warmup, recipe.flat_fraction, recipe.lr_min_factor, kind)
     clip = recipe.seg_clip if session.kind == "segmentation" else recipe.clip
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=session.precision.dtype is torch.float16)
     ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if args.ema else None
     session.progress.micro_batch = session.progress.micro_batch or args.batch
-    return Trainer(
-        model=model,
-        losses=losses,
-        optimizer=optimizer,
-        schedule=lambda step: learning_rate_factor(step, total, schedule),
-        scaler=scaler,
-        ema=ema,
-        clip=clip,
-        device=device,
-        progress=session.progress,
-    )
+    return Trainer(model, losses, optimizer, schedule, scaler, ema, clip, device, session.progress)
 
 
 # ---------------------------------------------------------------- fit

@@ -21,7 +21,7 @@ from rfdetr.console import UserError
 from rfdetr.data.coco import inspect_dataset, rasterise, read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
 from rfdetr.data.transforms import random_view
-from rfdetr.main import Schedule, learning_rate_factor
+from rfdetr.main import Schedule
 from rfdetr.metrics.coco_eval import CocoEvaluator
 from rfdetr.metrics.overlap import to_rle
 
@@ -167,12 +167,12 @@ def test_every_class_has_a_row_of_its_own_and_the_background_none(classes, head)
 @example(1, 0, 1.0, 0.0, "cosine", 0)
 @example(10**9, 10**6, 0.5, 0.0, "cosine", 10**9 - 1)
 def test_the_learning_rate_stays_within_its_bounds(total, warmup, flat, floor, kind, step):
-    schedule = Schedule(warmup, flat, floor, kind)
-    factor = learning_rate_factor(step, total, schedule)
+    schedule = Schedule(total, warmup, flat, floor, kind)
+    factor = schedule(step)
     lowest = {"cosine": floor, "step": 0.1, "constant": 1.0}[kind]
     assert 0 < factor <= 1 if step < warmup else lowest - 1e-12 <= factor <= 1
     if warmup <= step:
-        assert learning_rate_factor(step + 1, total, schedule) <= factor  # it never rises again
+        assert schedule(step + 1) <= factor  # it never rises again
 
 
 @plainly
