@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from rfdetr import distributed
@@ -26,7 +27,7 @@ from rfdetr.metrics.overlap import to_rle
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
 from rfdetr.precision import Precision
-from rfdetr.visualise import class_colours, draw, nms_for_drawing, side_by_side
+from rfdetr.visualise import class_colours, draw, side_by_side
 
 MASKS_PER_IMAGE = 100  # COCO counts no more detections than that
 DRAW_THRESHOLD = 0.5
@@ -138,14 +139,16 @@ class Found:
     names: list[str]
     masks: list[dict] | None
 
-    def keep(self, chosen: np.ndarray) -> Found:
+    def without_duplicates(self, iou: float = 0.7) -> Found:
+        """The same without lower-scored boxes of one class that overlap a better one by more than `iou`.
+
+        For pictures: DETR's figures are computed without it.
+        """
+        boxes, scores, labels = map(torch.as_tensor, (self.boxes, self.scores, self.labels))
+        chosen = batched_nms(boxes.float(), scores.float(), labels, iou).numpy()
         masks = None if self.masks is None else [self.masks[i] for i in chosen]
         names = [self.names[i] for i in chosen]
         return Found(self.image, self.boxes[chosen], self.scores[chosen], self.labels[chosen], names, masks)
-
-    def without_duplicates(self, iou: float = 0.7) -> Found:
-        """The same without lower-scored boxes of one class that overlap a better one by more than `iou`."""
-        return self.keep(nms_for_drawing(self.boxes, self.scores, self.labels, iou))
 
     def picture(self, class_names: list[str]) -> Image.Image:
         """The image with everything drawn in."""
@@ -186,27 +189,6 @@ def encode(left: int, top: int, mask: Tensor, height: int, width: int) -> dict:
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
-def score(
-    detections: Iterable[Detections], head: AnyMaskHead | None, split: CocoSplit, precision: Precision
-) -> CocoEvaluator:
-    """Gather a split's detections, with masks where there is a head, in a COCO evaluator (all ranks' on each)."""
-    found = []
-    for batch in detections:
-        records = [split.images[i] for i in batch.index]
-        sizes = [(record.height, record.width) for record in records]
-        k = batch.scores.shape[1] if head is None else min(MASKS_PER_IMAGE, batch.scores.shape[1])
-        rles = draw_masks(head, batch, sizes, [k] * len(sizes), precision) if head is not None else [None] * len(sizes)
-        for i, (record, (height, width)) in enumerate(zip(records, sizes)):
-            boxes = batch.pixel_boxes(i, height, width)[:k]
-            labels = np.asarray(split.category_ids)[batch.labels[i, :k].cpu().numpy()]
-            found.append((record.id, boxes, batch.scores[i, :k].cpu().numpy(), labels, rles[i]))
-    evaluator = CocoEvaluator(split.ground_truth, masks=head is not None)
-    for part in distributed.gather_objects(found):
-        for image_id, boxes, scores, labels, masks in part:
-            evaluator.add(image_id, boxes, scores, labels, masks)
-    return evaluator
-
-
 class Judge:
     """Scores a model on a split and draws what it finds.
 
@@ -239,9 +221,25 @@ class Judge:
         return model if self.frozen is not None else model.head if self.masks else None
 
     def evaluator(self, model: nn.Module) -> CocoEvaluator:
-        """All ranks' detections of the split, ready to be summed up or saved."""
+        """All ranks' detections of the split, with masks where there is a head, ready to be summed up or saved."""
+        head, found = self.head(model), []
         with naming_workers(self.loader.dataset):
-            return score(self.detections(model), self.head(model), self.split, self.precision)
+            for batch in self.detections(model):
+                records = [self.split.images[i] for i in batch.index]
+                sizes = [(record.height, record.width) for record in records]
+                k, rles = batch.scores.shape[1], [None] * len(records)
+                if head is not None:
+                    k = min(MASKS_PER_IMAGE, k)
+                    rles = draw_masks(head, batch, sizes, [k] * len(records), self.precision)
+                for i, record in enumerate(records):
+                    boxes, scores = batch.pixel_boxes(i, *sizes[i])[:k], batch.scores[i, :k].cpu().numpy()
+                    labels = np.asarray(self.split.category_ids)[batch.labels[i, :k].cpu().numpy()]
+                    found.append((record.id, boxes, scores, labels, rles[i]))
+        evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
+        for part in distributed.gather_objects(found):
+            for one in part:
+                evaluator.add(*one)
+        return evaluator
 
     def __call__(self, model: nn.Module) -> dict:
         """The summary of metrics.json's "valid", on every rank."""

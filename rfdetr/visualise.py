@@ -7,10 +7,8 @@ import contextlib
 import zlib
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as mask_api
-from torchvision.ops import batched_nms
 
 from rfdetr.console import UserError
 from rfdetr.data.coco import load_image
@@ -192,10 +190,3 @@ def _cut_out(image: ImageRecord, index: int, names: list[str], colours: dict[str
     square = Image.new("RGB", (max(picture.size),) * 2, BACKGROUND)
     square.paste(picture)
     return square
-
-
-def nms_for_drawing(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: float = 0.7) -> np.ndarray:
-    """Indices to draw, best first, of boxes (n, 4) xyxy: of two of one class that overlap by more than `iou`, one."""
-    # for pictures only: DETR's figures are computed without it
-    boxes, scores = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.as_tensor(scores)
-    return batched_nms(boxes, scores.float(), torch.as_tensor(labels), iou).numpy()

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from rfdetr.visualise import MIN_SIDE, class_colours, draw, nms_for_drawing, side_by_side
+from rfdetr.evaluation import Found
+from rfdetr.visualise import MIN_SIDE, class_colours, draw, side_by_side
 
 # pycocotools.mask.decode under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -111,9 +112,13 @@ def test_side_by_side_has_both_pictures_under_titles():
     assert (pixels[:top, :300] > 200).any() and (pixels[:top, -160:] > 200).any()
 
 
-def test_nms_for_drawing_works_by_class_and_keeps_the_better():
+def test_duplicates_are_left_out_by_class_and_the_better_stays():
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [20, 20, 30, 30]], dtype=np.float32)
-    kept = nms_for_drawing(boxes, np.array([0.5, 0.9, 0.3, 0.7]), np.array([0, 0, 1, 0]))
-    assert kept.tolist() == [1, 3, 2]
-    assert nms_for_drawing(boxes, np.array([0.5, 0.9, 0.3, 0.7]), np.array([0, 0, 1, 0]), iou=0.95).size == 4
-    assert nms_for_drawing(np.zeros((0, 4)), np.zeros(0), np.zeros(0)).size == 0
+    scores, labels = np.array([0.5, 0.9, 0.3, 0.7]), np.array([0, 0, 1, 0])
+    found = Found(np.zeros((40, 40, 3), np.uint8), boxes, scores, labels, list("abcd"), None)
+    kept = found.without_duplicates()
+    assert kept.names == ["b", "d", "c"] and kept.scores.tolist() == [0.9, 0.7, 0.3]
+    assert (kept.boxes == boxes[[1, 3, 2]]).all() and kept.labels.tolist() == [0, 0, 1]
+    assert len(found.without_duplicates(iou=0.95).names) == 4
+    nothing = Found(found.image, np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), [], [])
+    assert nothing.without_duplicates().names == nothing.without_duplicates().masks == []

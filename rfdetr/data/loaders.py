@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,8 +73,7 @@ class SplitDataset(Dataset):
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, seed = key
         # crops are taken from the whole image, everything else from the resized one, which is worth keeping
-        read = self._read if self.augment == "crops" and seed is not None else self._resized
-        index, image, unread = self._first_readable(index, read)
+        index, image, unread = self.image(index, whole=self.augment == "crops" and seed is not None)
         record, side = self.split.images[index], self.resolution
         (height, width), place = image.shape[-2:], np.eye(2, 3)
         if self.augment and seed is not None:
@@ -100,18 +99,17 @@ class SplitDataset(Dataset):
                     rasterise(segmentation, record.height, record.width, place, mask)
         return {"image": image, "target": target, "unread": unread}
 
-    def image(self, index: int) -> tuple[int, Tensor, dict[int, str]]:
-        """The index of an image or of its stand-in, the resized picture, uint8 (3, R, R), and a sample's "unread"."""
-        return self._first_readable(index, self._resized)
+    def image(self, index: int, whole: bool = False) -> tuple[int, Tensor, dict[int, str]]:
+        """The first image from `index` on that can be read: its number, its pixels, and what befell those before.
 
-    def _first_readable(self, index: int, read: Callable[[int], Tensor]) -> tuple[int, Tensor, dict[int, str]]:
-        """The first image from `index` on that can be read: its number, its pixels, and what befell those before."""
+        Pixels uint8 (3, R, R), or, where the `whole` image is asked for, (3, H, W).
+        """
         unread: dict[int, str] = {}
         while len(unread) < len(self):
             if self.reading is not None and (worker := get_worker_info()):
                 self.reading[worker.id] = torch.tensor([os.getpid(), index])
             try:
-                return index, read(index), unread
+                return index, self._read(index) if whole else self._resized(index), unread
             except UserError as error:
                 unread[index] = str(error)
                 index = (index + 1) % len(self)

@@ -81,10 +81,6 @@ class Detector(nn.Module):
         """Whichever mask head there is."""
         return self.segmentation_head or self.mask_head
 
-    @property
-    def rows(self) -> int:
-        return self.class_embed[0].out_features
-
     def forward(self, images: Tensor) -> dict:
         """images (B, 3, H, W), normalised.
 
@@ -94,7 +90,7 @@ class Detector(nn.Module):
         masks are made of (OfficialMaskHead.supervise).
         """
         levels = self.backbone[0](images)
-        ranked = self.rows - 1 if self.background else self.rows
+        ranked = self.class_embed[0].out_features - self.background
         layers, references, proposals = self.transformer(
             levels, self.refpoint_embed.weight, self.query_feat.weight, ranked
         )
