@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from functools import partial
 
 from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(parser, argv, "detector")
 
     session = shared.begin(args, "detector")
-    size, train = session.size, session.splits["train"]
+    size = session.size
     table = shared.class_table(session, args.head)
     model = Detector(
         size, table.rows_total, table.background_last, drop_path=args.drop_path, grad_checkpoint=args.grad_checkpoint
@@ -49,10 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = shared.make_trainer(session, model, objective, groups, sampler.steps)
     judge = shared.judge_of(session, "valid", table, masks=False)
 
-    def pack(state: dict) -> dict:
-        content = make_content("detector", size, args.resolution, table, None, state)
-        return content | {"args": shared.plain_args(args), "left_out": train.left_out}
-
+    pack = partial(make_content, "detector", size, args.resolution, table, None)
     with shared.open_run(session, "detector", "STAGE 1: DETECTOR TRAINING", model, judge):
         best = shared.fit(session, trainer, loader, judge, pack)
         weights = session.folder / f"checkpoint_best_{best['weights']}.pth"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rfdetr import main as shared
@@ -47,8 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(parser, argv, "seg_single")
 
     session = shared.begin(args, "seg_single")
-    train = session.splits["train"]
-    require_masks(train)
+    require_masks(session.splits["train"])
     size = replace(session.size, queries=args.num_queries) if args.num_queries else session.size
     table = shared.class_table(session, "dataset")
     model = Detector(
@@ -69,10 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = shared.make_trainer(session, model, objective, groups, sampler.steps)
     judge = shared.judge_of(session, "valid", table, masks=True)
 
-    def pack(state: dict) -> dict:
-        content = make_content("single", size, args.resolution, table, size.mask_head, state)
-        return content | {"args": shared.plain_args(args), "left_out": train.left_out}
-
+    pack = partial(make_content, "single", size, args.resolution, table, size.mask_head)
     with shared.open_run(session, "single", "STAGE 1+2: SINGLE-STAGE TRAINING", model, judge):
         shared.fit(session, trainer, loader, judge, pack)
         shared.finish(session, table, True, shared.predict_command(session))

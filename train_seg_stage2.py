@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoint.fingerprint(detector) != frozen_hash:
             raise RuntimeError("the frozen detector has changed")
         weights = detector.state_dict() | {f"mask_head.{key}": value for key, value in state.items()}
-        whole = checkpoint.make_content("segmentation", size, args.resolution, table, name, weights)
-        return whole | {"args": shared.plain_args(args), "left_out": train.left_out}
+        return checkpoint.make_content("segmentation", size, args.resolution, table, name, weights)
 
     with shared.open_run(session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge):
         parameters = {

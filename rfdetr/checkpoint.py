@@ -22,27 +22,9 @@ from safetensors import SafetensorError  # comes with timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rfdetr.classes import (
-    COCO_NAMES,
-    COCO_ROWS,
-    ClassTable,
-    assign_rows,
-    background_row,
-    coco_table,
-    is_class_head,
-    keep_class_rows,
-    keep_classes,
-)
+from rfdetr import classes, convert
+from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
-from rfdetr.convert import (
-    POSITIONS,
-    from_dinov2,
-    from_official,
-    groups_of,
-    load_pretrained,
-    package_class,
-    package_weights,
-)
 from rfdetr.models.detector import Detector
 from rfdetr.rundir import atomic_write
 from rfdetr.sizes import SIZES, ModelSize, check_resolution, size_from_dict
@@ -74,7 +56,7 @@ def load(path: Path) -> dict:
     content = _read(path)
     try:
         if isinstance(content.get("state_dict"), dict):
-            content = package_weights(content)
+            content = convert.package_weights(content)
         if not isinstance(content.get("model"), dict):
             raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")
         _require_plain(content["model"])
@@ -106,7 +88,7 @@ def _check(content: dict) -> None:
         raise ValueError("its size is absurd")
     if differences := shape_differences(size, model):
         raise ValueError(f"{len(differences)} tensors are not of its size: {'; '.join(differences[:3])}")
-    heads = [tensor for state in (model, content["ema"]) for name, tensor in state.items() if is_class_head(name)]
+    heads = [head for state in (model, content["ema"]) for name, head in state.items() if classes.is_class_head(name)]
     if any(len(head) != table.rows_total for head in heads):
         raise ValueError(f"its class heads have not the {table.rows_total} rows of its class table")
     check_resolution(size, content["resolution"])
@@ -130,7 +112,7 @@ def load_backbone(path: Path, patch: int) -> dict:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _read(path)
         _require_plain(state)
-        own = from_dinov2(state, patch)
+        own = convert.from_dinov2(state, patch)
     except (SafetensorError, OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"cannot read the backbone weights {path}: {error}") from error
     if not own:
@@ -173,7 +155,7 @@ def _neighbours(path: Path) -> str:
 
 def _from_official_file(content: dict, path: Path) -> dict:
     """{"model", "args", ...} as the package writes it -> our keys."""
-    model = from_official(content["model"])
+    model = convert.from_official(content["model"])
     args = content.get("args") or {}
     args = args if isinstance(args, dict) else vars(args)
     settings = content.get("model_config") or {}
@@ -200,8 +182,8 @@ def _from_official_file(content: dict, path: Path) -> dict:
 def _official_table(rows: int, names: list[str] | dict | None, path: Path) -> ClassTable:
     """The classes of an official file: COCO's, or those it was fine-tuned on with the package (row = list index)."""
     names = tuple(map(str, names.values() if isinstance(names, dict) else names or ()))
-    if rows == COCO_ROWS and names in ((), tuple(COCO_NAMES.values())):
-        return coco_table()
+    if rows == classes.COCO_ROWS and names in ((), tuple(classes.COCO_NAMES.values())):
+        return classes.coco_table()
     if not 0 < len(names) <= rows:
         raise UserError(f"{path} has {rows} class rows, and its args.class_names names {len(names)} classes")
     labels = tuple(range(len(names)))
@@ -213,10 +195,11 @@ def _official_size(model: dict[str, Tensor], model_name: str | None, path: Path)
 
     Sizes with the same tensors are told apart by the file's model_name, then by their position grid.
     """
-    grid = math.isqrt(model[POSITIONS].shape[1] - 1) if POSITIONS in model else 0
-    queries = len(model.get("query_feat.weight", ())) // max(groups_of(model), 1)
+    grid = math.isqrt(model[convert.POSITIONS].shape[1] - 1) if convert.POSITIONS in model else 0
+    queries = len(model.get("query_feat.weight", ())) // max(convert.groups_of(model), 1)
     differences = {}
-    for size in sorted(SIZES.values(), key=lambda s: (package_class(s.name) != model_name, s.position_grid != grid)):
+    sizes = sorted(SIZES.values(), key=lambda s: (convert.package_class(s.name) != model_name, s.position_grid != grid))
+    for size in sizes:
         size = replace(size, position_grid=grid, queries=queries)
         differences[size.name] = shape_differences(size, model)
         if not differences[size.name]:
@@ -269,7 +252,7 @@ def build_model(content: dict, groups: int | None = 1) -> tuple[Detector, ClassT
     """
     size, table = size_from_dict(content["size"]), table_of(content)
     model = Detector(size, table.rows_total, table.background_last, content["mask_head"], groups)
-    report = load_pretrained(model, content["model"], [])
+    report = convert.load_pretrained(model, content["model"], [])
     problems = report.missing + [f"{name}: {why}" for name, why in report.skipped.items()] + report.unexpected
     if problems:
         shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
@@ -293,7 +276,7 @@ def file_sha256(path: Path) -> str:
 def make_content(
     stage: str, size: ModelSize, resolution: int, table: ClassTable, mask_head: str | None, state: dict
 ) -> dict:
-    """What every checkpoint of ours holds; scripts add their args."""
+    """What every checkpoint of ours holds; a run adds its args."""
     return {
         "format": FORMAT,
         "stage": stage,
@@ -310,10 +293,10 @@ def shrink(content: dict, keep: list[str]) -> dict:
 
     Rows are copied bit for bit in the order of `keep`, the background's last. Raises UserError for unknown names.
     """
-    kept = keep_classes(table_of(content), keep)
-    rows = [*kept.rows, background_row(table_of(content))]
+    kept = classes.keep_classes(table_of(content), keep)
+    rows = [*kept.rows, classes.background_row(table_of(content))]
     small = {key: value for key, value in content.items() if key not in ("training", "official")}
     for key in ("model", "ema"):
         if content.get(key):
-            small[key] = keep_class_rows(content[key], rows)
-    return small | {"classes": assign_rows(keep, list(kept.ids), "dataset").to_dict()}
+            small[key] = classes.keep_class_rows(content[key], rows)
+    return small | {"classes": classes.assign_rows(keep, list(kept.ids), "dataset").to_dict()}

@@ -513,7 +513,8 @@ def fit(
     """
     args, progress = session.args, trainer.progress
     patience = args.patience or (PATIENCE if getattr(args, "early_stopping", False) else 0)
-    keeper = Keeper(session, trainer, pack)
+    own = {"args": plain_args(args), "left_out": session.splits["train"].left_out}
+    keeper = Keeper(session, trainer, lambda state: pack(state) | own)
     if args.resume_from:
         keeper.restore(args.resume_from)
         if distributed.is_main():

@@ -15,16 +15,8 @@ from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
 from rfdetr.console import UserError
-from rfdetr.data.validation import (
-    FORMATS,
-    NO_MASKS,
-    CocoSplit,
-    ImageRecord,
-    Problem,
-    find_splits,
-    placeholders,
-    raise_errors,
-)
+from rfdetr.data import validation
+from rfdetr.data.validation import CocoSplit, ImageRecord, Problem
 from rfdetr.metrics.overlap import to_rle
 
 SEEN = 8  # pixels: smaller objects, half a patch of most sizes, are hardly seen
@@ -42,7 +34,7 @@ def read_dataset(root: str | Path, val_fraction: float | None = None, queries: i
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example")
     splits, problems = inspect_dataset(root, val_fraction, queries=queries)
-    raise_errors(problems, root)
+    validation.raise_errors(problems, root)
     return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
 
 
@@ -61,7 +53,7 @@ def inspect_dataset(
         problems.append(Problem(code, "error", str(message), 1, [str(root)]))
 
     try:
-        files = find_splits(root)
+        files = validation.find_splits(root)
     except UserError as fault:
         error("DATASET_LAYOUT", fault)
         return {}, problems
@@ -82,7 +74,7 @@ def inspect_dataset(
         if not split.mask_count:  # boxes alone may be all that is wanted
             split.places.pop("ANN_NO_MASK", None)
             if need_masks and split.object_count:
-                error("MASKS_NONE", NO_MASKS.format(split.annotation_file, split.object_count))
+                error("MASKS_NONE", validation.NO_MASKS.format(split.annotation_file, split.object_count))
         for image, count in zip(split.images, split.per_image):
             place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
             split.fault("IMG_MANY_OBJECTS", place, count > queries)
@@ -110,7 +102,7 @@ def number_classes(splits: dict[str, CocoSplit]) -> None:
     """
     used = {n: {a["category_id"] for image in split.images for a in image.annotations} for n, split in splits.items()}
     listed = [entry for split in splits.values() for entry in split.categories]
-    left_out = placeholders(listed, set().union(*used.values()))
+    left_out = validation.placeholders(listed, set().union(*used.values()))
     names: list[str] = []
     own: dict[str, dict[str, int]] = {}  # split -> name -> id
     for name, split in splits.items():
@@ -189,7 +181,7 @@ def load_image(record: ImageRecord) -> np.ndarray:
 def read_pixels(path: str | Path, turn: bool) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; `turn`: upright by its EXIF orientation.  UserError if it is unreadable."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=validation.FORMATS) as image:
             return to_rgb_array(ImageOps.exif_transpose(image) if turn else image)
     except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
         message = f"{path}: cannot be read as an image: {error}. Replace it or delete its entry"
