@@ -26,25 +26,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
     add_detector_flags(parser)
-    share = number(float, 0)
-    parser.add_argument("--init_ckpt", type=Path, help="start from this checkpoint instead of --pretrain_weights")
-    parser.add_argument("--lr", type=share, help="learning rate (default: 5e-5, tiny its own)")
-    parser.add_argument("--lr_encoder", type=share, help="the encoder's (default: 1e-4, tiny its own)")
-    parser.add_argument(
-        "--num_queries", type=number(int, 1, 10_000), help="queries per image (default: the size's own)"
-    )
+    add, share = parser.add_argument, number(float, 0)
+    add("--init_ckpt", type=Path, help="start from this checkpoint instead of --pretrain_weights")
+    add("--lr", type=share, help="learning rate (default: 5e-5, tiny its own)")
+    add("--lr_encoder", type=share, help="the encoder's (default: 1e-4, tiny its own)")
+    add("--num_queries", type=number(int, 1, 10_000), help="queries per image (default: the size's own)")
     for name, default in LossWeights.flag_defaults().items():
         default = None if name in ("mask", "dice") else default  # the size's own
-        parser.add_argument(f"--{name}_loss_coef", type=share, default=default, help=f"weight of the {name} loss")
-    parser.add_argument("--lr_scheduler", choices=["cosine", "step", "constant"], default="cosine")
-    parser.add_argument("--warmup_epochs", type=share, default=0.0, help="epochs of linear warm-up")
-    parser.add_argument(
-        "--early_stopping",
-        type=boolean,
-        default=False,
-        metavar="0|1",
-        help="stop after 10 epochs without gain, or --patience",
-    )
+        add(f"--{name}_loss_coef", type=share, default=default, help=f"weight of the {name} loss")
+    add("--lr_scheduler", choices=["cosine", "step", "constant"], default="cosine")
+    add("--warmup_epochs", type=share, default=0.0, help="epochs of linear warm-up")
+    patience = "stop after 10 epochs without gain, or --patience"
+    add("--early_stopping", type=boolean, default=False, metavar="0|1", help=patience)
     args = parse(parser, argv, "seg_single")
 
     session = shared.begin(args, "seg_single")

@@ -48,18 +48,13 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     """How a detector is trained and where it starts from."""
-    parser.add_argument("--grad_checkpoint", type=boolean, default=False, metavar="0|1", help="less memory, more time")
-    parser.add_argument("--freeze_encoder", type=boolean, default=False, metavar="0|1", help="train what is behind it")
+    add = parser.add_argument
+    add("--grad_checkpoint", type=boolean, default=False, metavar="0|1", help="less memory, more time")
+    add("--freeze_encoder", type=boolean, default=False, metavar="0|1", help="train what is behind it")
     add_compile_flag(parser)
-    parser.add_argument(
-        "--pretrain_weights", default="auto", metavar="auto|none|PATH|URL", help="auto: the official file of the size"
-    )
-    parser.add_argument(
-        "--backbone_weights", type=Path, metavar="PATH", help="instead: DINOv2 alone, in the Hugging Face layout"
-    )
-    parser.add_argument(
-        "--pretrain_exclude_keys", nargs="+", action="extend", default=[], metavar="GLOB", help="tensors not to load"
-    )
+    add("--pretrain_weights", default="auto", metavar="auto|none|PATH|URL", help="auto: the official file of the size")
+    add("--backbone_weights", type=Path, metavar="PATH", help="instead: DINOv2 alone, in the Hugging Face layout")
+    add("--pretrain_exclude_keys", nargs="+", action="extend", default=[], metavar="GLOB", help="tensors not to load")
 
 
 def add_compile_flag(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
 from rfdetr.auto_batch import OBJECTS, random_batch
-from rfdetr.classes import assign_rows
+from rfdetr.classes import COCO_ROWS, assign_rows
 from rfdetr.console import UserError, is_out_of_memory
 from rfdetr.engine import Progress
 from rfdetr.losses.criterion import LossWeights
@@ -22,7 +22,6 @@ from rfdetr.models.detector import Detector
 from rfdetr.precision import Precision
 from rfdetr.sizes import SIZES
 
-HEAD_ROWS = 91
 STATE_BYTES = 20  # a parameter's: its weight, gradient, two moments of AdamW, and its average
 PATIENCE = 8.0  # seconds: a first step that took longer is not repeated, though it warmed up
 
@@ -41,7 +40,7 @@ def shape_of(name: str, resolution: int) -> tuple[int, float, float]:
         return tensor
 
     with torch.device("meta"):
-        model, image = Detector(SIZES[name], HEAD_ROWS), torch.zeros(1, 3, resolution, resolution)
+        model, image = Detector(SIZES[name], COCO_ROWS), torch.zeros(1, 3, resolution, resolution)
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         model.train()(image)
     parameters = sum(p.numel() for p in model.parameters())
@@ -53,7 +52,7 @@ def measure(name: str, resolution: int, precision: Precision) -> tuple[float, fl
     """(seconds of a training step on one image, MB before there is a model, MB at the peak)."""
     device, size = precision.device, SIZES[name]
     before = memory_mb(device)
-    model = Detector(size, HEAD_ROWS).to(device).train()
+    model = Detector(size, COCO_ROWS).to(device).train()
     optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-6), ModelEmaV3(model)
     table = assign_rows(["object"], [1], "coco91")
     losses = Objective(table, LossWeights(), precision, (), 0, Progress())

@@ -97,11 +97,6 @@ class ModelSize:
         return self.patch * self.windows
 
     @property
-    def global_blocks(self) -> tuple[int, ...]:
-        """0-based blocks that attend over the whole image."""
-        return tuple(i for i in self.feature_layers if i < self.depth)
-
-    @property
     def used_depth(self) -> int:
         """Blocks that influence an output; later ones exist in the official files and are never run."""
         return max(self.feature_layers)

@@ -83,7 +83,8 @@ class WindowedViT(nn.Module):
         for i, block in enumerate(self.encoder["layer"][: self.size.used_depth]):
             block.attn.fused_attn = fused
             # attention alone mixes tokens, so a global block is a plain block on all windows in one row
-            x = x.reshape(B, -1, x.shape[-1]) if i in self.size.global_blocks else x.reshape(B * N * N, -1, x.shape[-1])
+            rows = B if i in self.size.feature_layers else B * N * N
+            x = x.reshape(rows, -1, x.shape[-1])
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
             if i + 1 in self.size.feature_layers:
                 patches = self.layernorm(x).reshape(B * N * N, -1, x.shape[-1])[:, 1:]
