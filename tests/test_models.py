@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -259,6 +260,13 @@ def test_box_samples_are_the_mask_inside_the_box():
     assert inside[GRID // 2, GRID // 2] == 1 and inside[0, 0] == 0  # the corner lies in the margin
     expected = 1 / 1.15**2
     assert abs(inside.mean().item() - expected) < 0.03
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+def test_box_samples_of_a_diverged_model_crash_nothing(value):
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.2], [value] * 4])
+    inside = sample_in_boxes(torch.ones(2, 1, 96, 64), boxes, torch.tensor([0, 1]))
+    assert torch.allclose(inside[0], torch.ones(1, GRID, GRID)) and inside.isfinite().all()
 
 
 def test_recipes_are_the_only_home_of_training_defaults():

@@ -35,6 +35,7 @@ def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
     """
     h, w = maps.shape[-2:]
     regions = enlarged(boxes.float()) * torch.tensor([w, h, w, h], device=boxes.device)
+    regions = regions.nan_to_num(0, 0, 0)  # a diverged model's: roi_align reads beyond its maps for what is not finite
     regions = torch.cat((image_index[:, None].to(regions.dtype), regions), dim=1)
     return roi_align(maps.float(), regions, output_size=GRID, sampling_ratio=1, aligned=True)
 
