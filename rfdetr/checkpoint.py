@@ -59,7 +59,7 @@ def load(path: Path) -> dict:
             content = convert.package_weights(content)
         if not isinstance(content.get("model"), dict):
             raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")
-        _require_plain(content["model"])
+        require_plain(content["model"])
         if "format" not in content:
             content = _from_official_file(content, path)
         if content["format"] != FORMAT:
@@ -80,7 +80,7 @@ def _check(content: dict) -> None:
     }
     if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
         raise ValueError(f"it lacks {', '.join(wrong)}")
-    _require_plain(content["ema"])
+    require_plain(content["ema"])
     model, size, table = content["model"], size_from_dict(content["size"]), table_of(content)
     if content["stage"] not in SCRIPTS or content.get("mask_head") not in (None, "nano", "standard", "official"):
         raise ValueError("its stage or mask head is unknown")
@@ -94,7 +94,7 @@ def _check(content: dict) -> None:
     check_resolution(size, content["resolution"])
 
 
-def _require_plain(state: dict) -> None:
+def require_plain(state: dict) -> None:
     """Raise ValueError where an entry is anything but a name and a plain tensor all of which is in the file."""
     for name, tensor in state.items():
         plain = type(name) is str and isinstance(tensor, Tensor) and tensor.layout is torch.strided
@@ -111,7 +111,7 @@ def load_backbone(path: Path, patch: int) -> dict:
     """
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _read(path)
-        _require_plain(state)
+        require_plain(state)
         own = convert.from_dinov2(state, patch)
     except (SafetensorError, OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"cannot read the backbone weights {path}: {error}") from error

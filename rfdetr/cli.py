@@ -131,7 +131,7 @@ def latest_state(folder: Path) -> dict:
                 found.append(((progress.epoch, progress.step), path, content | {"args": dict(content["args"])}))
             except UserError as error:
                 problems.append(str(error))
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, AttributeError):
                 problems.append(f"{path} holds nothing that a run can go on with")
     if not found:
         command = start_command(folder)

@@ -32,6 +32,14 @@ class Progress:
     sums: dict = field(default_factory=dict)  # running sums of the epoch's losses
     unread: list = field(default_factory=list)  # numbers of the training images that could not be read
 
+    def __post_init__(self):
+        """ValueError for what no run has saved."""
+        counts = [self.epoch, self.step_in_epoch, self.step, self.micro_batch, self.nan_steps, *self.unread]
+        if not all(type(count) is int and 0 <= count < 2**31 for count in counts):
+            raise ValueError("progress is counted in whole numbers")
+        if not all(type(name) is str and type(value) is float for name, value in self.sums.items()):
+            raise ValueError("sums are numbers by name")
+
 
 @dataclass
 class Trainer:

@@ -419,7 +419,12 @@ class Keeper:
             trainer.model.load_state_dict(state["trained"])
             if trainer.ema:  # an average that begins now begins at the weights
                 trainer.ema.module.load_state_dict(state["trained_ema"] or state["trained"])
+            for moments in state["optimizer"]["state"].values():
+                checkpoint.require_plain(moments)
             trainer.optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in trainer.optimizer.state.items():  # a fused step would write beyond smaller ones
+                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("the optimizer's moments have other shapes than the weights")
             trainer.scaler.load_state_dict(state["scaler"])
             set_random_states(state["random"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -248,6 +248,26 @@ def test_a_resume_passes_over_whatever_is_left_of_a_file(run, capsys):
         (run / name).write_bytes(whole)
 
 
+@pytest.mark.parametrize("damage", [{"epoch": -1}, {"step": "3"}, {"sums": [1]}, {"unread": [0.5]}, {"epoch": 2**40}])
+def test_a_resume_passes_over_progress_that_no_run_has_saved(damage, run, capsys):
+    content = torch.load(run / "checkpoint.pt")
+    content["training"]["progress"] |= damage
+    torch.save(content, run / "checkpoint.pt")
+    assert latest_state(run)["training"]["progress"]["epoch"] == 1
+    said = capsys.readouterr().out
+    assert "checkpoint.pt holds nothing that a run can go on with" in said and "going on from the other one" in said
+
+
+@pytest.mark.parametrize("moment", [torch.zeros(1), torch.zeros(1).expand(10**6), torch.zeros(2, 2).to_sparse(), "x"])
+def test_moments_that_do_not_fit_the_weights_are_refused(moment, run, exit_of):
+    content = torch.load(run / "last.pt")
+    content["training"]["optimizer"]["state"][0]["exp_avg"] = moment
+    for name in ("last.pt", "checkpoint.pt"):
+        torch.save(content, run / name)
+    code, text = exit_of(train_detector_stage1.main, "--resume", run, "--epochs", 2)
+    assert code == 2 and "does not fit these settings" in text
+
+
 @pytest.mark.parametrize(
     "content", [{"format": 1, "model": {}}, {"model": {"a": 1}}, {"format": 1}, {"state_dict": {"x": 1}}, {1: 2}]
 )
