@@ -774,6 +774,37 @@ class Fuzzer:
         return wrong
 
 
+def run_cases(kinds: list[str], first: int, count: int, seed: int, keep: bool = False) -> int:
+    """Run cases `first`, `first` + 1, ... of the kinds in turn, and print those with faults; returns how many had."""
+    warnings.simplefilter("ignore")
+    faulthandler.enable()
+    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
+    fuzzer, ends, found = Fuzzer(folder / "tree"), Counter(), 0
+    begin = time.perf_counter()
+    for number in range(first, first + count):
+        kind = kinds[number % len(kinds)]
+        (folder / "case").write_text(f"--kinds {kind} --first {number}\n")  # to be found where the process dies
+        command, status, wrong = fuzzer.run(kind, number, seed)
+        ends[kind, status] += 1
+        if wrong:
+            found += 1
+            words = " ".join(word if len(word) < 80 else word[:80] + "..." for word in command.argv)
+            print(f"--kinds {kind} --first {number}: {command.script} {words!r}", *wrong, sep="\n    ", flush=True)
+        if (number - first) % 1000 == 999:
+            print(
+                f"{number - first + 1} cases, {found} with faults; the running one is in {folder / 'case'}", flush=True
+            )
+    print(
+        "kind, exit status, cases:", *(f"{kind} {status}: {n}" for (kind, status), n in sorted(ends.items())), sep="\n"
+    )
+    print(f"{count} cases in {time.perf_counter() - begin:.0f} s, {found} with faults")
+    if keep:
+        print(f"the last case: {fuzzer.place}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000)
@@ -782,27 +813,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--keep", action="store_true", help="keep the last case's folder, and say where it is")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    fuzzer, ends, found = Fuzzer(folder / "tree"), Counter(), 0
-    begin = time.perf_counter()
-    for number in range(args.first, args.first + args.cases):
-        kind = args.kinds[number % len(args.kinds)]
-        command, status, wrong = fuzzer.run(kind, number, args.seed)
-        ends[kind, status] += 1
-        if wrong:
-            found += 1
-            words = " ".join(word if len(word) < 80 else word[:80] + "..." for word in command.argv)
-            print(f"--kinds {kind} --first {number}: {command.script} {words!r}", *wrong, sep="\n    ", flush=True)
-    print(
-        "kind, exit status, cases:", *(f"{kind} {status}: {n}" for (kind, status), n in sorted(ends.items())), sep="\n"
-    )
-    print(f"{args.cases} cases in {time.perf_counter() - begin:.0f} s, {found} with faults")
-    if args.keep:
-        print(f"the last case: {fuzzer.place}")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    found = run_cases(args.kinds, args.first, args.cases, args.seed, args.keep)
     sys.exit(1 if found else 0)
 
 

@@ -1,10 +1,11 @@
 """Training runs that are killed (kill -9) at random moments and gone on with: nothing may be lost.
 
-python benchmarks/stress.py --kills 200
+python benchmarks/stress.py --kills 200 --cases 10000
 
 Each kind of run is made once without a kill. The others are killed once or twice, at any moment of their lives, and
 must end with the same bits: weights, averages, optimizer, random state and figures. A line a kill; exit status 1 where
-anything was lost. The moments follow from --seed; where they fall in a run depends on the machine.
+anything was lost. The moments follow from --seed; where they fall in a run depends on the machine. Then
+--cases damaged and hostile inputs (benchmarks/fuzz.py) go through all scripts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.fuzz import KINDS as KINDS_OF_INPUT  # noqa: E402
+from benchmarks.fuzz import run_cases  # noqa: E402
 from rfdetr import checkpoint  # noqa: E402
 from rfdetr.console import run_script  # noqa: E402
 from rfdetr.data.demo import make_demo  # noqa: E402
@@ -210,6 +213,7 @@ def kill_runs(count: int, seed: int, workplace: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--cases", type=int, default=0, help="of damaged and hostile input")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder to leave the runs in, to look at")
     args = parser.parse_args()
@@ -217,7 +221,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         workplace = args.keep or Path(temporary)
         workplace.mkdir(exist_ok=True)
-        sys.exit(1 if kill_runs(args.kills, args.seed, workplace) else 0)
+        lost = kill_runs(args.kills, args.seed, workplace) if args.kills else 0
+    faults = run_cases(list(KINDS_OF_INPUT), 0, args.cases, args.seed) if args.cases else 0
+    sys.exit(1 if lost or faults else 0)
 
 
 if __name__ == "__main__":
