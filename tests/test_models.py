@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfdetr.console import UserError
 from rfdetr.models.decoder import move_boxes
@@ -232,7 +233,7 @@ def test_pasted_masks_agree_with_the_training_grid(name):
     with torch.inference_mode():
         pixels = head.pixels(features, images)
         grid = head.grid_logits(pixels, queries, boxes, torch.zeros(3, dtype=torch.long)) > 0
-        pasted = head.paste(pixels[0], queries, boxes, 200, 300)
+        pasted = list(head.paste(pixels[0], queries, boxes, 200, 300))
     for i, (left, top, mask) in enumerate(pasted):
         whole = torch.zeros(200, 300)
         whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask.float()
@@ -249,7 +250,41 @@ def test_masks_of_no_queries_are_none():
     pixels = head.pixels(torch.randn(1, 96, 8, 8), torch.randn(1, 3, 64, 64))
     empty = head.grid_logits(pixels, torch.zeros(0, 96), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
     assert empty.shape == (0, GRID, GRID)
-    assert head.paste(pixels[0], torch.zeros(0, 96), torch.zeros(0, 4), 50, 50) == []
+    assert list(head.paste(pixels[0], torch.zeros(0, 96), torch.zeros(0, 4), 50, 50)) == []
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", [*MASK_HEADS, "official"])
+def test_masks_of_many_queries_take_no_more_memory_than_those_of_a_few(name):
+    torch.manual_seed(0)
+    head = OfficialMaskHead(96, 2).eval() if name == "official" else MASK_HEADS[name](96).eval()
+    features, images = torch.randn(1, 96, 16, 16), torch.randn(1, 3, 256, 256)
+    queries, boxes = torch.randn(300, 96), torch.rand(300, 4) * 0.5 + 0.25
+    largest = {}
+    with torch.inference_mode():
+        pixels = head.pixels(features, images)[0]
+        for count in (100, 300):
+            with LargestTensor() as seen:
+                masks = list(head.paste(pixels, queries[:count], boxes[:count], 60, 50))
+            largest[count] = seen.elements
+        alone = [next(iter(head.paste(pixels, queries[i : i + 1], boxes[i : i + 1], 60, 50))) for i in range(300)]
+    assert largest[300] == largest[100]
+    assert len(masks) == 300
+    differ = sum((one[2] != other[2]).sum().item() for one, other in zip(masks, alone))
+    assert [mask[:2] for mask in masks] == [mask[:2] for mask in alone]
+    assert differ <= 5  # pixels whose logit is 0 but for rounding
 
 
 def test_box_samples_are_the_mask_inside_the_box():

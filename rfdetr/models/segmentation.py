@@ -21,6 +21,7 @@ from rfdetr.boxes import cxcywh_to_xyxy
 
 GRID = 28  # samples per side inside a box
 ENLARGE = 1.15  # masks may reach a little over the predicted box
+AT_ONCE = 64  # queries whose logits are computed together: what bounds a drawing's memory
 
 
 def enlarged(boxes: Tensor) -> Tensor:
@@ -51,6 +52,13 @@ def box_quadratic(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """weights (M, 6) times (x, y, x2, y2, xy, 1); x and y, in -1..1 over the enlarged box, broadcast to (M, h, w)."""
     a, b, c, d, e, f = weights[..., None, None].unbind(1)
     return a * x + b * y + c * x * x + d * y * y + e * x * y + f
+
+
+def maps_in_parts(kernels: Tensor, pixels: Tensor) -> Iterator[Tensor]:
+    """Each kernel's dot product with every pixel, (h, w) fp32: kernels (M, P), pixels (P, h, w)."""
+    flat = pixels.float().flatten(1)
+    for part in kernels.float().split(AT_ONCE):
+        yield from (part @ flat).unflatten(1, pixels.shape[1:])
 
 
 class MaskHead(nn.Module):
@@ -92,8 +100,8 @@ class MaskHead(nn.Module):
         quadratic = box_quadratic(kernels[:, -6:], axis[None, None, :], axis[None, :, None])
         return samples + quadratic
 
-    def paste(self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int) -> list[tuple]:
-        """Masks of one image's chosen queries at its original height and width, in pixels.
+    def paste(self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[tuple]:
+        """Masks of one image's chosen queries at its original height and width, in pixels, one by one.
 
         pixels (P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1 -> M x (left, top, bool (bh, bw) mask of the part
         of the enlarged box inside the image); outside of it a mask is empty.
@@ -102,24 +110,22 @@ class MaskHead(nn.Module):
         h, w = pixels.shape[-2:]
         regions = enlarged(boxes.float()) * torch.tensor([width, height, width, height], device=boxes.device)
         regions = regions.nan_to_num()  # what NaN weights give: an empty mask
-        logits = (kernels[:, :-6] @ pixels.float().flatten(1)).unflatten(1, (h, w))
         x, y = (torch.arange(side, device=boxes.device) + 0.5 for side in (width, height))
         (x_low, x_high, x_part), (y_low, y_high, y_part) = between(x * w / width, w), between(y * h / height, h)
-        masks = []
-        for i, (x0, y0, x1, y1) in enumerate(regions.tolist()):
+        maps = maps_in_parts(kernels[:, :-6], pixels)
+        for own, kernel, (x0, y0, x1, y1) in zip(maps, kernels, regions.tolist()):
             # the pixels whose centres lie in the region
             left, right = max(math.ceil(x0 - 0.5), 0), min(math.floor(x1 + 0.5), width)
             top, bottom = max(math.ceil(y0 - 0.5), 0), min(math.floor(y1 + 0.5), height)
             if right <= left or bottom <= top:
-                masks.append((0, 0, torch.zeros(0, 0, dtype=torch.bool)))
+                yield 0, 0, torch.zeros(0, 0, dtype=torch.bool)
                 continue
             columns, rows = slice(left, right), slice(top, bottom)
-            part = torch.lerp(logits[i][:, x_low[columns]], logits[i][:, x_high[columns]], x_part[columns])
+            part = torch.lerp(own[:, x_low[columns]], own[:, x_high[columns]], x_part[columns])
             part = torch.lerp(part[y_low[rows]], part[y_high[rows]], y_part[rows, None])
             u, v = (2 * x[columns] - x0 - x1) / (x1 - x0), (2 * y[rows] - y0 - y1) / (y1 - y0)
-            part = part + box_quadratic(kernels[i : i + 1, -6:], u[None, None, :], v[None, :, None])[0]
-            masks.append((left, top, (part > 0).cpu()))
-        return masks
+            part = part + box_quadratic(kernel[None, -6:], u[None, None, :], v[None, :, None])[0]
+            yield left, top, (part > 0).cpu()
 
 
 class MaskHeadNano(MaskHead):
@@ -215,9 +221,9 @@ class OfficialMaskHead(nn.Module):
 
     def paste(self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[tuple]:
         """As MaskHead.paste, but a mask is not bound to its box: (0, 0, bool (height, width) mask), one at a time."""
-        logits = self.kernels(queries).float() @ pixels.float().flatten(1) + self.bias
-        for one in logits.unflatten(1, pixels.shape[1:]):
-            whole = F.interpolate(one[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+        for one in maps_in_parts(self.kernels(queries), pixels):
+            logits = one + self.bias
+            whole = F.interpolate(logits[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
             yield 0, 0, (whole > 0).cpu()
 
 
