@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from common import Case, peer_model, run, some_objects
 
@@ -52,7 +53,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
         found = next(finder(model, images, [0]))
         if settings["masks"]:
             found.boxes = boxes  # of the detections that masks are drawn for
-            draw_masks(head, found, [(HEIGHT, WIDTH)], [KEPT], precision)
+            draw_masks(head, found, [(HEIGHT, WIDTH)], [np.arange(KEPT)], precision)
         return 1
 
     return step

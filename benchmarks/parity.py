@@ -251,7 +251,7 @@ def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -
     found = {"found scores": scores, "found labels": labels}
     detections = Detections([], scores, labels, boxes, queries, outputs["features"], images)
     height, width = ORIGINAL
-    pixel_boxes = [detections.pixel_boxes(i, height, width).clip(0, [width, height] * 2) for i in range(len(images))]
+    pixel_boxes = [detections.pixel_boxes(i, height, width) for i in range(len(images))]
     found["found boxes"] = torch.from_numpy(np.stack(pixel_boxes))
     if model.head is not None:
         pixels = model.head.pixels(outputs["features"], images)

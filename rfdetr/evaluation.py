@@ -22,14 +22,13 @@ from rfdetr.data.coco import CocoSplit, load_image
 from rfdetr.data.loaders import naming_workers, note_unread
 from rfdetr.data.transforms import to_model_input
 from rfdetr.memory import release_memory
-from rfdetr.metrics.coco_eval import CocoEvaluator
+from rfdetr.metrics.coco_eval import CocoEvaluator, counting
 from rfdetr.metrics.overlap import to_rle
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
 from rfdetr.precision import Precision
 from rfdetr.visualise import class_colours, draw, side_by_side
 
-MASKS_PER_IMAGE = 100  # COCO counts no more detections than that
 DRAW_THRESHOLD = 0.5
 AnyMaskHead = MaskHead | OfficialMaskHead
 
@@ -59,8 +58,13 @@ class Detections:
         return Detections(**values)
 
     def pixel_boxes(self, i: int, height: int, width: int) -> np.ndarray:
-        """Image i's boxes as (k, 4) xyxy in pixels of a height x width original."""
-        return cxcywh_to_xyxy(self.boxes[i].float().cpu()).numpy() * np.array([width, height] * 2, dtype=np.float32)
+        """Image i's boxes as (k, 4) xyxy in pixels of a height x width original, clipped to it.
+
+        These are scored, saved and delivered alike; the official package clips its own, too.
+        """
+        boxes = cxcywh_to_xyxy(self.boxes[i].float().cpu()).numpy()
+        sides = np.array([width, height] * 2, dtype=np.float32)
+        return (boxes * sides).clip(0, sides)
 
 
 class Finder:
@@ -110,16 +114,19 @@ class Finder:
 
 @torch.inference_mode()
 def draw_masks(
-    head: AnyMaskHead, found: Detections, sizes: list[tuple[int, int]], counts: list[int], precision: Precision
+    head: AnyMaskHead, found: Detections, sizes: list[tuple[int, int]], chosen: list[np.ndarray], precision: Precision
 ) -> list[list[dict]]:
-    """COCO RLEs of the first counts[i] detections of image i at its original (height, width), in pixels."""
+    """COCO RLEs of the detections chosen[i] (n,) of image i at its original (height, width).
+
+    Memory does not grow with the number of detections: a head draws a few at a time.
+    """
     head.eval()
     rles = []
-    for i, ((height, width), count) in enumerate(zip(sizes, counts)):
+    for i, ((height, width), own) in enumerate(zip(sizes, chosen)):
         one = found[i : i + 1].on(precision.device)  # pixel maps are large: one image's at a time
         with precision.autocast():
             pixels = head.pixels(one.features, to_model_input(one.images, precision.device))[0]
-        masks = head.paste(pixels, found.queries[i, :count], found.boxes[i, :count], height, width)
+        masks = head.paste(pixels, one.queries[0, own], one.boxes[0, own], height, width)
         rles.append([encode(*mask, height, width) for mask in masks])
     return rles
 
@@ -165,12 +172,13 @@ def in_originals(
     precision: Precision,
 ) -> list[Found]:
     """What scores `threshold` or more, in pixels of the original images (H, W, 3); `names` of the classes by label."""
-    sizes, counts = [image.shape[:2] for image in images], (found.scores >= threshold).sum(1).tolist()
-    masks = draw_masks(head, found, sizes, counts, precision) if head is not None else [None] * len(images)
+    sizes = [image.shape[:2] for image in images]
+    chosen = [np.flatnonzero(scores >= threshold) for scores in found.scores.cpu().numpy()]
+    masks = draw_masks(head, found, sizes, chosen, precision) if head is not None else [None] * len(images)
     answer = []
-    for i, (image, (height, width), count) in enumerate(zip(images, sizes, counts)):
-        boxes = found.pixel_boxes(i, height, width)[:count].clip(0, [width, height, width, height])
-        scores, labels = (values[i, :count].cpu().numpy() for values in (found.scores, found.labels))
+    for i, (image, (height, width), own) in enumerate(zip(images, sizes, chosen)):
+        boxes = found.pixel_boxes(i, height, width)[own]
+        scores, labels = (values[i].cpu().numpy()[own] for values in (found.scores, found.labels))
         answer.append(Found(image, boxes, scores, labels, [names[label] for label in labels], masks[i]))
     return answer
 
@@ -221,25 +229,35 @@ class Judge:
         return model if self.frozen is not None else model.head if self.masks else None
 
     def evaluator(self, model: nn.Module) -> CocoEvaluator:
-        """All ranks' detections of the split, with masks where there is a head, ready to be summed up or saved."""
+        """All ranks' detections of the split, ready to be summed up or saved.
+
+        With a mask head, with masks: then what no figure can depend on is left out (`counting`).
+        """
         head, found = self.head(model), []
         with naming_workers(self.loader.dataset):
             for batch in self.detections(model):
-                records = [self.split.images[i] for i in batch.index]
-                sizes = [(record.height, record.width) for record in records]
-                k, rles = batch.scores.shape[1], [None] * len(records)
-                if head is not None:
-                    k = min(MASKS_PER_IMAGE, k)
-                    rles = draw_masks(head, batch, sizes, [k] * len(records), self.precision)
-                for i, record in enumerate(records):
-                    boxes, scores = batch.pixel_boxes(i, *sizes[i])[:k], batch.scores[i, :k].cpu().numpy()
-                    labels = np.asarray(self.split.category_ids)[batch.labels[i, :k].cpu().numpy()]
-                    found.append((record.id, boxes, scores, labels, rles[i]))
+                found += self._records(batch, head)
         evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
         for part in distributed.gather_objects(found):
             for one in part:
                 evaluator.add(*one)
         return evaluator
+
+    def _records(self, batch: Detections, head: AnyMaskHead | None) -> list[tuple]:
+        """What CocoEvaluator.add takes of each image of a batch."""
+        records = [self.split.images[i] for i in batch.index]
+        sizes = [(record.height, record.width) for record in records]
+        scores = batch.scores.cpu().numpy()
+        labels = np.asarray(self.split.category_ids)[batch.labels.cpu().numpy()]
+        boxes = [batch.pixel_boxes(i, *size) for i, size in enumerate(sizes)]
+        if head is None:
+            return [(record.id, *one) for record, *one in zip(records, boxes, scores, labels)]
+        chosen = [np.flatnonzero(counting(*one)) for one in zip(boxes, scores, labels)]
+        rles = draw_masks(head, batch, sizes, chosen, self.precision)
+        return [
+            (record.id, boxes[i][own], scores[i][own], labels[i][own], rles[i])
+            for i, (record, own) in enumerate(zip(records, chosen))
+        ]
 
     def __call__(self, model: nn.Module) -> dict:
         """The summary of metrics.json's "valid", on every rank."""

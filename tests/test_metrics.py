@@ -8,20 +8,28 @@ import io
 import json
 import logging
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import read_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rfdetr.evaluation import encode
+from rfdetr.classes import assign_rows
+from rfdetr.data.loaders import SplitDataset, evaluation_loader
+from rfdetr.evaluation import Judge, encode, in_originals
 from rfdetr.metrics import coco_eval
 from rfdetr.metrics.coco_eval import CocoEvaluator, format_table
 from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap, to_rle
+from rfdetr.models.detector import select_detections
+from rfdetr.precision import pick_device, pick_precision
+from rfdetr.sizes import SIZES
 
 # pycocotools.mask.decode under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -406,3 +414,148 @@ def test_a_part_of_an_image_is_encoded_as_the_whole_image_would_be(data, height,
     whole = mask_api.encode(canvas)
     rle = encode(left, top, torch.from_numpy(part), height, width)
     assert rle == {"size": [height, width], "counts": whole["counts"].decode()}
+
+
+SIDE, CELL, OBJECTS = 240, 16, 225  # of the crowded images; 15 x 15 objects
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """A split of two images with 225 objects each: 150, 45 and 30 of three classes."""
+    folder = tmp_path_factory.mktemp("crowded") / "valid"
+    folder.mkdir()
+    categories = [{"id": 10 * i, "name": f"class {i}"} for i in (1, 2, 3)]
+    truth = {"images": [], "annotations": [], "categories": categories}
+    for image in (1, 2):
+        Image.new("RGB", (SIDE, SIDE)).save(folder / f"{image}.png")
+        size = {"width": SIDE, "height": SIDE}
+        truth["images"].append({"id": image, "file_name": f"{image}.png", **size})
+        for i in range(OBJECTS):
+            x, y = i % 15 * CELL + 2, i // 15 * CELL + 2
+            label = 10 * (1 + (i >= 150) + (i >= 195))
+            row = {"id": len(truth["annotations"]) + 1, "image_id": image, "category_id": label}
+            row |= {"bbox": [x, y, 12, 12], "area": 144, "iscrowd": 0}
+            row["segmentation"] = [[x, y, x + 12, y, x + 12, y + 12, x, y + 12]]
+            truth["annotations"].append(row)
+    file = folder / "_annotations.coco.json"
+    file.write_text(json.dumps(truth))
+    return read_split(file, folder, "valid")
+
+
+def whole_pixels(box):
+    """(left, top, right, bottom) in the image of a box cxcywh 0..1."""
+    cx, cy, w, h = box.double().tolist()
+    edges = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+    return [min(max(round(edge * SIDE), 0), SIDE) for edge in edges]
+
+
+class BoxMasks(torch.nn.Module):
+    """A mask head whose masks fill the boxes."""
+
+    def pixels(self, features, images):
+        return features
+
+    def paste(self, pixels, queries, boxes, height, width):
+        for left, top, right, bottom in map(whole_pixels, boxes):
+            yield left, top, torch.ones(bottom - top, right - left, dtype=torch.bool)
+
+
+class Trained(torch.nn.Module):
+    """Stands for a trained detector: a query near each object, scores of its class all over 0..1."""
+
+    size = replace(SIZES["tiny"], queries=OBJECTS, select=300)
+
+    def __init__(self, split, table):
+        super().__init__()
+        rng = np.random.default_rng(0)
+        boxes = np.array([[*a["bbox"]] for a in split.ground_truth["annotations"]], dtype=float)
+        boxes += rng.normal(0, 0.4, boxes.shape)
+        boxes[::15, 0] -= 4  # over the left border
+        boxes[:, :2] += boxes[:, 2:] / 2
+        labels = np.concatenate([record.labels for record in split.images])
+        logits = rng.uniform(-6, -2, (len(boxes), table.rows_total))
+        logits[np.arange(len(boxes)), np.array(table.rows)[labels]] = rng.uniform(-3, 4, len(boxes))
+        self.outputs = {
+            "pred_boxes": torch.tensor(boxes / SIDE, dtype=torch.float32).view(2, OBJECTS, 4),
+            "pred_logits": torch.tensor(logits, dtype=torch.float32).view(2, OBJECTS, -1),
+            "queries": torch.zeros(2, OBJECTS, 8),
+            "features": torch.zeros(2, 8, 1, 1),
+        }
+        self.head = BoxMasks()
+
+    def forward(self, images):
+        return self.outputs
+
+
+@pytest.fixture
+def trained(crowded):
+    """(the detector, its class table)"""
+    table = assign_rows(list(crowded.class_names), crowded.category_ids, "dataset")
+    return Trained(crowded, table), table
+
+
+def judge_of(crowded, table, masks=True, frozen=None):
+    dataset = SplitDataset(crowded, 32, None, masks=False)
+    precision = pick_precision("off", pick_device("cpu"))
+    return Judge(evaluation_loader(dataset, 2, 0), table, precision, masks, frozen)
+
+
+def all_results(crowded, model, table):
+    """COCO results of everything that the detector gives: {"bbox": [...], "segm": [...]}."""
+    rows = torch.tensor(table.rows)
+    found = select_detections(model.outputs, rows, model.size.select)
+    results = {"bbox": [], "segm": []}
+    for record, *values in zip(crowded.images, *found[:3]):
+        for score, label, box in zip(*values):
+            row = {"image_id": record.id, "category_id": crowded.category_ids[label], "score": score.item()}
+            cx, cy, w, h = (box * SIDE).double().tolist()
+            edges = np.array([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]).clip(0, SIDE)
+            results["bbox"].append(row | {"bbox": [*edges[:2], *(edges[2:] - edges[:2])]})
+            left, top, right, bottom = whole_pixels(box)
+            mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
+            mask[top:bottom, left:right] = 1
+            results["segm"].append(row | {"segmentation": mask_api.encode(mask)})
+    return results
+
+
+@pytest.mark.parametrize("stage", ["single stage", "stage 2"])
+def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
+    model, table = trained
+    if stage == "stage 2":
+        judge, scored = judge_of(crowded, table, frozen=model), model.head
+    else:
+        judge, scored = judge_of(crowded, table), model
+    evaluator = judge.evaluator(scored)
+    summary = evaluator.summary()
+    results = all_results(crowded, model, table)
+    assert len(results["bbox"]) == 600 and summary["bbox"]["mAP"] > 0.5
+    for kind in ("bbox", "segm"):
+        assert_equal_to_pycocotools(summary[kind], crowded.ground_truth, results[kind], kind)
+        saved = evaluator.results(kind)
+        assert 2 * 225 < len(saved) < 600  # what no figure looks at has no mask drawn
+        assert_equal_to_pycocotools(summary[kind], crowded.ground_truth, saved, kind)
+    assert judge_of(crowded, table, masks=False)(model)["bbox"] == summary["bbox"]
+
+
+def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypatch):
+    model, table = trained
+    model.outputs["pred_logits"] += 3  # every object is found with 0.5 or more
+    found = next(iter(judge_of(crowded, table).detections(model)))
+    summary = judge_of(crowded, table)(model)
+    assert (found.labels == 0).sum(1).min() > 100
+    monkeypatch.setattr("rfdetr.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool))
+    assert judge_of(crowded, table)(model) == summary
+
+
+def test_the_boxes_that_are_scored_are_those_that_are_delivered(crowded, trained):
+    model, table = trained
+    judge = judge_of(crowded, table, masks=False)
+    images = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 2
+    (batch,) = judge.detections(model)
+    delivered = in_originals(batch, images, 0.0, None, list(crowded.class_names), judge.precision)
+    boxes = np.concatenate([one.boxes for one in delivered])
+    scored = np.array([row["bbox"] for row in judge.evaluator(model).results("bbox")])
+    assert len(boxes) == 600 and (boxes[:, 0] == 0).sum() > 10
+    np.testing.assert_array_equal(scored[:, :2], boxes[:, :2])
+    np.testing.assert_allclose(scored[:, :2] + scored[:, 2:], boxes[:, 2:], rtol=1e-12)
+    assert boxes.min() >= 0 and boxes.max() <= SIDE

@@ -14,7 +14,7 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rfdetr.metrics.overlap import mask_overlap, to_rle
+from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap, to_rle
 
 try:
     import hotcoco
@@ -25,6 +25,23 @@ except ImportError:
 FIGURES = "mAP mAP50 mAP75 mAP_small mAP_medium mAP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
 TABLE_COLUMNS = (*FIGURES[:6], "AR100")
 TABLE_CLASSES = 12
+MAX_DETECTIONS = 100  # of a class and image, that COCO's figures look at
+
+
+def counting(boxes: Array, scores: Array, labels: Array) -> Array:
+    """Which of an image's n detections a figure of CocoEvaluator.summary can depend on: (n,) bool.
+
+    COCO looks at the MAX_DETECTIONS best of each class (of equal scores the first), mask_overlap
+    at what scores SCORE_THRESHOLD or more; what is not finite is left out.
+    boxes (n, 4) in any format, scores (n,), labels (n,).
+    """
+    finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
+    chosen = finite & (scores >= SCORE_THRESHOLD)
+    for label in np.unique(labels):
+        own = np.flatnonzero(finite & (labels == label))
+        best = np.argsort(-scores[own], kind="stable")[:MAX_DETECTIONS]
+        chosen[own[best]] = True
+    return chosen
 
 
 class CocoEvaluator:
