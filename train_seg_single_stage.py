@@ -6,7 +6,6 @@ python train_seg_single_stage.py --size nano --epochs 50 --batch 4 --accum 4
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from rfdetr.data.loaders import training_loader
 from rfdetr.data.validation import require_masks
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
+from rfdetr.sizes import with_queries
 from rfdetr.weights import find_weights
 
 
@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--init_ckpt", type=Path, help="start from this checkpoint instead of --pretrain_weights")
     add("--lr", type=share, help="learning rate (default: 5e-5, tiny its own)")
     add("--lr_encoder", type=share, help="the encoder's (default: 1e-4, tiny its own)")
-    add("--num_queries", type=number(int, 1, 10_000), help="queries per image (default: the size's own)")
+    count = number(int, 1, 10_000)
+    add("--num_queries", type=count, help="queries per image (default: the size's own)")
+    add("--num_select", type=count, help="detections kept per image (default: as many as queries)")
     for name, default in LossWeights.flag_defaults().items():
         default = None if name in ("mask", "dice") else default  # the size's own
         add(f"--{name}_loss_coef", type=share, default=default, help=f"weight of the {name} loss")
@@ -42,7 +44,10 @@ def main(argv: list[str] | None = None) -> None:
 
     session = shared.begin(args, "seg_single")
     require_masks(session.splits["train"])
-    size = replace(session.size, queries=args.num_queries) if args.num_queries else session.size
+    select = args.num_select
+    if args.resume_from and not select:
+        select = args.resume_from["size"]["select"]  # older runs' do not follow their queries
+    size = with_queries(session.size, args.num_queries, select)
     table = shared.class_table(session, "dataset")
     model = Detector(
         size, table.rows_total, table.background_last, size.mask_head, grad_checkpoint=args.grad_checkpoint

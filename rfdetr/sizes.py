@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from rfdetr.console import UserError
 
@@ -166,6 +166,14 @@ SIZES: dict[str, ModelSize] = {
         ),
     )
 }  # fmt: skip
+
+
+def with_queries(size: ModelSize, queries: int | None, select: int | None) -> ModelSize:
+    """`size` with so many queries and so many detections kept per image.
+
+    None leaves the size's own queries, and keeps as many detections as there are queries.
+    """
+    return replace(size, queries=queries or size.queries, select=select or queries or size.select)
 
 
 def check_resolution(size: ModelSize, resolution: int | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
 from rfdetr.console import run_script
+from rfdetr.sizes import SIZES, with_queries
 
 pytestmark = pytest.mark.slow
 
@@ -495,6 +497,33 @@ def test_the_next_command_names_images_that_exist(stage2_run, few, tmp_path):
 def test_number_of_queries(single_run):
     run = single_run("--num_queries", 7)
     assert run.last["model"]["query_feat.weight"].shape[0] == 7 and run.last["size"]["queries"] == 7
+    assert run.last["size"]["select"] == 7
+
+
+def test_number_of_detections(single_run):
+    run = single_run("--num_queries", 7, "--num_select", 20)
+    assert (run.last["size"]["queries"], run.last["size"]["select"]) == (7, 20)
+
+
+def test_a_resumed_run_keeps_its_number_of_detections(single_run, call):
+    run = single_run("--num_queries", 7)
+    for file in ("last.pt", "checkpoint.pt"):  # as they were while --num_queries left it alone
+        if (run.folder / file).exists():
+            content = torch.load(run.folder / file)
+            del content["args"]["num_select"]
+            content["size"]["select"] = 100
+            torch.save(content, run.folder / file)
+    call(train_seg_single_stage.main, "--resume", run.folder, "--epochs", 2)
+    content = torch.load(run.folder / "last.pt")
+    assert content["size"]["select"] == 100 and content["training"]["progress"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("name", ["tiny", "nano", "seg-nano"])
+def test_detections_follow_the_queries(name):
+    size = SIZES[name]
+    assert with_queries(size, None, None) == size
+    assert with_queries(size, 400, None) == replace(size, queries=400, select=400)
+    assert with_queries(size, None, 50) == replace(size, select=50)
 
 
 def test_init_ckpt_starts_from_a_file(single_run, shrunk):
