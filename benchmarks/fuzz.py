@@ -2,6 +2,7 @@
 
 python benchmarks/fuzz.py --cases 10000 --seed 0
 python benchmarks/fuzz.py --cases 1 --seed 0 --first 4711 --kinds checkpoint --keep     (one case again, to look at)
+python benchmarks/fuzz.py --evaluation 1200     (instead: random evaluations against pycocotools, fuzz_evaluation.py)
 
 A case is made from (seed, kind, number) alone and runs in this process, through the script's main(argv), in a folder of
 its own. No traceback, no "defect of the program", at most 5 s of CPU time and 2 GB of memory, strict JSON in every
@@ -51,6 +52,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks.fuzz_evaluation import run_sets
 from rfdetr import rundir
 from rfdetr.classes import assign_rows, coco_table
 from rfdetr.console import run_script
@@ -812,9 +814,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--keep", action="store_true", help="keep the last case's folder, and say where it is")
+    parser.add_argument("--evaluation", type=int, metavar="N", help="instead: N evaluations against pycocotools")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = run_cases(args.kinds, args.first, args.cases, args.seed, args.keep)
+    if args.evaluation:
+        found = run_sets(args.first, args.evaluation, args.seed)
+    else:
+        found = run_cases(args.kinds, args.first, args.cases, args.seed, args.keep)
     sys.exit(1 if found else 0)
 
 

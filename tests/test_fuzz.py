@@ -1,4 +1,5 @@
-"""Hostile and damaged input: 500 cases of benchmarks/fuzz.py through the scripts, and properties they rest on."""
+"""Hostile and damaged input: 500 cases of benchmarks/fuzz.py through the scripts, and properties
+they rest on; 60 random evaluations against pycocotools."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
+from benchmarks import fuzz_evaluation
 from benchmarks.fuzz import KINDS, SIDE, Fuzzer, damage_values, damaged_json, some_polygons, some_rle
 from rfdetr import checkpoint
 from rfdetr.classes import COCO_NAMES, assign_rows, background_row, is_class_head, keep_class_rows
@@ -46,6 +48,11 @@ def test_every_case_ends_in_success_or_in_one_paragraph(fuzzer, kind):
             found.append(f"--kinds {kind} --first {number} ({command.script}): {'; '.join(wrong)}")
     assert not found, "python benchmarks/fuzz.py --cases 1 --seed 0 ...\n" + "\n".join(found)
     assert ends == {0, 2}  # some of the damage is harmless, some is not
+
+
+def test_random_evaluations_equal_pycocotools(capsys):
+    outside = fuzz_evaluation.run_sets(first=0, count=60, seed=0)
+    assert not outside, "python benchmarks/fuzz.py ...\n" + capsys.readouterr().out
 
 
 def damaged_dataset(rng: random.Random, fuzzer: Fuzzer) -> Path:
