@@ -129,7 +129,7 @@ def standing(run: Path) -> str:
     states = [torch.load(path)["training"]["progress"] for path in saved]
     at = max(states, key=lambda state: (state["epoch"], state["step"]), default=None)
     text = f"epoch {at['epoch'] + 1}, {at['step_in_epoch']} steps saved" if at else "nothing saved yet"
-    return ", ".join([text, *(f"writing {path.name.removesuffix('.tmp')}" for path in run.glob("*.tmp"))])
+    return ", ".join([text, *(f"writing {path.name.rsplit('.', 2)[0]}" for path in run.glob("*.tmp"))])
 
 
 # ---------------------------------------------------------------- kills

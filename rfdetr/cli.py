@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -10,7 +11,7 @@ from typing import NoReturn
 from rfdetr import checkpoint
 from rfdetr.console import UserError, boolean, number, warn
 from rfdetr.engine import Progress
-from rfdetr.rundir import start_command
+from rfdetr.rundir import lock_run, start_command
 from rfdetr.sizes import SIZES, check_resolution
 
 
@@ -77,14 +78,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
     args.resume_from = None
     if args.resume:
         folder = newest_run(kind) if args.resume == "auto" else Path(args.resume)
+        if folder.is_dir() and os.environ.get("RANK", "0") == "0":
+            lock_run(folder)  # before it is read, so that nobody trains it on meanwhile
         content = latest_state(folder)
         if content["stage"] != kind.removeprefix("seg_"):
             script = checkpoint.SCRIPTS[content["stage"]]
             raise UserError(f"{folder} is another script's: python {script} --resume {folder}")
-        own = vars(args).keys() - {"resume", "output_dir", "no_amp"}  # the last is in `amp`
-        stored = {k: v for k, v in content["args"].items() if k in own}
-        paths = {action.dest for action in parser._actions if action.type is Path}
-        parser.set_defaults(**{k: Path(v) if k in paths and v is not None else v for k, v in stored.items()})
+        parser.set_defaults(**stored_flags(parser, content["args"], folder))
         args = parser.parse_args(argv)
         args.output_dir, args.resume_from = folder, content
         checkpoint.require_size(content, SIZES[args.size], folder)
@@ -109,6 +109,43 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
     if args.fast_dev_run:
         args.epochs = 1
     return args
+
+
+def stored_flags(parser: argparse.ArgumentParser, stored: dict, folder: Path) -> dict:
+    """The flags that a run's checkpoint holds, each checked as if it had been typed; those that are None are left out.
+
+    Raises UserError for the first value that the command line would refuse.
+    """
+    no_defaults = ("resume", "output_dir", "no_amp", "debug", "fast_dev_run")  # no_amp is in `amp`
+    flags = {}
+    for action in parser._actions:
+        value = stored.get(action.dest)
+        if value is None or action.dest in no_defaults:
+            continue
+        several = action.nargs == "+"
+        try:
+            if several and type(value) is not list:
+                raise ValueError(f"expected a list, got {type(value).__name__}")
+            typed = [as_typed(action, item) for item in (value if several else [value])]
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise UserError(
+                f"--resume: the checkpoint in {folder} holds --{action.dest} {str(value)[:100]!r}, which no run saves "
+                f"({error}). Take the run's folder as it was written, or train a new run"
+            ) from error
+        flags[action.dest] = typed if several else typed[0]
+    return flags
+
+
+def as_typed(action: argparse.Action, value: object) -> object:
+    """What a stored value is as a flag's.  Raises ArgumentTypeError or ValueError where the flag would not take it."""
+    if type(value) not in (str, int, float, bool) or "\0" in str(value):
+        raise ValueError(f"got {type(value).__name__}")
+    typed = action.type(str(value)) if action.type else str(value)
+    if type(value) is not str and typed != value:
+        raise ValueError(f"got {type(value).__name__}")
+    if action.choices is not None and typed not in action.choices:
+        raise ValueError(f"expected one of {', '.join(action.choices)}")
+    return typed
 
 
 def newest_run(kind: str) -> Path:

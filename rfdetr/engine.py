@@ -17,6 +17,7 @@ from rfdetr.console import OUT_OF_MEMORY_ADVICE, UserError, is_out_of_memory, wa
 from rfdetr.data.loaders import Batch
 from rfdetr.memory import memory_mb, release_memory
 
+COUNTS = ("objects", "matched_objects")  # what an objective counts beside its losses: summed, not averaged
 SHOWN = ("loss_class", "loss_box", "loss_giou", "loss_mask", "loss_dice")  # in the progress bar
 
 
@@ -31,21 +32,36 @@ class Progress:
     nan_steps: int = 0
     sums: dict = field(default_factory=dict)  # running sums of the epoch's losses
     unread: list = field(default_factory=list)  # numbers of the training images that could not be read
+    steps: int = 0  # optimizer steps in an epoch; 0 where an earlier version has not saved them
 
     def __post_init__(self):
         """ValueError for what no run has saved."""
         counts = [self.epoch, self.step_in_epoch, self.step, self.micro_batch, self.nan_steps, *self.unread]
+        counts.append(self.steps)
         if not all(type(count) is int and 0 <= count < 2**31 for count in counts):
             raise ValueError("progress is counted in whole numbers")
         if not all(type(name) is str and type(value) is float for name, value in self.sums.items()):
             raise ValueError("sums are numbers by name")
+
+    @property
+    def position(self) -> int:
+        """Where the schedule stands: the optimizer steps done, had every epoch had as many as now."""
+        return self.epoch * self.steps + self.step_in_epoch
+
+    def count_epochs_in(self, steps: int) -> None:
+        """Give an epoch `steps` optimizer steps from now on; the running one keeps the share that is done."""
+        if self.steps:
+            self.step_in_epoch = self.step_in_epoch * steps // self.steps
+        self.step_in_epoch = min(self.step_in_epoch, steps)
+        self.steps = steps
 
 
 @dataclass
 class Trainer:
     """All that a run trains with. A batch is anything with a length, slices, `objects`,
     `indices` and `unread`. `losses(model, batch, objects)` gives {name: weighted scalar}, each already divided by
-    `objects`, the objects of the whole effective batch; `schedule(step)` the factor on each group's base_lr."""
+    `objects`, the objects of the whole effective batch, and may give COUNTS; `schedule(position)` the factor on each
+    group's base_lr."""
 
     model: nn.Module
     losses: Callable[[nn.Module, Batch, float], dict[str, Tensor]]
@@ -59,7 +75,8 @@ class Trainer:
 
 
 def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, bool], None]) -> dict:
-    """Train on every batch of `loader`, one optimizer step each; returns the epoch's mean losses, rates and times.
+    """Train on every batch of `loader`, one optimizer step each; returns the epoch's mean losses, counts, rates and
+    times.
 
     `after_step(batch, finite)` is called after each step, for signals and timed saves.
     """
@@ -71,7 +88,7 @@ def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Calla
     for batch in bar:
         data_s += time.perf_counter() - mark
         mark = time.perf_counter()
-        factor = trainer.schedule(progress.step)
+        factor = trainer.schedule(progress.position)
         for group in trainer.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         losses = optimise(trainer, batch)
@@ -94,7 +111,8 @@ def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Calla
     seconds = time.perf_counter() - begin
     sums = dict(progress.sums)
     steps = max(sums.pop("steps", 0.0), 1.0)
-    return {name: value / steps for name, value in sums.items()} | {
+    means = {name: value if name in COUNTS else value / steps for name, value in sums.items()}
+    return means | {
         "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
         "images_per_s": images / seconds,
         "data_s": data_s,
@@ -116,7 +134,8 @@ def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
     names = list(losses)
     # the one copy to the CPU after the backward pass
     values = distributed.sum_tensor(torch.stack(list(losses.values()))).tolist()
-    result = dict(zip(names, values)) | {"loss": sum(values)}
+    result = dict(zip(names, values))
+    result["loss"] = sum(value for name, value in result.items() if name not in COUNTS)
     if math.isfinite(result["loss"]):
         trainer.scaler.unscale_(trainer.optimizer)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -143,7 +162,8 @@ def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = {}
             for first in range(0, len(batch), progress.micro_batch):
                 part = trainer.losses(trainer.model, batch[first : first + progress.micro_batch], objects)
-                trainer.scaler.scale(sum(part.values())).backward()
+                loss = sum(value for name, value in part.items() if name not in COUNTS)
+                trainer.scaler.scale(loss).backward()
                 for name, value in part.items():
                     losses[name] = losses.get(name, 0.0) + value.detach()
             return losses

@@ -11,9 +11,11 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from rfdetr.rundir import free_disk
 
 FORMAT = 1  # of the cache's file, and of how its content is computed
 MATCH_IOU = 0.5  # a query that misses its object by more teaches the mask head nothing
+SAMPLES, BLOCK = 8, 8 << 10  # what is read of an image's file to know it again: blocks, and bytes of each
 SPARE_DISK = 64 << 20  # bytes to leave free
 
 
@@ -112,6 +115,26 @@ def flipped(sample: dict, view: int) -> dict:
     return sample | {"image": apply_view(sample["image"], view), "target": target | {"boxes": boxes, "masks": masks}}
 
 
+def sample_of_file(path: Path) -> bytes:
+    """sha256 of a file's content: all of a small one, of a larger one SAMPLES blocks from its beginning to its end.
+
+    Size and time alone are not enough: they are often restored with a copy. Empty where the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= SAMPLES * BLOCK:
+                digest.update(file.read())
+                return digest.digest()
+            for block in range(SAMPLES):
+                file.seek(block * (size - BLOCK) // (SAMPLES - 1))
+                digest.update(file.read(BLOCK))
+    except OSError:  # training reads it later, and says so
+        return b""
+    return digest.digest()
+
+
 def in_mb(size: int) -> str:
     return f"{math.ceil(size / 1e6):,} MB"
 
@@ -175,10 +198,12 @@ class FeatureCache:
     def _contents(self) -> dict:
         """What the views depend on, as plain values."""
         split, precision, images = self.dataset.split, self.objective.precision, hashlib.sha256()
-        for record in split.images:
-            file = record.path.stat()
-            images.update(repr((record.file_name, file.st_size, file.st_mtime_ns, record.exif)).encode())
-            images.update(record.boxes.tobytes() + record.labels.tobytes())
+        with ThreadPoolExecutor(16) as threads:  # they wait for the disk
+            samples = threads.map(sample_of_file, [record.path for record in split.images])
+            for record, sample in zip(split.images, samples):
+                file = record.path.stat()
+                images.update(repr((record.file_name, file.st_size, file.st_mtime_ns, record.exif)).encode())
+                images.update(sample + record.boxes.tobytes() + record.labels.tobytes())
         return {
             "what": "a frozen detector's features for train_seg_stage2.py; the folder may be deleted",
             "format": FORMAT,
@@ -355,7 +380,10 @@ class CachedLoader:
 
 @dataclass(frozen=True)
 class MaskObjective:
-    """The mask head's losses on a cached batch, or on a fresh one that the frozen detector is run on first."""
+    """The mask head's losses on a cached batch, or on a fresh one that the frozen detector is run on first.
+
+    Beside them it counts the batch's objects, and those that the detector has matched: all that teaches anything.
+    """
 
     detector: Detector
     table: ClassTable
@@ -377,4 +405,6 @@ class MaskObjective:
         with self.precision.autocast():
             pixels = head.pixels(batch.features.to(device).float(), to_model_input(batch.images, device))
             logits = head.grid_logits(pixels, queries, boxes, image_index)
-        return mask_losses(logits, torch.cat(batch.grids).to(device), objects, self.weights)
+        losses = mask_losses(logits, torch.cat(batch.grids).to(device), objects, self.weights)
+        found = {"objects": sum(batch.counts), "matched_objects": len(queries)}
+        return losses | {name: torch.tensor(float(count), device=device) for name, count in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import math
 import shlex
 import signal
@@ -58,6 +59,7 @@ class Session:
     precision: Precision
     splits: dict[str, CocoSplit]
     progress: Progress
+    data: dict[str, str]  # split -> what its images and annotations are told by
     folder: Path | None = None
     run: Run | None = None
 
@@ -84,9 +86,10 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     for split in splits.values():
         for message in split.warnings:
             warn(message)
-    progress = Progress()
+    progress, data = Progress(), {name: digest(split) for name, split in splits.items() if name != "test"}
     if args.resume_from:
         progress = Progress(**args.resume_from["training"]["progress"])
+        take_other_data(progress, args, data, len(splits["train"].images))
         if args.batch != args.resume_from["args"].get("batch"):
             progress.micro_batch = 0  # asked for anew
         if args.epochs <= progress.epoch and ("test" not in splits or test_is_scored(args.output_dir)):
@@ -94,7 +97,31 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
                 f"{args.output_dir} has finished its {progress.epoch} epochs. To train longer, give more: "
                 f"--resume {args.output_dir} --epochs {progress.epoch + 20}"
             )
-    return Session(args, kind, pick_precision(args.amp, device), splits, progress)
+    return Session(args, kind, pick_precision(args.amp, device), splits, progress, data)
+
+
+def digest(split: CocoSplit) -> str:
+    """sha256 of a split's annotations and of which images it has."""
+    names = hashlib.sha256(checkpoint.file_sha256(split.annotation_file).encode())
+    for image in split.images:
+        names.update(f"{image.file_name}\n".encode(errors="surrogatepass"))
+    return names.hexdigest()
+
+
+def take_other_data(progress: Progress, args: argparse.Namespace, data: dict[str, str], images: int) -> None:
+    """Say which splits are no longer what the run saw (`data` as in Session); numbers of other `images` are forgotten.
+
+    Checkpoints of earlier versions do not tell: there the numbers that exist are kept.
+    """
+    before = args.resume_from["training"].get("data")
+    before = before if isinstance(before, dict) else {}
+    changed = [name for name in data if before.get(name, data[name]) != data[name]]
+    if changed:
+        warn(
+            f"--resume: {' and '.join(changed)} of {args.dataset} have other images or annotations than epochs "
+            f"1-{max(progress.epoch, 1)} saw: their scores cannot be compared with what follows"
+        )
+    progress.unread = [] if "train" in changed else [index for index in progress.unread if index < images]
 
 
 def class_table(session: Session, head: str) -> ClassTable:
@@ -273,7 +300,8 @@ class Schedule:
     (a tenth from 80 % on) or "constant".
 
     It follows from the step and the total alone: a finished run resumed with more epochs goes on where the longer
-    schedule stands at that step.
+    schedule stands at that step. Where a resumed run's epochs have more or fewer steps than before, the step is the
+    one that as many epochs come to now (Progress.position).
     """
 
     total: int  # steps
@@ -328,6 +356,7 @@ def make_trainer(session: Session, model: nn.Module, losses: Callable, groups: l
 
     `steps`: optimizer steps in an epoch.
     """
+    session.progress.count_epochs_in(steps)
     args, device, recipe = session.args, session.device, session.size.recipe
     total = args.epochs * steps
     warmup = round(args.warmup_epochs * steps) if "warmup_epochs" in args else min(recipe.warmup_steps, total // 10)
@@ -357,6 +386,7 @@ class Keeper:
         self.epochs_without_gain = 0
         self.last_save = time.monotonic()
         self.nan_batches: list[dict] = []
+        self.warned_of_matches = False
         self.signal: int | None = None
         self.busy = True  # with something that a signal has to wait for
 
@@ -401,6 +431,7 @@ class Keeper:
                 "progress": asdict(trainer.progress),
                 "optimizer": trainer.optimizer.state_dict(),
                 "scaler": trainer.scaler.state_dict(),
+                "data": self.session.data,
                 "trained": trainer.model.state_dict(),
                 "trained_ema": trainer.ema.module.state_dict() if trainer.ema else None,
                 "random": random_states(trainer.device),
@@ -414,17 +445,25 @@ class Keeper:
     def restore(self, content: dict) -> None:
         """Put back everything state() took; progress itself was read when the session began."""
         trainer, state = self.trainer, content["training"]
-        rates = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in trainer.optimizer.param_groups]
+        settings = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in trainer.optimizer.param_groups
+        ]
         try:
+            check_history(state)
             trainer.model.load_state_dict(state["trained"])
             if trainer.ema:  # an average that begins now begins at the weights
                 trainer.ema.module.load_state_dict(state["trained_ema"] or state["trained"])
             for moments in state["optimizer"]["state"].values():
                 checkpoint.require_plain(moments)
             trainer.optimizer.load_state_dict(state["optimizer"])
+            if not all(type(group["lr"]) in (int, float) for group in trainer.optimizer.param_groups):
+                raise ValueError("the optimizer's rates are no numbers")
             for parameter, moments in trainer.optimizer.state.items():  # a fused step would write beyond smaller ones
                 if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                     raise ValueError("the optimizer's moments have other shapes than the weights")
+                if moments["step"].numel() != 1:
+                    raise ValueError("the optimizer's step is no number")
             trainer.scaler.load_state_dict(state["scaler"])
             set_random_states(state["random"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -432,10 +471,30 @@ class Keeper:
                 f"--resume: the state in {self.session.folder} does not fit these settings "
                 f"({' '.join(str(error).split())[:300]}). Leave out flags that change the model"
             ) from error
-        for group, given in zip(trainer.optimizer.param_groups, rates):  # flags given anew win over the stored ones
+        # moments and the last rates alone are taken over: flags given anew win, no stranger's setting reaches a kernel
+        for group, given in zip(trainer.optimizer.param_groups, settings):
             group.update(given)
         self.best, self.each = state["best"], state["each"]
         self.epochs_without_gain, self.nan_batches = state["epochs_without_gain"], state.get("nan_batches", [])
+
+    def take_newer_best(self) -> None:
+        """Adopt the best files of an epoch that the restored state has not reached.
+
+        A kill between best.pt and last.pt leaves them. Their weights are whole, and those that they replaced are gone:
+        so they are the best so far, and metrics.json says what best.pt holds. The epoch is run again; with the same
+        scores it writes the same files again.
+        """
+        if self.best is None:
+            metric = "bbox/mAP" if self.session.kind == "detector" else "segm/mAP"
+        else:
+            metric = self.best["metric"]
+        folder, epoch = self.session.folder, self.trainer.progress.epoch
+        names = ("best.pt", "checkpoint_best_regular.pth", "checkpoint_best_ema.pth")
+        stories = [best_story(folder / name, metric, epoch) for name in names] if distributed.is_main() else []
+        best, *each = distributed.from_main(stories)
+        self.best = best or self.best
+        for story in filter(None, each):
+            self.each[story["weights"]] = -1.0 if story["value"] is None else story["value"]
 
     def save(self, names: tuple[str, ...]) -> None:
         """Write the state under each name: files of their own, so that damage to one leaves another."""
@@ -478,7 +537,9 @@ class Keeper:
         names = [{"id": split.images[i].id, "file": str(split.images[i].path)} for i in numbers]
         self.nan_batches.append({"epoch": progress.epoch + 1, "step": progress.step, "images": names})
         if distributed.is_main():
-            write_json(self.session.folder / "nan_batches.json", self.nan_batches)
+            file = self.session.folder / "nan_batches.json"
+            with self.session.run.optional(f"writing {file}"):
+                write_json(file, self.nan_batches)
             warn(f"the loss of step {progress.step} is not finite: skipped, its images are in nan_batches.json")
         if progress.nan_steps >= NAN_STEPS:
             raise UserError(
@@ -496,9 +557,12 @@ class Keeper:
             if weights not in self.each or (value is not None and value > self.each[weights]):
                 self.each[weights] = -1.0 if value is None else value
                 files += [f"checkpoint_best_{weights}.pth"] if self.session.kind == "detector" else []
-            if self.best is None or (value or 0.0) > (self.best["value"] or 0.0) or value is self.best["value"] is None:
+            story = {"epoch": epoch, "metric": metric, "value": value, "weights": weights}
+            none_yet = self.best is None or value is self.best["value"] is None
+            again = story == self.best  # adopted by take_newer_best
+            if none_yet or again or (value or 0.0) > (self.best["value"] or 0.0):
                 gained = True
-                self.best = {"epoch": epoch, "metric": metric, "value": value, "weights": weights}
+                self.best = story
                 files.append("best.pt")
             if files and distributed.is_main():
                 model = self.trainer.model if weights == "regular" else self.trainer.ema.module
@@ -506,6 +570,48 @@ class Keeper:
                 for file in files:
                     checkpoint.save(self.session.folder / file, content)
         return gained
+
+
+def check_history(state: dict) -> None:
+    """Raise ValueError where a checkpoint's `training` has no history of scores as Keeper.state() writes it."""
+    best, each = state["best"], state["each"]
+    problems = state.get("nan_batches", [])
+    if best is not None and not is_story(best):
+        raise ValueError("its best epoch is none")
+    if not all(name in ("regular", "ema") and type(value) is float for name, value in each.items()):
+        raise ValueError("its best scores are no numbers")
+    if type(state["epochs_without_gain"]) is not int or not 0 <= state["epochs_without_gain"] < 2**31:
+        raise ValueError("its epochs without gain are no count")
+    if type(problems) is not list or not all(type(problem) is dict for problem in problems):
+        raise ValueError("its steps without a finite loss are no list")
+    if not all(type(value) in (int, float) for value in state["scaler"].values()):
+        raise ValueError("its gradient scale is no number")
+
+
+def is_story(best: object) -> bool:
+    """Whether this is what Keeper.best holds: {"epoch", "metric", "value", "weights"}."""
+    if type(best) is not dict or best.keys() != {"epoch", "metric", "value", "weights"}:
+        return False
+    value, epoch = best["value"], best["epoch"]
+    named = best["metric"] in ("bbox/mAP", "segm/mAP") and best["weights"] in ("regular", "ema")
+    scored = value is None or type(value) is float and 0 <= value <= 1
+    return named and scored and type(epoch) is int and 0 < epoch < 2**31
+
+
+def best_story(file: Path, metric: str, epoch: int) -> dict | None:
+    """What a best file says of itself, in the form of Keeper.best; None where it is of epoch `epoch` or before, is
+    missing, or tells nothing."""
+    if not file.exists():
+        return None
+    kind, name = metric.split("/")
+    try:
+        content = checkpoint.load(file)
+        value = content["scores"][kind][name]
+        story = {"epoch": content["epoch"], "metric": metric, "value": value, "weights": content["weights"]}
+    except (UserError, KeyError, TypeError) as error:
+        warn(f"{file} tells no score ({error}): the next best epoch replaces it")
+        return None
+    return story if is_story(story) and story["epoch"] > epoch else None
 
 
 def fit(
@@ -522,7 +628,9 @@ def fit(
     keeper = Keeper(session, trainer, lambda state: pack(state) | own)
     if args.resume_from:
         keeper.restore(args.resume_from)
-        if distributed.is_main():
+        keeper.take_newer_best()
+        if session.run:
+            session.run.set(best=keeper.best)
             tick(f"Going on with {session.folder} in epoch {progress.epoch + 1}, after {progress.step_in_epoch} steps")
     with keeper.watch_signals(), naming_workers(loader.dataset):
         while progress.epoch < args.epochs:
@@ -530,14 +638,16 @@ def fit(
                 tick(f"Stopped early: {patience} evaluations without gain (--patience {patience})")
                 break
             train_and_judge(keeper, loader, judge)
-            keeper.save(("last.pt", "checkpoint.pt"))
             if progress.epoch < args.epochs or "test" in session.splits:
                 keeper.stop_if_asked()
     return keeper.best
 
 
 def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
-    """One epoch, or what is left of it, with its entry in metrics.json and TensorBoard, and its pictures."""
+    """One epoch, or what is left of it, with its entry in metrics.json and TensorBoard, its checkpoints and pictures.
+
+    Raises UserError where the first epoch has taught nothing.
+    """
     session, trainer, progress, run = keeper.session, keeper.trainer, keeper.trainer.progress, keeper.session.run
     args, epoch = session.args, progress.epoch + 1
     loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch)
@@ -545,6 +655,7 @@ def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
     progress.unread = sorted(set().union(*distributed.gather_objects(progress.unread)))
     check_unread(progress.unread, session.splits["train"])
     record["train"]["skipped_images"] = len(progress.unread)
+    check_matches(keeper, record)
     gained = None
     if epoch % args.eval_every == 0 or epoch == args.epochs:
         gained = evaluate_epoch(keeper, judge, record, "bbox/mAP" if session.kind == "detector" else "segm/mAP")
@@ -553,11 +664,35 @@ def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
         run.add_epoch(record)
         run.set(best=keeper.best)
         for name in record.keys() - {"epoch"}:
-            run.scalars(name, record[name], epoch)
-        if gained:
-            draw_pictures(session, judge, trainer, keeper.best, epoch)
+            with run.optional(f"writing curves to {run.folder / 'tb'}"):
+                run.scalars(name, record[name], epoch)
     # not before: a run stopped during the evaluation starts it again
     progress.epoch, progress.step_in_epoch, progress.sums = epoch, 0, {}
+    keeper.save(("last.pt", "checkpoint.pt"))
+    if run and gained:
+        with run.optional(f"drawing pictures into {run.folder / 'predictions'}"):
+            draw_pictures(session, judge, trainer, keeper.best, epoch)
+
+
+def check_matches(keeper: Keeper, record: dict) -> None:
+    """Stage 2 learns from the objects that its detector finds: a warning where an epoch had none, and where that was
+    the first one, a UserError."""
+    train, args = record["train"], keeper.session.args
+    if not train.get("objects") or train["matched_objects"]:
+        return
+    message = (
+        f"epoch {record['epoch']} has taught the mask head nothing: the frozen detector finds none of its "
+        f"{train['objects']:.0f} objects (no box overlaps one by more than half)"
+    )
+    if record["epoch"] > 1 or args.fast_dev_run:
+        if not keeper.warned_of_matches:
+            warn(message)
+        keeper.warned_of_matches = True
+        return
+    raise UserError(
+        f"{message}. Train stage 1 longer, or see with python evaluate.py whether --checkpoint, its classes and "
+        f"--resolution {args.resolution} are the right ones for {args.dataset}"
+    )
 
 
 def evaluate_epoch(keeper: Keeper, judge: Judge, record: dict, metric: str) -> bool:
@@ -585,13 +720,10 @@ def draw_pictures(session: Session, judge: Judge, trainer: Trainer, best: dict, 
     """Draw a few validation images with the best weights, into predictions/ and TensorBoard."""
     model = trainer.model if best["weights"] == "regular" else trainer.ema.module
     folder = session.folder / "predictions"
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, drawn in judge.pictures(model, PICTURES):
-            drawn.save(folder / f"valid_{name}.png", compress_level=1)
-            session.run.image(f"valid/{name}", drawn, epoch)
-    except OSError as error:
-        warn(f"could not write the pictures in {folder} ({error}): training goes on without them")
+    folder.mkdir(exist_ok=True)
+    for name, drawn in judge.pictures(model, PICTURES):
+        drawn.save(folder / f"valid_{name}.png", compress_level=1)
+        session.run.image(f"valid/{name}", drawn, epoch)
 
 
 def predict_command(session: Session) -> str:

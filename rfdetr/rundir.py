@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import struct
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import numpy as np
+import psutil
 import torch
 import torchvision
 from PIL import Image
@@ -30,6 +33,8 @@ from torch.utils.tensorboard import summary
 from rfdetr.console import UserError, warn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LOCK = "run.lock"  # in a run's folder: the process that writes there
+SAME_START = 10.0  # seconds by which two readings of a process's start may differ
 PICTURE_SIDE = 1024  # pixels; larger pictures would swell TensorBoard's files
 
 
@@ -90,7 +95,7 @@ def check_free_disk(folder: Path, needed: int) -> None:
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Put what `write(file)` writes in the place of `path`, whole or not at all.  Raises UserError for a full disk."""
-    temporary = path.parent / f"{path.name}.tmp"
+    temporary = path.parent / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"  # no other writer has it
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -110,6 +115,81 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # where the folder is a file
             temporary.unlink(missing_ok=True)
+
+
+def lock_run(folder: Path) -> None:
+    """Make this process the only one that writes to a run's folder, until unlock_run or its end.
+
+    A lock that a killed process of this machine has left is taken over, and said.  Raises UserError where another
+    process has it, or where that cannot be told from here.
+    """
+    lock = Path(folder) / LOCK
+    own = {"pid": os.getpid(), "host": platform.node(), "started": psutil.Process().create_time()}
+    with writing_to(folder):
+        while True:
+            with contextlib.suppress(FileExistsError):
+                with open(lock, "x", encoding="utf-8") as file:
+                    json.dump(own, file)
+                atexit.register(unlock_run, lock.parent.absolute())
+                return
+            holder = _holder(lock)
+            if (holder.get("pid"), holder.get("host")) == (own["pid"], own["host"]):  # of an earlier call
+                return
+            _require_gone(holder, lock, own["host"])
+            # renamed first: of two processes that find it, one gets it
+            aside = lock.with_name(f"{LOCK}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+            with contextlib.suppress(FileNotFoundError):
+                lock.rename(aside)
+                if _holder(aside) != holder:  # somebody was faster, and this is the new one
+                    aside.rename(lock)
+                    continue
+                aside.unlink()
+                warn(f"{folder} was locked by process {holder.get('pid', '(unknown)')}, which is gone: taken over")
+
+
+def unlock_run(folder: Path) -> None:
+    """Give a folder back that this process has locked; a second call does nothing."""
+    lock = Path(folder) / LOCK
+    if _holder(lock).get("pid") == os.getpid():
+        with contextlib.suppress(OSError):
+            lock.unlink()
+
+
+def _holder(lock: Path) -> dict:
+    """What a lock says of its process; {} for one that is gone or, a while after, still half written."""
+    for wait in (0.05, 0.2, 0.5, 0):  # seconds: it is made first and written then
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            holder = json.loads(lock.read_bytes())
+            return holder if isinstance(holder, dict) else {}
+        if not lock.exists():
+            return {}
+        time.sleep(wait)
+    return {}
+
+
+def _require_gone(holder: dict, lock: Path, host: str) -> None:
+    """Raise UserError where the process of a lock may still be there; `host` is this machine's name."""
+    pid, other, started = (holder.get(key) for key in ("pid", "host", "started"))
+    if type(pid) is not int or pid <= 0 or type(other) is not str or type(started) is not float:
+        return  # killed while it wrote
+    if other != host:
+        raise UserError(
+            f"{lock.parent} belongs to process {pid} on {other}, and two cannot write to one run. If it has ended, "
+            f"delete {lock} and run the command again"
+        )
+    try:
+        process = psutil.Process(pid)
+        # a later process may have got the number; clocks are set meanwhile
+        running = abs(process.create_time() - started) < SAME_START and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        running = False
+    except psutil.AccessDenied:
+        running = True
+    if running:
+        raise UserError(
+            f"{lock.parent} belongs to process {pid} on {other}, which is running, and two cannot write to one run: "
+            "wait for its end or stop it, or train a new run with another --output_dir"
+        )
 
 
 def write_json(path: Path, data: dict | list) -> None:
@@ -209,7 +289,7 @@ def _whole(events: Path) -> bool:
 
 
 class Run(contextlib.AbstractContextManager):
-    """An open run folder: log.txt takes what the console says, metrics.json and tb/ take the figures.
+    """An open run folder, locked: log.txt takes what the console says, metrics.json and tb/ take the figures.
 
     `header`: metrics.json's fields before "epochs"; of an earlier file the first `done_epochs` epochs are kept. What a
     killed run left half written is removed, and what is damaged is set aside.
@@ -219,6 +299,8 @@ class Run(contextlib.AbstractContextManager):
         self.folder = Path(folder)
         self.metrics = {"format": 1, **header, "epochs": [], "best": None}
         self._events: RecordWriter | None = None
+        self._failed: set[str] = set()
+        lock_run(folder)
         with writing_to(folder):
             for leftover in self.folder.glob("*.tmp"):
                 leftover.unlink()
@@ -228,9 +310,10 @@ class Run(contextlib.AbstractContextManager):
         try:
             with writing_to(folder):
                 self._take_over(self.folder / "metrics.json", done_epochs)
-                if tensorboard:
-                    self._open_events(self.folder / "tb", done_epochs)
             self.set()
+            if tensorboard:
+                with self.optional(f"opening {self.folder / 'tb'} for TensorBoard"):
+                    self._open_events(self.folder / "tb", done_epochs)
         except UserError:
             self.close()
             raise
@@ -264,6 +347,17 @@ class Run(contextlib.AbstractContextManager):
         small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         self._event(step=step, summary=summary.image(tag, np.asarray(small), dataformats="HWC"))
 
+    @contextlib.contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """Around what a run can do without: any error in it is a warning, once for each `what`, and no end."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = " ".join(str(error).split())
+                warn(f"{what} failed ({type(error).__name__}: {reason}): training goes on without")
+
     def _event(self, **fields) -> None:
         """Write one event at once: a thread of its own, as SummaryWriter has, could not say that the disk is full."""
         if self._events is not None:
@@ -285,6 +379,7 @@ class Run(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError):  # a full disk, which the run has met before
                 if file is not None:
                     file.close()
+        unlock_run(self.folder)
 
     def _open_events(self, folder: Path, done_epochs: int) -> None:
         """A new file in tb/, which tells TensorBoard to forget what a stopped run wrote of the epochs run again."""

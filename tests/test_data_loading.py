@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_split
+from conftest import ROOT, environment, read_split
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.mask import encode
 from torchvision.ops import box_convert
 
+from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.loaders import EpochSampler, SplitDataset, collate, evaluation_loader, training_loader
+from rfdetr.data.loaders import EpochSampler, SplitDataset, collate, evaluation_loader, naming_workers, training_loader
 from rfdetr.data.transforms import draw_side, multi_scale_sides
 from rfdetr.data.validation import CocoSplit
 from rfdetr.sizes import SIZES
@@ -241,3 +244,48 @@ def test_the_side_of_a_step_is_drawn_from_seed_and_step():
     assert set(drawn) == set(sides)
     assert drawn == [draw_side(sides, 0, step) for step in range(60)]
     assert drawn != [draw_side(sides, 1, step) for step in range(60)]
+
+
+FEW_FILES = """
+import resource, torch
+from torch.utils.data import Dataset
+from rfdetr.console import run_script
+from rfdetr.data.loaders import make_loader, naming_workers
+
+class Samples(Dataset):
+    resolution, cache = 8, None
+    def __len__(self):
+        return 100
+    def __getitem__(self, key):
+        return torch.zeros(8), torch.ones(3)
+
+def main(argv):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (HANDLES, HANDLES))
+    with naming_workers(samples := Samples()):
+        list(make_loader(samples, [[i, i, i, i] for i in range(50)], 2, collate_fn=list))
+
+run_script(main, [])
+"""
+
+
+@pytest.mark.parametrize("limit", [14, 22])  # too few to start the workers, and to take what they send
+def test_too_few_file_handles_are_named_and_nothing_hangs(limit, tmp_path):
+    pytest.importorskip("resource")
+    words = [sys.executable, "-c", FEW_FILES.replace("HANDLES", str(limit))]
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 2 and "--workers 0" in done.stderr and "ulimit -n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm.*--workers 0"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "/dev/shm.*--workers 0"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+    ],
+)
+def test_what_the_workers_lack_is_named(error, message, split):
+    with pytest.raises(UserError, match=message), naming_workers(SplitDataset(split, 64, None, masks=False)):
+        raise error

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, environment, quick_flags, run_script
 from test_resume import assert_same_run, signal_at_step
 
+import train_detector_stage1
 import train_seg_stage2
 from rfdetr import checkpoint, feature_cache
 from rfdetr.classes import assign_rows
@@ -369,6 +370,11 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
     image = next(annotations.parent.glob("*.png"), None) or next(annotations.parent.glob("*.jpg"))
     os.utime(image, ns=(1, 1))
     keys.append(key())
+    pixels = bytearray(image.read_bytes())
+    pixels[len(pixels) // 2] ^= 1  # other pixels, of the same size and with the time restored
+    image.write_bytes(pixels)
+    os.utime(image, ns=(1, 1))
+    keys.append(key())
     content = json.loads(annotations.read_text(encoding="utf-8"))
     content["annotations"][0]["segmentation"][0][0] += 0.25
     annotations.write_text(json.dumps(content), encoding="utf-8")
@@ -376,6 +382,19 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
     assert len(set(keys)) == len(keys) and key() == keys[-1]
     # other objects, drawn from the same detector, change nothing
     assert key(copy.deepcopy(detector)) == keys[-1]
+
+
+def test_a_large_file_is_told_by_blocks_from_all_of_it(tmp_path):
+    file, size = tmp_path / "large.bmp", 10 * feature_cache.SAMPLES * feature_cache.BLOCK
+    file.write_bytes(bytes(size))
+    samples = {feature_cache.sample_of_file(file)}
+    for place in (0, size - 1):
+        with open(file, "r+b") as content:
+            content.seek(place)
+            content.write(b"x")
+        samples.add(feature_cache.sample_of_file(file))
+    assert len(samples) == 3
+    assert feature_cache.sample_of_file(tmp_path / "missing.bmp") == b""
 
 
 # ---------------------------------------------------------------- where it goes
@@ -517,3 +536,25 @@ def test_validation_is_kept_between_epochs_where_memory_holds_it(few, shrunk, ca
         monkeypatch.setattr(train_seg_stage2, "free_memory_mb", lambda ram=ram: ram)
         call(train_seg_stage2.main, *quick_flags(few), "--checkpoint", shrunk.folder)
     assert kept == [True, False]
+
+
+@pytest.mark.slow
+def test_a_detector_that_finds_nothing_ends_stage_2_after_its_first_epoch(few, call, monkeypatch, capsys):
+    call(train_detector_stage1.main, *quick_flags(few), "--head", "dataset", "--output_dir", "detector")
+    flags = [*quick_flags(few), "--checkpoint", "detector/best.pt", "--epochs", 3, "--cache", "off"]
+    monkeypatch.setattr("rfdetr.feature_cache.MATCH_IOU", 1.1)
+    with pytest.raises(UserError, match="finds none of its [1-9].* objects.*stage 1 longer.*--checkpoint"):
+        call(train_seg_stage2.main, *flags, "--output_dir", "nothing")
+    batches = []
+
+    def in_the_first_epoch(model, batch, *rest):
+        batches.append(1)
+        monkeypatch.setattr("rfdetr.feature_cache.MATCH_IOU", -1.0 if len(batches) <= 2 else 1.1)
+        return freeze(model, batch, *rest)
+
+    monkeypatch.setattr(feature_cache, "freeze", in_the_first_epoch)
+    call(train_seg_stage2.main, *flags, "--output_dir", "later")
+    epochs = json.loads(Path("later/metrics.json").read_text(encoding="utf-8"))["epochs"]
+    assert [epoch["train"]["matched_objects"] > 0 for epoch in epochs] == [True, False, False]
+    assert epochs[0]["train"]["objects"] == epochs[0]["train"]["matched_objects"]
+    assert capsys.readouterr().out.count("taught the mask head nothing") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -24,6 +25,9 @@ import train_seg_stage2
 from benchmarks.stress import differences
 from rfdetr.console import Stopped, UserError
 from rfdetr.console import run_script as as_a_script
+from rfdetr.data.demo import make_demo
+from rfdetr.engine import Progress
+from rfdetr.main import check_history
 from rfdetr.precision import Precision
 
 pytestmark = pytest.mark.slow
@@ -167,6 +171,134 @@ def test_timed_saves_inside_an_epoch(few, call, monkeypatch):
     rarely = saved.count("checkpoint.pt")
     call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "often", "--save_minutes", 0)
     assert (rarely, saved.count("checkpoint.pt") - rarely) == (1, 3)  # one after the epoch
+
+
+def edit_state(run: Path, change) -> None:
+    """Apply `change(content)` to what a run goes on from."""
+    content = load(run / "last.pt")
+    change(content)
+    torch.save(content, run / "last.pt")
+    (run / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def test_the_schedule_follows_the_share_of_work_done():
+    progress = Progress(epoch=2, step_in_epoch=3, step=11, steps=4)
+    assert progress.position == progress.step
+    progress.count_epochs_in(8)
+    assert (progress.position, progress.step_in_epoch, progress.step) == (2 * 8 + 6, 6, 11)
+    progress.count_epochs_in(1)
+    assert (progress.position, progress.step_in_epoch) == (2, 0)
+    early = Progress(epoch=1, step_in_epoch=9)  # of a version that did not save the steps
+    early.count_epochs_in(4)
+    assert (early.position, early.step_in_epoch) == (8, 4)
+
+
+def test_other_steps_in_an_epoch_leave_the_schedule_where_it_was(few, call, monkeypatch):
+    """Half of the work done is the middle of the schedule, whatever number of steps the other half has."""
+    call(train_detector_stage1.main, *quick_flags(few), "--min_steps", 8)
+    run = Path("runs/detector_tiny_32_1")
+    positions, schedule = [], rfdetr.main.Schedule.__call__
+
+    def noted(self, step):
+        positions.append(step / self.total)
+        return schedule(self, step)
+
+    monkeypatch.setattr(rfdetr.main.Schedule, "__call__", noted)
+    call(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--min_steps", 2, "--batch", 1, "--accum", 1)
+    assert positions == [0.5, 0.625, 0.75, 0.875]  # four images, one by one
+    assert load(run / "last.pt")["training"]["progress"]["step"] == 12
+
+
+def test_a_changed_dataset_is_said_and_its_unread_images_are_forgotten(few, call, capsys, tmp_path):
+    call(train_detector_stage1.main, *quick_flags(few))
+    run = Path("runs/detector_tiny_32_1")
+    edit_state(run, lambda content: content["training"]["progress"].update(unread=[3]))
+    make_demo(tmp_path / "other", train=2, valid=2, test=0, size=64, seed=5)
+    call(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--dataset", tmp_path / "other")
+    assert "train and valid of" in capsys.readouterr().out
+    assert load(run / "last.pt")["training"]["progress"]["unread"] == []
+    # a checkpoint that does not tell its data keeps the numbers that there are
+    edit_state(run, lambda content: content["training"].pop("data"))
+    edit_state(run, lambda content: content["training"]["progress"].update(unread=[1, 3]))
+    call(train_detector_stage1.main, "--resume", run, "--epochs", 3)
+    assert "other images" not in capsys.readouterr().out
+    assert load(run / "last.pt")["training"]["progress"]["unread"] == [1]
+
+
+def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monkeypatch):
+    """Killed between best.pt and last.pt, and worse when the epoch is run again."""
+    scores, save = iter([0.1, 0.5, 0.2, 0.6]), rfdetr.main.Keeper.save
+    monkeypatch.setattr(rfdetr.main.Judge, "__call__", lambda *args: {"bbox": {"mAP": next(scores)}})
+    monkeypatch.setattr(rfdetr.main, "format_table", lambda scores: "")
+    run = Path("run")
+    told = []
+
+    def killed(keeper, names):
+        if keeper.best["epoch"] == 2:
+            raise KeyboardInterrupt
+        save(keeper, names)
+
+    def compared(keeper, names):
+        best, metrics = load(run / "best.pt"), json.loads((run / "metrics.json").read_text())
+        told.append((best["epoch"], best["scores"]["bbox"]["mAP"]))
+        assert told[-1] == (metrics["best"]["epoch"], metrics["best"]["value"])
+        save(keeper, names)
+
+    monkeypatch.setattr(rfdetr.main.Keeper, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(train_detector_stage1.main, *quick_flags(few), "--epochs", 3, "--ema", 0, "--output_dir", "run")
+    monkeypatch.setattr(rfdetr.main.Keeper, "save", compared)
+    call(train_detector_stage1.main, "--resume", run, "--save_minutes", 0)
+    assert told == [(2, 0.5)] * 5 + [(3, 0.6)]  # two steps and an epoch's end, twice
+    assert load(run / "checkpoint_best_regular.pth")["epoch"] == 3
+
+
+def test_pictures_that_fail_end_no_run_and_come_after_last_pt(few, call, monkeypatch, capsys):
+    found = []
+
+    def pictures(judge, *args):
+        found.append(load(Path("runs/detector_tiny_32_1/last.pt"))["training"]["progress"]["epoch"])
+        raise ValueError("x1 must be greater than or equal to x0")
+
+    gains = iter([0.1, 0.2])
+    monkeypatch.setattr(rfdetr.main.Judge, "__call__", lambda *args: {"bbox": {"mAP": next(gains)}})
+    monkeypatch.setattr(rfdetr.main, "format_table", lambda scores: "")
+    monkeypatch.setattr(rfdetr.main.Judge, "pictures", pictures)
+    call(train_detector_stage1.main, *quick_flags(few), "--epochs", 2, "--ema", 0)
+    assert found == [1, 2]
+    assert capsys.readouterr().out.count("predictions failed (ValueError: x1 must be") == 1
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("batch", 0), ("batch", 2.5), ("lr", math.nan), ("lr", [1]), ("epochs", "many"), ("ema", 5), ("amp", "fp8")]
+    + [("dataset", {}), ("device", 3), ("pretrain_exclude_keys", "a*"), ("seed", True), ("dataset", "a\0b")],
+)
+def test_a_strangers_settings_are_checked_as_flags_are(flag, value, few, call, finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(finished | {"args": finished["args"] | {flag: value}}, run / "last.pt")
+    with pytest.raises(UserError, match=rf"checkpoint in {re.escape(str(run))} holds --{flag} .*which no run saves"):
+        call(train_detector_stage1.main, "--resume", run, "--epochs", 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"best": 5}, {"best": {"epoch": 1}}, {"each": [1]}, {"each": {"regular": "x"}}, {"epochs_without_gain": "x"}]
+    + [{"nan_batches": "x"}, {"nan_batches": [1]}, {"scaler": {"scale": "x"}}],
+)
+def test_a_strangers_history_is_refused(change, finished):
+    check_history(finished["training"])
+    with pytest.raises((ValueError, AttributeError)):
+        check_history(finished["training"] | change)
+
+
+@pytest.fixture(scope="module")
+def finished(few, tmp_path_factory) -> dict:
+    """The last.pt of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_script("train_detector_stage1.py", *quick_flags(few), "--output_dir", "run", cwd=folder)
+    return load(folder / "run/last.pt")
 
 
 # ---------------------------------------------------------------- faults while training

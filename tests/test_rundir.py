@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,19 @@ from PIL import Image
 
 from rfdetr import rundir
 from rfdetr.console import UserError
-from rfdetr.rundir import Run, atomic_write, check_free_disk, environment, given_run, new_run, write_json
+from rfdetr.metrics.coco_eval import CocoEvaluator
+from rfdetr.rundir import (
+    LOCK,
+    Run,
+    atomic_write,
+    check_free_disk,
+    environment,
+    given_run,
+    lock_run,
+    new_run,
+    unlock_run,
+    write_json,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -181,6 +194,83 @@ def test_a_disk_that_takes_no_more_keeps_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"old": 1} and os.listdir(tmp_path) == ["metrics.json"]
 
 
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "mydata.pth"
+
+    def slow(file):
+        file.write(b"first, ")
+        atomic_write(path, lambda other: other.write(b"second"))  # begins and ends meanwhile
+        assert path.read_bytes() == b"second"
+        file.write(b"whole")
+
+    atomic_write(path, slow)
+    assert path.read_bytes() == b"first, whole" and os.listdir(tmp_path) == ["mydata.pth"]
+
+
+def test_results_that_cannot_be_written_keep_the_old_ones(tmp_path, monkeypatch):
+    evaluator = CocoEvaluator({"images": [], "annotations": [], "categories": []}, masks=False)
+    evaluator.save(tmp_path)
+
+    def half(path, text, **options):
+        path.write_bytes(b"[{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        evaluator.save(tmp_path)
+    assert (tmp_path / "bbox.json").read_bytes() == b"[]" and os.listdir(tmp_path) == ["bbox.json"]
+
+
+# --- one process a run ---
+
+
+def hold(folder: Path, locked, end) -> None:
+    lock_run(folder)
+    locked.set()
+    end.wait(60)
+
+
+def test_a_run_belongs_to_one_process_until_it_ends(tmp_path, capsys):
+    locked, end = FORK.Event(), FORK.Event()
+    other = FORK.Process(target=hold, args=(tmp_path, locked, end))
+    other.start()
+    assert locked.wait(60)
+    with pytest.raises(UserError, match=f"process {other.pid} on .*--output_dir"):
+        Run(tmp_path, HEADER)
+    assert os.listdir(tmp_path) == [LOCK] and not isinstance(sys.stdout, rundir._Tee)
+    other.kill()
+    other.join()
+    with Run(tmp_path, HEADER):
+        lock_run(tmp_path)  # by the same process: nothing
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists() and not list(tmp_path.glob("*.tmp"))
+    assert capsys.readouterr().out.count(f"locked by process {other.pid}, which is gone: taken over") == 1
+
+
+def test_a_lock_of_another_machine_is_left_and_its_file_named(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": 1.0}))
+    with pytest.raises(UserError, match=f"process 1 on elsewhere.*delete .*{LOCK}"):
+        lock_run(tmp_path)
+    unlock_run(tmp_path)
+    assert (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"pid": -1, "host": "x", "started": 1.0}', '{"pid": "x"}'])
+def test_a_damaged_lock_is_taken_over(tmp_path, content):
+    (tmp_path / LOCK).write_text(content)
+    lock_run(tmp_path)
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    unlock_run(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_whose_number_another_process_has_now_is_taken_over(tmp_path):
+    holder = {"pid": os.getppid(), "host": platform.node(), "started": 1.0}
+    (tmp_path / LOCK).write_text(json.dumps(holder))
+    lock_run(tmp_path)
+    unlock_run(tmp_path)
+
+
 # --- a run ---
 
 
@@ -254,6 +344,23 @@ def test_tensorboard_gets_nested_numbers_and_pictures(tmp_path):
     assert set(events.Tags()["scalars"]) == {"valid/bbox/mAP", "valid/bbox/per_class/cells/mAP"}
     (picture,) = events.Images("predictions/0")
     assert (picture.step, picture.width, picture.height) == (7, 8, 6)
+
+
+def test_what_a_run_can_do_without_does_not_end_it(tmp_path, capsys, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("no events\ntoday")
+
+    monkeypatch.setattr(rundir, "RecordWriter", refuse)
+    with Run(tmp_path, HEADER) as run:
+        run.scalars("train", {"loss": 1.0}, 1)
+        for _ in range(2):
+            with run.optional("drawing"):
+                raise ValueError("x1 must be greater")
+        with pytest.raises(KeyboardInterrupt), run.optional("drawing"):
+            raise KeyboardInterrupt
+    said = capsys.readouterr().out
+    assert said.count("drawing failed (ValueError: x1 must be greater): training goes on without") == 1
+    assert "for TensorBoard failed (RuntimeError: no events today)" in said
 
 
 def test_an_unwritable_run_folder_is_a_user_error(tmp_path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import multiprocessing.queues
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -196,6 +200,26 @@ def outlive_one_signal(worker: int) -> None:
         signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
+def begin_worker(worker: int) -> None:
+    """For a loader's process: one signal is outlived, and what cannot be handed on ends it.
+
+    Batches are handed on by threads whose errors Python prints and forgets: the main process would wait for ever.
+    """
+
+    def end(error: BaseException) -> None:
+        print(f"a data worker cannot hand on its images: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def excepthook(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+        if is_short_of_files(error):
+            end(error)
+        sys.__excepthook__(kind, error, trace)
+
+    outlive_one_signal(worker)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: end(error))
+    sys.excepthook = excepthook
+
+
 def training_loader(dataset: SplitDataset, sampler: EpochSampler, workers: int, pin: bool) -> DataLoader:
     return make_loader(dataset, sampler, workers, collate_fn=collate, pin_memory=pin, persistent_workers=workers > 0)
 
@@ -216,27 +240,39 @@ def make_loader(
         if len(dataset) * workers * 3 * dataset.resolution**2 > RAM_CACHE_BYTES:  # each would keep its own
             dataset.cache = None
     # a loader draws from the global generator, which a resumed run must find as it was
-    options |= {"worker_init_fn": outlive_one_signal, "generator": torch.Generator()}
+    options |= {"worker_init_fn": begin_worker, "generator": torch.Generator()}
     return DataLoader(reader or dataset, batch_sampler=batches, num_workers=workers, **options)
+
+
+def is_short_of_files(error: BaseException) -> bool:
+    """Whether the system refused a process one more open file; between processes the reason comes as text alone."""
+    texts = ("Too many open files", "items of ancdata")
+    code = getattr(error, "errno", None)
+    return code in (errno.EMFILE, errno.ENFILE) or any(text in str(error) for text in texts)
 
 
 @contextlib.contextmanager
 def naming_workers(dataset: SplitDataset) -> Iterator[None]:
-    """Ends with a UserError that names the image where a worker of the dataset's loader dies.
+    """Ends with a UserError that names the image where a worker of the dataset's loader dies, or what it lacks.
 
     torch notices that by a signal, wherever the main process is.
     """
     try:
         yield
-    except RuntimeError as error:
-        if not re.search(r"DataLoader worker \(pid|shared memory|\bshm\b", str(error)):
+    except (RuntimeError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        if is_short_of_files(error):
+            raise UserError(
+                f"too many files are open at once ({reason}): go on with fewer --workers, or --workers 0, or allow "
+                "more in this shell with ulimit -n 4096"
+            ) from error
+        if not re.search(r"DataLoader worker \(pid|shared memory|\bshm\b|</torch_", str(error)):
             raise
         numbers = re.findall(r"\d+", str(error))  # its process id among them
         taken = [] if dataset.reading is None else dataset.reading.tolist()
         files = [str(dataset.split.images[index].path) for process, index in taken if str(process) in numbers]
-        reason = str(error).strip().splitlines()[-1]
         raise UserError(
             f"a data worker died ({reason}) at the image {' or '.join(files) or '(unknown)'}. "
-            "Either the image crashes its decoder, or memory or shared memory (/dev/shm) ran out: go on with fewer "
-            "workers, or with --workers 0"
+            "Either the image crashes its decoder, or memory, shared memory (/dev/shm) or file handles (ulimit -n) ran "
+            "out: go on with fewer --workers, or with --workers 0"
         ) from error

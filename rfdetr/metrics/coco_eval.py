@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import secrets
 import warnings
 from pathlib import Path
 
@@ -109,10 +111,18 @@ class CocoEvaluator:
         ]
 
     def save(self, folder: str | Path) -> None:
-        """Write folder/bbox.json and, with masks, folder/segm.json, as pycocotools' loadRes reads them."""
+        """Write folder/bbox.json and, with masks, folder/segm.json, as pycocotools' loadRes reads them.
+
+        Each is whole or, after an OSError, as it was before.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for kind in ("bbox", "segm") if self.masks else ("bbox",):
-            Path(folder, f"{kind}.json").write_text(json.dumps(self.results(kind)), encoding="utf-8")
+            temporary = Path(folder, f"{kind}.json.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+            try:
+                temporary.write_text(json.dumps(self.results(kind)), encoding="utf-8")
+                os.replace(temporary, Path(folder, f"{kind}.json"))
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def summary(self) -> dict:
         """The twelve COCO figures, 0..1, and `per_class` {name: {"mAP", "mAP50"}} under "bbox" and, with masks, "segm",
