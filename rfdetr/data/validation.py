@@ -693,9 +693,13 @@ def _decode_runs(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     runs = np.add.reduceat((chars & 31).astype(np.int64) << np.minimum(shift, 30), starts)
     runs -= (chars[ends] >> 4 & 1).astype(np.int64) << np.minimum(5 * lengths, 30)
     first = np.append(0, np.searchsorted(ends, np.cumsum([len(text) for text in texts]))[:-1])
-    for begin, end in zip(first, [*first[1:], len(runs)]):
-        for start in (begin + 1, begin + 2):
-            np.cumsum(runs[start:end:2], out=runs[start:end:2])
+    place = np.arange(len(runs)) - np.repeat(first, np.diff(np.append(first, len(runs))))  # in its own text
+    for start in (1, 2):  # every other run of a text, from this one on, is the sum of those up to it
+        chain = np.flatnonzero((place >= start) & (place % 2 == start % 2))
+        begins = np.flatnonzero(place[chain] == start)
+        totals = np.cumsum(runs[chain])
+        before = totals[begins] - runs[chain[begins]]
+        runs[chain] = totals - np.repeat(before, np.diff(np.append(begins, len(chain))))
     # 30 bits: the C code's shifts hold no more
     wrong = (lengths > 6) | (np.maximum.reduceat(chars, starts) > 63)
     return runs, first, wrong
