@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from rfdetr.cli import add_compile_flag
+from rfdetr.cli import add_compile_flag, add_exif_flag
 from rfdetr.console import UserError, number, run_script, tick, warn
 from rfdetr.detr import RFDETR, Found, read_image
 from rfdetr.precision import compile_in_place
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
     parser.add_argument("--threshold", type=number(float, 0, 1), default=0.5, help="lowest score (default: 0.5)")
     parser.add_argument("--nms", type=number(float, 0, 1), metavar="IOU", help="drop a class's boxes that overlap more")
+    add_exif_flag(parser, "as the checkpoint's training images were read")
     parser.add_argument("--batch", type=number(int, 1), default=8)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="off")
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
     files = collect(args.input)
     model = RFDETR.from_checkpoint(args.checkpoint, args.device, args.amp)
+    model.exif = args.exif or model.exif
+    turn = itertools.repeat(model.exif == "apply")
     if args.compile:
         compile_in_place(model.model.encoder, model.precision.device)
     make_folder(args.output, "--output")
@@ -51,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     chunks = [images[i : i + args.batch] for i in range(0, len(images), args.batch)] or [[]]
     results, unread, names = [], 0, itertools.repeat(model.class_names)
     with ThreadPoolExecutor() as pool:  # reads the next images and writes the last pictures while the model works
-        reading, saving = pool.map(read, chunks[0]), []
+        reading, saving = pool.map(read, chunks[0], turn), []
         for chunk, following in zip(tqdm(chunks, desc="images", leave=False), [*chunks[1:], []]):
-            pixels, reading = list(reading), pool.map(read, following)
+            pixels, reading = list(reading), pool.map(read, following, turn)
             list(saving)  # raises what went wrong
             readable = [(path, image) for path, image in zip(chunk, pixels) if image is not None]
             unread += len(chunk) - len(readable)
@@ -100,10 +103,10 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
     return name
 
 
-def read(path: Path) -> np.ndarray | None:
-    """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read."""
+def read(path: Path, turn: bool) -> np.ndarray | None:
+    """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read.  turn: by its EXIF."""
     try:
-        return read_image(path)
+        return read_image(path, turn)
     except UserError as error:
         warn(str(error))
         return None

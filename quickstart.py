@@ -155,7 +155,7 @@ def run_job(args):
         gpu = runs(sys.executable, "-c", has_gpu) if args.device == "auto" else args.device.startswith("cuda")
         args.size = "nano" if gpu else "tiny"
     kind = "demo" if demo else args.size if args.size in STEPS else "others"
-    common = flags("dataset", "val_fraction", "size", "device", "resolution")
+    common = flags("dataset", "val_fraction", "exif", "size", "device", "resolution")
     step("validate_setup.py", *common)
     from rfdetr.sizes import SIZES  # validate_setup.py has said whether there is such a size
     recipe, images = SIZES[args.size].recipe, training_images(dataset)
@@ -172,7 +172,7 @@ def run_job(args):
     masks, _ = train("train_seg_stage2.py", "segmentation", "the masks are", *own)
     use = ("--checkpoint", os.path.join(masks, "best.pt")) + flags("device")
     results, pictures = (os.path.join(masks, name) for name in ("results", "predictions"))
-    step("evaluate.py", *(use + flags("dataset", "val_fraction") + ("--split", "valid", "--results", results)))
+    step("evaluate.py", *(use + flags("dataset", "val_fraction", "exif") + ("--split", "valid", "--results", results)))
     folders = [os.path.join(dataset, name) for name in ("valid", "val2017", "train", "train2017")]
     step("predict.py", *(use + ("--input", next(filter(os.path.isdir, folders), dataset), "--output", pictures)))
     own = shown(("predict.py",) + use + ("--input", "IMAGES", "--output", "found"))
@@ -195,6 +195,7 @@ def parse(argv):
     add("--output_dir", type=from_here, help="put detector/, segmentation/ and demo data there (default: runs/)")
     add("--pretrain_weights", type=from_here, help="auto, none, a file or a URL")
     add("--val_fraction", type=float, help="share of train/ to validate on, where there is no valid/")
+    add("--exif", choices=("apply", "ignore"), help="orientation of images whose annotated size does not tell")
     add("--seed", type=int, default=0)
     add("--test", nargs=argparse.REMAINDER, help="set up, then run the tests; what follows goes to pytest")
     return parser.parse_args(argv)

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     ).to(session.device)
     if not args.resume_from:
         source = find_weights(args.pretrain_weights, size)
-        shared.start_from(model, table, source, args.pretrain_exclude_keys, args.backbone_weights)
+        excluded = args.pretrain_exclude_keys
+        session.trained_on = shared.start_from(model, table, source, excluded, args.backbone_weights)
     shared.adapt_encoder(session, model)
 
     sides, progress = shared.input_sides(args), session.progress

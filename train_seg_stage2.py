@@ -17,7 +17,7 @@ from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
-from rfdetr.console import UserError, boolean, number, run_script, tick
+from rfdetr.console import UserError, boolean, number, run_script, tick, warn
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.data.validation import require_masks
 from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, choose_cache
@@ -51,6 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     path = args.output_dir if args.resume_from else detector_file(args)
     content = args.resume_from or checkpoint.load(path)
     checkpoint.require_size(content, session.size, path)
+    session.trained_on = checkpoint.trained_on(content)
+    if content.get("exif", train.exif) != train.exif:
+        warn(
+            f"{path} was trained with images' EXIF orientation read as --exif {content['exif']}, here it is "
+            f"{train.exif}: where sizes do not tell, add --exif {content['exif']}"
+        )
     args.resolution = args.resolution or content["resolution"]
     name, rows = head_name(args, content, path), checkpoint.table_of(content).rows_total
     content = with_rows_of(train.class_names, content, path, args)

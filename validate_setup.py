@@ -11,7 +11,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from rfdetr.console import UserError, banner, boolean, number, packages, run_script, tick, warn
+from rfdetr.console import UserError, banner, boolean, number, packages, printable, run_script, tick, warn
 from rfdetr.sizes import SIZES, check_resolution
 
 TEST_ONLY = {"pytest", "hypothesis"}
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
     add("--val_fraction", type=number(float, 0.001, 0.9), help="without valid/: split this share off train/")
+    add("--exif", choices=["apply", "ignore"], help="orientation of images whose size does not tell (default: apply)")
     add("--size", choices=list(SIZES), default="nano", help="model size to be trained (default: nano)")
     add("--resolution", type=number(int, 1), help="its input side in pixels (default: the size's own)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     # Only now: these need the packages that were just looked for.
     import torch
 
-    from rfdetr.data.coco import inspect_dataset, small_objects
+    from rfdetr.data.coco import exif_note, inspect_dataset, small_objects
     from rfdetr.precision import pick_device, pick_precision
     from rfdetr.rundir import environment, make_place, write_json
 
@@ -63,16 +64,19 @@ def main(argv: list[str] | None = None) -> None:
     found["precision"] = str(precision.dtype or "fp32")
     banner("SETUP CHECK", found)
     repaired = fix(args) if args.fix else None
-    options = args.val_fraction, args.need_masks, args.check_images, size.queries
+    options = args.val_fraction, args.need_masks, args.check_images, size.queries, args.exif
     splits, problems = inspect_dataset(args.dataset, *options)
     problems += small_objects(splits["train"], resolution, size.block) if "train" in splits else []
     counts = {name: describe(split, resolution) for name, split in splits.items()}
     if counts:
         print_splits(counts)
+    if note := exif_note(splits, args.exif):
+        tick(note)
     for problem in sorted(problems, key=lambda problem: problem.severity):
         more = [f"... and {problem.count - len(problem.places)} more"] * (problem.count > len(problem.places))
         # the sentence has the first three
-        print(f"[{problem.severity}] {problem.code}: {problem.message}", *problem.places[3:], *more, sep="\n    ")
+        message = printable(problem.message)
+        print(f"[{problem.severity}] {problem.code}: {message}", *problem.places[3:], *more, sep="\n    ")
     if args.preview and "train" in splits:
         draw_classes(splits["train"], args.preview)
 
@@ -83,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         "ok": not errors,
         "environment": found,
         "repaired": repaired,
+        "exif": next((split.exif for split in splits.values()), None),
         "splits": counts,
         "stages": {"detector": not errors, "segmentation": masks, "single": masks},
         "problems": [asdict(problem) for problem in problems],
@@ -108,7 +113,7 @@ def finish(args: argparse.Namespace, parser: argparse.ArgumentParser, names: lis
     else:
         warn("Stage 2 and single stage are not possible: the annotations have no masks")
     place = shlex.quote(str(args.dataset))
-    given = {name: getattr(args, name) for name in ("val_fraction", "size", "resolution", "device")}
+    given = {name: getattr(args, name) for name in ("val_fraction", "exif", "size", "resolution", "device")}
     flags = "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
     print(f"Next: python train_detector_stage1.py --dataset {place}{flags}")
 
@@ -119,7 +124,7 @@ def fix(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     from rfdetr.rundir import writing_to
 
     with writing_to(args.fix, "--fix"):
-        done = fix_dataset(args.dataset, args.fix, args.check_images)
+        done = fix_dataset(args.dataset, args.fix, args.check_images, args.exif)
     for split, counts in done.items():
         print(f"{split + ':':<7}" + ("repaired" if counts else "nothing to repair"))
         for what, count in counts.items():
@@ -197,9 +202,9 @@ def print_splits(splits: dict[str, dict]) -> None:
     print(f"{'label':>5} {'id':>8}  {'name':<24}" + "".join(f"{split:>9}" for split in splits))
     for label, rows in enumerate(zip(*(row["classes"] for row in splits.values()))):
         numbers = "".join(f"{row['objects']:>9}" for row in rows)
-        print(f"{label:>5} {rows[0]['category_id']:>8}  {rows[0]['name'][:24]:<24}{numbers}")
+        print(f"{label:>5} {rows[0]['category_id']:>8}  {printable(rows[0]['name'])[:24]:<24}{numbers}")
     for name in next(iter(splits.values()))["left_out"]:
-        print(f"Left out (placeholder, parent of other classes): {name}")
+        print(f"Left out (placeholder, parent of other classes): {printable(name)}")
 
 
 if __name__ == "__main__":

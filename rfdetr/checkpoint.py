@@ -1,8 +1,9 @@
 """Checkpoints: written atomically, loaded safely, self-contained.
 
 A checkpoint is a plain dict of tensors and Python values: format, stage, size (every field of ModelSize), resolution,
-classes (a ClassTable), mask_head (name or None), args, model (state dict), and in last.pt and checkpoint.pt ema and
-training (all that --resume needs).
+classes (a ClassTable), mask_head (name or None), args, model (state dict), exif ("apply" or "ignore": how its images
+were read), trained_on (int64: the content hashes of its training images), and in last.pt and checkpoint.pt ema and
+training (all that --resume needs). Files of earlier versions lack exif and trained_on.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ def _check(content: dict) -> None:
     if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
         raise ValueError(f"it lacks {', '.join(wrong)}")
     require_plain(content["ema"])
+    if content.get("exif", "apply") not in ("apply", "ignore"):
+        raise ValueError("its exif is neither apply nor ignore")
+    require_plain({"trained_on": trained_on(content)})
     model, size, table = content["model"], size_from_dict(content["size"]), table_of(content)
     if content["stage"] not in SCRIPTS or content.get("mask_head") not in (None, "nano", "standard", "official"):
         raise ValueError("its stage or mask head is unknown")
@@ -239,6 +243,16 @@ def require_size(content: dict, size: ModelSize, path: Path) -> None:
             f"{path} is a {found} checkpoint, --size is {size.name}: {len(differences)} tensors differ, the first "
             f"{'; '.join(differences[:3])}. Run again with --size {found}"
         )
+
+
+def trained_on(content: dict) -> Tensor:
+    """Sorted content hashes (seen.content_hash), int64, of the images a checkpoint was trained on, as far as known."""
+    hashes = content.get("trained_on")
+    if hashes is None:
+        return torch.empty(0, dtype=torch.int64)
+    if not isinstance(hashes, Tensor) or hashes.dtype != torch.int64 or hashes.ndim != 1:
+        raise ValueError("its trained_on is no list of hashes")
+    return hashes
 
 
 def table_of(content: dict) -> ClassTable:

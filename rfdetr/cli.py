@@ -22,6 +22,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--size", choices=list(SIZES), default="nano", help="model size (default: nano)")
     add("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
     add("--val_fraction", type=number(float, 0.001, 0.9), help="without valid/: split this share off train/")
+    add_exif_flag(parser)
     add("--output_dir", type=Path, help="run folder (default: the next free number under runs/)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--resolution", type=positive, help="input side in pixels (default: the size's own)")
@@ -56,6 +57,12 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     add("--pretrain_weights", default="auto", metavar="auto|none|PATH|URL", help="auto: the official file of the size")
     add("--backbone_weights", type=Path, metavar="PATH", help="instead: DINOv2 alone, in the Hugging Face layout")
     add("--pretrain_exclude_keys", nargs="+", action="extend", default=[], metavar="GLOB", help="tensors not to load")
+
+
+def add_exif_flag(parser: argparse.ArgumentParser, default: str = "apply") -> None:
+    """`default`: in words, for the help."""
+    told = f"orientation of images whose annotated size does not tell (default: {default})"
+    parser.add_argument("--exif", choices=["apply", "ignore"], help=told)
 
 
 def add_compile_flag(parser: argparse.ArgumentParser) -> None:

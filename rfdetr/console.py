@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable
 from datetime import timedelta
 from importlib import metadata
@@ -100,14 +101,27 @@ def first_to_say(what: str) -> bool:
     return True
 
 
+def is_control(character: str) -> bool:
+    """Whether a character moves a cursor, breaks a line or cannot be written at all (half a surrogate pair)."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def printable(text: object) -> str:
+    """As text on one line, control characters as escapes: names in a dataset or on a disk may hold anything."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(repr(c)[1:-1] if is_control(c) else c for c in text)
+
+
 def tick(message: str) -> None:
     if first_to_say(message):
-        print(f"{TICK} {message}", flush=True)
+        print(f"{TICK} {printable(message)}", flush=True)
 
 
 def warn(message: str) -> None:
     if first_to_say(message):
-        print(f"{WARN} {message}", flush=True)
+        print(f"{WARN} {printable(message)}", flush=True)
 
 
 def banner(title: str, rows: dict[str, object]) -> None:
@@ -115,7 +129,7 @@ def banner(title: str, rows: dict[str, object]) -> None:
     width = max(len(title) + 4, 60)
     print("=" * width + f"\n  {title}\n" + "=" * width)
     for name, value in rows.items():
-        print(f"{name + ':':<13} {value}")
+        print(f"{name + ':':<13} {printable(value)}")
     print(flush=True)
 
 
@@ -135,7 +149,8 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
         if debug:
             traceback.print_exc()
         if first_to_say("why it ends"):
-            lines = [line for line in str(error).splitlines() if line.strip()]  # one paragraph, whatever names hold
+            # one paragraph, whatever names hold
+            lines = [printable(line) for line in str(error).splitlines() if line.strip()]
             print(*lines, sep="\n", file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stopped:

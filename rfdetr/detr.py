@@ -6,16 +6,18 @@ found = RFDETRNano(checkpoint="runs/.../best.pt").predict("image.jpg", threshold
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms import v2
 
 from rfdetr.checkpoint import build_model, load, require_size
 from rfdetr.console import UserError
-from rfdetr.data.coco import read_pixels, to_rgb_array
+from rfdetr.data.coco import oriented, read_pixels, to_rgb_array
+from rfdetr.data.seen import is_regular_file
 from rfdetr.evaluation import Finder, Found, in_originals
 from rfdetr.precision import pick_device, pick_precision
 from rfdetr.sizes import SIZES
@@ -46,6 +48,7 @@ class RFDETR:
         self.model = model.to(self.precision.device)
         self.finder = Finder(self.table, self.precision)
         self.resolution = content["resolution"]
+        self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto", amp: str = "off") -> RFDETR:
@@ -65,7 +68,7 @@ class RFDETR:
             return self.predict([images], threshold)[0]
         if not images:
             return []
-        arrays = [read_image(image) for image in images]
+        arrays = [read_image(image, self.exif == "apply") for image in images]
         square = [self.resolution, self.resolution]
         tensors = [v2.functional.resize(torch.tensor(a).permute(2, 0, 1), square, antialias=True) for a in arrays]
         parts = self.finder(self.model, torch.stack(tensors), list(range(len(arrays))))
@@ -73,15 +76,17 @@ class RFDETR:
         return [one for part in parts for one in in_originals(part, [arrays[i] for i in part.index], *options)]
 
 
-def read_image(image: ImageInput) -> np.ndarray:
-    """Any accepted input as (H, W, 3) uint8 RGB, upright by its EXIF orientation.  Raises UserError."""
+def read_image(image: ImageInput, turn: bool = True) -> np.ndarray:
+    """Any accepted input as (H, W, 3) uint8 RGB; `turn`: upright by its EXIF orientation.  Raises UserError."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"an image array must be (H, W, 3) uint8 RGB, this one is {image.shape} {image.dtype}")
         return image
     if isinstance(image, (str, Path)):
-        return read_pixels(image, turn=True)
-    return to_rgb_array(ImageOps.exif_transpose(image))
+        if os.path.exists(image) and not is_regular_file(image):
+            raise UserError(f"{image} is no image file, but a folder, pipe, socket or device")
+        return read_pixels(image, turn)
+    return to_rgb_array(oriented(image, turn))
 
 
 def _of_size(size: str) -> type[RFDETR]:

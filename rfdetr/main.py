@@ -62,6 +62,7 @@ class Session:
     data: dict[str, str]  # split -> what its images and annotations are told by
     folder: Path | None = None
     run: Run | None = None
+    trained_on: Tensor | None = None  # content hashes of the images that what it starts from was trained on
 
     @property
     def size(self) -> ModelSize:
@@ -78,7 +79,7 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     distributed.start(device)
     torch.manual_seed(args.seed)
     queries = getattr(args, "num_queries", None) or SIZES[args.size].queries
-    splits = read_dataset(args.dataset, args.val_fraction, queries)
+    splits = read_dataset(args.dataset, args.val_fraction, queries, args.exif)
     if args.run_test and "test" not in splits:
         warn(f"--run_test 1: {args.dataset} has no test split, it is skipped")
     if not args.run_test:
@@ -97,7 +98,10 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
                 f"{args.output_dir} has finished its {progress.epoch} epochs. To train longer, give more: "
                 f"--resume {args.output_dir} --epochs {progress.epoch + 20}"
             )
-    return Session(args, kind, pick_precision(args.amp, device), splits, progress, data)
+    session = Session(args, kind, pick_precision(args.amp, device), splits, progress, data)
+    if args.resume_from:
+        session.trained_on = checkpoint.trained_on(args.resume_from)
+    return session
 
 
 def digest(split: CocoSplit) -> str:
@@ -199,16 +203,17 @@ def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSam
 
 def start_from(
     model: Detector, table: ClassTable, weights: Path | None, exclude: list[str], backbone: Path | None = None
-) -> None:
+) -> Tensor | None:
     """Load pretrained weights into a new model and print what was loaded, skipped and left as it was.
 
     Class rows go to the class of the same name; from COCO's head to COCO's, every row goes to itself. `backbone`: a
-    file with DINOv2's weights alone, taken instead of `weights`.
+    file with DINOv2's weights alone, taken instead of `weights`.  Returns the content hashes of the images that the
+    weights were trained on, as far as known.
     """
     if weights is None and backbone is None:
         if distributed.is_main():
             tick("Weights: none, training from scratch")
-        return
+        return None
     content = checkpoint.load_backbone(backbone, model.size.patch) if backbone else checkpoint.load(weights)
     source, state = checkpoint.table_of(content), content["model"]
     if source.is_coco and table.background == 0:
@@ -227,6 +232,7 @@ def start_from(
     if distributed.is_main():
         tick(f"Weights: {backbone or weights}")
         print(report.summary(), flush=True)
+    return checkpoint.trained_on(content)
 
 
 def adapt_encoder(session: Session, model: Detector) -> None:
@@ -624,7 +630,8 @@ def fit(
     """
     args, progress = session.args, trainer.progress
     patience = args.patience or (PATIENCE if getattr(args, "early_stopping", False) else 0)
-    own = {"args": plain_args(args), "left_out": session.splits["train"].left_out}
+    train = session.splits["train"]
+    own = {"args": plain_args(args), "left_out": train.left_out, "exif": train.exif, "trained_on": trained_on(session)}
     keeper = Keeper(session, trainer, lambda state: pack(state) | own)
     if args.resume_from:
         keeper.restore(args.resume_from)
@@ -641,6 +648,13 @@ def fit(
             if progress.epoch < args.epochs or "test" in session.splits:
                 keeper.stop_if_asked()
     return keeper.best
+
+
+def trained_on(session: Session) -> Tensor:
+    """Content hashes, int64, of the images that the run's weights have seen in the end, in this run and before."""
+    hashes = torch.tensor(session.splits["train"].samples, dtype=torch.int64)
+    before = [] if session.trained_on is None else [session.trained_on]
+    return torch.cat([hashes, *before]).unique()
 
 
 def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:

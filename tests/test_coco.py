@@ -25,14 +25,16 @@ CATEGORIES = [{"id": 7, "name": "vessel"}, {"id": 2, "name": "cell"}]
 
 
 def annotation(number: int, image: int = 1, category: int = 2, **other) -> dict:
+    x, y, width, height = box = other.get("bbox", [4, 5, 10, 8])
+    right, bottom = x + width, y + height
     return {
         "id": number,
         "image_id": image,
         "category_id": category,
-        "bbox": [4, 5, 10, 8],
+        "bbox": box,
         "area": 80,
         "iscrowd": 0,
-        "segmentation": [[4, 5, 14, 5, 14, 13, 4, 13]],
+        "segmentation": [[x, y, right, y, right, bottom, x, bottom]],
     } | other
 
 

@@ -121,4 +121,4 @@ def test_no_helper_called_once_has_more_than_six_arguments():
 def test_the_whole_program_stays_small():
     core = [path for path in SOURCES if "benchmarks" not in path.parts]
     lines = {module_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in core}
-    assert sum(lines.values()) <= 8000, sorted(lines.items(), key=lambda item: -item[1])[:10]
+    assert sum(lines.values()) <= 9500, sorted(lines.items(), key=lambda item: -item[1])[:10]

@@ -35,7 +35,8 @@ def coco(images: int = 2) -> dict:
     """A sound file: one cell in every image, the vessel in the first one too."""
     entry = {"bbox": [4, 5, 10, 8], "area": 80, "iscrowd": 0, "segmentation": SQUARE}
     annotations = [{"id": n, "image_id": n, "category_id": 1} | entry for n in range(1, images + 1)]
-    annotations.append({"id": 50, "image_id": 1, "category_id": 2} | entry | {"bbox": [20, 5, 10, 8]})
+    beside = {"bbox": [20, 5, 10, 8], "segmentation": [[20, 5, 30, 5, 30, 13, 20, 13]]}
+    annotations.append({"id": 50, "image_id": 1, "category_id": 2} | entry | beside)
     return {
         "images": [{"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT} for n in range(1, images + 1)],
         "annotations": annotations,
@@ -349,7 +350,8 @@ def test_empty_splits(dataset):
 def test_more_objects_than_queries(dataset):
     def crowd_in(data: dict) -> None:
         for n in range(301):
-            data["annotations"].append(data["annotations"][0] | {"id": 1000 + n, "bbox": [n / 20, 1, 5, 5]})
+            other = {"id": 1000 + n, "bbox": [n / 20, 1, 5, 5], "segmentation": [[n / 20, 1, n / 20 + 5, 1, n / 20, 6]]}
+            data["annotations"].append(data["annotations"][0] | other)
 
     rewrite(dataset / "train/_annotations.coco.json", crowd_in)
     assert codes(check_dataset(dataset)) == {"IMG_MANY_OBJECTS": "warning"}
@@ -471,7 +473,8 @@ def test_validate_setup_names_the_packages_that_lack(monkeypatch):
 def test_validate_setup_judges_the_size_resolution_and_device_to_be_trained(dataset, capsys):
     def crowd_in(data: dict) -> None:
         for n in range(101):  # one more than tiny's queries
-            data["annotations"].append(data["annotations"][0] | {"id": 1000 + n, "bbox": [n / 20, 1, 5, 5]})
+            other = {"id": 1000 + n, "bbox": [n / 20, 1, 5, 5], "segmentation": [[n / 20, 1, n / 20 + 5, 1, n / 20, 6]]}
+            data["annotations"].append(data["annotations"][0] | other)
 
     rewrite(dataset / "train/_annotations.coco.json", crowd_in)
     flags = ["--dataset", str(dataset), "--check_images", "0", "--val_fraction", "0.2", "--device", "cpu"]

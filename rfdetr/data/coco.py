@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, printable, tick
 from rfdetr.data import validation
 from rfdetr.data.validation import CocoSplit, ImageRecord, Problem
 from rfdetr.metrics.overlap import to_rle
@@ -24,27 +26,49 @@ SMALL_SHARE = 0.2  # of a split's objects; more are worth a warning
 COCO_SIDES = {"small": 32, "medium": 96, "large": np.inf}  # pixels, up to where COCO calls an object so
 
 
-def read_dataset(root: str | Path, val_fraction: float | None = None, queries: int = 300) -> dict[str, CocoSplit]:
+UNTURN = {  # EXIF orientation -> what undoes its being applied
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def read_dataset(
+    root: str | Path, val_fraction: float | None = None, queries: int = 300, exif: str | None = None
+) -> dict[str, CocoSplit]:
     """Check and read all splits of a dataset: "train", "valid" and, where it exists, "test".
 
     Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by a hash of their
     names, so that the choice stays when the file is written in another order.  `queries`: the objects that the model
-    can find in one image.  Raises UserError for any error of the data, with the command that lists them all.
+    can find in one image.  exif: as for inspect_dataset; what was decided is printed where images are turned or
+    mirrored.  Raises UserError for any error of the data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example")
-    splits, problems = inspect_dataset(root, val_fraction, queries=queries)
+    splits, problems = inspect_dataset(root, val_fraction, queries=queries, exif=exif)
     validation.raise_errors(problems, root)
+    if note := exif_note(splits, exif):
+        tick(note)
     return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
 
 
 def inspect_dataset(
-    root: Path, val_fraction: float | None = None, need_masks: bool = False, decode: bool = False, queries: int = 300
+    root: Path,
+    val_fraction: float | None = None,
+    need_masks: bool = False,
+    decode: bool = False,
+    queries: int = 300,
+    exif: str | None = None,
 ) -> tuple[dict[str, CocoSplit], list[Problem]]:
     """Check all splits once: (split name -> what is usable, all problems with errors first).
 
     `val_fraction` makes a missing valid/ no error; `need_masks` makes missing masks one; `decode`: open images
-    wholly and compare contents between splits; `queries`: the objects that the model can find in one image.
+    wholly and compare contents between splits; `queries`: the objects that the model can find in one image; exif:
+    "apply" or "ignore" the EXIF orientation of images where no size of the dataset tells, by default apply.
     """
     splits: dict[str, CocoSplit] = {}
     problems: list[Problem] = []
@@ -66,6 +90,7 @@ def inspect_dataset(
         error("SPLIT_TRAIN_MISSING", f"{root} has no train split: training needs one")
     if "valid" not in files and not val_fraction:
         error("SPLIT_VALID_MISSING", f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1")
+    settle_exif(splits, {name: folder for name, (_, folder) in files.items()}, decode, exif)
     number_classes(splits)
     if val_fraction and "train" in splits and "valid" not in files:
         splits["train"], splits["valid"] = _divide(splits["train"], val_fraction)
@@ -156,14 +181,85 @@ def small_objects(split: CocoSplit, resolution: int, step: int) -> list[Problem]
 
 
 def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
-    """(train, valid) parts of a split: those images whose names' hashes come first are valid. Train keeps one."""
-    order = sorted(split.images, key=lambda i: hashlib.sha256(i.file_name.encode(errors="replace")).digest())
-    count = min(max(round(fraction * len(order)), 1), len(order) - 1)
+    """(train, valid) parts of a split: those images whose names' hashes come first are valid. Train keeps one.
+
+    All entries of one file are in the same part, where the first of them by its hash belongs.
+    """
+    hashed = [(hashlib.sha256(i.file_name.encode(errors="replace")).digest(), i) for i in split.images]
+    hashed.sort(key=lambda pair: pair[0])
+    files: dict[object, list[ImageRecord]] = {}
+    for _, image in hashed:
+        files.setdefault(_file_of(image), []).append(image)
+    count = min(max(round(fraction * len(hashed)), 1), len(hashed) - 1)
+    order, groups = [], list(files.values())
+    while len(groups) > 1 and len(order) < count:
+        order += groups.pop(0)
+    count = len(order)
+    order += [image for group in groups for image in group]
     train, valid = copy(split), copy(split)
     train.images, valid.images, valid.places, valid.raised = order[count:], order[:count], {}, set()
     for part in (train, valid):
         part.count()
     return train, valid
+
+
+def _file_of(image: ImageRecord) -> object:
+    """What two entries of one file have in common, under whatever names and links."""
+    try:
+        status = image.path.stat()
+    except OSError:
+        return os.path.normpath(image.path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(image.path)
+
+
+def exif_rule(splits: Iterable[CocoSplit], wanted: str | None) -> str:
+    """ "apply" or "ignore": what holds for the EXIF orientation of all of a dataset's images whose size does not tell.
+
+    It is what the sizes of its other images prove; else `wanted`, by default to apply it.
+    """
+    proofs = _exif_proofs(splits)
+    if len(proofs) == 1:
+        return "apply" if proofs == {True} else "ignore"
+    return wanted or "apply"
+
+
+def _exif_proofs(splits: Iterable[CocoSplit]) -> set[bool]:
+    return {image.exif_proof for split in splits for image in split.images} - {None}
+
+
+def settle_exif(splits: dict[str, CocoSplit], folders: dict[str, Path], decode: bool, wanted: str | None) -> None:
+    """Decide for a whole dataset what its images' EXIF orientation means, as `exif_rule`, and note what is doubtful.
+
+    A split is read again where sizes that its file leaves out follow from that.
+    """
+    rule, proofs = exif_rule(splits.values(), wanted), _exif_proofs(splits.values())
+    for name, split in splits.items():
+        turned = [image for image in split.images if image.orientation > 1 and image.exif_proof is None]
+        sizeless = any(image.orientation >= 5 and image.width != image.height for image in turned)
+        if sizeless and rule != split.exif:
+            splits[name] = split = CocoSplit(split.annotation_file, folders[name], decode, exif=rule)
+        split.exif = rule
+        for image in (image for image in split.images if image.orientation > 1):
+            if image.exif_proof is None:
+                image.exif = rule == "apply"
+            place = f"{image.path}: orientation {image.orientation}, {'applied' if image.exif else 'ignored'}"
+            split.fault("IMG_EXIF_UNKNOWN", place, image.exif_proof is None and len(proofs) != 1)
+            split.fault("IMG_EXIF_MIXED", place, image.exif_proof is False and len(proofs) == 2)
+
+
+def exif_note(splits: dict[str, CocoSplit], wanted: str | None) -> str:
+    """One sentence on what was decided about EXIF orientation; empty where no image has one."""
+    turned = [image for split in splits.values() for image in split.images if image.orientation > 1]
+    if not turned:
+        return ""
+    rule = next(iter(splits.values())).exif
+    done = {"apply": "applied", "ignore": "ignored"}[rule]
+    note = f"EXIF orientation: {len(turned)} images have one, "
+    if len(_exif_proofs(splits.values())) != 1:
+        return note + f"it is {done} where sizes do not tell (--exif {rule})"
+    proven = sum(image.exif_proof is not None for image in turned)
+    note += f"the sizes of {proven} prove that it is to be {done}: so it is for all"
+    return note + (f" (--exif {wanted} is not used)" if wanted not in (None, rule) else "")
 
 
 def load_image(record: ImageRecord) -> np.ndarray:
@@ -174,18 +270,29 @@ def load_image(record: ImageRecord) -> np.ndarray:
     pixels = read_pixels(record.path, record.exif)
     if pixels.shape[:2] != (record.height, record.width):
         size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise UserError(f"{record.path}: {size} pixels, the annotations say {record.width}x{record.height}")
+        raise UserError(f"{printable(record.path)}: {size} pixels, the annotations say {record.width}x{record.height}")
     return pixels
 
 
 def read_pixels(path: str | Path, turn: bool) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB; `turn`: upright by its EXIF orientation.  UserError if it is unreadable."""
+    """An image file as (H, W, 3) uint8 RGB; turn: as for `oriented`.  UserError if it is unreadable."""
     try:
         with Image.open(path, formats=validation.FORMATS) as image:
-            return to_rgb_array(ImageOps.exif_transpose(image) if turn else image)
+            return to_rgb_array(oriented(image, turn))
     except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
-        message = f"{path}: cannot be read as an image: {error}. Replace it or delete its entry"
+        message = f"{printable(path)}: cannot be read as an image: {error}. Replace it or delete its entry"
         raise UserError(message) from error
+
+
+def oriented(image: Image.Image, turn: bool) -> Image.Image:
+    """An image upright by its EXIF orientation where `turn` is True, else with its pixels as they are stored."""
+    if turn:
+        return ImageOps.exif_transpose(image)
+    orientation = image.tag_v2.get(validation.ORIENTATION) if image.format == "TIFF" else 1
+    if orientation not in UNTURN:
+        return image
+    image.load()  # Pillow turns TIFFs while it loads them
+    return image.transpose(UNTURN[orientation])
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:

@@ -12,13 +12,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from rfdetr.console import UserError
-from rfdetr.data.coco import object_area
-from rfdetr.data.seen import find_image, stays_inside
+from rfdetr.console import UserError, is_control
+from rfdetr.data.coco import exif_rule, object_area
+from rfdetr.data.seen import find_image, is_regular_file, stays_inside
 from rfdetr.data.validation import CocoSplit, clip_box, find_splits, is_whole, read_json, usable_part
 
 ROUNDS = 6  # a repair may bring another fault to light: two boxes may be the same once they are clipped
-UNREADABLE = {"IMG_MISSING", "IMG_CORRUPT", "IMG_BOMB"}
+# not what the system refuses to read for the moment
+UNREADABLE = {"IMG_MISSING", "IMG_TYPE", "IMG_CORRUPT", "IMG_BOMB"}
 UNUSABLE = {  # annotations of which nothing is left to learn from
     *("ANN_IMAGE_UNKNOWN", "ANN_CATEGORY_UNKNOWN", "ANN_CROWD_INVALID", "ANN_AREA_EMPTY", "ANN_DUPLICATE"),
     *("ANN_BBOX_TYPE", "ANN_BBOX_NAN", "ANN_BBOX_EMPTY", "ANN_BBOX_OUTSIDE"),
@@ -27,23 +28,25 @@ NO_MASK_LEFT = {"ANN_SEG_TYPE", "ANN_SEG_NAN", "ANN_RLE_SIZE", "ANN_RLE_COUNTS",
 POLYGONS = {"ANN_POLYGON_SHORT", "ANN_POLYGON_ODD", "ANN_POLYGON_FAR"}
 
 
-def fix_dataset(root: Path, out: Path, decode: bool) -> dict[str, dict[str, int]]:
+def fix_dataset(root: Path, out: Path, decode: bool, exif: str | None = None) -> dict[str, dict[str, int]]:
     """Write OUT/<split>/_annotations.coco.json for all splits of `root`, with links to the images beside it.
 
+    exif: as for coco.inspect_dataset; sizes that are written follow from it.
     Returns split -> {"CODE: what was done": how often}. What could not be repaired is still in the copy: check it.
     Raises UserError where `out` holds files or an annotation file is no JSON (then nothing is written), and OSError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--fix {out}: it exists already and is never written over: name a new or empty folder")
     files = find_splits(root)
-    cleaned = {name: clean(*files[name], decode) for name in files}
+    rule = exif_rule([CocoSplit(*place) for place in files.values()], exif)
+    cleaned = {name: clean(*files[name], decode, rule) for name in files}
     for name, (data, _) in cleaned.items():
         folder = files[name][1]
         (out / name).mkdir(parents=True)
         images = data["images"] if isinstance(data.get("images"), list) else []
         for entry in (entry for entry in images if isinstance(entry, dict)):
             file = entry.get("file_name")
-            if stays_inside(file) and (source := find_image(folder, file)).is_file():
+            if stays_inside(file) and is_regular_file(source := find_image(folder, file)):
                 entry["file_name"] = source.relative_to(folder).as_posix()
                 link(source, out / name / entry["file_name"])
         with open(out / name / "_annotations.coco.json", "x", encoding="utf-8") as file:  # x: never through a link
@@ -51,18 +54,19 @@ def fix_dataset(root: Path, out: Path, decode: bool) -> dict[str, dict[str, int]
     return {name: dict(done) for name, (_, done) in cleaned.items()}
 
 
-def clean(file: Path, folder: Path, decode: bool) -> tuple[dict, Counter]:
-    """(the repaired content of an annotation file, what was done how often)."""
+def clean(file: Path, folder: Path, decode: bool, exif: str = "apply") -> tuple[dict, Counter]:
+    """(the repaired content of an annotation file, what was done how often).  exif: as for CocoSplit."""
     data, done = read_json(file), Counter()
     for turn in range(ROUNDS):
         before = done.total()
-        split = CocoSplit(file, folder, decode and not turn, data)
+        split = CocoSplit(file, folder, decode and not turn, data, exif)
         if not all(isinstance(data.get(key), list) for key in ("categories", "images", "annotations")):
             break
         for key in ("categories", "images", "annotations"):
             whole = [entry for entry in data[key] if isinstance(entry, dict)]
             done["JSON_STRUCTURE: dropped"] += len(data[key]) - len(whole)
             data[key] = whole
+        _repair_categories(data, split, done)
         gone = _repair_images(data, split, folder, done)
         _repair_annotations(data, split, gone, done)
         if done.total() == before:
@@ -84,6 +88,36 @@ def link(source: Path, target: Path) -> None:
 def _named(data: dict, table: str, key: str) -> set[str]:
     """The values of a key over a table, as text: they may be anything."""
     return {repr(entry.get(key)) for entry in data[table]}
+
+
+def same_file_inside(folder: Path, name: object) -> str | None:
+    """The plain path inside the folder of the very file that an odd file_name leads to; None where it leads elsewhere.
+
+    Another file of the same name is never taken for it.
+    """
+    if type(name) is not str:
+        return None
+    try:
+        file = find_image(folder, name)
+        file = file.parent.resolve() / file.name
+        plain = file.relative_to(folder.resolve()).as_posix()
+    except (OSError, ValueError, RuntimeError):  # outside; a NUL in it; links that go round
+        return None
+    return plain if stays_inside(plain) and is_regular_file(file) else None
+
+
+def _repair_categories(data: dict, split: CocoSplit, done: Counter) -> None:
+    """Blanks in the place of what control characters a name holds, in those of parents alike."""
+    for entry in data["categories"]:
+        if "CAT_NAME_CONTROL" in split.blame.get(id(entry), ()):
+            done["CAT_NAME_CONTROL: blanks are written"] += 1
+            entry["name"] = without_controls(entry["name"])
+        if isinstance(parent := entry.get("supercategory"), str) and any(map(is_control, parent)):
+            entry["supercategory"] = without_controls(parent)
+
+
+def without_controls(name: str) -> str:
+    return " ".join("".join(" " if is_control(character) else character for character in name).split())
 
 
 def _repair_images(data: dict, split: CocoSplit, folder: Path, done: Counter) -> set[int | str]:
@@ -111,14 +145,10 @@ def _repair_images(data: dict, split: CocoSplit, folder: Path, done: Counter) ->
             done["IMG_ID_INVALID: dropped, no annotation uses them"] += 1
             continue
         elif "IMG_PATH" in codes:
-            name = str(entry.get("file_name")).replace("\\", "/").rsplit("/", 1)[-1]
-            if stays_inside(name) and (folder / name).is_file():
-                done["IMG_PATH: the file of that name in the dataset is taken"] += 1
+            name = same_file_inside(folder, entry.get("file_name"))
+            if name:
+                done["IMG_PATH: the same file's plain path is written"] += 1
                 entry["file_name"] = name
-            else:
-                done["IMG_PATH: dropped, the dataset has no file of that name"] += 1
-                gone.add(key)
-                continue
         elif record and ("IMG_SIZE_INVALID" in codes or None in (entry.get("width"), entry.get("height"))):
             done["Images without a size: the file's is written"] += 1
             entry["width"], entry["height"] = record.width, record.height

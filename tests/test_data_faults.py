@@ -1,0 +1,421 @@
+"""Faults of a dataset that would pass unseen: orientation, masks beside their boxes, guesses, images scored twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import quick_flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as mask_utils
+from test_validation import HEIGHT, WIDTH, coco, rewrite, write
+
+import evaluate
+import predict
+import train_detector_stage1
+import validate_setup
+from rfdetr import checkpoint, console
+from rfdetr.console import UserError, warn
+from rfdetr.data import validation
+from rfdetr.data.coco import exif_note, inspect_dataset, load_image, read_dataset
+from rfdetr.data.demo import make_demo
+from rfdetr.data.repair import fix_dataset
+from rfdetr.data.validation import CocoSplit, rle_extents
+from rfdetr.detr import RFDETR, read_image
+
+FILE = "_annotations.coco.json"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    write(tmp_path / "data/train", coco(4))
+    write(tmp_path / "data/valid", coco(2))
+    return tmp_path / "data"
+
+
+def codes(root: Path, **options) -> dict[str, str]:
+    return {problem.code: problem.severity for problem in inspect_dataset(root, **options)[1]}
+
+
+def change(root: Path, edit) -> None:
+    rewrite(root / "train" / FILE, edit)
+
+
+# ---------------------------------------------------------------- EXIF orientation
+
+
+def turn(
+    root: Path, number: int, orientation: int, size: tuple[int, int], kind: str = "jpg", said: bool = True
+) -> None:
+    """Make a training image one of this orientation and stored size, white in its stored upper left corner."""
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[validation.ORIENTATION] = orientation
+    image.save(root / f"train/{number}.{kind}", exif=exif)
+    change(root, lambda data: data["images"][number - 1].update(file_name=f"{number}.{kind}"))
+    if not said:
+        change(root, lambda data: [data["images"][number - 1].pop(side) for side in ("width", "height")])
+
+
+def white_corner(record) -> tuple[int, int]:
+    """Which corner is white: (top or bottom, left or right) as 0 or -1."""
+    pixels = load_image(record)
+    return next((y, x) for y in (0, -1) for x in (0, -1) if pixels[y, x].min() > 200)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_one_size_proves_of_exif_holds_for_the_whole_dataset(dataset, stored):
+    turn(dataset, 1, 3, (WIDTH, HEIGHT))
+    turn(dataset, 2, 6, (WIDTH, HEIGHT) if stored else (HEIGHT, WIDTH))
+    for wanted in (None, "apply", "ignore"):
+        splits, problems = inspect_dataset(dataset, exif=wanted)
+        train, note = splits["train"], exif_note(splits, wanted)
+        assert problems == [] and train.exif == splits["valid"].exif == ("ignore" if stored else "apply")
+        corners = [white_corner(record) for record in train.images[:2]]
+        assert corners == ([(0, 0)] * 2 if stored else [(-1, -1), (0, -1)])
+        assert "2 images" in note and ("ignored" if stored else "applied") in note
+        assert ("is not used" in note) == (wanted not in (None, train.exif))
+
+
+@pytest.mark.parametrize(("wanted", "corner"), [(None, (-1, -1)), ("apply", (-1, -1)), ("ignore", (0, 0))])
+def test_without_a_proof_exif_is_what_the_flag_says_with_a_warning(dataset, wanted, corner):
+    turn(dataset, 1, 3, (WIDTH, HEIGHT))
+    splits, problems = inspect_dataset(dataset, exif=wanted)
+    assert {(p.code, p.severity, p.count) for p in problems} == {("IMG_EXIF_UNKNOWN", "warning", 1)}
+    assert "--exif" in problems[0].message and white_corner(splits["train"].images[0]) == corner
+
+
+def test_sizes_that_disagree_on_exif_count_for_their_own_image_alone(dataset):
+    turn(dataset, 1, 6, (WIDTH, HEIGHT))
+    turn(dataset, 2, 6, (HEIGHT, WIDTH))
+    turn(dataset, 3, 3, (WIDTH, HEIGHT))
+    for wanted, third in ((None, (-1, -1)), ("ignore", (0, 0))):
+        splits, problems = inspect_dataset(dataset, exif=wanted)
+        assert [white_corner(record) for record in splits["train"].images[:3]] == [(0, 0), (0, -1), third]
+        assert {p.code: p.count for p in problems} == {"IMG_EXIF_UNKNOWN": 1, "IMG_EXIF_MIXED": 1}
+
+
+def test_a_size_left_out_follows_what_others_prove_of_exif(dataset):
+    turn(dataset, 1, 6, (WIDTH, HEIGHT))
+    turn(dataset, 2, 6, (WIDTH, HEIGHT), said=False)
+    record = read_dataset(dataset)["train"].images[1]
+    assert (record.width, record.height) == (WIDTH, HEIGHT) and white_corner(record) == (0, 0)
+    fix_dataset(dataset, dataset.parent / "fixed", decode=False)
+    entry = json.loads((dataset.parent / "fixed/train" / FILE).read_text())["images"][1]
+    assert (entry["width"], entry["height"]) == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_tiffs_which_pillow_turns_by_itself_follow_the_decision_too(dataset, orientation):
+    turn(dataset, 1, orientation, (WIDTH, HEIGHT), "tif")
+    record = read_dataset(dataset, exif="ignore")["train"].images[0]
+    assert load_image(record).shape == (HEIGHT, WIDTH, 3) and white_corner(record) == (0, 0)
+
+
+def test_what_was_decided_on_exif_is_not_remembered_for_another_flag(dataset):
+    turn(dataset, 1, 3, (WIDTH, HEIGHT))
+    os.utime(dataset / "train/1.jpg", (1, 1))
+    for wanted in ("apply", "ignore", "apply"):
+        assert read_dataset(dataset, exif=wanted)["train"].images[0].exif == (wanted == "apply")
+
+
+def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    for split in ("train", "valid"):
+        for file in (data / split).glob("*.png"):
+            exif = Image.Exif()
+            exif[validation.ORIENTATION] = 3
+            Image.open(file).save(file, exif=exif)
+    call(train_detector_stage1.main, *quick_flags(data), "--exif", "ignore", "--output_dir", "run")
+    best = tmp_path / "run/best.pt"
+    assert checkpoint.load(best)["exif"] == RFDETR(best, "cpu").exif == "ignore"
+    turned = []
+    monkeypatch.setattr(predict, "read_image", lambda path, turn: turned.append(turn) or read_image(path, turn))
+    words = ["--checkpoint", best, "--input", data / "valid", "--output", "found", "--device", "cpu"]
+    call(predict.main, *words)
+    call(predict.main, *words, "--exif", "apply")
+    assert turned == [False, False, True, True]
+
+    pictures = []
+    monkeypatch.setattr(
+        "rfdetr.detr.read_pixels", lambda path, turn: pictures.append(turn) or np.zeros((9, 9, 3), np.uint8)
+    )
+    RFDETR(best, "cpu").predict(file)
+    splits = []
+    monkeypatch.setattr(evaluate, "Judge", lambda loader, *rest: splits.append(loader.dataset.split) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(evaluate.main, "--checkpoint", best, "--dataset", data, "--device", "cpu")
+    assert pictures == [False] and not any(image.exif for image in splits[0].images)
+
+    content = torch.load(best)
+    del content["exif"], content["trained_on"]  # as earlier versions wrote it
+    checkpoint.save(tmp_path / "old.pt", content)
+    assert RFDETR(tmp_path / "old.pt", "cpu").exif == "apply"
+
+
+# ---------------------------------------------------------------- where boxes and masks lie
+
+
+def crowd(masks: list, boxes: list, side: int = 200) -> dict:
+    entries = [
+        {"id": n, "image_id": 1, "category_id": 1, "bbox": box, "area": 9, "iscrowd": 0, "segmentation": mask}
+        for n, (mask, box) in enumerate(zip(masks, boxes), start=1)
+    ]
+    images = [{"id": 1, "file_name": "1.png", "width": side, "height": side}]
+    return {"images": images, "annotations": entries, "categories": [{"id": 1, "name": "cell"}]}
+
+
+def polygon(x: float, y: float, w: float, h: float) -> list:
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def rle(x: float, y: float, w: float, h: float, packed: bool) -> dict:
+    mask = np.zeros((200, 200), np.uint8, order="F")
+    mask[int(y) : int(y + h), int(x) : int(x + w)] = 1
+    if packed:
+        coded = mask_utils.encode(mask)
+        return {"size": [200, 200], "counts": coded["counts"].decode()}
+    changes = np.flatnonzero(np.diff(mask.ravel("F"), prepend=0)).tolist()
+    return {"size": [200, 200], "counts": np.diff([0, *changes, mask.size]).tolist()}
+
+
+FORMS = {
+    "polygon": polygon,
+    "packed": lambda *box: rle(*box, packed=True),
+    "runs": lambda *box: rle(*box, packed=False),
+}
+BOXES = [[n * 8 + 3.0, 20.0 + n, 12.0, 16.0] for n in range(20)]
+
+
+def found(data: dict) -> dict[str, tuple[str, int]]:
+    return {problem.code: (problem.severity, problem.count) for problem in CocoSplit("x.json", data=data).problems}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_beside_their_boxes_are_told(form):
+    right = [FORMS[form](*box) for box in BOXES]
+    shifted = [FORMS[form](x, y + 40, w, h) for x, y, w, h in BOXES]
+    assert found(crowd(right, BOXES)) == {}
+    assert found(crowd(shifted, BOXES)) == {"ANN_MASK_OFF_BOX": ("error", 20)}
+    assert found(crowd(shifted[:3] + right[3:], BOXES)) == {"ANN_MASK_OFF_BOX": ("warning", 3)}
+    assert found(crowd((shifted[:3] + right[3:] * 4), BOXES[:3] + BOXES[3:] * 4)).keys() == {"ANN_DUPLICATE"}
+    swapped = [FORMS[form](y, x, h, w) for x, y, w, h in BOXES]
+    severity, count = found(crowd(swapped, BOXES))["ANN_MASK_OFF_BOX"]
+    assert severity == "error" and count >= 15
+
+
+def test_loose_boxes_and_masks_of_visible_parts_are_no_fault():
+    masks = [polygon(*box) for box in BOXES]
+    for corner in (0, 0.5, 1):  # twice each side, the object at either end or in the middle
+        loose = [[x - corner * w, y - corner * h, 2 * w, 2 * h] for x, y, w, h in BOXES]
+        assert "ANN_MASK_OFF_BOX" not in found(crowd(masks, loose))
+    assert found(crowd([polygon(x, y, w / 3, h / 3) for x, y, w, h in BOXES], BOXES)) == {}
+    assert found(crowd([polygon(x - 1, y - 1, w + 2, h + 2) for x, y, w, h in BOXES], BOXES)) == {}
+
+
+def test_boxes_and_polygons_in_0_to_1_are_an_error_that_says_so():
+    share = [[side / 200 for side in box] for box in BOXES]
+    masks = [polygon(*box) for box in BOXES]
+    assert found(crowd([[]] * 20, share))["ANN_BBOX_NORMALISED"] == ("error", 20)
+    assert found(crowd(masks, share)).keys() == {"ANN_BBOX_NORMALISED"}
+    assert found(crowd([polygon(*box) for box in share], BOXES)) == {"ANN_POLYGON_NORMALISED": ("error", 20)}
+    problem = CocoSplit("x.json", data=crowd(masks, share)).problems[0]
+    assert "in pixels" in problem.message and "multiply" in problem.message
+    # objects of a pixel, and images of one
+    assert found(crowd(masks[:-2] + [[]] * 2, BOXES[:-2] + [[0, 0, 1, 1], [0, 0, 0.5, 0.5]])).keys() == {"ANN_NO_MASK"}
+    assert "ANN_BBOX_NORMALISED" not in found(crowd([[]] * 3, [[0, 0, 1, 1], [0, 0, 0.9, 1], [0, 0, 1, 0.9]], side=1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.lists(st.booleans(), min_size=1, max_size=200), st.integers(1, 25)), max_size=5))
+def test_the_extent_of_an_rle_is_pycocotools_own(masks):
+    rles, expected = [], []
+    for bits, height in masks:
+        width = -(-len(bits) // height)
+        mask = np.resize(np.array(bits + [False] * (height * width - len(bits)), np.uint8), (height, width))
+        coded = mask_utils.encode(np.asfortranarray(mask))
+        x, y, w, h = mask_utils.toBbox(coded).astype(int).tolist()
+        changes = np.flatnonzero(np.diff(mask.ravel("F").astype(int), prepend=0)).tolist()
+        counts = np.diff([0, *changes, mask.size]).tolist()
+        rles += [{"size": [height, width], "counts": c} for c in (coded["counts"].decode(), counts)]
+        expected += [(x, y, x + w, y + h) if mask.any() else None] * 2
+    assert rle_extents(rles) == expected
+
+
+# ---------------------------------------------------------------- --fix
+
+
+def test_fix_never_takes_another_file_for_an_image(dataset):
+    change(dataset, lambda data: data["images"][0].update(file_name="../cam2/2.png"))
+    change(dataset, lambda data: data["images"][1].update(file_name=f"{dataset.parent}/elsewhere/3.png"))
+    change(dataset, lambda data: data["images"][2].update(file_name="sub/../3.png"))
+    change(dataset, lambda data: data["images"][3].update(file_name=str(dataset / "train/4.png")))
+    (dataset / "train/sub").mkdir()
+    done = fix_dataset(dataset, dataset.parent / "fixed", decode=False)["train"]
+    assert done == {"IMG_PATH: the same file's plain path is written": 2}
+    data = json.loads((dataset.parent / "fixed/train" / FILE).read_text())
+    assert [Path(entry["file_name"]).name for entry in data["images"]] == ["2.png", "3.png", "3.png", "4.png"]
+    assert data["images"][0]["file_name"] == "../cam2/2.png" and len(data["annotations"]) == 5
+    problems = {problem.code: problem for problem in inspect_dataset(dataset.parent / "fixed")[1]}
+    assert problems["IMG_PATH"].severity == "error" and problems["IMG_PATH"].count == 2
+
+
+# ---------------------------------------------------------------- scoring what was trained on
+
+
+def test_two_entries_of_one_file_are_on_one_side(tmp_path):
+    write(tmp_path / "train", coco(12))
+    os.link(tmp_path / "train/1.png", tmp_path / "train/copy.png")
+    extra = ["./1.png", "copy.png", "./2.png", "./3.png", "./4.png"]
+    more = [{"id": 100 + n, "file_name": name, "width": WIDTH, "height": HEIGHT} for n, name in enumerate(extra)]
+    change(tmp_path, lambda data: data["images"].extend(more))
+    for fraction in (0.1, 0.3, 0.5, 0.8):
+        splits = inspect_dataset(tmp_path, fraction)[0]
+        train, valid = ({os.stat(image.path).st_ino for image in splits[name].images} for name in ("train", "valid"))
+        assert train and valid and not train & valid
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory) -> tuple[Path, Path]:
+    """(a dataset without valid/, a checkpoint trained on three quarters of it)."""
+    folder = tmp_path_factory.mktemp("undivided")
+    make_demo(folder / "data", train=8, valid=1, test=0, size=64, seed=3)
+    shutil.rmtree(folder / "data/valid")
+    flags = map(str, [*quick_flags(folder / "data"), "--val_fraction", 0.25, "--output_dir", folder / "run"])
+    train_detector_stage1.main(list(flags))
+    return folder / "data", folder / "run/best.pt"
+
+
+def test_train_is_divided_in_evaluation_as_in_training(undivided, call, capsys):
+    data, best = undivided
+    words = ["--checkpoint", best, "--dataset", data, "--device", "cpu"]
+    for fraction in (0.5, 0.125):
+        with pytest.raises(UserError, match=r"trained with --val_fraction 0\.25"):
+            call(evaluate.main, *words, "--val_fraction", fraction)
+    capsys.readouterr()
+    call(evaluate.main, *words)
+    said = capsys.readouterr().out
+    assert "--val_fraction 0.25" in said and "(valid, 2 images" in said and "trained on" not in said
+    call(evaluate.main, *words, "--val_fraction", 0.25, "--split", "train")
+    said = capsys.readouterr().out
+    assert "✓ --split train: the checkpoint was trained on 6 of the 6 images" in said and "⚠" not in said
+
+
+def test_scored_images_that_were_trained_on_are_told_by_content(undivided, tmp_path, call, capsys):
+    data, best = undivided
+    shutil.copytree(data / "train", tmp_path / "other/valid")
+    shutil.copytree(data / "train", tmp_path / "other/train")
+    rewrite(tmp_path / "other/valid" / FILE, lambda d: [rename(tmp_path / "other/valid", e) for e in d["images"]])
+    call(evaluate.main, "--checkpoint", best, "--dataset", tmp_path / "other", "--device", "cpu")
+    assert "⚠ 6 of the 8 images of valid were trained on" in capsys.readouterr().out
+    hashes = torch.load(best)["trained_on"]
+    assert hashes.dtype == torch.int64 and len(hashes) == 6
+    make_demo(tmp_path / "new", train=8, valid=2, test=0, size=64, seed=4)
+    shutil.rmtree(tmp_path / "new/valid")
+    call(evaluate.main, "--checkpoint", best, "--dataset", tmp_path / "new", "--device", "cpu", "--val_fraction", 0.5)
+    assert "trained on" not in capsys.readouterr().out
+
+
+def rename(folder: Path, entry: dict) -> None:
+    (folder / entry["file_name"]).rename(folder / f"other_{entry['file_name']}")
+    entry["file_name"] = f"other_{entry['file_name']}"
+
+
+def test_weights_remember_what_they_started_from_was_trained_on(undivided, few, tmp_path, call):
+    _, best = undivided
+    call(train_detector_stage1.main, *quick_flags(few), "--pretrain_weights", best, "--output_dir", "run")
+    before, after = (set(torch.load(path)["trained_on"].tolist()) for path in (best, tmp_path / "run/best.pt"))
+    assert len(after) == 10 and before < after
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "bell\a", "\x1b[31mred", "half\ud800", "line\u2028break"])
+def test_class_names_with_control_characters_are_an_error_that_fix_mends(dataset, name):
+    for split in ("train", "valid"):
+        rewrite(dataset / split / FILE, lambda data: data["categories"][0].update(name=name))
+    assert codes(dataset) == {"CAT_NAME_CONTROL": "error"}
+    message = inspect_dataset(dataset)[1][0].message
+    assert message.isprintable() and "--fix" in message
+    fix_dataset(dataset, dataset.parent / "fixed", decode=False)
+    assert codes(dataset.parent / "fixed").keys() == {"IMG_LINK"}
+    assert read_dataset(dataset.parent / "fixed")["train"].class_names[0].isprintable()
+
+
+def test_no_control_character_reaches_the_console(dataset, tmp_path, monkeypatch, capsys):
+    bad = "\x1b]0;title\x07\n✓ Done\r.png"
+    change(dataset, lambda data: data["images"][0].update(file_name=bad))
+    change(dataset, lambda data: data["categories"][1].update(name="x\x1b[2J"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        console.run_script(validate_setup.main, ["--dataset", str(dataset), "--size", "tiny"])
+    with pytest.raises(UserError) as error:
+        read_image(tmp_path / bad)
+    warn(str(error.value))
+    console.banner("TITLE", {"Dataset": bad})
+    said = capsys.readouterr()
+    for text in (said.out, said.err):
+        assert all(character == "\n" or not console.is_control(character) for character in text)
+        assert "\n✓ Done" not in text
+    assert "\\x1b]0;title" in said.out
+
+
+# ---------------------------------------------------------------- files that cannot be read
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_passing_error_is_neither_corruption_nor_remembered(dataset, monkeypatch, number):
+    for file in dataset.rglob("*.png"):
+        os.utime(file, (1, 1))
+    (dataset / "train/2.png").write_bytes(b"no image")
+    usual = Image.open
+
+    def refuse(path, *args, **options):
+        if str(path).endswith("train/1.png"):
+            raise OSError(number, os.strerror(number), str(path))
+        return usual(path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "open", refuse)
+        problems = {problem.code: problem for problem in inspect_dataset(dataset, decode=True)[1]}
+        assert problems.keys() == {"IMG_UNREADABLE", "IMG_CORRUPT"} and problems["IMG_UNREADABLE"].severity == "error"
+        assert os.strerror(number) in problems["IMG_UNREADABLE"].message
+        assert codes(dataset) == {"IMG_UNREADABLE": "warning", "IMG_CORRUPT": "warning"}
+        fix_dataset(dataset, dataset.parent / "fixed", decode=True)
+    assert codes(dataset, decode=True).keys() == {"IMG_CORRUPT"}
+    names = [e["file_name"] for e in json.loads((dataset.parent / "fixed/train" / FILE).read_text())["images"]]
+    assert names == ["1.png", "3.png", "4.png"] and codes(dataset.parent / "fixed").keys() <= {"IMG_LINK"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes a pipe")
+def test_pipes_and_folders_are_refused_by_their_type(dataset, tmp_path):
+    (dataset / "train/1.png").unlink()
+    os.mkfifo(dataset / "train/1.png")
+    (dataset / "train/2.png").unlink()
+    (dataset / "train/2.png").mkdir()
+    begin = time.monotonic()
+    for decode in (False, True):
+        problems = inspect_dataset(dataset, decode=decode)[1]
+        assert [(p.code, p.severity, p.count) for p in problems] == [("IMG_TYPE", "error", 2)]
+        assert "a pipe" in problems[0].message and "a folder" in problems[0].message
+    with pytest.raises(UserError, match="pipe"):
+        read_image(dataset / "train/1.png")
+    fix_dataset(dataset, tmp_path / "fixed", decode=False)
+    assert codes(tmp_path / "fixed").keys() == {"IMG_LINK", "CLASS_NOT_IN_TRAIN"}
+    (dataset / "valid" / FILE).unlink()
+    os.mkfifo(dataset / "valid" / FILE)
+    assert "JSON_INVALID" in codes(dataset)
+    assert time.monotonic() - begin < 60
