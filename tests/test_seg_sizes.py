@@ -197,7 +197,7 @@ def test_stage_2_replaces_the_official_head_where_asked_to(seg_size, seg_model, 
     model = Detector(seg_size, table.rows_total, True, mask_head="official")
     path = tmp_path / "trained.pt"
     checkpoint.save(path, checkpoint.make_content("single", seg_size, 64, table, "official", model.state_dict()))
-    flags = [*train_flags(few), "--size", "seg-test", "--epochs", 1, "--min_steps", 1, "--tensorboard", 0]
+    flags = [*train_flags(few), "--size", "seg-test", "--fast_dev_run", 1, "--tensorboard", 0]
     with pytest.raises(UserError, match="train_seg_single_stage.py --size seg-test"):
         call(train_seg_stage2.main, *flags, "--checkpoint", path)
     call(train_seg_stage2.main, *flags, "--checkpoint", path, "--mask_head", "nano", "--output_dir", "run")
