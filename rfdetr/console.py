@@ -7,7 +7,9 @@ import contextlib
 import os
 import platform
 import re
+import shlex
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Callable
@@ -85,6 +87,33 @@ def packages(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
             found[name] = "missing"
     found, needed = {"python": platform.python_version(), **found}, {"python": "3.10", **needed}
     return found, {name: least for name, least in needed.items() if release(found[name]) < release(least)}
+
+
+def is_special_file(path: str | Path) -> bool:
+    """Whether a pipe, a socket or a device is there: opening or reading one may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing there, no rights, no path
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def keep_flags(names: list[str]) -> str:
+    """shrink_head.py's --keep for these classes in this order, to be pasted into a shell.
+
+    A name that looks like a flag is given with an =, which argparse takes for a value.
+    """
+    words, listing = [], False
+    for name in names:
+        if name.startswith("-"):
+            words.append(shlex.quote(f"--keep={name}"))
+            listing = False
+            continue
+        if not listing:
+            words.append("--keep")
+        words.append(f'"{name}"' if re.fullmatch(r"[\w .-]+", name) else shlex.quote(name))
+        listing = True
+    return " ".join(words)
 
 
 def first_to_say(what: str) -> bool:
