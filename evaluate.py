@@ -18,7 +18,6 @@ from rfdetr.evaluation import Judge
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.precision import compile_in_place, pick_device, pick_precision
 from rfdetr.rundir import make_folder, make_place, write_json, writing_to
-from rfdetr.sizes import check_resolution
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     tell_trained_images(checkpoint.trained_on(content).tolist(), split, args.split)
     model, table = checkpoint.build_model(content)
     table = table.in_order_of(split.class_names, split.category_ids, f"{args.dataset} ({args.split})")
-    resolution = check_resolution(model.size, args.resolution or content["resolution"])
+    resolution = checkpoint.input_side(content, args.resolution, args.checkpoint)
 
     loader = evaluation_loader(SplitDataset(split, resolution, None, masks=False), args.batch, args.workers)
     masks = model.head is not None and split.mask_count > 0

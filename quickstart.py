@@ -203,20 +203,24 @@ def parse(argv):
 
 def main(argv):
     """Returns the exit code."""
-    try:
-        if sys.version_info[:2] < (3, 10):
-            raise Stop(2, "This is Python %d.%d, and Python >= 3.10 is needed. Install it from python.org or from your "
-                       "system's packages, and start this with it: python3.12 quickstart.py" % sys.version_info[:2])
-        sys.stdout.reconfigure(errors="replace")  # a Windows console may lack a letter of a folder's name
-        args = parse(argv)
-        code = set_up(argv)
-        if code is None:
-            os.chdir(HERE)
-            code = run_job(args) if args.test is None else run(["-m", "pytest"] + args.test)
-        return code or 0
-    except Stop as stop:
-        sys.stderr.write("\nerror: " + stop.args[1] + "\n")
-        return stop.args[0]
+    if sys.version_info[:2] < (3, 10):
+        sys.stderr.write("\nerror: This is Python %d.%d, and Python >= 3.10 is needed. Install it from python.org or "
+                         "from your system's packages, and start this with it: python3.12 quickstart.py\n"
+                         % sys.version_info[:2])
+        return 2
+    from rfdetr.console import lasting_output  # standard library only too
+
+    with lasting_output():
+        try:
+            args = parse(argv)
+            code = set_up(argv)
+            if code is None:
+                os.chdir(HERE)
+                code = run_job(args) if args.test is None else run(["-m", "pytest"] + args.test)
+            return code or 0
+        except Stop as stop:
+            sys.stderr.write("\nerror: " + stop.args[1] + "\n")
+            return stop.args[0]
 
 
 if __name__ == "__main__":

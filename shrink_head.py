@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--in_ckpt", type=Path, required=True, help="a stage-1 checkpoint, or an official file")
     parser.add_argument("--out_ckpt", type=Path, required=True, help="where to write the shrunk one")
-    parser.add_argument("--keep", nargs="+", metavar="CLASS", help="classes in their new order (default: all it has)")
+    order = "classes in their new order (default: all it has); --keep=-NAME for a name with a dash"
+    parser.add_argument("--keep", nargs="+", action="extend", metavar="CLASS", help=order)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     if args.out_ckpt.exists() and args.out_ckpt.samefile(args.in_ckpt):

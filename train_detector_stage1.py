@@ -13,7 +13,7 @@ from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.checkpoint import make_content
 from rfdetr.cli import add_common_flags, add_detector_flags, parse
-from rfdetr.console import number, run_script
+from rfdetr.console import keep_flags, number, run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         best = shared.fit(session, trainer, loader, judge, pack)
         weights = session.folder / f"checkpoint_best_{best['weights']}.pth"
         command = ["python", "shrink_head.py", "--in_ckpt", str(weights)]
-        command += ["--out_ckpt", str(session.folder / "checkpoint_mydata.pth"), "--keep", *table.names]
-        shared.finish(session, table, False, shlex.join(command))
+        command += ["--out_ckpt", str(session.folder / "checkpoint_mydata.pth")]
+        shared.finish(session, table, False, f"{shlex.join(command)} {keep_flags(table.names)}")
 
 
 if __name__ == "__main__":

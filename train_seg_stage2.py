@@ -8,7 +8,6 @@ python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth     (classe
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from rfdetr import main as shared
 from rfdetr.auto_batch import resolve_batch
 from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
-from rfdetr.console import UserError, boolean, number, run_script, tick, warn
+from rfdetr.console import UserError, boolean, keep_flags, number, run_script, tick, warn
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.data.validation import require_masks
 from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, choose_cache
@@ -57,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{path} was trained with images' EXIF orientation read as --exif {content['exif']}, here it is "
             f"{train.exif}: where sizes do not tell, add --exif {content['exif']}"
         )
-    args.resolution = args.resolution or content["resolution"]
+    if args.resume_from:
+        args.resolution = args.resolution or content["resolution"]
+    else:
+        args.resolution = checkpoint.input_side(content, args.resolution, path)
     name, rows = head_name(args, content, path), checkpoint.table_of(content).rows_total
     content = with_rows_of(train.class_names, content, path, args)
     detector, table = checkpoint.build_model(content, groups=None)
@@ -163,12 +165,11 @@ def with_rows_of(names: list[str], content: dict, path: Path, args: argparse.Nam
 
 
 def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
-    keep = " ".join(f'"{name}"' if re.fullmatch(r"[\w .-]+", name) else shlex.quote(name) for name in names)
     return (
         f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
         f"{path} has a {rows}-row class head, the dataset has {len(names)} classes ({', '.join(names)}). Run:\n"
         f"  python shrink_head.py --in_ckpt {shlex.quote(str(path))} "
-        f"--out_ckpt {shlex.quote(str(path.parent / 'checkpoint_mydata.pth'))} --keep {keep}\n"
+        f"--out_ckpt {shlex.quote(str(path.parent / 'checkpoint_mydata.pth'))} {keep_flags(names)}\n"
         "and pass the new file with --checkpoint, or add --auto_shrink 1."
     )
 

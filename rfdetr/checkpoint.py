@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pickle
 import re
+import struct
 import zipfile
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError  # comes with timm
@@ -25,12 +29,13 @@ from torch import Tensor, nn
 
 from rfdetr import classes, convert
 from rfdetr.classes import ClassTable
-from rfdetr.console import UserError
+from rfdetr.console import UserError, is_special_file
 from rfdetr.models.detector import Detector
 from rfdetr.rundir import atomic_write
 from rfdetr.sizes import SIZES, ModelSize, check_resolution, size_from_dict
 
 FORMAT = 1
+MOST_ENLARGED = 4  # times the side that a file's position grid stands for: more is asked for with --resolution
 SCRIPTS = {  # of each stage
     "detector": "train_detector_stage1.py",
     "segmentation": "train_seg_stage2.py",
@@ -50,8 +55,8 @@ def load(path: Path) -> dict:
     """Read one of our checkpoints or a file of the official package onto the CPU, with torch's safe loading.
 
     The package's files, published or fine-tuned ({"model", "args", ...}, or Lightning's {"state_dict", ...}), come back
-    with our parameter names and a class table. Raises UserError for a file that is missing, damaged, or asks for
-    anything but tensors and plain values.
+    with our parameter names and a class table. Raises UserError for a file that is missing, damaged, asks for
+    anything but tensors and plain values, or has NaN or infinite weights.
     """
     path = Path(path)
     content = _read(path)
@@ -66,6 +71,7 @@ def load(path: Path) -> dict:
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}")
         _check(content)
+        _require_finite(content, path)
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's file does to code that expects one of ours
@@ -108,14 +114,57 @@ def require_plain(state: dict) -> None:
             raise ValueError(f"{name[:100]!r} is larger than what is stored of it")
 
 
+def _require_finite(content: dict, path: Path) -> None:
+    """Raise UserError where a weight, or what a run goes on with, is NaN or infinite."""
+    states = {name: content.get(name) for name in ("model", "ema", "training")}
+    broken = [name for name, tensor in _tensors(states) if not tensor.isfinite().all()]
+    if not broken:
+        return
+    if content.get("training"):
+        best = path.with_name("best.pt")
+        advice = f"The run has diverged: begin a new one from {best}, if that is sound, with a lower --lr or --amp off"
+    else:
+        advice = "Use another checkpoint, or train again with a lower --lr or --amp off"
+    shown = ", ".join(broken[:3]) + (" ..." if len(broken) > 3 else "")
+    raise UserError(f"{path} holds NaN or infinite values in {len(broken)} tensors ({shown}). {advice}")
+
+
+def _tensors(values: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors in nested dicts that are whole in the file, with their names: model.bias ..."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _tensors(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided:
+            if value.nbytes <= value.untyped_storage().nbytes():  # else small in the file and huge when read
+                yield prefix + str(key), value
+
+
+def input_side(content: dict, resolution: int | None, path: Path) -> int:
+    """The input side in pixels: `resolution` where it was asked for, else the checkpoint's own.
+
+    Raises UserError where it does not fit the size, and for a file that by itself asks for a side that is far beyond
+    its position grid: a few changed bytes would cost all memory.
+    """
+    size = size_from_dict(content["size"])
+    own, native = content["resolution"], max(size.position_grid * size.patch, size.block)
+    if resolution is None and own > MOST_ENLARGED * native:
+        raise UserError(
+            f"{path} asks for {own} x {own} pixels, and its position grid is for {native} x {native}: that takes much "
+            f"memory and time. If it was trained so, add --resolution {own}"
+        )
+    return check_resolution(size, resolution or own)
+
+
 def load_backbone(path: Path, patch: int) -> dict:
     """DINOv2's weights alone, in the Hugging Face layout (.safetensors, or torch's .bin), as a file without classes.
 
     Patch kernels are resampled to `patch` pixels. Raises UserError for another layout.
     """
+    _require_file(path)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _read(path)
         require_plain(state)
+        _require_finite({"model": state}, path)
         own = convert.from_dinov2(state, patch)
     except (SafetensorError, OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"cannot read the backbone weights {path}: {error}") from error
@@ -128,19 +177,19 @@ def load_backbone(path: Path, patch: int) -> dict:
 
 
 def _read(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}{_neighbours(path)}")
+    """The dict in a file of torch's: nothing of it is run, and it takes no more memory than the file has bytes."""
+    _require_file(path)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch packs nothing
-                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("it would unpack to more than it is")
-        with torch.serialization.safe_globals([Namespace, SimpleNamespace]):  # the package keeps its settings in one
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = _read_once(path)
+        except FileReplaced:
+            content = _read_once(path)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it wants to run {wanted[1]}" if wanted else "it is damaged or holds more than tensors and plain values"
         raise UserError(f"{path} was refused, nothing of it was run: {why}. Use a checkpoint you trust") from error
+    except OSError as error:  # rights, a network disk
+        raise UserError(f"cannot read {path} ({error.strerror or error}). It is not touched: try again") from error
     except Exception as error:  # damaged bytes make torch's reader raise nearly anything
         raise UserError(
             f"{path} is damaged or no checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})"
@@ -148,6 +197,61 @@ def _read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
+
+
+class FileReplaced(Exception):
+    """What was read is no longer what the path names."""
+
+
+def _read_once(path: Path) -> object:
+    """What one file holds, judged and read through the same handle.  FileReplaced where that failed meanwhile."""
+    with open(path, "rb") as file:
+        before = os.fstat(file.fileno())
+        try:
+            _require_stored(file)
+            file.seek(0)
+            # the package keeps its settings in one of these
+            with torch.serialization.safe_globals([Namespace, SimpleNamespace]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            now = os.stat(path)
+            if any(getattr(before, name) != getattr(now, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+                raise FileReplaced(f"{path} is being written by another program") from error
+            raise
+
+
+def _require_stored(file: BinaryIO) -> None:
+    """Raise ValueError for an archive that may unpack to more than the file has bytes.
+
+    Torch's reader trusts the directory of records that the end of the file points to. It has to be the one and only:
+    right before that end, nothing after it, nothing before the first record.
+    """
+    if file.read(4) != b"PK\3\4":  # torch reads everything else as one pickle
+        return
+    size = file.seek(0, os.SEEK_END)
+    end, long_end = size - 22, size - 98  # of the directory; the second where sizes have 64 bits
+    file.seek(max(long_end, 0))
+    tail = file.read()
+    mark, *_, length, start, comment = struct.unpack("<4s4H2LH", tail[-22:])
+    if tail[-42:-38] == b"PK\6\7":
+        length, start, _, _, end = struct.unpack("<2Q2LQ", tail[-58:-26])
+        mark = mark if end == long_end and tail[:4] == b"PK\6\6" else b""
+    if mark != b"PK\5\6" or comment or start + length != end:
+        raise ValueError("its end is missing, or other bytes follow")
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    if min((record.header_offset for record in records), default=0):
+        raise ValueError("other bytes stand before its first record")
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)  # torch packs nothing
+    if packed or sum(record.file_size for record in records) > size:
+        raise ValueError("it would unpack to more than it is")
+
+
+def _require_file(path: Path) -> None:
+    if is_special_file(path):
+        raise UserError(f"{path} is a pipe, a socket or a device: weights are read from files")
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}{_neighbours(path)}")
 
 
 def _neighbours(path: Path) -> str:

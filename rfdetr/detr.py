@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from rfdetr.checkpoint import build_model, load, require_size
+from rfdetr.checkpoint import build_model, input_side, load, require_size
 from rfdetr.console import UserError
 from rfdetr.data.coco import oriented, read_pixels, to_rgb_array
 from rfdetr.data.seen import is_regular_file
@@ -31,10 +31,17 @@ class RFDETR:
 
     size_name: str | None = None  # the official weights a subclass starts from
 
-    def __init__(self, checkpoint: str | Path | None = None, device: str = "auto", amp: str = "off"):
+    def __init__(
+        self,
+        checkpoint: str | Path | None = None,
+        device: str = "auto",
+        amp: str = "off",
+        resolution: int | None = None,
+    ):
         """`checkpoint`: a file of this repository or an official one; None downloads the size's official weights.
 
-        Raises UserError for a file that is missing, damaged or of another size.
+        `resolution`: the input side in pixels; None takes the checkpoint's own. Raises UserError for a file that is
+        missing, damaged or of another size, and for a side that does not fit.
         """
         self.precision = pick_precision(amp, pick_device(device))
         size = SIZES.get(self.size_name)
@@ -44,16 +51,18 @@ class RFDETR:
         content = load(path)
         if size is not None:
             require_size(content, size, path)
+        self.resolution = input_side(content, resolution, path)
         model, self.table = build_model(content)
         self.model = model.to(self.precision.device)
         self.finder = Finder(self.table, self.precision)
-        self.resolution = content["resolution"]
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "auto", amp: str = "off") -> RFDETR:
+    def from_checkpoint(
+        cls, path: str | Path, device: str = "auto", amp: str = "off", resolution: int | None = None
+    ) -> RFDETR:
         """Any checkpoint, whatever its size."""
-        return RFDETR(path, device, amp)
+        return RFDETR(path, device, amp, resolution)
 
     @property
     def class_names(self) -> list[str]:
@@ -62,7 +71,8 @@ class RFDETR:
     def predict(self, images: ImageInput | list[ImageInput], threshold: float = 0.5) -> Found | list[Found]:
         """Find objects with a score of at least `threshold` in a path, PIL image, array (H, W, 3) uint8 RGB, or a list.
 
-        Returns one Found, or a list of them for a list.
+        Returns one Found, or a list of them for a list. Raises UserError for what cannot be read, and where the model
+        gives NaN.
         """
         if not isinstance(images, list):
             return self.predict([images], threshold)[0]
@@ -71,9 +81,16 @@ class RFDETR:
         arrays = [read_image(image, self.exif == "apply") for image in images]
         square = [self.resolution, self.resolution]
         tensors = [v2.functional.resize(torch.tensor(a).permute(2, 0, 1), square, antialias=True) for a in arrays]
-        parts = self.finder(self.model, torch.stack(tensors), list(range(len(arrays))))
         options = threshold, self.model.head, self.class_names, self.precision
-        return [one for part in parts for one in in_originals(part, [arrays[i] for i in part.index], *options)]
+        found = []
+        for part in self.finder(self.model, torch.stack(tensors), list(range(len(arrays)))):
+            if not (part.scores.isfinite().all() and part.boxes.isfinite().all()):
+                raise UserError(
+                    "the model's scores or boxes are NaN or infinite. Run again with --amp off; if it is off "
+                    "already, the checkpoint is damaged: use another"
+                )
+            found += in_originals(part, [arrays[i] for i in part.index], *options)
+        return found
 
 
 def read_image(image: ImageInput, turn: bool = True) -> np.ndarray:

@@ -20,6 +20,8 @@ Colour = tuple[int, int, int]
 MIN_SIDE = 512  # pixels: smaller images are enlarged before drawing, else no text fits
 SMOOTH_SIDE = 1600  # pixels: up to here shapes are drawn at twice the size and shrunk, which smooths their edges
 MASK_OPACITY = 0.38
+FAR = 1e7  # pixels: farther corners, infinite ones among them, are taken for this far
+MOST_LETTERS = 60  # of a class name
 BACKGROUND = (24, 26, 31)
 EXAMPLES = 4  # objects of each class on a sheet of classes
 SHEET_CLASSES = 200  # the rarest of more: a sheet has to open
@@ -51,12 +53,19 @@ def draw(
 
     image (H, W, 3) uint8 RGB; boxes (n, 4) xyxy in its pixels; names n class names; scores n or None (ground truth);
     masks n compressed RLEs of H x W or Nones; colours class name -> RGB, other classes get one by their name.
+    Objects whose box has a NaN are left out.
     """
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    known = np.flatnonzero(~np.isnan(boxes).any(axis=1))
+    if len(known) < len(boxes):
+        boxes, names = boxes[known], [names[i] for i in known]
+        scores = None if scores is None else [scores[i] for i in known]
+        masks = [masks[i] for i in known] if masks else masks
     scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
     size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
     picture = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
-    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
-    inks = [(colours or {}).get(name) or PALETTE[zlib.crc32(name.encode()) % len(PALETTE)] for name in names]
+    boxes = boxes.clip(-FAR, FAR) * scale
+    inks = [(colours or {}).get(name) or _colour_of(name) for name in names]
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
     smooth = 2 if max(size) <= SMOOTH_SIDE else 1
     line = max(1, round(smooth * max(size) / 350))
@@ -65,8 +74,7 @@ def draw(
     for index in order:
         x1, y1, x2, y2 = np.clip(boxes[index] * smooth, 0, np.tile(shapes.size, 2) - 1)
         if x2 > x1 and y2 > y1:
-            radius, opacity = min(3 * line, (x2 - x1) / 3, (y2 - y1) / 3), 130 if masks else 255
-            pen.rounded_rectangle((x1, y1, x2, y2), radius, outline=(*inks[index], opacity), width=line)
+            _outline(pen, (x1, y1, x2, y2), line, (*inks[index], 130 if masks else 255))
     pixels = np.array(shapes)
     for index in (i for i in order if masks and masks[i]):
         _paint_mask(pixels, masks[index], inks[index], scale * smooth, line)
@@ -74,6 +82,29 @@ def draw(
     picture = Image.alpha_composite(picture.convert("RGBA"), shapes).convert("RGB")
     _write_labels(picture, boxes, names, scores, inks)
     return picture
+
+
+def _colour_of(name: str) -> Colour:
+    return PALETTE[zlib.crc32(name.encode("utf-8", "surrogatepass")) % len(PALETTE)]
+
+
+def _outline(pen: ImageDraw.ImageDraw, box: tuple, line: int, ink: tuple) -> None:
+    """A box's outline, thinner and with sharp corners where it is small; `line` and box (xyxy) in the pen's pixels."""
+    x1, y1, x2, y2 = (round(float(value)) for value in box)
+    short = min(x2 - x1, y2 - y1)
+    line = max(1, min(line, short // 4))  # a line that is wider than the box would lie outside
+    radius = min(3 * line, short // 3)
+    if short > 2 * max(radius, line) + 2:  # between its corners Pillow needs room for what it draws there
+        pen.rounded_rectangle((x1, y1, x2, y2), radius, outline=ink, width=line)
+    else:
+        pen.rectangle((x1, y1, x2, y2), outline=ink, width=line)
+
+
+def _written(name: str) -> str:
+    """A class name as one short line that a font can write."""
+    line = "".join(letter if letter.isprintable() else " " for letter in name[: 2 * MOST_LETTERS])
+    line = " ".join(line.split())
+    return line if len(line) <= MOST_LETTERS else line[: MOST_LETTERS - 3] + "..."
 
 
 def _paint_mask(pixels: np.ndarray, rle: dict, colour: Colour, scale: float, line: int) -> None:
@@ -106,7 +137,7 @@ def _write_labels(picture: Image.Image, boxes: np.ndarray, names: list[str], sco
     for index in range(len(boxes)) if scores is None else np.argsort(-np.asarray(scores), kind="stable"):
         x1, y1, x2, y2 = boxes[index]
         score = "" if scores is None else f"{scores[index]:.2f}"
-        for text in (f"{names[index]} {score}".strip(), score):
+        for text in (f"{_written(names[index])} {score}".strip(), score):
             wide = pen.textlength(text, font=font) + 2 * pad
             if not text or (crowded and wide > 1.5 * (x2 - x1) and names[index] in named):
                 continue
@@ -158,7 +189,7 @@ def class_sheet(split: CocoSplit) -> Image.Image:
     colours, font = class_colours(split.class_names), ImageFont.load_default(size=16)
     for place, label in enumerate(shown):
         x, y = place // rows * EXAMPLES * tile, place % rows * (tile + top)
-        name, title = split.class_names[label], f"{split.class_names[label][:60]}: {split.per_class[label]}"
+        name, title = split.class_names[label], f"{_written(split.class_names[label])}: {split.per_class[label]}"
         ImageDraw.Draw(sheet).text((x + 6, y + top / 2), title, colours[name], font, "lm")
         holders = [image for image in split.images if label in image.labels]
         for number in np.unique(np.linspace(0, len(holders) - 1, EXAMPLES).astype(int)) if holders else ():

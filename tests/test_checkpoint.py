@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,144 @@ def test_the_fingerprint_sees_one_bit_and_buffers(small_model):
     second = checkpoint.fingerprint(small_model)
     small_model.extra += 1
     assert checkpoint.fingerprint(small_model) != second
+
+
+# ---------------------------------------------------------------- values that no sound checkpoint has
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["model", "ema", "optimizer"])
+def test_nan_and_infinite_weights_are_refused_by_name(value, where, content, tmp_path):
+    content["ema"] = {name: tensor.clone() for name, tensor in content["model"].items()}
+    content["training"] = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
+    name = "class_embed.0.bias"
+    tensor = content[where][name] if where != "optimizer" else content["training"]["optimizer"]["state"][0]["exp_avg"]
+    with torch.no_grad():
+        tensor[-1] = value
+    checkpoint.save(tmp_path / "last.pt", content)
+    with pytest.raises(UserError, match="NaN or infinite values in 1 tensors") as error:
+        checkpoint.load(tmp_path / "last.pt")
+    message = str(error.value)
+    assert "last.pt" in message and (name if where != "optimizer" else "exp_avg") in message
+    assert "diverged" in message and "best.pt" in message and "--lr" in message
+
+
+def test_official_files_and_backbones_with_nan_are_refused_too(tmp_path):
+    from rfdetr.convert import to_official
+    from rfdetr.models.detector import Detector
+
+    state = to_official(Detector(SIZES["tiny"], rows=91).state_dict())
+    state["class_embed.weight"][3, 3] = float("nan")
+    torch.save({"model": state}, tmp_path / "official.pth")
+    with pytest.raises(UserError, match=r"official.pth holds NaN .* \(model.class_embed.0.weight\)"):
+        checkpoint.load(tmp_path / "official.pth")
+    torch.save({"encoder.layer.0.norm1.weight": torch.tensor([float("inf")])}, tmp_path / "dino.bin")
+    with pytest.raises(UserError, match="dino.bin holds NaN or infinite"):
+        checkpoint.load_backbone(tmp_path / "dino.bin", 16)
+
+
+@pytest.mark.parametrize(
+    "own, asked, expected", [(640, None, 640), (4096, None, None), (4096, 64, 64), (64, 4096, 4096)]
+)
+def test_a_side_beyond_the_position_grid_is_only_taken_when_asked_for(own, asked, expected, content):
+    content["resolution"] = own
+    if expected:
+        assert checkpoint.input_side(content, asked, Path("x.pt")) == expected
+    else:
+        with pytest.raises(UserError, match="x.pt asks for 4096 x 4096 .* grid is for 160 x 160.*--resolution 4096"):
+            checkpoint.input_side(content, asked, Path("x.pt"))
+
+
+# ---------------------------------------------------------------- archives and files that are not what they seem
+
+
+def repacked(source: Path, target: Path, packing: int = zipfile.ZIP_STORED, more: dict | None = None) -> Path:
+    """The same records once more, and others, in an archive that zipfile writes."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", packing) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+        for name, data in (more or {}).items():
+            new.writestr(name, data)
+    return target
+
+
+def test_archives_that_are_packed_are_refused(saved):
+    packed = repacked(saved, saved.with_name("packed.pt"), zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="packed.pt.*unpack to more than it is"):
+        checkpoint.load(packed)
+    checkpoint.load(repacked(saved, saved.with_name("stored.pt")))  # as it is, without 64-bit sizes
+
+
+@pytest.mark.parametrize("tail", ["zeros", "comment", "second archive"])
+@pytest.mark.parametrize("count", [1, 22, 5000, 66_000])
+def test_bytes_after_a_packed_archive_do_not_hide_it(tail, count, saved, monkeypatch):
+    packed = repacked(saved, saved.with_name("packed.pt"), zipfile.ZIP_DEFLATED, {"archive/data/big": bytes(10**6)})
+    data = packed.read_bytes()
+    harmless = repacked(saved, saved.with_name("harmless.zip"))
+    if tail == "zeros":
+        data += bytes(count)
+    elif tail == "comment":
+        data = data[:-2] + struct.pack("<H", min(count, 65535)) + bytes(min(count, 65535))
+    else:
+        data += bytes(count) + harmless.read_bytes()
+    packed.write_bytes(data)
+    monkeypatch.setattr(torch, "load", lambda *args, **named: pytest.fail("torch's reader was asked"))
+    with pytest.raises(UserError, match="packed.pt is damaged or no checkpoint"):
+        checkpoint.load(packed)
+
+
+def test_bytes_before_an_archive_are_refused(saved):
+    saved.write_bytes(b"PK\3\4" + bytes(60) + saved.read_bytes())
+    with pytest.raises(UserError, match="best.pt is damaged or no checkpoint"):
+        checkpoint.load(saved)
+
+
+def test_a_directory_that_only_the_64_bit_record_names_is_refused(saved):
+    """The two ends of an archive disagree about where its directory is: readers would, too."""
+    data = bytearray(saved.read_bytes())
+    assert data[-42:-38] == b"PK\6\7"  # torch writes both
+    data[-34:-26] = struct.pack("<Q", len(data) // 2)
+    saved.write_bytes(data)
+    with pytest.raises(UserError, match="best.pt is damaged or no checkpoint"):
+        checkpoint.load(saved)
+
+
+def test_a_pickle_that_claims_more_than_it_has_takes_no_memory(content, tmp_path):
+    torch.save({"model": {"a": torch.zeros(3)}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.pt").read_bytes()
+    assert data.count(b"K\x03") >= 2
+    (tmp_path / "old.pt").write_bytes(data.replace(b"K\x03", b"J\0\0\0\x40"))  # 2**30 numbers
+    with pytest.raises(UserError, match="old.pt"):
+        checkpoint.load(tmp_path / "old.pt")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(saved, monkeypatch):
+    other = saved.with_name("other.pt")
+    shutil.copy(saved, other)
+    saved.write_bytes(saved.read_bytes()[:5000])  # what another program has written of it so far
+    load, calls = torch.load, []
+
+    def replaced(*args, **named):
+        calls.append(1)
+        return load(*args, **named)
+
+    require = checkpoint._require_stored
+
+    def judge(file):
+        if other.exists():
+            os.replace(other, saved)
+        require(file)
+
+    monkeypatch.setattr(checkpoint, "_require_stored", judge)
+    monkeypatch.setattr(torch, "load", replaced)
+    assert checkpoint.load(saved)["format"] == 1 and len(calls) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_pipe_or_device_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"{path} is a pipe, a socket or a device"):
+            checkpoint.load(path)
+        with pytest.raises(UserError, match=f"{path} is a pipe, a socket or a device"):
+            checkpoint.load_backbone(path, 16)

@@ -6,11 +6,15 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from rfdetr.data.coco import read_dataset
+from rfdetr.data.demo import make_demo
 from rfdetr.evaluation import Found
-from rfdetr.visualise import MIN_SIDE, class_colours, draw, side_by_side
+from rfdetr.visualise import MIN_SIDE, class_colours, class_sheet, draw, side_by_side
 
 # pycocotools.mask.decode under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -122,3 +126,85 @@ def test_duplicates_are_left_out_by_class_and_the_better_stays():
     assert len(found.without_duplicates(iou=0.95).names) == 4
     nothing = Found(found.image, np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), [], [])
     assert nothing.without_duplicates().names == nothing.without_duplicates().masks == []
+
+
+# ---------------------------------------------------------------- whatever is to be drawn
+
+NAMES = ["cell", "", "two\nlines", "tab\tbell\a\0", "\ud800", "é血🩸", "\u202ename", "x" * 5000, "--out=$(x)"]
+FAR_OUT = [np.nan, np.inf, -np.inf, 1e300, -1e300, 0.0, -7.5]
+
+
+@st.composite
+def scenes(draw) -> dict:
+    """An image's shape and objects of any kind in it: what draw() takes."""
+    long = draw(st.sampled_from([1, 2, 17, 511, 512, 513, 1600, 1601, 4000]) | st.integers(1, 4000))
+    short = draw(st.integers(1, max(1, min(long, 200_000 // long))))
+    height, width = draw(st.permutations([long, short]))
+    count = draw(st.sampled_from([0, 1, 2, 13, 60]) | st.integers(0, 14))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    corners = rng.uniform(-0.1, 1.1, (count, 2)) * (width, height)
+    small, large = rng.uniform(0, 6, (count, 2)), rng.uniform(0, 1, (count, 2)) * (width, height)
+    boxes = np.hstack([corners, corners + np.where(rng.random((count, 1)) < 0.7, small, large)])
+    boxes = np.where(rng.random((count, 1)) < 0.3, boxes.round(), boxes)
+    boxes = np.where(rng.random((count, 4)) < draw(st.sampled_from([0, 0.1])), rng.choice(FAR_OUT, (count, 4)), boxes)
+    masks = None
+    if draw(st.booleans()):
+        masks = [None if rng.random() < 0.3 else encode(some_mask(rng, height, width)) for _ in range(count)]
+    scores = draw(st.sampled_from([None, rng.random(count).tolist(), [np.nan] * count]))
+    names = [str(name) for name in rng.choice(NAMES, count)] if draw(st.booleans()) else ["cell"] * count
+    return {"shape": (height, width), "boxes": boxes, "names": names, "scores": scores, "masks": masks}
+
+
+def some_mask(rng, height: int, width: int) -> np.ndarray:
+    """Empty, full, or a rectangle."""
+    mask = np.zeros((height, width), np.uint8)
+    (y1, y2), (x1, x2) = (np.sort(rng.integers(0, side + 1, 2)) for side in (height, width))
+    mask[y1:y2, x1:x2] = 1
+    return mask
+
+
+def scene(height: int, width: int, boxes: list, names: list[str] | None = None) -> dict:
+    names = names or ["a"] * len(boxes)
+    return {"shape": (height, width), "boxes": boxes, "names": names, "scores": None, "masks": None}
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(scenes())
+@example(scene(2000, 1500, [[10 + 7 * i, 10.3, 11 + 7.13 * i, 12.4] for i in range(60)]))
+@example(scene(4000, 3000, [[900.2, 900.7, 900.2 + w, 900.7 + h] for w in range(1, 7) for h in range(1, 7)]))
+@example(scene(100, 100, [[1, 1, 50, 50]], ["two\nlines"]))
+@example(scene(100, 100, [[1, 1, 50, 50]], ["\ud800"]))
+@example(scene(100, 100, [[np.nan, 1, 50, 50], [-np.inf, 2, np.inf, 50], [50, 50, 2, 2]]))
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_everything_can_be_drawn(one):
+    height, width = one.pop("shape")
+    picture = draw(np.zeros((height, width, 3), np.uint8), **one)
+    scale = max(1, MIN_SIDE / max(height, width))
+    assert picture.size == (max(1, round(width * scale)), max(1, round(height * scale)))
+    sheet = side_by_side(picture, picture, ("ground truth", "prediction"))
+    assert sheet.height > picture.height and sheet.width > 2 * picture.width
+
+
+def test_boxes_of_a_few_pixels_in_a_large_image_are_seen():
+    image = np.zeros((3000, 2000, 3), np.uint8)
+    for width in (1, 2, 3, 4, 6, 40):
+        for shift in (0, 0.5, 0.8):
+            box = np.array([500 + shift, 700 + shift, 500 + shift + width, 702 + shift])
+            pixels = np.array(draw(image, box[None], [""], colours={"": (255, 0, 0)}))  # no label
+            near = pixels[698:706, 498 : 504 + width, 0]
+            assert near.max() == 255 and near.sum(dtype=int) == pixels[..., 0].sum(dtype=int)
+
+
+def test_a_nan_box_takes_its_name_score_and_mask_along():
+    image = np.zeros((600, 600, 3), np.uint8)
+    box, mask = [100, 200, 300, 400], encode(disc(600, 600, 200, 300, 90))
+    alone = draw(image, [box], ["b"], [0.5], [mask])
+    nan = [np.nan, 0, 10, 10]
+    assert draw(image, [nan, box, nan], ["a", "b", "c"], [0.9, 0.5, 0.1], [mask, mask, None]) == alone
+
+
+def test_the_sheet_of_classes_takes_any_name(tmp_path):
+    make_demo(tmp_path / "data", train=2, valid=1, test=1, size=64, seed=0)
+    split = read_dataset(tmp_path / "data")["train"]
+    split.class_names = ["two\nlines", "\ud800", "x" * 5000]
+    assert class_sheet(split).width > 0

@@ -1,0 +1,211 @@
+"""predict.py on damaged videos, links, pipes and models that give NaN.
+
+The model is a small one with random weights: what it finds does not matter here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import predict
+from rfdetr import RFDETR, checkpoint
+from rfdetr.classes import assign_rows
+from rfdetr.console import UserError, run_script
+from rfdetr.data.demo import CLASS_NAMES
+from rfdetr.models.detector import Detector
+from rfdetr.sizes import SIZES
+
+FRAMES = 40
+
+
+def make_checkpoint(path: Path, resolution: int = 32) -> Path:
+    torch.manual_seed(0)
+    size, table = SIZES["tiny"], assign_rows(list(CLASS_NAMES), [1, 2, 3], "dataset")
+    model = Detector(size, table.rows_total, table.background_last)
+    checkpoint.save(path, checkpoint.make_content("detector", size, resolution, table, None, model.state_dict()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("weights") / "best.pt")
+
+
+@pytest.fixture
+def find(call, weights, capsys):
+    """find(*flags) -> (exit status, stdout, stderr) of predict.py; the output folder is ./found."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        status = 0
+        flags = ["--checkpoint", weights, "--output", "found", "--device", "cpu", "--threshold", 0, *words]
+        try:
+            call(lambda argv: run_script(predict.main, argv), *flags)
+        except SystemExit as left:
+            status = left.code
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err and "defect" not in said.err
+        return status, said.out, said.err
+
+    return run
+
+
+def photo(path: Path, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def video(path: Path, codec: str) -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10.0, (64, 48))
+    if not writer.isOpened():
+        pytest.skip(f"this OpenCV writes no {codec}")
+    chance = np.random.default_rng(0)
+    for _ in range(FRAMES):
+        writer.write(chance.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    writer.release()
+    return path
+
+
+def records(folder: str = "found") -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads((Path(folder) / "predictions.json").read_text(), parse_constant=refuse)
+
+
+# ---------------------------------------------------------------- videos
+
+
+@pytest.mark.parametrize("name, codec", [("clip.avi", "MJPG"), ("clip.mp4", "mp4v")])
+def test_whole_videos_raise_no_alarm(name, codec, find, tmp_path):
+    video(tmp_path / name, codec)
+    status, out, err = find("--input", name)
+    assert status == 0 and "damaged" not in out + err
+    assert {record["frame"] for record in records()} == set(range(FRAMES))
+
+
+@pytest.mark.parametrize("name, codec, where", [("clip.avi", "MJPG", "end"), ("clip.mp4", "mp4v", "middle")])
+def test_a_video_that_is_cut_short_is_said_and_ends_with_status_1(name, codec, where, find, tmp_path):
+    path = video(tmp_path / name, codec)
+    data = bytearray(path.read_bytes())
+    half = len(data) // 2
+    path.write_bytes(data[:half] if where == "end" else data[:half] + bytes(half // 2) + data[half + half // 2 :])
+    photo(tmp_path / "sound.png")
+    status, out, err = find("--input", name, "sound.png")
+    frames = {record["frame"] for record in records() if record["file"] == name}
+    decoded = len(frames)
+    assert 0 < decoded < 0.95 * FRAMES and frames == set(range(decoded))
+    assert status == 1
+    assert f"{name} is damaged: {decoded} of the {FRAMES} frames" in out and name in err
+    assert len(err.strip().split("\n\n")) == 1
+    made = cv2.VideoCapture("found/clip.mp4")
+    assert made.get(cv2.CAP_PROP_FRAME_COUNT) == decoded and Path("found/sound.png").exists()
+    assert sorted(path.name for path in Path("found").iterdir()) == ["clip.mp4", "predictions.json", "sound.png"]
+
+
+def test_a_few_missing_frames_are_a_warning_alone(find, tmp_path, monkeypatch):
+    video(tmp_path / "clip.avi", "MJPG")
+    real = predict.read_video
+    monkeypatch.setattr(predict, "read_video", lambda capture: list(real(capture))[:39].__iter__())
+    status, out, _ = find("--input", "clip.avi")
+    assert status == 0 and "39 of the 40 frames" in out
+
+
+# ---------------------------------------------------------------- links
+
+
+def links(original: Path, link: Path, kind: str) -> None:
+    link.parent.mkdir(exist_ok=True)
+    try:
+        os.link(original, link) if kind == "hard" else os.symlink(original.absolute(), link)
+    except (OSError, NotImplementedError):
+        pytest.skip("no links here")
+
+
+@pytest.mark.parametrize("kind", ["hard", "symbolic"])
+def test_an_input_is_not_overwritten_through_a_link_in_the_output(kind, find, tmp_path):
+    source, before = photo(tmp_path / "photo.png"), (tmp_path / "photo.png").read_bytes()
+    links(source, tmp_path / "found/photo.png", kind)
+    status, _, _ = find("--input", source)
+    assert status == 0 and source.read_bytes() == before
+    assert Path("found/photo.png").read_bytes() == before and Path("found/photo_2.png").exists()
+
+
+def test_links_in_the_output_are_replaced_and_never_written_through(find, tmp_path):
+    source = photo(tmp_path / "photo.png")
+    video(tmp_path / "clip.mp4", "mp4v")
+    precious = tmp_path / "precious"
+    precious.write_text("keep")
+    for name in ("photo.png", "clip.mp4", "predictions.json", "predictions.json.tmp"):
+        links(precious, tmp_path / "found" / name, "symbolic")
+    status, _, _ = find("--input", source, "clip.mp4")
+    assert status == 0 and precious.read_text() == "keep"
+    assert not any(path.is_symlink() for path in Path("found").iterdir()) and records()
+
+
+@pytest.mark.parametrize("kind", ["hard", "symbolic"])
+def test_inputs_are_kept_where_the_output_is_their_folder_by_another_name(kind, find, tmp_path):
+    """The folder is a link; in it lies a link to the one image that was named from elsewhere."""
+    (tmp_path / "real").mkdir()
+    os.symlink(tmp_path / "real", tmp_path / "found")
+    elsewhere = photo(tmp_path / "elsewhere.png", 1)
+    here = photo(tmp_path / "real/here.png")
+    links(elsewhere, tmp_path / "real/link.png", kind)
+    clip = video(tmp_path / "real/clip.mp4", "mp4v")
+    before = {path: path.read_bytes() for path in (elsewhere, here, clip)}
+    status, _, _ = find("--input", "real", "real/link.png")
+    assert status == 0
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert {"here_2.png", "link_2.png", "clip_2.mp4"} <= {path.name for path in Path("real").iterdir()}
+
+
+# ---------------------------------------------------------------- pipes, values, sides
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_pipes_are_left_out_before_they_are_opened(find, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo(tmp_path / "photos/a.png")
+    os.mkfifo(tmp_path / "photos/b.png")
+    os.mkfifo(tmp_path / "photos/c.mp4")
+    status, out, _ = find("--input", "photos")
+    assert status == 0 and "photos/b.png is a pipe" in out and "photos/c.mp4 is a pipe" in out
+    for name in ("photos/b.png", "photos/c.mp4"):
+        status, _, err = find("--input", name)
+        assert status == 2 and "no images or videos there" in err
+
+
+def test_a_model_that_gives_nan_is_an_error_and_no_prediction(find, tmp_path, monkeypatch):
+    from rfdetr.evaluation import Finder
+
+    detect = Finder._detect
+
+    def overflown(self, *values):
+        found = detect(self, *values)
+        found.boxes = found.boxes.clone().fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(Finder, "_detect", overflown)
+    status, _, err = find("--input", photo(tmp_path / "a.png"))
+    assert status == 2 and "NaN" in err and "--amp off" in err
+    assert not Path("found/predictions.json").exists()
+
+
+def test_a_checkpoint_with_a_side_beyond_its_grid_asks_for_the_flag(call, find, tmp_path, few):
+    greedy = make_checkpoint(tmp_path / "greedy.pt", 4096)
+    source = photo(tmp_path / "a.png")
+    status, _, err = find("--checkpoint", greedy, "--input", source)
+    assert status == 2 and "greedy.pt asks for 4096" in err and "--resolution 4096" in err
+    assert find("--checkpoint", greedy, "--input", source, "--resolution", 64)[0] == 0
+    with pytest.raises(UserError, match="--resolution 4096"):
+        call(evaluate.main, "--checkpoint", greedy, "--dataset", few)
+    assert RFDETR.from_checkpoint(greedy, "cpu", resolution=4096).resolution == 4096
