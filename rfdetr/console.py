@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import multiprocessing
 import os
 import platform
 import re
@@ -219,6 +220,15 @@ def _leave(number: int, frame: object) -> None:
     sys.exit(128 + number)  # files are closed on the way
 
 
+def _kill_loaders() -> None:
+    """End the processes that load data, which have nothing to keep: one that hangs would hold up the end."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an error
+    for child in children:
+        child.kill()
+
+
 @functools.cache
 def _watch_sigterm() -> None:
     """Have a thread end the process GRACE seconds after a SIGTERM that _leave has not ended it by.
@@ -237,6 +247,8 @@ def _watch_sigterm() -> None:
             if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _leave:
                 time.sleep(GRACE)
                 if signal.getsignal(signal.SIGTERM) is _leave:
+                    for child in multiprocessing.active_children():
+                        child.kill()
                     os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -251,7 +263,11 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     with lasting_output():  # first: a pipe of ours is no console
         signal.signal(signal.SIGTERM, _leave)
         _watch_sigterm()
-        _run(main, argv)
+        try:
+            _run(main, argv)
+        except SystemExit:
+            _kill_loaders()
+            raise
 
 
 def _run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:

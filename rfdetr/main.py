@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rfdetr import checkpoint, distributed
 from rfdetr.classes import ClassTable, assign_rows, is_class_head
-from rfdetr.console import Stopped, UserError, banner, tick, warn
+from rfdetr.console import GRACE, Stopped, UserError, banner, tick, warn
 from rfdetr.convert import load_pretrained
 from rfdetr.data.coco import CocoSplit, read_dataset
 from rfdetr.data.loaders import (
@@ -395,10 +395,15 @@ class Keeper:
         self.warned_of_matches = False
         self.signal: int | None = None
         self.busy = True  # with something that a signal has to wait for
+        self.waiting = False  # for a batch: nothing of the run's state changes meanwhile
 
     @contextmanager
     def watch_signals(self) -> Iterator[None]:
-        """Inside, a first signal ends the run after the step, a second one at once."""
+        """Inside, a first signal ends the run after the step, a second one at once.
+
+        A step whose batch does not come, from a loader process that hangs, is not waited for.
+        """
+        timer = hasattr(signal, "setitimer") and distributed.world_size() == 1
 
         def note(number: int, frame: object) -> None:
             self.signal = number
@@ -406,14 +411,25 @@ class Keeper:
                 signal.signal(number, signal.SIG_DFL)
             if not self.busy:
                 self.stop()
+            if timer:
+                signal.setitimer(signal.ITIMER_REAL, GRACE / 2, 1.0)
+
+        def look(number: int, frame: object) -> None:
+            if self.waiting:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                self.stop()
 
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in before:
             if before[number] is not signal.SIG_IGN:  # nohup
                 signal.signal(number, note)
+        if timer:
+            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, look)
         try:
             yield
         finally:
+            if timer:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
@@ -657,6 +673,29 @@ def trained_on(session: Session) -> Tensor:
     return torch.cat([hashes, *before]).unique()
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """A loader that lets its run's keeper know while a batch is waited for."""
+
+    loader: Iterable
+    keeper: Keeper
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        batches = iter(self.loader)
+        while True:
+            self.keeper.waiting = True
+            try:
+                batch = next(batches, None)
+            finally:
+                self.keeper.waiting = False
+            if batch is None:
+                return
+            yield batch
+
+
 def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
     """One epoch, or what is left of it, with its entry in metrics.json and TensorBoard, its checkpoints and pictures.
 
@@ -665,7 +704,7 @@ def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
     session, trainer, progress, run = keeper.session, keeper.trainer, keeper.trainer.progress, keeper.session.run
     args, epoch = session.args, progress.epoch + 1
     loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch)
-    record = {"epoch": epoch, "train": train_one_epoch(trainer, loader, keeper.after_step)}
+    record = {"epoch": epoch, "train": train_one_epoch(trainer, Awaited(loader, keeper), keeper.after_step)}
     progress.unread = sorted(set().union(*distributed.gather_objects(progress.unread)))
     check_unread(progress.unread, session.splits["train"])
     record["train"]["skipped_images"] = len(progress.unread)

@@ -97,7 +97,6 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Put what `write(file)` writes in the place of `path`, whole or not at all.  Raises UserError for a full disk."""
     temporary = path.parent / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"  # no other writer has it
     try:
-        temporary.unlink(missing_ok=True)  # a link would be written through
         with open(temporary, "wb") as file:
             write(file)
             file.flush()

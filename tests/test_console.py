@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,43 @@ print("still here", worker.exitcode)
 """
     done = subprocess.run(script(body), cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()[:10]) == (0, "still here"), done.stderr
+
+
+HANGS = """
+import time, os
+import rfdetr.data.loaders as loaders
+get, count = loaders.SplitDataset.__getitem__, []
+def item(self, key):
+    count.append(1)
+    if len(count) > 6:
+        os.write(2, b"it hangs")
+    while len(count) > 6:
+        time.sleep(1)
+    return get(self, key)
+loaders.SplitDataset.__getitem__ = item
+"""
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0, 2], ids=["during the last steps", "while nothing comes"])
+def test_a_run_whose_loader_hangs_saves_and_ends_on_sigterm(wait, few, tmp_path):
+    flags = [*map(str, quick_flags(few)), "--min_steps", "500", "--workers", "2", "--output_dir", "run"]
+    argv = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['train_detector_stage1.py', *{flags!r}]"
+    code = f"{argv}\n{HANGS}\nimport train_detector_stage1 as script\nscript.run_script(script.main)"
+    words = [sys.executable, "-c", code]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+    )
+    seen = b""
+    while seen.count(b"it hangs") < 2:
+        seen += process.stdout.read1() or pytest.fail(seen.decode())
+    time.sleep(wait)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)  # its processes are gone, too: they hold the same stdout
+    assert process.returncode == 143, out.decode()
+    assert b"--resume run" in out and b"Traceback" not in out and b"Exception" not in out
+    assert checkpoint.load(tmp_path / "run/checkpoint.pt")["training"]["progress"]["step"] > 0
 
 
 # ---------------------------------------------------------------- commands to be pasted

@@ -145,7 +145,7 @@ def test_links_in_the_output_are_replaced_and_never_written_through(find, tmp_pa
     video(tmp_path / "clip.mp4", "mp4v")
     precious = tmp_path / "precious"
     precious.write_text("keep")
-    for name in ("photo.png", "clip.mp4", "predictions.json", "predictions.json.tmp"):
+    for name in ("photo.png", "clip.mp4", "predictions.json"):
         links(precious, tmp_path / "found" / name, "symbolic")
     status, _, _ = find("--input", source, "clip.mp4")
     assert status == 0 and precious.read_text() == "keep"
