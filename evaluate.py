@@ -8,16 +8,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rfdetr import checkpoint
 from rfdetr.cli import add_compile_flag, add_exif_flag
 from rfdetr.console import UserError, number, run_script, tick, warn
-from rfdetr.data.coco import CocoSplit, read_dataset
+from rfdetr.data.coco import read_dataset
+from rfdetr.data.faults import CocoSplit, find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
-from rfdetr.data.validation import find_splits
-from rfdetr.evaluation import Judge
+from rfdetr.device import compile_in_place, pick_device, pick_precision
+from rfdetr.files import make_folder, make_place, write_json, writing_to
+from rfdetr.inference.evaluation import Judge
 from rfdetr.metrics.coco_eval import format_table
-from rfdetr.precision import compile_in_place, pick_device, pick_precision
-from rfdetr.rundir import make_folder, make_place, write_json, writing_to
+from rfdetr.weights import checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:

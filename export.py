@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rfdetr import checkpoint
 from rfdetr.console import UserError, run_script, tick, warn
-from rfdetr.convert import to_package
-from rfdetr.rundir import make_place
+from rfdetr.files import make_place
+from rfdetr.weights import checkpoint
+from rfdetr.weights.official import to_package
 
 
 def main(argv: list[str] | None = None) -> None:

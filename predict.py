@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from rfdetr.cli import add_compile_flag, add_exif_flag
 from rfdetr.console import UserError, is_special_file, number, run_script, tick, warn
-from rfdetr.detr import RFDETR, Found, read_image
-from rfdetr.precision import compile_in_place
-from rfdetr.rundir import make_folder, write_json, writing_to
+from rfdetr.detr import RFDETR, read_image
+from rfdetr.device import compile_in_place
+from rfdetr.files import make_folder, write_json, writing_to
+from rfdetr.inference.detections import Found
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}

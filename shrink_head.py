@@ -11,10 +11,10 @@ import json
 import shlex
 from pathlib import Path
 
-from rfdetr import checkpoint
 from rfdetr.classes import background_row, is_class_head
 from rfdetr.console import UserError, run_script, tick, warn
-from rfdetr.rundir import make_place
+from rfdetr.files import make_place
+from rfdetr.weights import checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,14 +10,17 @@ import shlex
 from functools import partial
 
 from rfdetr import main as shared
-from rfdetr.auto_batch import resolve_batch
-from rfdetr.checkpoint import make_content
 from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import keep_flags, number, run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
-from rfdetr.weights import find_weights
+from rfdetr.training.auto_batch import resolve_batch
+from rfdetr.training.objective import Objective, input_sides
+from rfdetr.training.optim import make_trainer, parameter_groups
+from rfdetr.weights.checkpoint import make_content
+from rfdetr.weights.download import find_weights
+from rfdetr.weights.start import start_from
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,16 +42,16 @@ def main(argv: list[str] | None = None) -> None:
     if not args.resume_from:
         source = find_weights(args.pretrain_weights, size)
         excluded = args.pretrain_exclude_keys
-        session.trained_on = shared.start_from(model, table, source, excluded, args.backbone_weights)
+        session.trained_on = start_from(model, table, source, excluded, args.backbone_weights)
     shared.adapt_encoder(session, model)
 
-    sides, progress = shared.input_sides(args), session.progress
-    objective = shared.Objective(table, LossWeights(), session.precision, sides, args.seed, progress)
+    sides, progress = input_sides(args), session.progress
+    objective = Objective(table, LossWeights(), session.precision, sides, args.seed, progress)
     resolve_batch(args, model, objective)
     dataset, sampler = shared.training_data(session, masks=False)
     loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
-    groups = shared.parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
-    trainer = shared.make_trainer(session, model, objective, groups, sampler.steps)
+    groups = parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
+    trainer = make_trainer(session, model, objective, groups, sampler.steps)
     judge = shared.judge_of(session, "valid", table, masks=False)
 
     pack = partial(make_content, "detector", size, args.resolution, table, None)

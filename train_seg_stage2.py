@@ -11,20 +11,24 @@ import argparse
 import shlex
 from pathlib import Path
 
-from rfdetr import checkpoint, distributed
+from rfdetr import distributed
 from rfdetr import main as shared
-from rfdetr.auto_batch import resolve_batch
 from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
 from rfdetr.console import UserError, boolean, keep_flags, number, run_script, tick, warn
+from rfdetr.data.faults import require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
-from rfdetr.data.validation import require_masks
-from rfdetr.feature_cache import CachedLoader, FeatureCache, MaskObjective, choose_cache
+from rfdetr.device import free_memory_mb
+from rfdetr.files import write_json
 from rfdetr.losses.criterion import LossWeights
-from rfdetr.memory import free_memory_mb
 from rfdetr.models.segmentation import MASK_HEADS
-from rfdetr.rundir import write_json
 from rfdetr.sizes import SIZES
+from rfdetr.training.auto_batch import resolve_batch
+from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache
+from rfdetr.training.frozen import MaskObjective
+from rfdetr.training.objective import input_sides
+from rfdetr.training.optim import make_trainer
+from rfdetr.weights import checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,12 +73,12 @@ def main(argv: list[str] | None = None) -> None:
 
     head = MASK_HEADS[name](size.hidden).to(device)
     weights = LossWeights(mask=args.mask_loss_coef, dice=args.dice_loss_coef)
-    sides = shared.input_sides(args)
+    sides = input_sides(args)
     objective = MaskObjective(detector, table, weights, session.precision, sides, args.seed, session.progress)
     resolve_batch(args, head, objective)
     dataset, sampler = shared.training_data(session, masks=True)
     groups = [{"params": list(head.parameters()), "base_lr": args.seg_lr, "weight_decay": args.weight_decay}]
-    trainer = shared.make_trainer(session, head, objective, groups, sampler.steps)
+    trainer = make_trainer(session, head, objective, groups, sampler.steps)
     plain = SplitDataset(train, args.resolution, None, masks=True)
     parent = (args.output_dir.parent if args.output_dir else Path("runs")) / "feature_cache"
     cache = FeatureCache(objective, plain, args.cache_views, parent)

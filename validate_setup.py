@@ -11,7 +11,17 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from rfdetr.console import UserError, banner, boolean, number, packages, printable, run_script, tick, warn
+from rfdetr.console import (
+    UserError,
+    banner,
+    boolean,
+    number,
+    packages,
+    printable,
+    run_script,
+    tick,
+    warn,
+)
 from rfdetr.sizes import SIZES, check_resolution
 
 TEST_ONLY = {"pytest", "hypothesis"}
@@ -50,8 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from rfdetr.data.coco import exif_note, inspect_dataset, small_objects
-    from rfdetr.precision import pick_device, pick_precision
-    from rfdetr.rundir import environment, make_place, write_json
+    from rfdetr.device import pick_device, pick_precision
+    from rfdetr.files import make_place, write_json
+    from rfdetr.runs.environment import environment
 
     if args.json:
         make_place(args.json, "--json")
@@ -121,7 +132,7 @@ def finish(args: argparse.Namespace, parser: argparse.ArgumentParser, names: lis
 def fix(args: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Write the cleaned copy, say what was done, and let `args.dataset` be the copy from here on."""
     from rfdetr.data.repair import fix_dataset
-    from rfdetr.rundir import writing_to
+    from rfdetr.files import writing_to
 
     with writing_to(args.fix, "--fix"):
         done = fix_dataset(args.dataset, args.fix, args.check_images, args.exif)
@@ -136,8 +147,8 @@ def fix(args: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 def draw_classes(split, path: Path) -> None:
     """Write the sheet of classes of a split (rfdetr.data.coco.CocoSplit), as preview.webp where `path` is a folder."""
-    from rfdetr.rundir import writing_to
-    from rfdetr.visualise import class_sheet
+    from rfdetr.files import writing_to
+    from rfdetr.inference.visualise import class_sheet
 
     if path.suffix.lower() not in PICTURES:
         path = path / "preview.webp"
@@ -148,12 +159,12 @@ def draw_classes(split, path: Path) -> None:
 
 
 def estimate_sizes(name: str, resolution: int, precision, images: int) -> list[dict]:
-    """Print and return what stage 1 takes by size; `precision`: rfdetr.precision.Precision."""
+    """Print and return what stage 1 takes by size; `precision`: rfdetr.device.Precision."""
     import torch
 
-    from rfdetr.auto_batch import HEADROOM
-    from rfdetr.estimate import estimate
-    from rfdetr.memory import free_memory_mb
+    from rfdetr.device import free_memory_mb
+    from rfdetr.training.auto_batch import HEADROOM
+    from rfdetr.training.estimate import estimate
 
     rows = estimate(name, resolution, precision, images)
     cuda = precision.device.type == "cuda"

@@ -169,8 +169,8 @@ def run(doc: str, cases: list[Case], builders: dict[str, Builder]) -> None:
     if args.side:
         serve(builders[args.side], args)
         return
-    from rfdetr.precision import pick_precision
-    from rfdetr.rundir import environment
+    from rfdetr.device import pick_precision
+    from rfdetr.runs.environment import environment
 
     info = environment(args.device)
     print(f"{info['cpu']}, device {info['device']}, {args.threads} threads, {info['os']}, commit {info['commit']}")

@@ -38,11 +38,11 @@ def picture(resolution: int, seed: int) -> np.ndarray:
 
 def made_up_content(size: str, resolution: int, shrunk: bool) -> dict:
     """A detector of this repository for cells, dog and vessel, with the official mask head where the size has it."""
-    from rfdetr import checkpoint
     from rfdetr.classes import assign_rows
-    from rfdetr.convert import to_official
     from rfdetr.models.detector import Detector
     from rfdetr.sizes import SIZES
+    from rfdetr.weights import checkpoint
+    from rfdetr.weights.official import to_official
 
     masks = "official" if SIZES[size].mask_head == "official" else None
     with torch.device("meta"):
@@ -58,7 +58,8 @@ def own_predictions(content: dict, image: np.ndarray, nudges: tuple[float, ...] 
     """Scores (n,), boxes (n, 4) xyxy and masks (n, H, W) in pixels, names, for features scaled by 1 + each nudge."""
     from pycocotools.mask import decode
 
-    from rfdetr import RFDETR, checkpoint
+    from rfdetr.detr import RFDETR
+    from rfdetr.weights import checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder) / "best.pt", content)
@@ -94,9 +95,9 @@ def differences(own: dict, theirs: dict) -> tuple[float, float, float, float]:
 
 def hugging_face(size: str, patch: int = 14, grid: int = 37) -> dict[str, Tensor]:
     """Made-up DINOv2 weights under Hugging Face's names, of the width that the size needs."""
-    from rfdetr.convert import to_official
     from rfdetr.models.windowed_vit import WindowedViT
     from rfdetr.sizes import SIZES
+    from rfdetr.weights.official import to_official
 
     prefix = "backbone.0.encoder.encoder."
     with torch.device("meta"):
@@ -109,10 +110,10 @@ def hugging_face(size: str, patch: int = 14, grid: int = 37) -> dict[str, Tensor
 
 
 def own_features(size: str, backbone: Path, images: Tensor) -> list[Tensor]:
-    from rfdetr.checkpoint import load_backbone
-    from rfdetr.convert import load_pretrained
     from rfdetr.models.detector import Detector
     from rfdetr.sizes import SIZES
+    from rfdetr.weights.checkpoint import load_backbone
+    from rfdetr.weights.official import load_pretrained
 
     model = Detector(SIZES[size], rows=91, groups=1).eval()
     load_pretrained(model, load_backbone(backbone, SIZES[size].patch)["model"], [])
@@ -167,7 +168,7 @@ def ask_peer(python: str, folder: Path) -> None:
 
 
 def compare_exports(python: str, size: str, resolution: int, record: bool) -> None:
-    from rfdetr.convert import to_package
+    from rfdetr.weights.official import to_package
 
     answers = {}
     with tempfile.TemporaryDirectory() as name:

@@ -53,14 +53,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks.fuzz_evaluation import run_sets
-from rfdetr import rundir
 from rfdetr.classes import assign_rows, coco_table
 from rfdetr.console import run_script
-from rfdetr.convert import to_official
 from rfdetr.data.demo import CLASS_NAMES, make_demo
-from rfdetr.memory import memory_mb
+from rfdetr.device import memory_mb
 from rfdetr.models.detector import Detector
+from rfdetr.runs import environment as run_environment
 from rfdetr.sizes import SIZES
+from rfdetr.weights.official import to_official
 
 SECONDS, MEGABYTES = 5.0, 2048.0
 SIDE = 64
@@ -105,7 +105,7 @@ class Materials:
             name: json.loads((self.data / name / "_annotations.coco.json").read_text(encoding="utf-8"))
             for name in ("train", "valid", "test")
         }
-        from rfdetr.checkpoint import make_content
+        from rfdetr.weights.checkpoint import make_content
 
         torch.manual_seed(0)
         size, own = SIZES["tiny"], assign_rows(list(CLASS_NAMES), [1, 2, 3], "dataset")
@@ -580,14 +580,14 @@ def command_case(rng: random.Random, base: Materials, place: Path) -> Command:
     """A sound command line with some words replaced, added and removed."""
     (place / "out/there.txt").write_text("there")
     sound = on_dataset(rng, base)
-    script = rng.choice([sound.script, *SCRIPTS[2:5], "rfdetr.data.demo", "rfdetr.weights"])
+    script = rng.choice([sound.script, *SCRIPTS[2:5], "rfdetr.data.demo", "rfdetr.weights.download"])
     checkpoint = str(base.folder / "mask.pt")
     argv = sound.argv if script == sound.script else {
         "predict": ["--checkpoint", checkpoint, "--input", "../data/valid", "--output", "found", "--device", "cpu"],
         "shrink_head": ["--in_ckpt", checkpoint, "--out_ckpt", "small.pt", "--keep", "cells"],
         "export": ["--checkpoint", checkpoint, "--out", "exported.pth"],
         "rfdetr.data.demo": ["demo", "--train", "1", "--valid", "1", "--test", "1", "--size", "64"],
-        "rfdetr.weights": ["list"],
+        "rfdetr.weights.download": ["list"],
     }[script]  # fmt: skip
     for _ in range(rng.choice([1, 1, 2, 3])):
         at, word = rng.randrange(len(argv) + 1), rng.choice(WORDS)
@@ -655,22 +655,22 @@ class Fuzzer:
         self.folder, self.place = folder, folder / "far/down/case"
         (folder / "base").mkdir(parents=True)
         self.base, self.watchdog = Materials(folder / "base"), Watchdog()
-        self.output = functools.cache(rundir._output)
+        self.output = functools.cache(run_environment._output)
 
     @contextlib.contextmanager
     def surroundings(self):
         """No network, the case's folder as the current one, a home and a cache of its own."""
-        before, opener, output, environment = Path.cwd(), urllib.request.urlopen, rundir._output, os.environ.copy()
+        before, opener, output, environment = Path.cwd(), urllib.request.urlopen, run_environment._output, os.environ.copy()
         home = str(self.place / "home")
         os.environ.update(dict.fromkeys(("HOME", "TORCH_HOME", "XDG_CACHE_HOME", "RFDETR_CACHE"), home))
-        urllib.request.urlopen, rundir._output = refuse_network, self.output  # git is asked once
+        urllib.request.urlopen, run_environment._output = refuse_network, self.output  # git is asked once
         os.chdir(self.place / "out")
         try:
             with own_signals():
                 yield
         finally:
             os.chdir(before)
-            urllib.request.urlopen, rundir._output = opener, output
+            urllib.request.urlopen, run_environment._output = opener, output
             os.environ.clear()
             os.environ.update(environment)
 

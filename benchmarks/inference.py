@@ -34,10 +34,10 @@ CASES = [
 
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.classes import ClassTable
-    from rfdetr.evaluation import Finder, draw_masks
+    from rfdetr.device import compile_in_place, pick_precision
+    from rfdetr.inference.detections import Finder, draw_masks
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import MASK_HEADS
-    from rfdetr.precision import compile_in_place, pick_precision
     from rfdetr.sizes import SIZES
 
     size = SIZES["nano"]

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/mask_quality"), help="one folder a run in it")
     args = parser.parse_args(own, argparse.Namespace(more=more))
     sys.path.insert(0, str(ROOT))
-    from rfdetr.rundir import environment
+    from rfdetr.runs.environment import environment
 
     info = environment()
     print(f"{info['cpu']}, {info['threads']} threads, torch {info['torch']}, {info['os']}, commit {info['commit']}")

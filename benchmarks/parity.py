@@ -242,7 +242,7 @@ def own_values(model, resolution: int, order: dict[str, Tensor], nudge: float = 
 
 def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our post-processing, of their logits and boxes where these are whole, so that rounding changes no order."""
-    from rfdetr.evaluation import Detections
+    from rfdetr.inference.detections import Detections
     from rfdetr.models.detector import select_detections
 
     names = {"pred_logits": "eval logits/last", "pred_boxes": "eval boxes/last"}
@@ -263,9 +263,9 @@ def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -
 
 def build_own(size: str, shapes: dict[str, tuple[int, ...]]):
     """Our detector with the made-up weights, every official tensor loaded strictly."""
-    from rfdetr.convert import from_official
     from rfdetr.models.detector import Detector
     from rfdetr.sizes import SIZES
+    from rfdetr.weights.official import from_official
 
     with torch.device("meta"):
         masks = SIZES[size].mask_head == "official"
@@ -324,7 +324,7 @@ def record(dump: dict, path: Path) -> None:
 
 def check(size: str, dump: dict) -> bool:
     """Compare a size at full scale and print its row; False where something lies outside the limits."""
-    from rfdetr.convert import to_official
+    from rfdetr.weights.official import to_official
 
     start, model, theirs = time.time(), build_own(size, dump["shapes"]), dump["values"]
     used = dump["shapes"].keys() & to_official(model.state_dict()).keys()
@@ -362,7 +362,7 @@ def peer_environment() -> str:
 
 def ask_peer(python: str, size: str, resolution: int, train: bool) -> dict:
     """The package's numbers; gradients under our names (a key's bias alone has none but rounding's: it is fused)."""
-    from rfdetr.convert import from_official
+    from rfdetr.weights.official import from_official
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as folder:

@@ -46,16 +46,16 @@ CASES += [
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from timm.utils import ModelEmaV3
 
-    from rfdetr import feature_cache
     from rfdetr.classes import ClassTable
     from rfdetr.data.coco import read_dataset
     from rfdetr.data.loaders import EpochSampler, SplitDataset
-    from rfdetr.engine import Progress, Trainer, train_one_epoch
+    from rfdetr.device import pick_precision
     from rfdetr.losses.criterion import LossWeights
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import MASK_HEADS
-    from rfdetr.precision import pick_precision
     from rfdetr.sizes import SIZES
+    from rfdetr.training import feature_cache
+    from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 
     feature_cache.MATCH_IOU = -1.0
     size, count = SIZES["nano"], settings["images"]
@@ -105,10 +105,10 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
 
 def whole_process(device: str) -> None:
     """Run the script at batch 4 on a few images and print its peak memory."""
-    from rfdetr import checkpoint
     from rfdetr.classes import ClassTable
     from rfdetr.models.detector import Detector
     from rfdetr.sizes import SIZES
+    from rfdetr.weights import checkpoint
 
     folder, size = Path(FOLDER.name), SIZES["nano"]
     write_coco(folder / "data", 16, 8)

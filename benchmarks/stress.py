@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.fuzz import KINDS as KINDS_OF_INPUT  # noqa: E402
 from benchmarks.fuzz import run_cases  # noqa: E402
-from rfdetr import checkpoint  # noqa: E402
 from rfdetr.console import run_script  # noqa: E402
 from rfdetr.data.demo import make_demo  # noqa: E402
+from rfdetr.weights import checkpoint  # noqa: E402
 
 FLAGS = "--size tiny --resolution 32 --device cpu --batch 2 --min_steps 5 --epochs 2 --save_minutes 0 --run_test 1"
 KINDS = {  # name -> script and its own flags; DETECTOR is the best.pt of stage 1

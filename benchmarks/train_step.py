@@ -28,12 +28,13 @@ CASES = [
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.classes import coco_table
     from rfdetr.data.loaders import Batch
-    from rfdetr.engine import Progress, Trainer, optimise
+    from rfdetr.device import pick_precision
     from rfdetr.losses.criterion import LossWeights
-    from rfdetr.main import Objective, parameter_groups
     from rfdetr.models.detector import Detector
-    from rfdetr.precision import pick_precision
     from rfdetr.sizes import SIZES
+    from rfdetr.training.engine import Progress, Trainer, optimise
+    from rfdetr.training.objective import Objective
+    from rfdetr.training.optim import parameter_groups
 
     size, batch = SIZES["nano"], settings["batch"]
     recipe, progress = size.recipe, Progress(micro_batch=batch)

@@ -1,6 +1,6 @@
 """The Python door: load a model by size or checkpoint, and predict.
 
-from rfdetr import RFDETRNano
+from rfdetr.detr import RFDETRNano
 found = RFDETRNano(checkpoint="runs/.../best.pt").predict("image.jpg", threshold=0.5)
 """
 
@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from rfdetr.checkpoint import build_model, input_side, load, require_size
 from rfdetr.console import UserError
 from rfdetr.data.coco import oriented, read_pixels, to_rgb_array
-from rfdetr.data.seen import is_regular_file
-from rfdetr.evaluation import Finder, Found, in_originals
-from rfdetr.precision import pick_device, pick_precision
+from rfdetr.data.image_cache import is_regular_file
+from rfdetr.device import pick_device, pick_precision
+from rfdetr.inference.detections import Finder, Found, in_originals
 from rfdetr.sizes import SIZES
-from rfdetr.weights import find_weights
+from rfdetr.weights.checkpoint import build_model, input_side, load, require_size
+from rfdetr.weights.download import find_weights
 
 ImageInput = str | Path | Image.Image | np.ndarray
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfdetr import checkpoint
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.sizes import SIZES
+from rfdetr.weights import checkpoint
 
 
 @pytest.fixture
@@ -170,8 +170,8 @@ def test_nan_and_infinite_weights_are_refused_by_name(value, where, content, tmp
 
 
 def test_official_files_and_backbones_with_nan_are_refused_too(tmp_path):
-    from rfdetr.convert import to_official
     from rfdetr.models.detector import Detector
+    from rfdetr.weights.official import to_official
 
     state = to_official(Detector(SIZES["tiny"], rows=91).state_dict())
     state["class_embed.weight"][3, 3] = float("nan")

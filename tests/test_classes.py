@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfdetr import checkpoint
 from rfdetr.classes import (
     COCO_NAMES,
     COCO_ROWS,
@@ -22,6 +21,7 @@ from rfdetr.classes import (
 )
 from rfdetr.console import UserError
 from rfdetr.models.detector import Detector
+from rfdetr.weights import checkpoint
 
 UNUSED = [12, 26, 29, 30, 45, 66, 68, 69, 71, 83]  # COCO's category ids without a category
 

@@ -19,11 +19,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import shrink_head
-from rfdetr import checkpoint
 from rfdetr.classes import assign_rows
 from rfdetr.console import keep_flags, lasting_output
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
+from rfdetr.weights import checkpoint
 from train_seg_stage2 import unshrunk_message
 
 posix = pytest.mark.skipif(os.name == "nt", reason="a POSIX shell and its signals")

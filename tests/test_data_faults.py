@@ -24,14 +24,15 @@ import evaluate
 import predict
 import train_detector_stage1
 import validate_setup
-from rfdetr import checkpoint, console
+from rfdetr import console
 from rfdetr.console import UserError, warn
-from rfdetr.data import validation
+from rfdetr.data import faults as validation
 from rfdetr.data.coco import exif_note, inspect_dataset, load_image, read_dataset
 from rfdetr.data.demo import make_demo
+from rfdetr.data.faults import CocoSplit, rle_extents
 from rfdetr.data.repair import fix_dataset
-from rfdetr.data.validation import CocoSplit, rle_extents
 from rfdetr.detr import RFDETR, read_image
+from rfdetr.weights import checkpoint
 
 FILE = "_annotations.coco.json"
 

@@ -19,10 +19,17 @@ from pycocotools.mask import encode
 from torchvision.ops import box_convert
 
 from rfdetr.console import UserError
+from rfdetr.data.augment import draw_side, multi_scale_sides
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.loaders import EpochSampler, SplitDataset, collate, evaluation_loader, naming_workers, training_loader
-from rfdetr.data.transforms import draw_side, multi_scale_sides
-from rfdetr.data.validation import CocoSplit
+from rfdetr.data.faults import CocoSplit
+from rfdetr.data.loaders import (
+    EpochSampler,
+    SplitDataset,
+    collate,
+    evaluation_loader,
+    naming_workers,
+    training_loader,
+)
 from rfdetr.sizes import SIZES
 
 

@@ -15,17 +15,29 @@ from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_validation import ANNOTATION_FAULTS, DATA_FAULTS, HEIGHT, SQUARE, WIDTH, anything, coco, rewrite, write
+from test_validation import (
+    ANNOTATION_FAULTS,
+    DATA_FAULTS,
+    HEIGHT,
+    SQUARE,
+    WIDTH,
+    anything,
+    coco,
+    rewrite,
+    write,
+)
 
 import validate_setup
-from rfdetr import console, estimate
+from rfdetr import console
 from rfdetr.console import UserError
-from rfdetr.data import repair, seen
-from rfdetr.data import validation as checks
+from rfdetr.data import faults as checks
+from rfdetr.data import image_cache as seen
+from rfdetr.data import repair
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.repair import fix_dataset
-from rfdetr.precision import Precision
+from rfdetr.device import Precision
+from rfdetr.training import estimate
 
 FILE = "_annotations.coco.json"
 ANN = {"id": 900, "image_id": 1, "category_id": 1, "bbox": [4, 15, 10, 8], "area": 80, "iscrowd": 0}

@@ -23,17 +23,17 @@ from test_resume import assert_same_run, load
 import evaluate
 import export
 import predict
-import rfdetr.engine
-import rfdetr.evaluation
+import rfdetr.inference.evaluation
 import rfdetr.main
+import rfdetr.training.engine
 import shrink_head
 import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
 import validate_setup
-from rfdetr.cli import latest_state
 from rfdetr.console import Stopped
 from rfdetr.console import run_script as as_a_script
+from rfdetr.training.resume import latest_state
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +138,7 @@ def test_a_run_that_ended_before_its_first_save_says_how_to_start_anew(few, exit
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(rfdetr.engine, "optimise", end)
+        patched.setattr(rfdetr.training.engine, "optimise", end)
         with pytest.raises(KeyboardInterrupt):
             call(train_detector_stage1.main, *quick_flags(few))
     code, text = exit_of(train_detector_stage1.main, "--resume", "runs/detector_tiny_32_1")
@@ -417,7 +417,7 @@ def test_a_folder_that_is_read_only(run, few, tmp_path):
 
 def signal_at_detection(monkeypatch, call: int, number: int) -> list[int]:
     """The process gets a signal in its `call`-th detection; the list grows with every one that begins."""
-    detect, calls = rfdetr.evaluation.Finder._detect, []
+    detect, calls = rfdetr.inference.detections.Finder._detect, []
 
     def interrupted(*args):
         calls.append(1)
@@ -425,7 +425,7 @@ def signal_at_detection(monkeypatch, call: int, number: int) -> list[int]:
             signal.raise_signal(number)
         return detect(*args)
 
-    monkeypatch.setattr(rfdetr.evaluation.Finder, "_detect", interrupted)
+    monkeypatch.setattr(rfdetr.inference.detections.Finder, "_detect", interrupted)
     return calls
 
 
@@ -502,11 +502,11 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too(few, tmp_path):
 
 
 SLOW_STEP = """
-import rfdetr.engine, time
+import rfdetr.training.engine, time
 def slow(*args):
     print("in a step", file=sys.stderr, flush=True)
     for _ in range(6000): time.sleep(0.1)
-rfdetr.engine.optimise = slow
+rfdetr.training.engine.optimise = slow
 """
 
 

@@ -20,18 +20,20 @@ from test_resume import assert_same_run, signal_at_step
 
 import train_detector_stage1
 import train_seg_stage2
-from rfdetr import checkpoint, feature_cache
 from rfdetr.classes import assign_rows
 from rfdetr.console import Stopped, UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
-from rfdetr.engine import Progress
-from rfdetr.feature_cache import CachedLoader, FeatureCache, FrozenBatch, MaskObjective, choose_cache, flipped, freeze
+from rfdetr.device import Precision
 from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS
-from rfdetr.precision import Precision
 from rfdetr.sizes import SIZES
+from rfdetr.training import feature_cache, frozen
+from rfdetr.training.engine import Progress
+from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache
+from rfdetr.training.frozen import FrozenBatch, MaskObjective, flipped, freeze
+from rfdetr.weights import checkpoint
 
 CPU = Precision(torch.device("cpu"))
 TABLE = assign_rows(["cells", "blood_vessel", "glomerulus"], [1, 2, 3], "dataset")
@@ -71,7 +73,7 @@ def cache_of(detector, dataset, tmp_path):
 @pytest.fixture(autouse=True)
 def every_match_counts(monkeypatch):
     """An untrained detector misses its objects; what the cache keeps of a match does not depend on its quality."""
-    monkeypatch.setattr("rfdetr.feature_cache.MATCH_IOU", -1.0)
+    monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0)
 
 
 @pytest.fixture
@@ -191,7 +193,7 @@ def test_objects_without_a_mask_are_left_out(detector, dataset):
 
 
 def test_poor_matches_teach_nothing(detector, dataset, monkeypatch):
-    monkeypatch.setattr("rfdetr.feature_cache.MATCH_IOU", 1.1)
+    monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", 1.1)
     assert len(freeze(detector, collate([dataset[0, None]]), TABLE, CPU, None).boxes[0]) == 0
 
 
@@ -307,7 +309,7 @@ def test_the_folder_says_what_it_is(cache_of, dataset):
 def fill(parent: Path, detector: Detector, dataset: SplitDataset, keys: list, barrier) -> None:
     """Another process's share of a cache, with everybody beginning at once."""
     torch.set_num_threads(1)
-    feature_cache.MATCH_IOU = -1.0
+    frozen.MATCH_IOU = -1.0
     barrier.wait()
     cache = FeatureCache(objective_for(detector), dataset, 2, parent).open(True)
     for key in keys:
@@ -365,7 +367,7 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
     keys.append(key(precision=Precision(torch.device("cpu"), torch.bfloat16)))
     for name in ("FORMAT", "GRID", "ENLARGE", "MATCH_IOU"):
         with monkeypatch.context() as patched:
-            patched.setattr(feature_cache, name, 7)
+            patched.setattr(frozen, name, 7)
             keys.append(key())
     image = next(annotations.parent.glob("*.png"), None) or next(annotations.parent.glob("*.jpg"))
     os.utime(image, ns=(1, 1))
@@ -542,14 +544,14 @@ def test_validation_is_kept_between_epochs_where_memory_holds_it(few, shrunk, ca
 def test_a_detector_that_finds_nothing_ends_stage_2_after_its_first_epoch(few, call, monkeypatch, capsys):
     call(train_detector_stage1.main, *quick_flags(few), "--head", "dataset", "--output_dir", "detector")
     flags = [*quick_flags(few), "--checkpoint", "detector/best.pt", "--epochs", 3, "--cache", "off"]
-    monkeypatch.setattr("rfdetr.feature_cache.MATCH_IOU", 1.1)
+    monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", 1.1)
     with pytest.raises(UserError, match="finds none of its [1-9].* objects.*stage 1 longer.*--checkpoint"):
         call(train_seg_stage2.main, *flags, "--output_dir", "nothing")
     batches = []
 
     def in_the_first_epoch(model, batch, *rest):
         batches.append(1)
-        monkeypatch.setattr("rfdetr.feature_cache.MATCH_IOU", -1.0 if len(batches) <= 2 else 1.1)
+        monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0 if len(batches) <= 2 else 1.1)
         return freeze(model, batch, *rest)
 
     monkeypatch.setattr(feature_cache, "freeze", in_the_first_epoch)

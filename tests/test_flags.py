@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import quick_flags
 
-import rfdetr.auto_batch
-import rfdetr.feature_cache
 import rfdetr.models.windowed_vit
+import rfdetr.training.auto_batch
+import rfdetr.training.feature_cache
 import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
@@ -167,7 +167,7 @@ def test_batch_and_accumulation_are_one_effective_batch(stage1_run):
 def test_batch_auto_keeps_the_effective_batch(stage1_run, monkeypatch):
     roomy = stage1_run("--batch", "auto", "--accum", 2)
     assert (roomy.metrics["args"]["batch"], roomy.metrics["args"]["accum"]) == (8, 1)
-    monkeypatch.setattr(rfdetr.auto_batch, "free_memory_mb", lambda: 0.0)
+    monkeypatch.setattr(rfdetr.training.auto_batch, "free_memory_mb", lambda: 0.0)
     tight = stage1_run("--batch", "auto", "--accum", 2)
     assert (tight.metrics["args"]["batch"], tight.metrics["args"]["accum"]) == (1, 8)
 
@@ -393,8 +393,8 @@ def test_multi_scale_and_a_cache_exclude_each_other(stage2_run, error_of, shrunk
 
 def test_cache_views_are_the_flips_that_are_seen(stage2_run, monkeypatch):
     seen = set()
-    original = rfdetr.feature_cache.apply_view
-    monkeypatch.setattr(rfdetr.feature_cache, "apply_view", lambda x, view: (seen.add(view), original(x, view))[1])
+    original = rfdetr.training.frozen.apply_view
+    monkeypatch.setattr(rfdetr.training.frozen, "apply_view", lambda x, view: (seen.add(view), original(x, view))[1])
     stage2_run("--cache_views", 1)
     assert seen == {0}
     stage2_run("--cache_views", 2)

@@ -16,16 +16,24 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
 from benchmarks import fuzz_evaluation
-from benchmarks.fuzz import KINDS, SIDE, Fuzzer, damage_values, damaged_json, some_polygons, some_rle
-from rfdetr import checkpoint
+from benchmarks.fuzz import (
+    KINDS,
+    SIDE,
+    Fuzzer,
+    damage_values,
+    damaged_json,
+    some_polygons,
+    some_rle,
+)
 from rfdetr.classes import COCO_NAMES, assign_rows, background_row, is_class_head, keep_class_rows
 from rfdetr.console import UserError
-from rfdetr.data.coco import inspect_dataset, rasterise, read_dataset
+from rfdetr.data.augment import random_view
+from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
-from rfdetr.data.transforms import random_view
-from rfdetr.main import Schedule
+from rfdetr.masks import rasterise, to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator
-from rfdetr.metrics.overlap import to_rle
+from rfdetr.training.optim import Schedule
+from rfdetr.weights import checkpoint
 
 CASES = 84  # of each kind
 plainly = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -18,9 +18,9 @@ from pycocotools.cocoeval import COCOeval
 
 import evaluate
 import predict
-from rfdetr import RFDETR, RFDETRNano
 from rfdetr.console import UserError
-from rfdetr.evaluation import Finder
+from rfdetr.detr import RFDETR, RFDETRNano
+from rfdetr.inference.detections import Finder
 
 pytestmark = pytest.mark.slow
 

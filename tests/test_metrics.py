@@ -23,12 +23,14 @@ from pycocotools.cocoeval import COCOeval
 
 from rfdetr.classes import assign_rows
 from rfdetr.data.loaders import SplitDataset, evaluation_loader
-from rfdetr.evaluation import Judge, encode, in_originals
+from rfdetr.device import pick_device, pick_precision
+from rfdetr.inference.detections import in_originals
+from rfdetr.inference.evaluation import Judge
+from rfdetr.masks import encode, to_rle
 from rfdetr.metrics import coco_eval
 from rfdetr.metrics.coco_eval import CocoEvaluator, format_table
-from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap, to_rle
+from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap
 from rfdetr.models.detector import select_detections
-from rfdetr.precision import pick_device, pick_precision
 from rfdetr.sizes import SIZES
 
 # pycocotools.mask.decode under numpy 2
@@ -543,7 +545,7 @@ def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypa
     found = next(iter(judge_of(crowded, table).detections(model)))
     summary = judge_of(crowded, table)(model)
     assert (found.labels == 0).sum(1).min() > 100
-    monkeypatch.setattr("rfdetr.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool))
+    monkeypatch.setattr("rfdetr.inference.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool))
     assert judge_of(crowded, table)(model) == summary
 
 

@@ -17,12 +17,13 @@ from PIL import Image
 
 import evaluate
 import predict
-from rfdetr import RFDETR, checkpoint
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError, run_script
 from rfdetr.data.demo import CLASS_NAMES
+from rfdetr.detr import RFDETR
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
+from rfdetr.weights import checkpoint
 
 FRAMES = 40
 
@@ -185,7 +186,7 @@ def test_pipes_are_left_out_before_they_are_opened(find, tmp_path):
 
 
 def test_a_model_that_gives_nan_is_an_error_and_no_prediction(find, tmp_path, monkeypatch):
-    from rfdetr.evaluation import Finder
+    from rfdetr.inference.detections import Finder
 
     detect = Finder._detect
 

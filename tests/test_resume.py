@@ -17,8 +17,8 @@ import torch
 from conftest import ROOT, environment, quick_flags, run_script
 
 import rfdetr.distributed
-import rfdetr.engine
 import rfdetr.main
+import rfdetr.training.engine
 import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
@@ -26,9 +26,9 @@ from benchmarks.stress import differences
 from rfdetr.console import Stopped, UserError
 from rfdetr.console import run_script as as_a_script
 from rfdetr.data.demo import make_demo
-from rfdetr.engine import Progress
-from rfdetr.main import check_history
-from rfdetr.precision import Precision
+from rfdetr.device import Precision
+from rfdetr.training.engine import Progress
+from rfdetr.training.keeper import check_history
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def assert_same_run(stopped: Path, whole: Path) -> None:
 
 def signal_at_step(monkeypatch, step: int, number: int) -> None:
     """The process gets a signal while its `step`-th optimizer step (counted from here) is computed."""
-    optimise, done = rfdetr.engine.optimise, []
+    optimise, done = rfdetr.training.engine.optimise, []
 
     def interrupted(*args):
         done.append(1)
@@ -54,7 +54,7 @@ def signal_at_step(monkeypatch, step: int, number: int) -> None:
             signal.raise_signal(number)
         return optimise(*args)
 
-    monkeypatch.setattr(rfdetr.engine, "optimise", interrupted)
+    monkeypatch.setattr(rfdetr.training.engine, "optimise", interrupted)
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
@@ -197,13 +197,13 @@ def test_other_steps_in_an_epoch_leave_the_schedule_where_it_was(few, call, monk
     """Half of the work done is the middle of the schedule, whatever number of steps the other half has."""
     call(train_detector_stage1.main, *quick_flags(few), "--min_steps", 8)
     run = Path("runs/detector_tiny_32_1")
-    positions, schedule = [], rfdetr.main.Schedule.__call__
+    positions, schedule = [], rfdetr.training.optim.Schedule.__call__
 
     def noted(self, step):
         positions.append(step / self.total)
         return schedule(self, step)
 
-    monkeypatch.setattr(rfdetr.main.Schedule, "__call__", noted)
+    monkeypatch.setattr(rfdetr.training.optim.Schedule, "__call__", noted)
     call(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--min_steps", 2, "--batch", 1, "--accum", 1)
     assert positions == [0.5, 0.625, 0.75, 0.875]  # four images, one by one
     assert load(run / "last.pt")["training"]["progress"]["step"] == 12
@@ -227,7 +227,7 @@ def test_a_changed_dataset_is_said_and_its_unread_images_are_forgotten(few, call
 
 def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monkeypatch):
     """Killed between best.pt and last.pt, and worse when the epoch is run again."""
-    scores, save = iter([0.1, 0.5, 0.2, 0.6]), rfdetr.main.Keeper.save
+    scores, save = iter([0.1, 0.5, 0.2, 0.6]), rfdetr.training.keeper.Keeper.save
     monkeypatch.setattr(rfdetr.main.Judge, "__call__", lambda *args: {"bbox": {"mAP": next(scores)}})
     monkeypatch.setattr(rfdetr.main, "format_table", lambda scores: "")
     run = Path("run")
@@ -244,10 +244,10 @@ def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monke
         assert told[-1] == (metrics["best"]["epoch"], metrics["best"]["value"])
         save(keeper, names)
 
-    monkeypatch.setattr(rfdetr.main.Keeper, "save", killed)
+    monkeypatch.setattr(rfdetr.training.keeper.Keeper, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         call(train_detector_stage1.main, *quick_flags(few), "--epochs", 3, "--ema", 0, "--output_dir", "run")
-    monkeypatch.setattr(rfdetr.main.Keeper, "save", compared)
+    monkeypatch.setattr(rfdetr.training.keeper.Keeper, "save", compared)
     call(train_detector_stage1.main, "--resume", run, "--save_minutes", 0)
     assert told == [(2, 0.5)] * 5 + [(3, 0.6)]  # two steps and an epoch's end, twice
     assert load(run / "checkpoint_best_regular.pth")["epoch"] == 3
@@ -306,13 +306,13 @@ def finished(few, tmp_path_factory) -> dict:
 
 def patch_losses(monkeypatch, change) -> list[int]:
     """`change(call number, losses of the call)` stands between the objective and the engine; returns calls' images."""
-    original, calls = rfdetr.main.Objective.__call__, []
+    original, calls = rfdetr.training.objective.Objective.__call__, []
 
     def changed(self, model, batch, objects):
         calls.append(len(batch))
         return change(len(calls), original(self, model, batch, objects))
 
-    monkeypatch.setattr(rfdetr.main.Objective, "__call__", changed)
+    monkeypatch.setattr(rfdetr.training.objective.Objective, "__call__", changed)
     return calls
 
 

@@ -18,21 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rfdetr import rundir
 from rfdetr.console import UserError
+from rfdetr.files import atomic_write, write_json
 from rfdetr.metrics.coco_eval import CocoEvaluator
-from rfdetr.rundir import (
-    LOCK,
-    Run,
-    atomic_write,
-    check_free_disk,
-    environment,
-    given_run,
-    lock_run,
-    new_run,
-    unlock_run,
-    write_json,
-)
+from rfdetr.runs import environment as environment_module
+from rfdetr.runs import log, record
+from rfdetr.runs.environment import environment
+from rfdetr.runs.folder import check_free_disk, given_run, new_run
+from rfdetr.runs.lock import LOCK, lock_run, unlock_run
+from rfdetr.runs.record import Run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -237,7 +231,7 @@ def test_a_run_belongs_to_one_process_until_it_ends(tmp_path, capsys):
     assert locked.wait(60)
     with pytest.raises(UserError, match=f"process {other.pid} on .*--output_dir"):
         Run(tmp_path, HEADER)
-    assert os.listdir(tmp_path) == [LOCK] and not isinstance(sys.stdout, rundir._Tee)
+    assert os.listdir(tmp_path) == [LOCK] and not isinstance(sys.stdout, log._Tee)
     other.kill()
     other.join()
     with Run(tmp_path, HEADER):
@@ -350,7 +344,7 @@ def test_what_a_run_can_do_without_does_not_end_it(tmp_path, capsys, monkeypatch
     def refuse(*args):
         raise RuntimeError("no events\ntoday")
 
-    monkeypatch.setattr(rundir, "RecordWriter", refuse)
+    monkeypatch.setattr(record, "RecordWriter", refuse)
     with Run(tmp_path, HEADER) as run:
         run.scalars("train", {"loss": 1.0}, 1)
         for _ in range(2):
@@ -367,7 +361,7 @@ def test_an_unwritable_run_folder_is_a_user_error(tmp_path):
     (tmp_path / "log.txt").mkdir()
     with pytest.raises(UserError, match="cannot write to the folder"):
         Run(tmp_path, HEADER)
-    assert not isinstance(sys.stdout, rundir._Tee)
+    assert not isinstance(sys.stdout, log._Tee)
 
 
 # --- the log ---
@@ -441,7 +435,7 @@ def test_environment_is_json_and_tells_hardware_and_command(tmp_path):
 
 
 def test_commit_is_the_hash_with_a_mark_for_changed_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(rundir, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(environment_module, "REPOSITORY", tmp_path)
     assert environment()["commit"] is None
 
     def git(*arguments):
@@ -463,6 +457,6 @@ def test_commit_is_the_hash_with_a_mark_for_changed_files(tmp_path, monkeypatch)
     assert environment()["commit"] == commit
     (tmp_path / "file").write_text("2")
     assert environment()["commit"] == commit + "-dirty"
-    monkeypatch.setattr(rundir, "REPOSITORY", tmp_path / "inside")  # an archive unpacked inside a repository
+    monkeypatch.setattr(environment_module, "REPOSITORY", tmp_path / "inside")  # an archive unpacked inside a repository
     (tmp_path / "inside").mkdir()
     assert environment()["commit"] is None

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rfdetr import weights
 from rfdetr.console import UserError
 from rfdetr.sizes import SIZES
+from rfdetr.weights.download import download as weights
 
 CONTENT = bytes(i * 7 % 251 for i in range(300_000))
 MD5 = hashlib.md5(CONTENT).hexdigest()

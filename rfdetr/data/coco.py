@@ -6,7 +6,6 @@ The faults of each file are found by `validation.py` in one pass; what is built 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable
 from copy import copy
@@ -14,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from pycocotools import mask as mask_utils
 
 from rfdetr.console import UserError, printable, tick
-from rfdetr.data import validation
-from rfdetr.data.validation import CocoSplit, ImageRecord, Problem
-from rfdetr.metrics.overlap import to_rle
+from rfdetr.data import faults as validation
+from rfdetr.data.faults import CocoSplit, ImageRecord, Problem
+from rfdetr.masks import object_area
 
 SEEN = 8  # pixels: smaller objects, half a patch of most sizes, are hardly seen
 SMALL_SHARE = 0.2  # of a split's objects; more are worth a warning
@@ -148,11 +146,6 @@ def number_classes(splits: dict[str, CocoSplit]) -> None:
         split.count()
 
 
-def object_area(entry: dict, height: int, width: int) -> float:
-    """Of a sound annotation's mask, else of its box, in pixels of its (height, width) image."""
-    if mask := entry.get("segmentation"):
-        return float(mask_utils.area(to_rle(mask, height, width)))
-    return float(entry["bbox"][2] * entry["bbox"][3])
 
 
 def object_sides(split: CocoSplit, resolution: int) -> np.ndarray:
@@ -308,35 +301,3 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def rasterise(segmentation: list | dict, height: int, width: int, place: np.ndarray, out: np.ndarray) -> None:
-    """Draw a sound COCO segmentation of a (height, width) image into `out`, uint8 (h, w) zeros, as ones.
-
-    place (2, 3): the matrix that takes (x, y, 1), pixels of the image, along the axes to those of `out`. Polygons are
-    placed first and drawn there. RLEs are decoded and averaged over each output pixel's area: set from a half on.
-    """
-    turn, shift = place[:, :2], place[:, 2]
-    if polygons := isinstance(segmentation, list):
-        shapes = [np.reshape(polygon, (-1, 2)) @ turn.T + shift for polygon in segmentation]
-        corners = np.concatenate(shapes)
-    else:
-        rle = to_rle(segmentation, height, width)
-        x, y, w, h = mask_utils.toBbox(rle)
-        corners = np.array([[x, y], [x + w, y + h]]) @ turn.T + shift
-    # nothing outside the object's own rectangle is looked at
-    left, top = (max(int(least), 0) for least in corners.min(0))
-    right, bottom = (min(math.ceil(most), side) for most, side in zip(corners.max(0), out.shape[::-1]))
-    if left >= right or top >= bottom:
-        return
-    part, (w, h) = out[top:bottom, left:right], (right - left, bottom - top)
-    if polygons:
-        part[:] = mask_utils.decode(to_rle([(shape - (left, top)).ravel().tolist() for shape in shapes], h, w))
-        return
-    seen = np.array([[left, top], [right, bottom]]) - shift
-    source = np.sort(np.linalg.solve(turn, seen.T)).clip(0, [[width], [height]])  # x x, y y in the image
-    (x0, y0), (x1, y1) = np.floor(source[:, 0]).astype(int), np.ceil(source[:, 1]).astype(int)
-    pixels, transposed = Image.fromarray(mask_utils.decode(rle)[y0:y1, x0:x1] * np.uint8(255)), turn[0, 0] == 0
-    source = (source.T - (x0, y0)).ravel().tolist()
-    pixels = pixels.resize((h, w) if transposed else (w, h), Image.Resampling.BOX, source)
-    pixels = np.asarray(pixels).T if transposed else np.asarray(pixels)
-    x_step, y_step = np.sign(turn.sum(1)).astype(int)
-    part[:] = pixels[::y_step, ::x_step] >= 128

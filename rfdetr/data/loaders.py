@@ -21,8 +21,10 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
-from rfdetr.data.coco import CocoSplit, load_image, rasterise
-from rfdetr.data.transforms import LEAST_SIDE, place_boxes, random_view
+from rfdetr.data.augment import LEAST_SIDE, place_boxes, random_view
+from rfdetr.data.coco import load_image
+from rfdetr.data.faults import CocoSplit
+from rfdetr.masks import rasterise
 
 # of a user, a job scheduler, a terminal that goes away
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

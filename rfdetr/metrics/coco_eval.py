@@ -16,7 +16,8 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap, to_rle
+from rfdetr.masks import to_rle
+from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap
 
 try:
     import hotcoco

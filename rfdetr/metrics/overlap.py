@@ -53,9 +53,3 @@ def _pixels(*masks: dict | None) -> int:
     return int(mask_api.area(mask_api.merge(list(masks), True) if len(masks) > 1 else masks[0]))
 
 
-def to_rle(segmentation, height: int, width: int) -> dict:
-    """COCO polygons, an array (n, 4) of xywh boxes, uncompressed or compressed RLE -> compressed RLE of the image."""
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return segmentation
-    rle = mask_api.frPyObjects(segmentation, height, width)
-    return mask_api.merge(rle) if isinstance(rle, list) else rle

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfdetr.device import fused_attention_pays
 from rfdetr.models.deformable_attention import DeformableAttention
-from rfdetr.precision import fused_attention_pays
 from rfdetr.sizes import ModelSize
 
 

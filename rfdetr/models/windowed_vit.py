@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rfdetr.precision import fused_attention_pays
+from rfdetr.device import fused_attention_pays
 from rfdetr.sizes import ModelSize
 
 

@@ -23,7 +23,15 @@ from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
 from rfdetr.console import UserError, is_control, printable, tick, warn
-from rfdetr.data.seen import SeenImages, content_hash, find_image, is_passing, kind_of_file, stamp_of, stays_inside
+from rfdetr.data.image_cache import (
+    SeenImages,
+    content_hash,
+    find_image,
+    is_passing,
+    kind_of_file,
+    stamp_of,
+    stays_inside,
+)
 
 LIMIT = 1e7  # pixels; beyond it a coordinate is absurd, and pycocotools would allocate in proportion to it
 SLACK = 0.1  # pixels a box may stand out before it is worth a word: many tools round to one decimal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
 
@@ -70,3 +71,28 @@ def pick_precision(amp: str, device: torch.device) -> Precision:
     if amp == "auto":
         amp = "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "off"
     return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory so far, MB: allocated on a GPU, resident of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if psutil.WINDOWS:
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if psutil.MACOS else peak / 2**10
+
+
+def free_memory_mb() -> float:
+    """Main memory that can be taken without swapping, MB."""
+    return psutil.virtual_memory().available / 2**20
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what torch's allocator holds unused, before a smaller try."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

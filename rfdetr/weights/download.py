@@ -1,7 +1,7 @@
 """The official weight files: where they are kept, and how they get there.
 
-python -m rfdetr.weights list
-python -m rfdetr.weights get nano
+python -m rfdetr.weights.download list
+python -m rfdetr.weights.download get nano
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _transfer(url: str, part: Path, label: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m rfdetr.weights", description="The official weight files.")
+    parser = argparse.ArgumentParser(prog="python -m rfdetr.weights.download", description="The official weight files.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="sizes, addresses, checksums and what is here already")
     get = commands.add_parser("get", help="download a size's file into the cache, or check the one that is there")

@@ -11,16 +11,15 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
-from rfdetr.auto_batch import OBJECTS, random_batch
 from rfdetr.classes import COCO_ROWS, assign_rows
 from rfdetr.console import UserError, is_out_of_memory
-from rfdetr.engine import Progress
+from rfdetr.device import Precision, memory_mb
 from rfdetr.losses.criterion import LossWeights
-from rfdetr.main import Objective
-from rfdetr.memory import memory_mb
 from rfdetr.models.detector import Detector
-from rfdetr.precision import Precision
 from rfdetr.sizes import SIZES
+from rfdetr.training.auto_batch import OBJECTS, random_batch
+from rfdetr.training.engine import Progress
+from rfdetr.training.objective import Objective
 
 STATE_BYTES = 20  # a parameter's: its weight, gradient, two moments of AdamW, and its average
 PATIENCE = 8.0  # seconds: a first step that took longer is not repeated, though it warmed up

@@ -12,8 +12,8 @@ from pycocotools import mask as mask_api
 
 from rfdetr.console import UserError
 from rfdetr.data.coco import load_image
-from rfdetr.data.validation import CocoSplit, ImageRecord
-from rfdetr.metrics.overlap import to_rle
+from rfdetr.data.faults import CocoSplit, ImageRecord
+from rfdetr.masks import to_rle
 
 Colour = tuple[int, int, int]
 

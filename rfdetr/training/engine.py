@@ -15,7 +15,7 @@ from tqdm import tqdm
 from rfdetr import distributed
 from rfdetr.console import OUT_OF_MEMORY_ADVICE, UserError, is_out_of_memory, warn
 from rfdetr.data.loaders import Batch
-from rfdetr.memory import memory_mb, release_memory
+from rfdetr.device import memory_mb, release_memory
 
 COUNTS = ("objects", "matched_objects")  # what an objective counts beside its losses: summed, not averaged
 SHOWN = ("loss_class", "loss_box", "loss_giou", "loss_mask", "loss_dice")  # in the progress bar

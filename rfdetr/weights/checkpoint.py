@@ -27,12 +27,13 @@ from safetensors import SafetensorError  # comes with timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rfdetr import classes, convert
+from rfdetr import classes
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, is_special_file
+from rfdetr.files import atomic_write
 from rfdetr.models.detector import Detector
-from rfdetr.rundir import atomic_write
 from rfdetr.sizes import SIZES, ModelSize, check_resolution, size_from_dict
+from rfdetr.weights import official as convert
 
 FORMAT = 1
 MOST_ENLARGED = 4  # times the side that a file's position grid stands for: more is asked for with --resolution
