@@ -21,15 +21,35 @@ from rfdetr.weights import checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of this repository, or an official one")
-    parser.add_argument("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="a file of this repository, or an official one",
+    )
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        default=Path("dataset"),
+        help="COCO-format folder (default: dataset)",
+    )
     parser.add_argument("--split", choices=["train", "valid", "test"], default="valid")
-    parser.add_argument("--val_fraction", type=number(float, 0.001, 0.9), help="without valid/ (default: training's)")
+    parser.add_argument(
+        "--val_fraction",
+        type=number(float, 0.001, 0.9),
+        help="without valid/ (default: training's)",
+    )
     add_exif_flag(parser, "as the checkpoint's training images were read")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="write COCO results here: bbox.json, segm.json")
-    parser.add_argument("--resolution", type=number(int, 1), help="input side (default: the checkpoint's)")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="write COCO results here: bbox.json, segm.json"
+    )
+    parser.add_argument(
+        "--resolution", type=number(int, 1), help="input side (default: the checkpoint's)"
+    )
     parser.add_argument("--batch", type=number(int, 1), default=8)
     parser.add_argument("--workers", type=number(int, 0, 256), default=0)
     parser.add_argument("--device", default="auto")
@@ -48,16 +68,22 @@ def main(argv: list[str] | None = None) -> None:
     splits = read_dataset(args.dataset, fraction, exif=args.exif or content.get("exif"))
     require_same_division(content, splits, args)
     if args.split not in splits:
-        raise UserError(f"{args.dataset} has no {args.split} split, it has {', '.join(splits)}: choose with --split")
+        raise UserError(
+            f"{args.dataset} has no {args.split} split, it has {', '.join(splits)}: choose with --split"
+        )
     split = splits[args.split]
     for message in split.warnings:
         warn(message)
     tell_trained_images(checkpoint.trained_on(content).tolist(), split, args.split)
     model, table = checkpoint.build_model(content)
-    table = table.in_order_of(split.class_names, split.category_ids, f"{args.dataset} ({args.split})")
+    table = table.in_order_of(
+        split.class_names, split.category_ids, f"{args.dataset} ({args.split})"
+    )
     resolution = checkpoint.input_side(content, args.resolution, args.checkpoint)
 
-    loader = evaluation_loader(SplitDataset(split, resolution, None, masks=False), args.batch, args.workers)
+    loader = evaluation_loader(
+        SplitDataset(split, resolution, None, masks=False), args.batch, args.workers
+    )
     masks = model.head is not None and split.mask_count > 0
     model.to(precision.device)
     if args.compile:
@@ -66,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     evaluator = judge.evaluator(model)
     check_unread(judge.unread, split)
     summary = evaluator.summary()
-    print(f"{args.checkpoint} on {args.dataset} ({args.split}, {len(split.images)} images, {resolution} px)")
+    print(
+        f"{args.checkpoint} on {args.dataset} ({args.split}, {len(split.images)} images, {resolution} px)"
+    )
     print(format_table(summary))
     if args.json:
         write_json(args.json, summary)
@@ -88,17 +116,27 @@ def division(content: dict, args: argparse.Namespace) -> float | None:
     own = trained_fraction(content)
     if args.val_fraction or not own or "valid" in find_splits(args.dataset):
         return args.val_fraction
-    tick(f"--val_fraction {own}: {args.dataset} has no valid split, it is divided as in the checkpoint's training")
+    tick(
+        f"--val_fraction {own}: {args.dataset} has no valid split, it is divided as in the checkpoint's training"
+    )
     return own
 
 
-def require_same_division(content: dict, splits: dict[str, CocoSplit], args: argparse.Namespace) -> None:
+def require_same_division(
+    content: dict, splits: dict[str, CocoSplit], args: argparse.Namespace
+) -> None:
     """Raise UserError where train/ is divided otherwise than in training: images that were trained on would be scored.
 
     Another dataset, none of whose images the checkpoint was trained on, may be divided as one likes.
     """
     own, given = trained_fraction(content), args.val_fraction
-    if args.split != "valid" or not own or not given or own == given or "valid" in find_splits(args.dataset):
+    if (
+        args.split != "valid"
+        or not own
+        or not given
+        or own == given
+        or "valid" in find_splits(args.dataset)
+    ):
         return
     trained = set(checkpoint.trained_on(content).tolist())
     if trained and not trained & {*splits["train"].samples, *splits["valid"].samples}:
@@ -120,7 +158,9 @@ def tell_trained_images(trained: list[int], split: CocoSplit, name: str) -> None
         tick(f"--split train: the checkpoint was trained on {count}")
         return
     examples = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
-    warn(f"{count} of {name} were trained on, by their content ({examples}): scores on them say little")
+    warn(
+        f"{count} of {name} were trained on, by their content ({examples}): scores on them say little"
+    )
 
 
 if __name__ == "__main__":

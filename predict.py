@@ -32,14 +32,34 @@ WHOLE = 0.95  # of a video's announced frames; a video with fewer is damaged
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of this repository, or an official one")
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images, folders, globs, videos")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON")
-    parser.add_argument("--threshold", type=number(float, 0, 1), default=0.5, help="lowest score (default: 0.5)")
-    parser.add_argument("--nms", type=number(float, 0, 1), metavar="IOU", help="drop a class's boxes that overlap more")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="a file of this repository, or an official one",
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="images, folders, globs, videos"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON"
+    )
+    parser.add_argument(
+        "--threshold", type=number(float, 0, 1), default=0.5, help="lowest score (default: 0.5)"
+    )
+    parser.add_argument(
+        "--nms",
+        type=number(float, 0, 1),
+        metavar="IOU",
+        help="drop a class's boxes that overlap more",
+    )
     add_exif_flag(parser, "as the checkpoint's training images were read")
-    parser.add_argument("--resolution", type=number(int, 1), help="input side (default: the checkpoint's)")
+    parser.add_argument(
+        "--resolution", type=number(int, 1), help="input side (default: the checkpoint's)"
+    )
     parser.add_argument("--batch", type=number(int, 1), default=8)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="off")
@@ -54,11 +74,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         compile_in_place(model.model.encoder, model.precision.device)
     make_folder(args.output, "--output")
-    images, videos = ([path for path in files if path.suffix.lower() in kind] for kind in (IMAGES, VIDEOS))
+    images, videos = (
+        [path for path in files if path.suffix.lower() in kind] for kind in (IMAGES, VIDEOS)
+    )
     taken = names_of_inputs(args.output, files)  # no input is overwritten
     chunks = [images[i : i + args.batch] for i in range(0, len(images), args.batch)] or [[]]
     results, unread, names = [], 0, itertools.repeat(model.class_names)
-    with ThreadPoolExecutor() as pool:  # reads the next images and writes the last pictures while the model works
+    with (
+        ThreadPoolExecutor() as pool
+    ):  # reads the next images and writes the last pictures while the model works
         reading, saving = pool.map(read, chunks[0], turn), []
         for chunk, following in zip(tqdm(chunks, desc="images", leave=False), [*chunks[1:], []]):
             pixels, reading = list(reading), pool.map(read, following, turn)
@@ -81,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     if unread == len(files):
         raise UserError(f"none of the {unread} files could be read (the warnings above name them)")
     write_json(args.output / "predictions.json", results)
-    tick(f"{len(results)} objects in {len(files) - unread} files: {args.output} (pictures and predictions.json)")
+    tick(
+        f"{len(results)} objects in {len(files) - unread} files: {args.output} (pictures and predictions.json)"
+    )
     if damaged:
         print(
             f"Not whole: {', '.join(damaged)}. What could be decoded is in {args.output}; for the rest copy or convert "
@@ -106,7 +132,9 @@ def collect(inputs: list[str]) -> list[Path]:
             warn(f"{path} is a pipe, a socket or a device, no file: left out")
         usable = [path for path in usable if path not in special]
         if not usable:
-            raise UserError(f"--input {text}: no images or videos there ({', '.join(sorted(IMAGES | VIDEOS))})")
+            raise UserError(
+                f"--input {text}: no images or videos there ({', '.join(sorted(IMAGES | VIDEOS))})"
+            )
         found += usable
     return list(dict.fromkeys(found))
 
@@ -114,7 +142,11 @@ def collect(inputs: list[str]) -> list[Path]:
 def names_of_inputs(folder: Path, inputs: list[Path]) -> set[str]:
     """The casefolded names in a folder that lead to an input, by whatever link."""
     known = {_identity(path) for path in inputs}
-    return {path.name.casefold() for path in folder.iterdir() if path.exists() and _identity(path) in known}
+    return {
+        path.name.casefold()
+        for path in folder.iterdir()
+        if path.exists() and _identity(path) in known
+    }
 
 
 def free_name(stem: str, suffix: str, taken: set[str]) -> str:
@@ -164,7 +196,14 @@ def as_records(file: str, found: Found, frame: int | None = None) -> list[dict]:
     rows = zip(found.boxes.tolist(), found.names, found.scores.tolist(), masks)
     extra = {} if frame is None else {"frame": frame}
     return [
-        {"file": file, "class": name, "score": score, "bbox": [x0, y0, x1 - x0, y1 - y0], "mask": mask, **extra}
+        {
+            "file": file,
+            "class": name,
+            "score": score,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "mask": mask,
+            **extra,
+        }
         for (x0, y0, x1, y1), name, score, mask in rows
     ]
 
@@ -187,11 +226,20 @@ def predict_video(
     announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))  # 0 or less: unknown
     frames, rate = read_video(video), video.get(cv2.CAP_PROP_FPS) or 25.0
     writer, records, count = None, [], 0
-    with writing_to(target.parent, "--output"), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with (
+        writing_to(target.parent, "--output"),
+        tempfile.TemporaryDirectory(dir=target.parent) as folder,
+    ):
         made = Path(folder) / target.name  # a link at the target would be written through
-        for chunk in tqdm(iter(lambda: list(itertools.islice(frames, args.batch)), []), desc=path.name, leave=False):
+        for chunk in tqdm(
+            iter(lambda: list(itertools.islice(frames, args.batch)), []),
+            desc=path.name,
+            leave=False,
+        ):
             for found in find(model, chunk, args):
-                picture = cv2.cvtColor(np.asarray(found.picture(model.class_names)), cv2.COLOR_RGB2BGR)
+                picture = cv2.cvtColor(
+                    np.asarray(found.picture(model.class_names)), cv2.COLOR_RGB2BGR
+                )
                 if writer is None:
                     codec = cv2.VideoWriter_fourcc(*"mp4v")
                     writer = cv2.VideoWriter(str(made), codec, rate, picture.shape[1::-1])
@@ -199,14 +247,22 @@ def predict_video(
                 records += as_records(str(path), found, count)
                 count += 1
         if writer is None:
-            warn(f"{path} is not a video that can be read: it has no frames. Convert it to .mp4 and try again")
+            warn(
+                f"{path} is not a video that can be read: it has no frames. Convert it to .mp4 and try again"
+            )
             return None, announced <= 0
         writer.release()
-        if cv2.VideoCapture(str(made)).get(cv2.CAP_PROP_FRAME_COUNT) != count:  # OpenCV writes without a word
-            raise UserError(f"could not write all of {target}. Free some space there, or name another --output")
+        if (
+            cv2.VideoCapture(str(made)).get(cv2.CAP_PROP_FRAME_COUNT) != count
+        ):  # OpenCV writes without a word
+            raise UserError(
+                f"could not write all of {target}. Free some space there, or name another --output"
+            )
         os.replace(made, target)
     if count < announced:
-        warn(f"{path} is damaged: {count} of the {announced} frames that it announces could be decoded")
+        warn(
+            f"{path} is damaged: {count} of the {announced} frames that it announces could be decoded"
+        )
     return records, count >= WHOLE * announced
 
 

@@ -18,19 +18,31 @@ from rfdetr.weights import checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--in_ckpt", type=Path, required=True, help="a stage-1 checkpoint, or an official file")
-    parser.add_argument("--out_ckpt", type=Path, required=True, help="where to write the shrunk one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--in_ckpt", type=Path, required=True, help="a stage-1 checkpoint, or an official file"
+    )
+    parser.add_argument(
+        "--out_ckpt", type=Path, required=True, help="where to write the shrunk one"
+    )
     order = "classes in their new order (default: all it has); --keep=-NAME for a name with a dash"
     parser.add_argument("--keep", nargs="+", action="extend", metavar="CLASS", help=order)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     if args.out_ckpt.exists() and args.out_ckpt.samefile(args.in_ckpt):
-        raise UserError(f"--out_ckpt is --in_ckpt ({args.in_ckpt}): name another file, the input is never overwritten")
+        raise UserError(
+            f"--out_ckpt is --in_ckpt ({args.in_ckpt}): name another file, the input is never overwritten"
+        )
 
     content = checkpoint.load(args.in_ckpt)
     table = checkpoint.table_of(content)
-    placeholders = [name for name in args.keep or [] if name in content.get("left_out", []) and name not in table.names]
+    placeholders = [
+        name
+        for name in args.keep or []
+        if name in content.get("left_out", []) and name not in table.names
+    ]
     for name in placeholders:
         warn(f"{name!r} is a placeholder category without objects that was never trained: left out")
     keep = [name for name in args.keep or table.names if name not in placeholders]
@@ -56,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     tick(f"Written: {args.out_ckpt}")
     run, out = shlex.quote(str(args.in_ckpt.parent)), shlex.quote(str(args.out_ckpt))
     print(f"Output dim: {new.rows_total}")
-    print(f"Next:  python train_seg_stage2.py --size {content['size']['name']} --stage1_run {run} --checkpoint {out}")
+    print(
+        f"Next:  python train_seg_stage2.py --size {content['size']['name']} --stage1_run {run} --checkpoint {out}"
+    )
 
 
 def say_which_weights_are_better(path: Path) -> None:
@@ -67,13 +81,20 @@ def say_which_weights_are_better(path: Path) -> None:
         for name, key in (("regular", "valid"), ("ema", "valid_ema")):
             scores = [epoch[key]["bbox"]["mAP"] for epoch in epochs if epoch.get(key)]
             best[name] = max(score for score in scores if score is not None)
-    except (OSError, ValueError, KeyError, TypeError):  # no such file, another one, or a run without these scores
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # no such file, another one, or a run without these scores
         return
     better, other = sorted(best, key=best.get, reverse=True)
     scores = f"valid bbox/mAP {best[better]:.3f}, {other} {best[other]:.3f}"
     print(f"In this run the {better} weights scored higher: {scores}")
     if other in path.name:
-        warn(f"{path.name} holds the {other} weights; checkpoint_best_{better}.pth holds the better ones")
+        warn(
+            f"{path.name} holds the {other} weights; checkpoint_best_{better}.pth holds the better ones"
+        )
 
 
 if __name__ == "__main__":

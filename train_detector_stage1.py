@@ -24,20 +24,34 @@ from rfdetr.weights.start import start_from
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_common_flags(parser)
     add_detector_flags(parser)
-    parser.add_argument("--lr", type=number(float, 0), help="learning rate (default: the size's own)")
-    parser.add_argument("--lr_encoder", type=number(float, 0), help="the encoder's (default: the size's own)")
-    parser.add_argument("--drop_path", type=number(float, 0, 0.9), help="encoder: share of blocks skipped at random")
-    parser.add_argument("--head", choices=["coco91", "dataset"], default="coco91", help="rows of the class head")
+    parser.add_argument(
+        "--lr", type=number(float, 0), help="learning rate (default: the size's own)"
+    )
+    parser.add_argument(
+        "--lr_encoder", type=number(float, 0), help="the encoder's (default: the size's own)"
+    )
+    parser.add_argument(
+        "--drop_path", type=number(float, 0, 0.9), help="encoder: share of blocks skipped at random"
+    )
+    parser.add_argument(
+        "--head", choices=["coco91", "dataset"], default="coco91", help="rows of the class head"
+    )
     args = parse(parser, argv, "detector")
 
     session = shared.begin(args, "detector")
     size = session.size
     table = shared.class_table(session, args.head)
     model = Detector(
-        size, table.rows_total, table.background_last, drop_path=args.drop_path, grad_checkpoint=args.grad_checkpoint
+        size,
+        table.rows_total,
+        table.background_last,
+        drop_path=args.drop_path,
+        grad_checkpoint=args.grad_checkpoint,
     ).to(session.device)
     if not args.resume_from:
         source = find_weights(args.pretrain_weights, size)

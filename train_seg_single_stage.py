@@ -26,7 +26,9 @@ from rfdetr.weights.start import start_from
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_common_flags(parser)
     add_detector_flags(parser)
     add, share = parser.add_argument, number(float, 0)
@@ -53,7 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     size = with_queries(session.size, args.num_queries, select)
     table = shared.class_table(session, "dataset")
     model = Detector(
-        size, table.rows_total, table.background_last, size.mask_head, grad_checkpoint=args.grad_checkpoint
+        size,
+        table.rows_total,
+        table.background_last,
+        size.mask_head,
+        grad_checkpoint=args.grad_checkpoint,
     ).to(session.device)
     if not args.resume_from:
         source = args.init_ckpt or find_weights(args.pretrain_weights, size)
@@ -61,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
         session.trained_on = start_from(model, table, source, excluded, args.backbone_weights)
     shared.adapt_encoder(session, model)
 
-    weights = LossWeights(**{name: getattr(args, f"{name}_loss_coef") for name in LossWeights.flag_defaults()})
+    weights = LossWeights(
+        **{name: getattr(args, f"{name}_loss_coef") for name in LossWeights.flag_defaults()}
+    )
     sides, progress = input_sides(args), session.progress
     objective = Objective(table, weights, session.precision, sides, args.seed, progress)
     resolve_batch(args, model, objective)

@@ -32,16 +32,32 @@ from rfdetr.weights import checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_common_flags(parser)
     add, share = parser.add_argument, number(float, 0)
     add("--stage1_run", type=Path, help="run folder of stage 1")
-    add("--checkpoint", type=Path, help="detector to freeze (default: the run's best.pt, else last.pt)")
+    add(
+        "--checkpoint",
+        type=Path,
+        help="detector to freeze (default: the run's best.pt, else last.pt)",
+    )
     add("--seg_lr", type=share, help="learning rate of the mask head (default: the size's own)")
     add("--mask_loss_coef", type=share, default=1.0, help="weight of the mask's BCE")
     add("--dice_loss_coef", type=share, default=1.0, help="weight of the mask's dice loss")
-    add("--mask_head", choices=["auto", "nano", "standard"], default="auto", help="auto: the size's own")
-    add("--cache", choices=["auto", "ram", "disk", "off"], default="auto", help="the frozen features")
+    add(
+        "--mask_head",
+        choices=["auto", "nano", "standard"],
+        default="auto",
+        help="auto: the size's own",
+    )
+    add(
+        "--cache",
+        choices=["auto", "ram", "disk", "off"],
+        default="auto",
+        help="the frozen features",
+    )
     add("--cache_views", type=number(int, 1, 4), help="flips of each image that are cached")
     add("--keep_cache", type=boolean, default=True, metavar="0|1", help="on disk, for later runs")
     add("--auto_shrink", type=boolean, default=False, metavar="0|1", help="cut the class head here")
@@ -74,10 +90,18 @@ def main(argv: list[str] | None = None) -> None:
     head = MASK_HEADS[name](size.hidden).to(device)
     weights = LossWeights(mask=args.mask_loss_coef, dice=args.dice_loss_coef)
     sides = input_sides(args)
-    objective = MaskObjective(detector, table, weights, session.precision, sides, args.seed, session.progress)
+    objective = MaskObjective(
+        detector, table, weights, session.precision, sides, args.seed, session.progress
+    )
     resolve_batch(args, head, objective)
     dataset, sampler = shared.training_data(session, masks=True)
-    groups = [{"params": list(head.parameters()), "base_lr": args.seg_lr, "weight_decay": args.weight_decay}]
+    groups = [
+        {
+            "params": list(head.parameters()),
+            "base_lr": args.seg_lr,
+            "weight_decay": args.weight_decay,
+        }
+    ]
     trainer = make_trainer(session, head, objective, groups, sampler.steps)
     plain = SplitDataset(train, args.resolution, None, masks=True)
     parent = (args.output_dir.parent if args.output_dir else Path("runs")) / "feature_cache"
@@ -91,10 +115,14 @@ def main(argv: list[str] | None = None) -> None:
     def pack(state: dict) -> dict:
         if checkpoint.fingerprint(detector) != frozen_hash:
             raise RuntimeError("the frozen detector has changed")
-        weights = detector.state_dict() | {f"mask_head.{key}": value for key, value in state.items()}
+        weights = detector.state_dict() | {
+            f"mask_head.{key}": value for key, value in state.items()
+        }
         return checkpoint.make_content("segmentation", size, args.resolution, table, name, weights)
 
-    with shared.open_run(session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge):
+    with shared.open_run(
+        session, "segmentation", "STAGE 2: SEGMENTATION HEAD TRAINING", detector, judge
+    ):
         parameters = {
             "detector": sum(p.numel() for p in detector.parameters()),
             "mask_head": sum(p.numel() for p in head.parameters()),
@@ -131,7 +159,9 @@ def detector_file(args: argparse.Namespace) -> Path:
     if args.checkpoint:
         return args.checkpoint
     if args.stage1_run is None:
-        raise UserError("name the detector to freeze: --stage1_run runs/detector_... or --checkpoint FILE")
+        raise UserError(
+            "name the detector to freeze: --stage1_run runs/detector_... or --checkpoint FILE"
+        )
     for name in ("best.pt", "last.pt"):
         if (args.stage1_run / name).is_file():
             return args.stage1_run / name
@@ -164,7 +194,11 @@ def with_rows_of(names: list[str], content: dict, path: Path, args: argparse.Nam
         if not (coco or args.auto_shrink):
             raise UserError(unshrunk_message(table.rows_total, names, path))
         content = checkpoint.shrink(content, names)
-    model = {k: v for k, v in content["model"].items() if not k.startswith(("mask_head.", "segmentation_head."))}
+    model = {
+        k: v
+        for k, v in content["model"].items()
+        if not k.startswith(("mask_head.", "segmentation_head."))
+    }
     return content | {"model": model, "mask_head": None}
 
 

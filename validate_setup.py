@@ -29,19 +29,65 @@ PICTURES = (".webp", ".png", ".jpg")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
-    add("--val_fraction", type=number(float, 0.001, 0.9), help="without valid/: split this share off train/")
-    add("--exif", choices=["apply", "ignore"], help="orientation of images whose size does not tell (default: apply)")
-    add("--size", choices=list(SIZES), default="nano", help="model size to be trained (default: nano)")
-    add("--resolution", type=number(int, 1), help="its input side in pixels (default: the size's own)")
+    add(
+        "--dataset",
+        type=Path,
+        default=Path("dataset"),
+        help="COCO-format folder (default: dataset)",
+    )
+    add(
+        "--val_fraction",
+        type=number(float, 0.001, 0.9),
+        help="without valid/: split this share off train/",
+    )
+    add(
+        "--exif",
+        choices=["apply", "ignore"],
+        help="orientation of images whose size does not tell (default: apply)",
+    )
+    add(
+        "--size",
+        choices=list(SIZES),
+        default="nano",
+        help="model size to be trained (default: nano)",
+    )
+    add(
+        "--resolution",
+        type=number(int, 1),
+        help="its input side in pixels (default: the size's own)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--check_images", type=boolean, default=True, metavar="0|1", help="decode every image")
-    add("--need_masks", type=boolean, default=False, metavar="0|1", help="missing masks are an error")
-    add("--fix", type=Path, metavar="DIR", help="write a cleaned copy of the annotations there, and check the copy")
-    add("--preview", type=Path, metavar="PATH", help="draw objects of each class: a .webp, .png or .jpg, or a folder")
-    add("--estimate", type=boolean, default=False, metavar="0|1", help="measure a step: memory and time of each size")
+    add(
+        "--need_masks",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="missing masks are an error",
+    )
+    add(
+        "--fix",
+        type=Path,
+        metavar="DIR",
+        help="write a cleaned copy of the annotations there, and check the copy",
+    )
+    add(
+        "--preview",
+        type=Path,
+        metavar="PATH",
+        help="draw objects of each class: a .webp, .png or .jpg, or a folder",
+    )
+    add(
+        "--estimate",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="measure a step: memory and time of each size",
+    )
     add("--json", type=Path, metavar="FILE", help="write all that is said here too")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -51,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
 
     found, needed = packages(Path(__file__).with_name("requirements.txt"))
     lacking = [
-        f"{name} is {found[name]}, {needed[name]} or newer is needed" for name in needed if name not in TEST_ONLY
+        f"{name} is {found[name]}, {needed[name]} or newer is needed"
+        for name in needed
+        if name not in TEST_ONLY
     ]
     if lacking:
         advice = "Run: python -m pip install -r requirements.txt, or python quickstart.py"
@@ -67,7 +115,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         make_place(args.json, "--json")
     size, device = SIZES[args.size], pick_device(args.device)
-    resolution, precision = check_resolution(size, args.resolution), pick_precision(size.recipe.amp, device)
+    resolution, precision = (
+        check_resolution(size, args.resolution),
+        pick_precision(size.recipe.amp, device),
+    )
     found = {"size": f"{size.name}, {resolution} px", **found, **environment(device)}
     found["free_disk_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
     if device.type == "cuda":
@@ -84,10 +135,17 @@ def main(argv: list[str] | None = None) -> None:
     if note := exif_note(splits, args.exif):
         tick(note)
     for problem in sorted(problems, key=lambda problem: problem.severity):
-        more = [f"... and {problem.count - len(problem.places)} more"] * (problem.count > len(problem.places))
+        more = [f"... and {problem.count - len(problem.places)} more"] * (
+            problem.count > len(problem.places)
+        )
         # the sentence has the first three
         message = printable(problem.message)
-        print(f"[{problem.severity}] {problem.code}: {message}", *problem.places[3:], *more, sep="\n    ")
+        print(
+            f"[{problem.severity}] {problem.code}: {message}",
+            *problem.places[3:],
+            *more,
+            sep="\n    ",
+        )
     if args.preview and "train" in splits:
         draw_classes(splits["train"], args.preview)
 
@@ -104,19 +162,41 @@ def main(argv: list[str] | None = None) -> None:
         "problems": [asdict(problem) for problem in problems],
     }
     if args.estimate and not errors:
-        report["estimate"] = estimate_sizes(size.name, resolution, precision, counts["train"]["images"])
+        report["estimate"] = estimate_sizes(
+            size.name, resolution, precision, counts["train"]["images"]
+        )
     if args.json:
         write_json(args.json, report)
     if errors:
         kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
-        then = "This is left to you" if args.fix else "Correct and run this again, or have --fix DIR try"
+        then = (
+            "This is left to you"
+            if args.fix
+            else "Correct and run this again, or have --fix DIR try"
+        )
         raise UserError(f"{errors[0].message.rstrip('.')}. All errors: {kinds}. {then}")
-    finish(args, parser, splits["train"].class_names, sum(row["images"] for row in counts.values()), masks)
+    finish(
+        args,
+        parser,
+        splits["train"].class_names,
+        sum(row["images"] for row in counts.values()),
+        masks,
+    )
 
 
-def finish(args: argparse.Namespace, parser: argparse.ArgumentParser, names: list[str], images: int, masks: bool):
+def finish(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    names: list[str],
+    images: int,
+    masks: bool,
+):
     """Say what is possible, and the next command."""
-    how = "every image could be decoded" if args.check_images else "images were opened, not decoded (--check_images)"
+    how = (
+        "every image could be decoded"
+        if args.check_images
+        else "images were opened, not decoded (--check_images)"
+    )
     tick(f"{len(names)} classes, {images} images; {how}")
     tick("Stage 1 (boxes) is possible")
     if masks:
@@ -124,8 +204,13 @@ def finish(args: argparse.Namespace, parser: argparse.ArgumentParser, names: lis
     else:
         warn("Stage 2 and single stage are not possible: the annotations have no masks")
     place = shlex.quote(str(args.dataset))
-    given = {name: getattr(args, name) for name in ("val_fraction", "exif", "size", "resolution", "device")}
-    flags = "".join(f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name))
+    given = {
+        name: getattr(args, name)
+        for name in ("val_fraction", "exif", "size", "resolution", "device")
+    }
+    flags = "".join(
+        f" --{name} {value}" for name, value in given.items() if value != parser.get_default(name)
+    )
     print(f"Next: python train_detector_stage1.py --dataset {place}{flags}")
 
 
@@ -140,7 +225,9 @@ def fix(args: argparse.Namespace) -> dict[str, dict[str, int]]:
         print(f"{split + ':':<7}" + ("repaired" if counts else "nothing to repair"))
         for what, count in counts.items():
             print(f"{count:>9}  {what}")
-    tick(f"Written: {args.fix}; its images are links to those of {args.dataset}. The rest is about the copy")
+    tick(
+        f"Written: {args.fix}; its images are links to those of {args.dataset}. The rest is about the copy"
+    )
     args.dataset = args.fix
     return done
 
@@ -169,8 +256,12 @@ def estimate_sizes(name: str, resolution: int, precision, images: int) -> list[d
     rows = estimate(name, resolution, precision, images)
     cuda = precision.device.type == "cuda"
     free = torch.cuda.mem_get_info(precision.device)[0] / 2**20 if cuda else free_memory_mb()
-    print(f"Stage 1 here, {images} images a pass, small sets repeated (*: a step was measured, ~: from its shape)")
-    print(f"  {'size':<13}{'px':>5}{'parameters':>13}{'MB, batch 1':>13}{'batch 4':>10}{'s an epoch':>12}")
+    print(
+        f"Stage 1 here, {images} images a pass, small sets repeated (*: a step was measured, ~: from its shape)"
+    )
+    print(
+        f"  {'size':<13}{'px':>5}{'parameters':>13}{'MB, batch 1':>13}{'batch 4':>10}{'s an epoch':>12}"
+    )
     for row in rows:
         sign, (one, four) = "*" if row["measured"] else "~", row["memory_mb"].values()
         line = f"{sign} {row['size']:<13}{row['resolution']:>5}{row['parameters']:>13,}{one:>13,}{four:>10,}"
@@ -178,7 +269,9 @@ def estimate_sizes(name: str, resolution: int, precision, images: int) -> list[d
         print(f"{line}{row['epoch_s']:>12,.0f}" + "  more than is free" * tight)
     own = next(row for row in rows if row["size"] == name)["memory_mb"]
     fits = [batch for batch, needed in own.items() if needed < HEADROOM * free]
-    advice = f"--batch {fits[-1]} fits" if fits else "even --batch 1 is tight: try --grad_checkpoint 1"
+    advice = (
+        f"--batch {fits[-1]} fits" if fits else "even --batch 1 is tight: try --grad_checkpoint 1"
+    )
     print(f"{free:,.0f} MB are free: for {name}, {advice}; --batch auto finds the largest")
     return rows
 
@@ -190,7 +283,9 @@ def describe(split, resolution: int) -> dict:
     from rfdetr.data.coco import COCO_SIDES, object_sides
 
     rows = zip(split.class_names, split.category_ids, split.per_class)
-    sizes = np.searchsorted(list(COCO_SIDES.values()), object_sides(split, resolution), side="right")
+    sizes = np.searchsorted(
+        list(COCO_SIDES.values()), object_sides(split, resolution), side="right"
+    )
     return {
         "file": str(split.annotation_file),
         "images": len(split.images),
@@ -199,7 +294,9 @@ def describe(split, resolution: int) -> dict:
         "masks": split.mask_count,
         "most_in_an_image": max(split.per_image, default=0),
         "sizes": {name: int((sizes == i).sum()) for i, name in enumerate(COCO_SIDES)},
-        "classes": [{"name": name, "category_id": key, "objects": count} for name, key, count in rows],
+        "classes": [
+            {"name": name, "category_id": key, "objects": count} for name, key, count in rows
+        ],
         "left_out": split.left_out,
     }
 
@@ -209,11 +306,17 @@ def print_splits(splits: dict[str, dict]) -> None:
     line = "{images} images ({negatives} without objects), {objects} objects, {masks} with masks"
     for name, row in splits.items():
         sizes = ", ".join(f"{count} {size}" for size, count in row["sizes"].items())
-        print(f"{name + ':':<7}" + line.format(**row) + f", at most {row['most_in_an_image']} in an image ({sizes})")
+        print(
+            f"{name + ':':<7}"
+            + line.format(**row)
+            + f", at most {row['most_in_an_image']} in an image ({sizes})"
+        )
     print(f"{'label':>5} {'id':>8}  {'name':<24}" + "".join(f"{split:>9}" for split in splits))
     for label, rows in enumerate(zip(*(row["classes"] for row in splits.values()))):
         numbers = "".join(f"{row['objects']:>9}" for row in rows)
-        print(f"{label:>5} {rows[0]['category_id']:>8}  {printable(rows[0]['name'])[:24]:<24}{numbers}")
+        print(
+            f"{label:>5} {rows[0]['category_id']:>8}  {printable(rows[0]['name'])[:24]:<24}{numbers}"
+        )
     for name in next(iter(splits.values()))["left_out"]:
         print(f"Left out (placeholder, parent of other classes): {printable(name)}")
 

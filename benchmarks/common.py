@@ -27,7 +27,9 @@ import torch
 from parity import ROOT, peer_environment
 from PIL import Image
 
-COLUMNS = "case | first side | second side | ratio of medians | of each pair | asked | peak memory, MB"
+COLUMNS = (
+    "case | first side | second side | ratio of medians | of each pair | asked | peak memory, MB"
+)
 # settings and device -> step(); a step returns how many units (images, say) it did, or {"units": ..., "values": [...]}
 Builder = Callable[[dict, torch.device], Callable[[], float | dict]]
 
@@ -51,9 +53,20 @@ class Worker:
     def __init__(self, python: str, side: str, settings: dict, args: argparse.Namespace):
         threads = str(args.threads)
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), threads)
+        environment |= dict.fromkeys(
+            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), threads
+        )
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        command = [python, "-W", "ignore", sys.argv[0], "--side", side, "--settings", json.dumps(settings)]
+        command = [
+            python,
+            "-W",
+            "ignore",
+            sys.argv[0],
+            "--side",
+            side,
+            "--settings",
+            json.dumps(settings),
+        ]
         command += ["--device", args.device, "--threads", threads, "--clock", args.clock]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -91,7 +104,10 @@ def serve(build: Builder, args: argparse.Namespace) -> None:
     step()
     for question in sys.stdin:
         if question.strip() == "end":
-            print(json.dumps({"memory_mb": peak_memory_mb(device), "versions": versions()}), file=answers)
+            print(
+                json.dumps({"memory_mb": peak_memory_mb(device), "versions": versions()}),
+                file=answers,
+            )
             return
         begin = clock()
         done = step()
@@ -99,7 +115,10 @@ def serve(build: Builder, args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         seconds = clock() - begin
         done = done if isinstance(done, dict) else {"units": done}
-        print(json.dumps({"seconds": seconds / done["units"], "values": done.get("values")}), file=answers)
+        print(
+            json.dumps({"seconds": seconds / done["units"], "values": done.get("values")}),
+            file=answers,
+        )
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -108,11 +127,21 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def versions() -> str:
-    names = ("torch", "torchvision", "numpy", "rfdetr", "pycocotools", "hotcoco", "pytorch-lightning")
+    names = (
+        "torch",
+        "torchvision",
+        "numpy",
+        "rfdetr",
+        "pycocotools",
+        "hotcoco",
+        "pytorch-lightning",
+    )
     found = []
     for name in names:
         try:
@@ -125,7 +154,8 @@ def versions() -> str:
 def compare(case: Case, args: argparse.Namespace, pythons: dict[str, str]) -> set[str]:
     """Time one case and print its row; returns the versions of its sides."""
     sides = [
-        Worker(pythons.get(name, sys.executable), name, settings, args) for name, settings in (case.first, case.second)
+        Worker(pythons.get(name, sys.executable), name, settings, args)
+        for name, settings in (case.first, case.second)
     ]
     try:
         rounds = [[side.ask("round") for side in sides] for _ in range(args.pairs)]
@@ -137,8 +167,17 @@ def compare(case: Case, args: argparse.Namespace, pythons: dict[str, str]) -> se
     first, second = map(statistics.median, seconds)
     ratios = [a / b for a, b in zip(*seconds)]
     asked = "-" if case.asked is None else f"<= {case.asked:g}"
-    cells = [case.name, f"{case.first[0]} {shown(first)}", f"{case.second[0]} {shown(second)}", f"{first / second:.4g}"]
-    cells += [f"{min(ratios):.4g} .. {max(ratios):.4g}", asked, " / ".join(f"{end['memory_mb']:.0f}" for end in ends)]
+    cells = [
+        case.name,
+        f"{case.first[0]} {shown(first)}",
+        f"{case.second[0]} {shown(second)}",
+        f"{first / second:.4g}",
+    ]
+    cells += [
+        f"{min(ratios):.4g} .. {max(ratios):.4g}",
+        asked,
+        " / ".join(f"{end['memory_mb']:.0f}" for end in ends),
+    ]
     print("| " + " | ".join(cells) + " |", flush=True)
     values = [answer["values"] for answer in rounds[-1]]
     if all(values):
@@ -154,13 +193,24 @@ def shown(seconds: float) -> str:
 
 def run(doc: str, cases: list[Case], builders: dict[str, Builder]) -> None:
     """The command line of a benchmark: all cases in turn, or (as a worker) one side of one."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of each side")
     parser.add_argument("--pairs", type=int, default=9, help="rounds of each side")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: first ratios on a busy machine")
-    parser.add_argument("--peer_python", help="the Python of an environment with rfdetr[train]==1.11.*")
-    parser.add_argument("--cases", nargs="+", default=[""], help="only cases whose name contains one of these")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: first ratios on a busy machine",
+    )
+    parser.add_argument(
+        "--peer_python", help="the Python of an environment with rfdetr[train]==1.11.*"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=[""], help="only cases whose name contains one of these"
+    )
     parser.add_argument("--side", choices=list(builders), help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -173,19 +223,29 @@ def run(doc: str, cases: list[Case], builders: dict[str, Builder]) -> None:
     from rfdetr.runs.environment import environment
 
     info = environment(args.device)
-    print(f"{info['cpu']}, device {info['device']}, {args.threads} threads, {info['os']}, commit {info['commit']}")
     print(
-        f"medians of {args.pairs} alternating pairs, {args.clock} time of a unit\n| {COLUMNS} |\n|" + "---|" * 7,
+        f"{info['cpu']}, device {info['device']}, {args.threads} threads, {info['os']}, commit {info['commit']}"
+    )
+    print(
+        f"medians of {args.pairs} alternating pairs, {args.clock} time of a unit\n| {COLUMNS} |\n|"
+        + "---|" * 7,
         flush=True,
     )
-    pythons, has_bf16, found = {}, pick_precision("auto", torch.device(args.device)).dtype is torch.bfloat16, set()
+    pythons, has_bf16, found = (
+        {},
+        pick_precision("auto", torch.device(args.device)).dtype is torch.bfloat16,
+        set(),
+    )
     if "peer" in builders:
         pythons["peer"] = args.peer_python or peer_environment()
     for case in cases:
         if not any(part in case.name for part in args.cases):
             continue
         if case.first[1].get("amp") == "bf16" and not has_bf16:
-            print(f"| {case.name} | not measured: this hardware does not compute in bf16 | | | | | |", flush=True)
+            print(
+                f"| {case.name} | not measured: this hardware does not compute in bf16 | | | | | |",
+                flush=True,
+            )
             continue
         found |= compare(case, args, pythons)
     print("\n".join(sorted(found)))
@@ -199,7 +259,9 @@ def peer_model(name: str, device: torch.device, amp: bool) -> tuple:
     from rfdetr.training.param_groups import get_param_dict
 
     # a name for the weights keeps the builder from downloading DINOv2's; nothing reads the file
-    model_config = getattr(config, f"RFDETR{name}Config")(pretrain_weights="none.pth", device=device.type)
+    model_config = getattr(config, f"RFDETR{name}Config")(
+        pretrain_weights="none.pth", device=device.type
+    )
     kind = config.SegmentationTrainConfig if model_config.segmentation_head else config.TrainConfig
     settings = kind(dataset_dir=".", output_dir=".")
     model = build_model_from_config(model_config, settings).to(device)
@@ -208,7 +270,9 @@ def peer_model(name: str, device: torch.device, amp: bool) -> tuple:
     if amp and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     fused = amp and device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(
+        groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
+    )
     return model, criterion.to(device), postprocess, optimizer
 
 
@@ -226,14 +290,18 @@ def peer_train_step(settings: dict, device: torch.device) -> Callable[[], float]
     for _ in range(batch):
         boxes, masks = some_objects(settings["objects"], side)
         target = {"labels": torch.ones(len(boxes), dtype=torch.long), "boxes": boxes}
-        target |= {"masks": masks.bool()} if "Seg" in settings["model"] else {}  # they would be matched by masks too
+        target |= (
+            {"masks": masks.bool()} if "Seg" in settings["model"] else {}
+        )  # they would be matched by masks too
         targets.append({key: value.to(device) for key, value in target.items()})
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             losses = criterion(model(images, targets), targets)
         weights = criterion.weight_dict
-        torch.stack([losses[name] * weights[name] for name in losses if name in weights]).sum().backward()
+        torch.stack(
+            [losses[name] * weights[name] for name in losses if name in weights]
+        ).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -250,10 +318,16 @@ def some_objects(count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return boxes, (((axis - x) / w) ** 2 + ((axis[:, None] - y) / h) ** 2 < 0.25).to(torch.uint8)
 
 
-def write_coco(folder: Path, images: int, objects: int, width: int = 640, height: int = 480) -> Path:
+def write_coco(
+    folder: Path, images: int, objects: int, width: int = 640, height: int = 480
+) -> Path:
     """A generated split "train" of JPEGs with polygons of 24 corners; "valid" is the same.  Returns `folder`."""
     rng, angle = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    table = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing", "supercategory": "none"}]}
+    table = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "thing", "supercategory": "none"}],
+    }
     for split in ("train", "valid"):
         (folder / split).mkdir(parents=True)
     for image in range(images):
@@ -263,15 +337,28 @@ def write_coco(folder: Path, images: int, objects: int, width: int = 640, height
         )
         name = f"{image:05d}.jpg"
         for split in ("train", "valid"):
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / split / name, quality=90)
-        table["images"].append({"id": image + 1, "file_name": name, "width": width, "height": height})
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                folder / split / name, quality=90
+            )
+        table["images"].append(
+            {"id": image + 1, "file_name": name, "width": width, "height": height}
+        )
         for _ in range(objects):
             radius = rng.uniform(20, 60) * (1 + 0.2 * rng.uniform(-1, 1, 24))
             x = (rng.uniform(0.2, 0.8) * width + radius * np.cos(angle)).clip(0, width)
             y = (rng.uniform(0.2, 0.8) * height + radius * np.sin(angle)).clip(0, height)
             box = [x.min(), y.min(), np.ptp(x), np.ptp(y)]
-            entry = {"id": len(table["annotations"]) + 1, "image_id": image + 1, "category_id": 1, "iscrowd": 0}
-            entry |= {"bbox": box, "area": box[2] * box[3], "segmentation": [np.stack((x, y), 1).ravel().tolist()]}
+            entry = {
+                "id": len(table["annotations"]) + 1,
+                "image_id": image + 1,
+                "category_id": 1,
+                "iscrowd": 0,
+            }
+            entry |= {
+                "bbox": box,
+                "area": box[2] * box[3],
+                "segmentation": [np.stack((x, y), 1).ravel().tolist()],
+            }
             table["annotations"].append(entry)
     for split in ("train", "valid"):
         (folder / split / "_annotations.coco.json").write_text(json.dumps(table), encoding="utf-8")

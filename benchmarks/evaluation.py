@@ -31,30 +31,51 @@ def objects_and_detections(images: int, masks: bool) -> tuple[dict, list[tuple]]
 
     def rles(boxes: np.ndarray) -> list[dict]:
         centre, radius = boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:] / 2
-        corners = centre[:, None] + radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), axis=1)
+        corners = centre[:, None] + radius[:, None] * np.stack(
+            (np.cos(angle), np.sin(angle)), axis=1
+        )
         found = mask_api.frPyObjects(corners.reshape(len(boxes), -1).tolist(), HEIGHT, WIDTH)
         return [rle | {"counts": rle["counts"].decode()} for rle in found]
 
     def boxes_anywhere(count: int) -> np.ndarray:
         side = np.exp(rng.uniform(np.log(12), np.log(220), (count, 2)))
-        return np.concatenate((rng.uniform(0, 1, (count, 2)) * (np.array([WIDTH, HEIGHT]) - side), side), axis=1)
+        return np.concatenate(
+            (rng.uniform(0, 1, (count, 2)) * (np.array([WIDTH, HEIGHT]) - side), side), axis=1
+        )
 
-    truth = {"images": [], "annotations": [], "categories": [{"id": i, "name": str(i)} for i in range(1, CLASSES + 1)]}
+    truth = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": str(i)} for i in range(1, CLASSES + 1)],
+    }
     found = []
     for image in range(1, images + 1):
         boxes, labels = boxes_anywhere(OBJECTS), rng.integers(1, CLASSES + 1, OBJECTS)
-        truth["images"].append({"id": image, "width": WIDTH, "height": HEIGHT, "file_name": f"{image}.jpg"})
+        truth["images"].append(
+            {"id": image, "width": WIDTH, "height": HEIGHT, "file_name": f"{image}.jpg"}
+        )
         shapes = rles(boxes) if masks else [None] * OBJECTS
         for box, label, shape in zip(boxes.tolist(), labels.tolist(), shapes):
-            row = {"id": len(truth["annotations"]) + 1, "image_id": image, "bbox": box, "category_id": label}
-            row |= {"area": box[2] * box[3], "iscrowd": 0} | ({"segmentation": shape} if masks else {})
+            row = {
+                "id": len(truth["annotations"]) + 1,
+                "image_id": image,
+                "bbox": box,
+                "category_id": label,
+            }
+            row |= {"area": box[2] * box[3], "iscrowd": 0} | (
+                {"segmentation": shape} if masks else {}
+            )
             truth["annotations"].append(row)
         near = rng.integers(0, OBJECTS, DETECTIONS // 2)
         moved = boxes[near] + rng.normal(0, 0.08, (len(near), 4)) * np.tile(boxes[near][:, 2:], 2)
         moved[:, 2:] = moved[:, 2:].clip(1)
         every = np.concatenate((moved, boxes_anywhere(DETECTIONS - len(near))))
-        classes = np.concatenate((labels[near], rng.integers(1, CLASSES + 1, DETECTIONS - len(near))))
-        found.append((image, every, rng.uniform(0, 1, DETECTIONS), classes, rles(every) if masks else None))
+        classes = np.concatenate(
+            (labels[near], rng.integers(1, CLASSES + 1, DETECTIONS - len(near)))
+        )
+        found.append(
+            (image, every, rng.uniform(0, 1, DETECTIONS), classes, rles(every) if masks else None)
+        )
     return truth, found
 
 
@@ -70,7 +91,11 @@ def ours(settings: dict, device: torch.device) -> Callable[[], dict]:
             corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
             evaluator.add(image, corners, scores, labels, rles)
         summary = evaluator.summary()
-        values = [summary[kind][name] for kind in (("bbox", "segm") if masks else ("bbox",)) for name in FIGURES]
+        values = [
+            summary[kind][name]
+            for kind in (("bbox", "segm") if masks else ("bbox",))
+            for name in FIGURES
+        ]
         return {"units": 1, "values": [-1.0 if value is None else value for value in values]}
 
     return step
@@ -86,7 +111,9 @@ def pycocotools(settings: dict, device: torch.device) -> Callable[[], dict]:
         rows = []
         for image, boxes, scores, labels, rles in found:
             shapes = (
-                [{"bbox": box} for box in boxes.tolist()] if kind == "bbox" else [{"segmentation": r} for r in rles]
+                [{"bbox": box} for box in boxes.tolist()]
+                if kind == "bbox"
+                else [{"segmentation": r} for r in rles]
             )
             for shape, score, label in zip(shapes, scores.tolist(), labels.tolist()):
                 rows.append({"image_id": image, "category_id": label, "score": score} | shape)

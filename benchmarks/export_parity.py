@@ -27,7 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # behind the peer's own rfdetr
 from benchmarks.parity import OFFICIAL, build_own, hashed, layout, made_up, peer_environment  # noqa: E402
 
-BACKBONES = {"base": ("small", 384), "large": ("base", 768)}  # the sizes that the package itself starts from DINOv2
+BACKBONES = {
+    "base": ("small", 384),
+    "large": ("base", 768),
+}  # the sizes that the package itself starts from DINOv2
 RECORDED = ("nano", 128)  # few tokens: every one is a proposal
 
 
@@ -54,7 +57,9 @@ def made_up_content(size: str, resolution: int, shrunk: bool) -> dict:
     return checkpoint.shrink(content, ["vessel", "cells"]) if shrunk else content
 
 
-def own_predictions(content: dict, image: np.ndarray, nudges: tuple[float, ...] = (0.0,)) -> list[dict]:
+def own_predictions(
+    content: dict, image: np.ndarray, nudges: tuple[float, ...] = (0.0,)
+) -> list[dict]:
     """Scores (n,), boxes (n, 4) xyxy and masks (n, H, W) in pixels, names, for features scaled by 1 + each nudge."""
     from pycocotools.mask import decode
 
@@ -72,7 +77,9 @@ def own_predictions(content: dict, image: np.ndarray, nudges: tuple[float, ...] 
         boxes = torch.tensor(one.boxes, dtype=torch.float32)
         found.append({"scores": torch.tensor(one.scores), "boxes": boxes, "names": one.names})
         if one.masks:
-            found[-1]["masks"] = torch.stack([torch.from_numpy(decode(mask)).bool() for mask in one.masks])
+            found[-1]["masks"] = torch.stack(
+                [torch.from_numpy(decode(mask)).bool() for mask in one.masks]
+            )
     return found
 
 
@@ -88,8 +95,14 @@ def differences(own: dict, theirs: dict) -> tuple[float, float, float, float]:
     cost += 1e4 * (theirs["scores"][:, None] - own["scores"]).abs()
     rows, columns = map(torch.from_numpy, linear_sum_assignment(cost.numpy()))
     same = (~other[rows, columns]).sum().item() / max(other.shape)
-    scores, boxes = ((own[key][columns] - theirs[key][rows]).abs().max().item() for key in ("scores", "boxes"))
-    masks = (own["masks"][columns] != theirs["masks"][rows]).float().mean().item() if "masks" in own else 0.0
+    scores, boxes = (
+        (own[key][columns] - theirs[key][rows]).abs().max().item() for key in ("scores", "boxes")
+    )
+    masks = (
+        (own["masks"][columns] != theirs["masks"][rows]).float().mean().item()
+        if "masks" in own
+        else 0.0
+    )
     return same, scores, boxes, masks
 
 
@@ -101,7 +114,9 @@ def hugging_face(size: str, patch: int = 14, grid: int = 37) -> dict[str, Tensor
 
     prefix = "backbone.0.encoder.encoder."
     with torch.device("meta"):
-        state = to_official({prefix + n: t for n, t in WindowedViT(SIZES[size]).state_dict().items()})
+        state = to_official(
+            {prefix + n: t for n, t in WindowedViT(SIZES[size]).state_dict().items()}
+        )
     shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in state.items()}
     width = shapes["embeddings.cls_token"][-1]
     shapes["embeddings.position_embeddings"] = (1, grid**2 + 1, width)
@@ -132,7 +147,11 @@ def as_peer(folder: Path) -> None:
         content = torch.load(file, weights_only=True)
         image = np.load(file.with_suffix(".npy"))
         kind = getattr(rfdetr, content["model_name"])
-        answers = {"layout": layout({name: tuple(tensor.shape) for name, tensor in content["model"].items()})}
+        answers = {
+            "layout": layout(
+                {name: tuple(tensor.shape) for name, tensor in content["model"].items()}
+            )
+        }
         path = str(file.resolve())
         for route in ("from_checkpoint", "class"):
             if route == "class":
@@ -140,7 +159,9 @@ def as_peer(folder: Path) -> None:
             else:
                 model = rfdetr.RFDETR.from_checkpoint(path, device="cpu")
             own = model.model.model.state_dict()
-            assert {n for n, t in own.items() if t.numel()} == set(content["model"]), "tensors left over"
+            assert {n for n, t in own.items() if t.numel()} == set(content["model"]), (
+                "tensors left over"
+            )
             found = model.predict(image, threshold=0.0)
             answers[route] = {
                 "scores": torch.tensor(found.confidence),
@@ -151,8 +172,12 @@ def as_peer(folder: Path) -> None:
                 answers[route]["masks"] = torch.from_numpy(found.mask).bool()
         torch.save(answers, file.with_suffix(".answer"))
     for size, (name, _) in BACKBONES.items():
-        if Path(f"facebook/dinov2-{name}").exists():  # a folder of this name stands in for the hub's
-            kind = {"base": config.RFDETRBaseConfig, "large": config.RFDETRLargeDeprecatedConfig}[size]
+        if Path(
+            f"facebook/dinov2-{name}"
+        ).exists():  # a folder of this name stands in for the hub's
+            kind = {"base": config.RFDETRBaseConfig, "large": config.RFDETRLargeDeprecatedConfig}[
+                size
+            ]
             model = build_model_from_config(
                 kind(pretrain_weights=None, device="cpu"), config.TrainConfig(dataset_dir=".")
             )
@@ -175,7 +200,9 @@ def compare_exports(python: str, size: str, resolution: int, record: bool) -> No
         folder, ours = Path(name), {}
         for shrunk in (False, True):
             content = made_up_content(size, resolution, shrunk)
-            for seed in range(10):  # near-tied proposals swap at a touch: take a picture whose result survives one
+            for seed in range(
+                10
+            ):  # near-tied proposals swap at a touch: take a picture whose result survives one
                 image = picture(resolution, seed)
                 first, *again = own_predictions(content, image, (0.0, 1e-6, -1e-6, 1e-5, -1e-5))
                 if max((first["boxes"] - other["boxes"]).abs().max() for other in again) < 0.1:
@@ -194,7 +221,11 @@ def compare_exports(python: str, size: str, resolution: int, record: bool) -> No
                 found = f"{same:.0%} of {len(own['scores'])} found, scores {scores:.1e}, boxes {boxes:.1e} px"
                 found += f", {masks:.1e} of the mask pixels differ" if "masks" in own else ""
                 print(f"{size:<11} {label:<8} {route:<15} {found}", flush=True)
-            answers[label] = {"layout": answer["layout"], "seed": own["seed"], **answer["from_checkpoint"]}
+            answers[label] = {
+                "layout": answer["layout"],
+                "seed": own["seed"],
+                **answer["from_checkpoint"],
+            }
     if record:
         torch.save(answers, ROOT / "tests" / "fixtures" / f"export_{size}.pt")
 
@@ -208,20 +239,29 @@ def compare_backbones(python: str) -> None:
             files[size] = folder / "facebook" / f"dinov2-{kind}" / "model.safetensors"
             files[size].parent.mkdir(parents=True)
             save_file(hugging_face(size), files[size], metadata={"format": "pt"})
-            (files[size].parent / "config.json").write_text(json.dumps({"model_type": "dinov2", "hidden_size": width}))
+            (files[size].parent / "config.json").write_text(
+                json.dumps({"model_type": "dinov2", "hidden_size": width})
+            )
         ask_peer(python, folder)
         for size, file in files.items():
             ours = own_features(size, file, hashed("images", (1, 3, 112, 112)))
             theirs = torch.load(folder / f"{size}.features", weights_only=True)
             worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs))
-            print(f"{size:<7} from DINOv2 alone: features differ by {worst:.1e} of the largest", flush=True)
+            print(
+                f"{size:<7} from DINOv2 alone: features differ by {worst:.1e} of the largest",
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer_python", help="the Python of an environment with rfdetr==1.11.*")
     parser.add_argument("--sizes", nargs="+", choices=OFFICIAL, default=OFFICIAL)
-    parser.add_argument("--record", action="store_true", help="write the fixture of the tests instead")
+    parser.add_argument(
+        "--record", action="store_true", help="write the fixture of the tests instead"
+    )
     parser.add_argument("--as_peer", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_peer:

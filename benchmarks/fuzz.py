@@ -70,7 +70,16 @@ SCRIPTS = (
     "validate_setup", "evaluate", "predict", "shrink_head", "export", "train_detector_stage1", "train_seg_stage2",
     "train_seg_single_stage",
 )  # fmt: skip
-OUTPUT_FLAGS = ("--output", "--output_dir", "--json", "--results", "--out", "--out_ckpt", "--fix", "--preview")
+OUTPUT_FLAGS = (
+    "--output",
+    "--output_dir",
+    "--json",
+    "--results",
+    "--out",
+    "--out_ckpt",
+    "--fix",
+    "--preview",
+)
 # at the limits of what types, files and C libraries hold
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 300, 2**31, 2**53, 2**63, 10**30, 10**400, -0.0, 0.5, 1e-320, 1e7, 1e300,
@@ -102,7 +111,9 @@ class Materials:
         self.data, self.run = folder / "data", folder / "run"
         make_demo(self.data, train=3, valid=1, test=1, size=SIDE, seed=2)
         self.documents = {
-            name: json.loads((self.data / name / "_annotations.coco.json").read_text(encoding="utf-8"))
+            name: json.loads(
+                (self.data / name / "_annotations.coco.json").read_text(encoding="utf-8")
+            )
             for name in ("train", "valid", "test")
         }
         from rfdetr.weights.checkpoint import make_content
@@ -119,18 +130,37 @@ class Materials:
         self.contents = {
             "detector.pt": detector,
             "mask.pt": content("segmentation", own, "nano"),
-            "coco91.pt": content("detector", assign_rows(list(CLASS_NAMES), [1, 2, 3], "coco91"), None),
+            "coco91.pt": content(
+                "detector", assign_rows(list(CLASS_NAMES), [1, 2, 3], "coco91"), None
+            ),
             "official.pth": {"model": official, "args": {"class_names": []}},
-            "lightning.ckpt": {"state_dict": {f"model.{k}": v for k, v in official.items()}, "hyper_parameters": {}},
+            "lightning.ckpt": {
+                "state_dict": {f"model.{k}": v for k, v in official.items()},
+                "hyper_parameters": {},
+            },
         }
         for name, value in self.contents.items():
             torch.save(value, folder / name)
         encoder = "backbone.0.encoder.encoder."
-        self.backbone = {k.removeprefix(encoder): v.contiguous() for k, v in official.items() if encoder in k}
+        self.backbone = {
+            k.removeprefix(encoder): v.contiguous() for k, v in official.items() if encoder in k
+        }
         save_file(self.backbone, folder / "backbone.safetensors")
         self.folder = folder
-        words = [*SMALL, "--dataset", str(self.data), "--output_dir", str(self.run), "--pretrain_weights", "none"]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), own_signals():
+        words = [
+            *SMALL,
+            "--dataset",
+            str(self.data),
+            "--output_dir",
+            str(self.run),
+            "--pretrain_weights",
+            "none",
+        ]
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            own_signals(),
+        ):
             importlib.import_module("train_detector_stage1").main(words)
         self.state = torch.load(self.run / "last.pt", weights_only=True)
 
@@ -172,15 +202,32 @@ def damage_bytes(rng: random.Random, raw: bytes) -> bytes:
         return raw + rng.randbytes(length)
     if way == 7:
         return raw[:at] + bytes(len(raw) - at)
-    return rng.choice([b"", b"\0", b"\0" * 4096, rng.randbytes(300), b"<html>404</html>", b"version https://git-lfs"])
+    return rng.choice(
+        [
+            b"",
+            b"\0",
+            b"\0" * 4096,
+            rng.randbytes(300),
+            b"<html>404</html>",
+            b"version https://git-lfs",
+        ]
+    )
 
 
 def places(value: object, prefix: tuple = ()) -> list[tuple]:
     """The paths of everything inside nested lists and dicts, 50 deep."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     if len(prefix) == 50:
         return []
-    return [place for key, inner in items for place in ((*prefix, key), *places(inner, (*prefix, key)))]
+    return [
+        place for key, inner in items for place in ((*prefix, key), *places(inner, (*prefix, key)))
+    ]
 
 
 def damage_values(rng: random.Random, data: dict | list, values: list = VALUES) -> None:
@@ -200,15 +247,21 @@ def damage_values(rng: random.Random, data: dict | list, values: list = VALUES) 
             parent[key:key] = [copy.deepcopy(parent[key]) for _ in range(rng.choice([1, 2, 300]))]
         elif action == 2:
             *way, key_2 = rng.choice(found)
-            with contextlib.suppress(KeyError, IndexError, TypeError):  # inside what this very action has moved
+            with contextlib.suppress(
+                KeyError, IndexError, TypeError
+            ):  # inside what this very action has moved
                 other = functools.reduce(lambda inner, step: inner[step], way, data)
                 parent[key] = copy.deepcopy(other[key_2])
         elif action == 3 and type(parent[key]) in (int, float):
-            parent[key] = parent[key] * rng.choice([-1, 0, 1e6, 0.001, 10**9]) + rng.choice([0, 0.5, 1])
+            parent[key] = parent[key] * rng.choice([-1, 0, 1e6, 0.001, 10**9]) + rng.choice(
+                [0, 0.5, 1]
+            )
         elif action == 4 and isinstance(parent, dict) and isinstance(key, str):
             parent[rng.choice([key.upper(), key + "s", "", "id"])] = parent.pop(key)
         else:
-            parent[key] = copy.deepcopy(rng.choice(values))  # the next case finds the values unchanged
+            parent[key] = copy.deepcopy(
+                rng.choice(values)
+            )  # the next case finds the values unchanged
 
 
 def damaged_json(rng: random.Random, document: dict) -> bytes:
@@ -220,21 +273,46 @@ def damaged_json(rng: random.Random, document: dict) -> bytes:
     if way == 1:
         return text.replace("cells", "Gefäß").encode(rng.choice(["latin-1", "utf-8", "utf-16"]))
     if way == 2:
-        depth, (open_, close) = rng.choice([50, 3000, 200_000]), rng.choice([("[", "]"), ('{"a":', "}")])
+        depth, (open_, close) = (
+            rng.choice([50, 3000, 200_000]),
+            rng.choice([("[", "]"), ('{"a":', "}")]),
+        )
         nested = open_ * depth + rng.choice(["1", ""]) + close * rng.choice([depth, depth - 1, 0])
-        return text.replace('"annotations": [', f'"annotations": [{nested},', rng.choice([0, 1])).encode() or b"["
+        return (
+            text.replace(
+                '"annotations": [', f'"annotations": [{nested},', rng.choice([0, 1])
+            ).encode()
+            or b"["
+        )
     if way == 3:
-        key = rng.choice(["images", "annotations", "categories", "bbox", "id", "segmentation", "width"])
-        return text.replace(f'"{key}":', f'"{key}": {rng.choice(["1", "[]", "null", "{}"])}, "{key}":').encode()
+        key = rng.choice(
+            ["images", "annotations", "categories", "bbox", "id", "segmentation", "width"]
+        )
+        return text.replace(
+            f'"{key}":', f'"{key}": {rng.choice(["1", "[]", "null", "{}"])}, "{key}":'
+        ).encode()
     if way == 4:
         number = rng.choice(
-            ["9" * 4000, "9" * 5000, "1e999", "-1e999", "1E-999", "NaN", "-Infinity", "01", "1.", "0x10"]
+            [
+                "9" * 4000,
+                "9" * 5000,
+                "1e999",
+                "-1e999",
+                "1E-999",
+                "NaN",
+                "-Infinity",
+                "01",
+                "1.",
+                "0x10",
+            ]
         )
         numbers = list(re.finditer(r"-?\d+(\.\d+)?", text))
         chosen = rng.choice(numbers)
         return (text[: chosen.start()] + number + text[chosen.end() :]).encode()
     if way == 5:
-        return text.replace(rng.choice([": ", ", ", "{", "]"]), rng.choice(["", "\r\n", "\0", "//x\n", ",,"])).encode()
+        return text.replace(
+            rng.choice([": ", ", ", "{", "]"]), rng.choice(["", "\r\n", "\0", "//x\n", ",,"])
+        ).encode()
     return damage_bytes(rng, text.encode())
 
 
@@ -258,7 +336,11 @@ def some_rle(rng: random.Random, height: int, width: int) -> object:
             counts = "".join(chr(rng.randint(48, 111)) for _ in range(rng.choice([1, 5, 50, 5000])))
         elif way == 2:
             at = rng.randrange(len(counts) + 1)
-            counts = counts[:at] + rng.choice(["o" * 7, "P" * 40, "0", "\0", "é", " ", "oooooo0"]) + counts[at:]
+            counts = (
+                counts[:at]
+                + rng.choice(["o" * 7, "P" * 40, "0", "\0", "é", " ", "oooooo0"])
+                + counts[at:]
+            )
     elif way == 4:
         counts = [rng.choice([-1, 1]) * run for run in runs]
     elif way == 5:
@@ -270,7 +352,17 @@ def some_rle(rng: random.Random, height: int, width: int) -> object:
     elif way == 8:
         counts = [0] * rng.choice([1, 100_000]) + [height * width]
     elif way == 9:
-        size = rng.choice([[width + 1, height], [height], [0, 0], [-height, -width], None, "64", [height, width, 3]])
+        size = rng.choice(
+            [
+                [width + 1, height],
+                [height],
+                [0, 0],
+                [-height, -width],
+                None,
+                "64",
+                [height, width, 3],
+            ]
+        )
     elif way == 10:
         counts = copy.deepcopy(rng.choice(VALUES))
     return {"size": size, "counts": counts}
@@ -295,7 +387,13 @@ def some_polygons(rng: random.Random, height: int, width: int) -> object:
         return [points(rng.choice([3000, 20_000]))]
     if way == 4:
         return rng.choice(
-            [points(4), [[points(4)]], [points(4), 5], [points(4), some_rle(rng, height, width)], {"0": 1}]
+            [
+                points(4),
+                [[points(4)]],
+                [points(4), 5],
+                [points(4), some_rle(rng, height, width)],
+                {"0": 1},
+            ]
         )
     if way == 5:
         return [points(4, -rng.choice([1, 1.9, 10, 1e4, 1e6]), rng.choice([1, 1.9, 10, 1e4, 1e6]))]
@@ -314,34 +412,65 @@ def some_polygons(rng: random.Random, height: int, width: int) -> object:
 
 def damaged_image(rng: random.Random, raw: bytes) -> tuple[bytes, str]:
     """(bytes, suffix) of an image file: cut, of another kind, of absurd or the least size, in any mode."""
-    suffix, way = rng.choice([".png", ".png", ".jpg", ".gif", ".tif", ".webp", ".bmp"]), rng.randrange(8)
+    suffix, way = (
+        rng.choice([".png", ".png", ".jpg", ".gif", ".tif", ".webp", ".bmp"]),
+        rng.randrange(8),
+    )
     if way == 0:
         return raw[: rng.randrange(len(raw))], ".png"
     if way == 1:
         sides = rng.choice(
-            [(10**9, 10**9), (2**31 - 1, 1), (0, 0), (1, 178_000_000), (13_000, 13_000), (65, 64), (0, 9)]
+            [
+                (10**9, 10**9),
+                (2**31 - 1, 1),
+                (0, 0),
+                (1, 178_000_000),
+                (13_000, 13_000),
+                (65, 64),
+                (0, 9),
+            ]
         )
-        header = struct.pack(">IIBBBBB", *sides, rng.choice([8, 16, 1]), rng.choice([0, 2, 3, 6]), 0, 0, 0)
+        header = struct.pack(
+            ">IIBBBBB", *sides, rng.choice([8, 16, 1]), rng.choice([0, 2, 3, 6]), 0, 0, 0
+        )
         chunk = b"IHDR" + header
         return raw[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + raw[33:], ".png"
     if way == 2:
         return gzip.compress(raw), ".png"
     if way == 3:
         text = rng.choice(
-            [b"", b"\0" * 500, b"<svg/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", b"%PDF"]
+            [
+                b"",
+                b"\0" * 500,
+                b"<svg/>",
+                b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
+                b"%PDF",
+            ]
         )
         return text, suffix
     mode = rng.choice(["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr"])
     sides = rng.choice([(SIDE, SIDE), (SIDE, SIDE), (1, 1), (1, 500), (20_000, 2), (63, 64)])
-    image, out = Image.new("RGB", sides, (9, 90, 200)).convert("L" if mode == "I;16" else mode), io.BytesIO()
+    image, out = (
+        Image.new("RGB", sides, (9, 90, 200)).convert("L" if mode == "I;16" else mode),
+        io.BytesIO(),
+    )
     image = image.convert("I").convert("I;16") if mode == "I;16" else image
-    kinds = {".png": "PNG", ".jpg": "JPEG", ".gif": "GIF", ".tif": "TIFF", ".webp": "WEBP", ".bmp": "BMP"}
+    kinds = {
+        ".png": "PNG",
+        ".jpg": "JPEG",
+        ".gif": "GIF",
+        ".tif": "TIFF",
+        ".webp": "WEBP",
+        ".bmp": "BMP",
+    }
     try:
         image.save(out, kinds[suffix])
     except (OSError, ValueError):  # a kind that has not this mode
         image.save(out, "TIFF")
     raw = out.getvalue()
-    return (damage_bytes(rng, raw) if way == 4 else raw), rng.choice([suffix, suffix, ".png", ".jpg"])
+    return (damage_bytes(rng, raw) if way == 4 else raw), rng.choice(
+        [suffix, suffix, ".png", ".jpg"]
+    )
 
 
 class Trap:
@@ -372,17 +501,27 @@ def damage_tensors(rng: random.Random, state: dict) -> None:
         elif way == 1:
             state[name] = rng.choice(tensor_values(rng))
         elif way == 2:
-            state[name] = tensor.to(rng.choice([torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool]))
+            state[name] = tensor.to(
+                rng.choice([torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool])
+            )
         elif way == 3:
             state[name] = tensor[: len(tensor) // 2] if tensor.dim() else tensor[None]
         elif way == 4:
-            state[name] = tensor.flatten() if rng.random() < 0.5 else tensor.mT if tensor.dim() > 1 else tensor[None]
+            state[name] = (
+                tensor.flatten()
+                if rng.random() < 0.5
+                else tensor.mT
+                if tensor.dim() > 1
+                else tensor[None]
+            )
         elif way == 5:
             state[name] = torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape)
         elif way == 6:
             del state[name]
         elif way == 7:
-            state[rng.choice(["", "x", name + ".weight", "class_embed.3.bias", "a" * 5000])] = state.pop(name)
+            state[rng.choice(["", "x", name + ".weight", "class_embed.3.bias", "a" * 5000])] = (
+                state.pop(name)
+            )
         else:
             state[name] = tensor * rng.choice([1e30, -1e5, 1e-40])
 
@@ -394,7 +533,16 @@ def damaged_checkpoint(rng: random.Random, base: Materials, name: str) -> bytes:
         return damage_bytes(rng, raw)
     if way == 2:
         harm = rng.choice(
-            [Trap(), {"model": Trap()}, {"model": {"a": np.zeros(3)}}, [1], "x", {1: 2}, {"model": {}}, None]
+            [
+                Trap(),
+                {"model": Trap()},
+                {"model": {"a": np.zeros(3)}},
+                [1],
+                "x",
+                {1: 2},
+                {"model": {}},
+                None,
+            ]
         )
         protocol = rng.randrange(6)
         harmful = rng.random() < 0.5
@@ -403,11 +551,22 @@ def damaged_checkpoint(rng: random.Random, base: Materials, name: str) -> bytes:
         torch.save(harm, out, _use_new_zipfile_serialization=rng.random() < 0.5)
         return out.getvalue()
     if way == 3:
-        with zipfile.ZipFile(out, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+        with zipfile.ZipFile(
+            out, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+        ) as archive:
             for member in rng.choice(
-                [["x.txt"], ["a/data.pkl"], ["a/data.pkl", "a/version", "a/data/0"], ["../../x"], []]
+                [
+                    ["x.txt"],
+                    ["a/data.pkl"],
+                    ["a/data.pkl", "a/version", "a/data/0"],
+                    ["../../x"],
+                    [],
+                ]
             ):
-                archive.writestr(member, rng.choice([b"", pickle.dumps({"model": {}}, 2), b"3\n", rng.randbytes(99)]))
+                archive.writestr(
+                    member,
+                    rng.choice([b"", pickle.dumps({"model": {}}, 2), b"3\n", rng.randbytes(99)]),
+                )
         return out.getvalue()
     content = copy_of(base.contents[name])
     table = next(key for key in ("model", "state_dict") if key in content)
@@ -418,7 +577,9 @@ def damaged_checkpoint(rng: random.Random, base: Materials, name: str) -> bytes:
             damage_values(rng, tables, values)
             content = {table: content[table], **tables} if rng.random() < 0.95 else tables
         else:
-            content[table] = rng.choice([rng.choice(values), {}, {"x": torch.zeros(2)}, dict.fromkeys(content[table])])
+            content[table] = rng.choice(
+                [rng.choice(values), {}, {"x": torch.zeros(2)}, dict.fromkeys(content[table])]
+            )
     else:
         damage_tensors(rng, content[table])
     torch.save(content, out, _use_new_zipfile_serialization=rng.random() < 0.9)
@@ -441,14 +602,34 @@ def on_dataset(rng: random.Random, base: Materials) -> Command:
     words = ["--dataset", "../data"]
     if script == "validate_setup":
         words += ["--size", "tiny", "--device", "cpu", "--json", "report.json"]
-        words += rng.choice([[], ["--check_images", "0"], ["--need_masks", "1"], ["--val_fraction", "0.5"]])
+        words += rng.choice(
+            [[], ["--check_images", "0"], ["--need_masks", "1"], ["--val_fraction", "0.5"]]
+        )
     elif script == "evaluate":
-        words += ["--checkpoint", str(base.folder / rng.choice(["mask.pt", "detector.pt"])), "--json", "scores.json"]
-        words += ["--device", "cpu", "--results", "results", "--split", rng.choice(["train", "valid", "test"])]
+        words += [
+            "--checkpoint",
+            str(base.folder / rng.choice(["mask.pt", "detector.pt"])),
+            "--json",
+            "scores.json",
+        ]
+        words += [
+            "--device",
+            "cpu",
+            "--results",
+            "results",
+            "--split",
+            rng.choice(["train", "valid", "test"]),
+        ]
     else:
         words += [*SMALL, "--ema", rng.choice("01"), "--run_test", rng.choice("01")]
-        words += ["--checkpoint", str(base.folder / "detector.pt")] if script == "train_seg_stage2" else []
-        words += ["--cache", rng.choice(["ram", "disk", "off"])] if script == "train_seg_stage2" else []
+        words += (
+            ["--checkpoint", str(base.folder / "detector.pt")]
+            if script == "train_seg_stage2"
+            else []
+        )
+        words += (
+            ["--cache", rng.choice(["ram", "disk", "off"])] if script == "train_seg_stage2" else []
+        )
     return Command(script, words)
 
 
@@ -473,7 +654,9 @@ def masks_case(rng: random.Random, base: Materials, place: Path, make: Callable)
     """Segmentations of some annotations."""
     split, file = annotation_file(place / "data", rng)
     document = json.loads(json.dumps(base.documents[split]))
-    for entry in rng.sample(document["annotations"], min(len(document["annotations"]), rng.choice([1, 1, 3]))):
+    for entry in rng.sample(
+        document["annotations"], min(len(document["annotations"]), rng.choice([1, 1, 3]))
+    ):
         entry["segmentation"] = make(rng, SIDE, SIDE)
         entry.update(rng.choice([{}, {}, {"iscrowd": 1}, {"area": None}]))
     if rng.random() < 0.1:
@@ -504,8 +687,17 @@ def image_case(rng: random.Random, base: Materials, place: Path) -> Command:
         elif suffix != file.suffix and rng.random() < 0.3:
             file.with_suffix(suffix).write_bytes(raw)
     if rng.random() < 0.3:
-        words = ["--checkpoint", str(base.folder / "mask.pt"), "--input", f"../data/{split}", "--output", "found"]
-        return Command("predict", [*words, "--device", "cpu", "--threshold", rng.choice(["0", "0.02", "0.5"])])
+        words = [
+            "--checkpoint",
+            str(base.folder / "mask.pt"),
+            "--input",
+            f"../data/{split}",
+            "--output",
+            "found",
+        ]
+        return Command(
+            "predict", [*words, "--device", "cpu", "--threshold", rng.choice(["0", "0.02", "0.5"])]
+        )
     return on_dataset(rng, base)
 
 
@@ -521,7 +713,9 @@ def checkpoint_case(rng: random.Random, base: Materials, place: Path) -> Command
         return Command("train_detector_stage1", ["--resume", "run", "--epochs", "2"])
     if way == 1:
         shutil.copytree(base.run, place / "out/run")
-        for name in rng.choice([["last.pt"], ["checkpoint.pt"], ["last.pt", "checkpoint.pt", "metrics.json"]]):
+        for name in rng.choice(
+            [["last.pt"], ["checkpoint.pt"], ["last.pt", "checkpoint.pt", "metrics.json"]]
+        ):
             file = place / "out/run" / name
             raw = damage_bytes(rng, file.read_bytes())
             file.unlink()  # both names may be one file
@@ -560,9 +754,34 @@ def checkpoint_case(rng: random.Random, base: Materials, place: Path) -> Command
             ],
             "shrink_head": ["--in_ckpt", "../data/given.pt", "--out_ckpt", "small.pt"],
             "export": [*file, "--out", "exported.pth"],
-            "train_detector_stage1": [*SMALL, "--dataset", "../data", "--pretrain_weights", file[1], "--ema", "0"],
-            "train_seg_stage2": [*SMALL, "--dataset", "../data", *file, "--auto_shrink", "1", "--ema", "0"],
-            "train_seg_single_stage": [*SMALL, "--dataset", "../data", "--init_ckpt", file[1], "--ema", "0"],
+            "train_detector_stage1": [
+                *SMALL,
+                "--dataset",
+                "../data",
+                "--pretrain_weights",
+                file[1],
+                "--ema",
+                "0",
+            ],
+            "train_seg_stage2": [
+                *SMALL,
+                "--dataset",
+                "../data",
+                *file,
+                "--auto_shrink",
+                "1",
+                "--ema",
+                "0",
+            ],
+            "train_seg_single_stage": [
+                *SMALL,
+                "--dataset",
+                "../data",
+                "--init_ckpt",
+                file[1],
+                "--ema",
+                "0",
+            ],
         }[script],
     )
 
@@ -580,7 +799,9 @@ def command_case(rng: random.Random, base: Materials, place: Path) -> Command:
     """A sound command line with some words replaced, added and removed."""
     (place / "out/there.txt").write_text("there")
     sound = on_dataset(rng, base)
-    script = rng.choice([sound.script, *SCRIPTS[2:5], "rfdetr.data.demo", "rfdetr.weights.download"])
+    script = rng.choice(
+        [sound.script, *SCRIPTS[2:5], "rfdetr.data.demo", "rfdetr.weights.download"]
+    )
     checkpoint = str(base.folder / "mask.pt")
     argv = sound.argv if script == sound.script else {
         "predict": ["--checkpoint", checkpoint, "--input", "../data/valid", "--output", "found", "--device", "cpu"],
@@ -599,10 +820,14 @@ def command_case(rng: random.Random, base: Materials, place: Path) -> Command:
         elif way == 4:
             del argv[at : at + 1]
         else:
-            argv.insert(at, rng.choice([word, "--no_such_flag", "-x", "--size=", "--dataset=../data"]))
+            argv.insert(
+                at, rng.choice([word, "--no_such_flag", "-x", "--size=", "--dataset=../data"])
+            )
     if script.startswith("train") and "--workers" in argv:  # dozens of processes take longer
         argv += ["--workers", rng.choice(["-1", "0", "1e9", "9" * 30])]
-    if "--size" in argv and "tiny" not in argv:  # a large model's weights take longer than what is looked for
+    if (
+        "--size" in argv and "tiny" not in argv
+    ):  # a large model's weights take longer than what is looked for
         argv += ["--size", "tiny"]
     return Command(script, argv)
 
@@ -660,10 +885,20 @@ class Fuzzer:
     @contextlib.contextmanager
     def surroundings(self):
         """No network, the case's folder as the current one, a home and a cache of its own."""
-        before, opener, output, environment = Path.cwd(), urllib.request.urlopen, run_environment._output, os.environ.copy()
+        before, opener, output, environment = (
+            Path.cwd(),
+            urllib.request.urlopen,
+            run_environment._output,
+            os.environ.copy(),
+        )
         home = str(self.place / "home")
-        os.environ.update(dict.fromkeys(("HOME", "TORCH_HOME", "XDG_CACHE_HOME", "RFDETR_CACHE"), home))
-        urllib.request.urlopen, run_environment._output = refuse_network, self.output  # git is asked once
+        os.environ.update(
+            dict.fromkeys(("HOME", "TORCH_HOME", "XDG_CACHE_HOME", "RFDETR_CACHE"), home)
+        )
+        urllib.request.urlopen, run_environment._output = (
+            refuse_network,
+            self.output,
+        )  # git is asked once
         os.chdir(self.place / "out")
         try:
             with own_signals():
@@ -716,7 +951,11 @@ class Fuzzer:
         grown = memory_mb(torch.device("cpu")) - resident
         wrong += [f"{grown:.0f} MB more"] * (grown > MEGABYTES)
         after = self.listing(command)
-        changed = sorted(str(path) for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+        changed = sorted(
+            str(path)
+            for path in before.keys() | after.keys()
+            if before.get(path) != after.get(path)
+        )
         wrong += [f"changed outside its outputs: {', '.join(changed[:5])}"] * bool(changed)
         return command, status, wrong + self.loose_json(given)
 
@@ -737,9 +976,15 @@ class Fuzzer:
 
     def listing(self, command: Command) -> dict[Path, tuple]:
         """All files of the temporary tree but the case's outputs: size, time of change, and content of the dataset."""
-        given = [word for flag, word in zip(command.argv, command.argv[1:]) if flag in OUTPUT_FLAGS and word]
+        given = [
+            word
+            for flag, word in zip(command.argv, command.argv[1:])
+            if flag in OUTPUT_FLAGS and word
+        ]
         given += [
-            word.split("=", 1)[1] for word in command.argv if word.startswith(tuple(f"{f}=" for f in OUTPUT_FLAGS))
+            word.split("=", 1)[1]
+            for word in command.argv
+            if word.startswith(tuple(f"{f}=" for f in OUTPUT_FLAGS))
         ]
         own = [
             self.place / "out",
@@ -755,7 +1000,11 @@ class Fuzzer:
             for path in (folder / name for name in files):
                 if path not in own:
                     state = path.stat()
-                    digest = hashlib.sha1(path.read_bytes()).digest() if self.place in path.parents else b""
+                    digest = (
+                        hashlib.sha1(path.read_bytes()).digest()
+                        if self.place in path.parents
+                        else b""
+                    )
                     found[path] = (state.st_size, state.st_mtime_ns, digest)
         return found
 
@@ -767,7 +1016,11 @@ class Fuzzer:
 
         wrong = []
         for path in (self.place / "out").rglob("*.json"):
-            if not path.is_file() or "damaged" in path.name or given.get(path) == path.stat().st_mtime_ns:
+            if (
+                not path.is_file()
+                or "damaged" in path.name
+                or given.get(path) == path.stat().st_mtime_ns
+            ):
                 continue
             try:
                 json.loads(path.read_bytes(), parse_constant=refuse)
@@ -785,19 +1038,29 @@ def run_cases(kinds: list[str], first: int, count: int, seed: int, keep: bool = 
     begin = time.perf_counter()
     for number in range(first, first + count):
         kind = kinds[number % len(kinds)]
-        (folder / "case").write_text(f"--kinds {kind} --first {number}\n")  # to be found where the process dies
+        (folder / "case").write_text(
+            f"--kinds {kind} --first {number}\n"
+        )  # to be found where the process dies
         command, status, wrong = fuzzer.run(kind, number, seed)
         ends[kind, status] += 1
         if wrong:
             found += 1
             words = " ".join(word if len(word) < 80 else word[:80] + "..." for word in command.argv)
-            print(f"--kinds {kind} --first {number}: {command.script} {words!r}", *wrong, sep="\n    ", flush=True)
+            print(
+                f"--kinds {kind} --first {number}: {command.script} {words!r}",
+                *wrong,
+                sep="\n    ",
+                flush=True,
+            )
         if (number - first) % 1000 == 999:
             print(
-                f"{number - first + 1} cases, {found} with faults; the running one is in {folder / 'case'}", flush=True
+                f"{number - first + 1} cases, {found} with faults; the running one is in {folder / 'case'}",
+                flush=True,
             )
     print(
-        "kind, exit status, cases:", *(f"{kind} {status}: {n}" for (kind, status), n in sorted(ends.items())), sep="\n"
+        "kind, exit status, cases:",
+        *(f"{kind} {status}: {n}" for (kind, status), n in sorted(ends.items())),
+        sep="\n",
     )
     print(f"{count} cases in {time.perf_counter() - begin:.0f} s, {found} with faults")
     if keep:
@@ -808,13 +1071,19 @@ def run_cases(kinds: list[str], first: int, count: int, seed: int, keep: bool = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--keep", action="store_true", help="keep the last case's folder, and say where it is")
-    parser.add_argument("--evaluation", type=int, metavar="N", help="instead: N evaluations against pycocotools")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the last case's folder, and say where it is"
+    )
+    parser.add_argument(
+        "--evaluation", type=int, metavar="N", help="instead: N evaluations against pycocotools"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.evaluation:

@@ -242,5 +242,7 @@ def run_sets(first: int, count: int, seed: int) -> int:
         if wrong:
             outside += 1
             print(f"--evaluation 1 --first {number}: {', '.join(wrong)}", flush=True)
-    print(f"{count} evaluations against pycocotools: largest difference {largest:.1e}, {outside} over {LIMIT}")
+    print(
+        f"{count} evaluations against pycocotools: largest difference {largest:.1e}, {outside} over {LIMIT}"
+    )
     return outside

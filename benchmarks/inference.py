@@ -19,16 +19,36 @@ KEPT, HEIGHT, WIDTH = 100, 480, 640
 DETECTOR = {"model": "Nano", "side": 384, "masks": False}
 SEGMENTER = {"model": "SegNano", "side": 312, "masks": True}
 CASES = [
-    Case("detector, bf16", ("ours", {"amp": "bf16", "masks": False}), ("peer", DETECTOR | {"amp": "bf16"}), 0.62),
+    Case(
+        "detector, bf16",
+        ("ours", {"amp": "bf16", "masks": False}),
+        ("peer", DETECTOR | {"amp": "bf16"}),
+        0.62,
+    ),
     Case(
         "detector, bf16, compiled",
         ("ours", {"amp": "bf16", "masks": False, "compile": True}),
         ("peer", DETECTOR | {"amp": "bf16"}),
         0.62,
     ),
-    Case("detector, fp32", ("ours", {"amp": "fp32", "masks": False}), ("peer", DETECTOR | {"amp": "fp32"}), 1.05),
-    Case("with masks, bf16", ("ours", {"amp": "bf16", "masks": True}), ("peer", SEGMENTER | {"amp": "bf16"}), 0.4),
-    Case("with masks, fp32", ("ours", {"amp": "fp32", "masks": True}), ("peer", SEGMENTER | {"amp": "fp32"}), 0.4),
+    Case(
+        "detector, fp32",
+        ("ours", {"amp": "fp32", "masks": False}),
+        ("peer", DETECTOR | {"amp": "fp32"}),
+        1.05,
+    ),
+    Case(
+        "with masks, bf16",
+        ("ours", {"amp": "bf16", "masks": True}),
+        ("peer", SEGMENTER | {"amp": "bf16"}),
+        0.4,
+    ),
+    Case(
+        "with masks, fp32",
+        ("ours", {"amp": "fp32", "masks": True}),
+        ("peer", SEGMENTER | {"amp": "fp32"}),
+        0.4,
+    ),
 ]
 
 
@@ -42,7 +62,10 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
 
     size = SIZES["nano"]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
-    model, head = Detector(size, rows=91, groups=1).to(device).eval(), MASK_HEADS["nano"](size.hidden).to(device)
+    model, head = (
+        Detector(size, rows=91, groups=1).to(device).eval(),
+        MASK_HEADS["nano"](size.hidden).to(device),
+    )
     if settings.get("compile"):
         compile_in_place(model.encoder, device)
     images = torch.randint(0, 256, (1, 3, size.resolution, size.resolution), dtype=torch.uint8)

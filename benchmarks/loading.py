@@ -35,7 +35,10 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     def step() -> float:
         for index in range(IMAGES):
             sample = dataset[index, index if settings["augment"] else None]
-        assert sample["image"].shape == (3, SIDE, SIDE) and sample["target"]["masks"].shape[1:] == (SIDE, SIDE)
+        assert sample["image"].shape == (3, SIDE, SIDE) and sample["target"]["masks"].shape[1:] == (
+            SIDE,
+            SIDE,
+        )
         return IMAGES
 
     return step
@@ -47,9 +50,15 @@ def peer(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.datasets import build_dataset
 
     folder = write_coco(Path(FOLDER.name) / "data", IMAGES, objects=8)
-    model = config.RFDETRSegSmallConfig(pretrain_weights="none.pth", device="cpu")  # its own resolution is 384
-    train = config.SegmentationTrainConfig(dataset_dir=str(folder), output_dir=FOLDER.name, multi_scale=False)
-    dataset = build_dataset("train" if settings["augment"] else "val", _namespace_from_configs(model, train), SIDE)
+    model = config.RFDETRSegSmallConfig(
+        pretrain_weights="none.pth", device="cpu"
+    )  # its own resolution is 384
+    train = config.SegmentationTrainConfig(
+        dataset_dir=str(folder), output_dir=FOLDER.name, multi_scale=False
+    )
+    dataset = build_dataset(
+        "train" if settings["augment"] else "val", _namespace_from_configs(model, train), SIDE
+    )
 
     def step() -> float:
         for index in range(IMAGES):

@@ -21,7 +21,18 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = ["head", "views", "mask mAP", "mask mAP50", "box mAP", "mask/box", "epoch", "train s", "after, s", "whole, s"]
+COLUMNS = [
+    "head",
+    "views",
+    "mask mAP",
+    "mask mAP50",
+    "box mAP",
+    "mask/box",
+    "epoch",
+    "train s",
+    "after, s",
+    "whole, s",
+]
 
 
 # the single stage takes its size's mask head: this one with another
@@ -44,15 +55,24 @@ def one_run(args: argparse.Namespace, head: str, views: str) -> list[str]:
         command = [sys.executable, "-c", JOINT, str(ROOT), head, "--epochs", str(args.joint_epochs)]
         command += ["--pretrain_weights", "none"]
     else:
-        command = [sys.executable, str(ROOT / "train_seg_stage2.py"), "--checkpoint", str(args.checkpoint)]
+        command = [
+            sys.executable,
+            str(ROOT / "train_seg_stage2.py"),
+            "--checkpoint",
+            str(args.checkpoint),
+        ]
         command += ["--mask_head", head, "--epochs", str(args.epochs)]
-        command += ["--cache", "off"] if views == "fresh" else ["--cache", "ram", "--cache_views", views]
+        command += (
+            ["--cache", "off"] if views == "fresh" else ["--cache", "ram", "--cache_views", views]
+        )
     command += ["--dataset", str(args.dataset), "--size", args.size, "--output_dir", str(folder)]
     command += ["--tensorboard", "0", "--multi_scale", "0"]
     begin = time.perf_counter()
     done = subprocess.run(command + args.more, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     whole = time.perf_counter() - begin
     result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     best, epochs = result["best"], result["epochs"]
@@ -78,22 +98,30 @@ def main() -> None:
     own, more = sys.argv[1:], []
     if "--" in own:
         own, more = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="a trained detector, shrunk to the dataset")
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--heads", nargs="+", default=["nano", "standard"])
-    parser.add_argument("--views", nargs="+", choices=["1", "2", "4", "fresh"], default=["1", "2", "4", "fresh"])
+    parser.add_argument(
+        "--views", nargs="+", choices=["1", "2", "4", "fresh"], default=["1", "2", "4", "fresh"]
+    )
     parser.add_argument("--joint", nargs="+", choices=["nano", "standard", "official"], default=[])
     parser.add_argument("--joint_epochs", type=int, default=8)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/mask_quality"), help="one folder a run in it")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/mask_quality"), help="one folder a run in it"
+    )
     args = parser.parse_args(own, argparse.Namespace(more=more))
     sys.path.insert(0, str(ROOT))
     from rfdetr.runs.environment import environment
 
     info = environment()
-    print(f"{info['cpu']}, {info['threads']} threads, torch {info['torch']}, {info['os']}, commit {info['commit']}")
+    print(
+        f"{info['cpu']}, {info['threads']} threads, torch {info['torch']}, {info['os']}, commit {info['commit']}"
+    )
     print(f"| {' | '.join(COLUMNS)} |\n|" + "---|" * len(COLUMNS), flush=True)
     rows = [(head, views) for head in args.heads for views in args.views] if args.checkpoint else []
     for head, views in [*rows, *((head, "joint") for head in args.joint)]:

@@ -36,7 +36,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFICIAL = ("nano", "small", "medium", "base", "large", "large-2026")
-OFFICIAL += tuple(f"seg-{size}" for size in ("nano", "small", "medium", "large", "xlarge", "2xlarge"))
+OFFICIAL += tuple(
+    f"seg-{size}" for size in ("nano", "small", "medium", "large", "xlarge", "2xlarge")
+)
 LIMIT = 1e-4  # of every figure, for gradients of the middle tensor
 NOISE = 2  # the worst tensor's gradient: at most so many times what ours move when images are nudged by +-1e-7
 ORIGINAL = (90, 120)  # height and width that post-processing goes back to
@@ -53,8 +55,26 @@ RECORDED = [
     ("seg-small", 192, False),
     ("seg-2xlarge", 144, False),
 ]
-COLUMNS = ["size", "tensors used / in the file", "features", "logits", "boxes", "masks", "losses", "gradients"]
-COLUMNS += ["ours, nudged", "middle gradient", "matches", "labels found", "found", "proposals' order", "time", "limits"]
+COLUMNS = [
+    "size",
+    "tensors used / in the file",
+    "features",
+    "logits",
+    "boxes",
+    "masks",
+    "losses",
+    "gradients",
+]
+COLUMNS += [
+    "ours, nudged",
+    "middle gradient",
+    "matches",
+    "labels found",
+    "found",
+    "proposals' order",
+    "time",
+    "limits",
+]
 OBJECTS = (6, 0)  # a batch of two, one image without objects
 
 
@@ -67,7 +87,9 @@ def hashed(name: str, shape: tuple[int, ...]) -> Tensor:
         x ^= x >> np.uint32(16)
         x *= np.uint32(0x45D9F3B)
     x ^= x >> np.uint32(16)
-    return torch.from_numpy(x.astype(np.float32)).mul_(2 * 3**0.5 / 2**32).sub_(3**0.5).reshape(shape)
+    return (
+        torch.from_numpy(x.astype(np.float32)).mul_(2 * 3**0.5 / 2**32).sub_(3**0.5).reshape(shape)
+    )
 
 
 def made_up(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -80,7 +102,13 @@ def made_up(name: str, shape: tuple[int, ...]) -> Tensor:
         return 0.5 * noise
     if name in ("refpoint_embed.weight", "query_feat.weight"):
         return noise * (0.3 if "refpoint" in name else 1)
-    small = 0.3 if "bbox_embed" in name and "layers.2" in name else 0.1 if "query_features_proj" in name else 1
+    small = (
+        0.3
+        if "bbox_embed" in name and "layers.2" in name
+        else 0.1
+        if "query_features_proj" in name
+        else 1
+    )
     return noise * small * (shape[0] / noise.numel()) ** 0.5
 
 
@@ -101,23 +129,35 @@ def made_up_batch(resolution: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
 
 def made_up_points(rows: int, *shape: int, device: torch.device | None = None) -> Tensor:
     """In place of torch.rand while losses are computed: the same numbers 0..1 in every row, whatever their order."""
-    return (hashed("points", (1, *shape)) / 12**0.5 + 0.5).clamp(0, 1).repeat(rows, *[1] * len(shape))
+    return (
+        (hashed("points", (1, *shape)) / 12**0.5 + 0.5).clamp(0, 1).repeat(rows, *[1] * len(shape))
+    )
 
 
 def layout(shapes: dict[str, tuple[int, ...]]) -> str:
     """A digest of names and shapes."""
-    return hashlib.sha256("".join(f"{n} {tuple(s)}\n" for n, s in sorted(shapes.items())).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{n} {tuple(s)}\n" for n, s in sorted(shapes.items())).encode()
+    ).hexdigest()
 
 
 def flat_predictions(prefix: str, outputs: dict) -> dict[str, Tensor]:
-    layers = {"last": outputs} | {f"layer{i}": aux for i, aux in enumerate(outputs.get("aux_outputs", ()))}
+    layers = {"last": outputs} | {
+        f"layer{i}": aux for i, aux in enumerate(outputs.get("aux_outputs", ()))
+    }
     if "enc_outputs" in outputs:
         layers["proposals"] = outputs["enc_outputs"]
     return {
         f"{prefix} {kind}/{layer}": values[key].detach()
         for layer, values in layers.items()
-        for kind, key in (("logits", "pred_logits"), ("boxes", "pred_boxes"), ("masks", "pred_masks"))
-        if isinstance(values.get(key), Tensor)  # while training, masks are left as their two factors
+        for kind, key in (
+            ("logits", "pred_logits"),
+            ("boxes", "pred_boxes"),
+            ("masks", "pred_masks"),
+        )
+        if isinstance(
+            values.get(key), Tensor
+        )  # while training, masks are left as their two factors
     }
 
 
@@ -126,9 +166,14 @@ def features_kept(encoder: torch.nn.Module, projector: torch.nn.Module, values: 
     """Put the feature maps of a forward pass into `values`."""
 
     def keep(prefix: str):
-        return lambda module, inputs, maps: values.update({f"{prefix}/{i}": x for i, x in enumerate(maps)})
+        return lambda module, inputs, maps: values.update(
+            {f"{prefix}/{i}": x for i, x in enumerate(maps)}
+        )
 
-    hooks = [encoder.register_forward_hook(keep("encoder")), projector.register_forward_hook(keep("projector"))]
+    hooks = [
+        encoder.register_forward_hook(keep("encoder")),
+        projector.register_forward_hook(keep("projector")),
+    ]
     yield
     for hook in hooks:
         hook.remove()
@@ -140,16 +185,24 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
     from rfdetr.models import build_criterion_from_config, build_model_from_config
     from rfdetr.utilities.tensors import nested_tensor_from_tensor_list
 
-    name = {"large": "LargeDeprecated", "large-2026": "Large"}.get(size, size.replace("-", "")).lower()
+    name = {"large": "LargeDeprecated", "large-2026": "Large"}.get(
+        size, size.replace("-", "")
+    ).lower()
     configs = {key.lower(): value for key, value in vars(config).items()}
     # a name for the weights keeps the builder from downloading DINOv2's; nothing reads the file
     model_config = configs[f"rfdetr{name}config"](pretrain_weights="none.pth", device="cpu")
-    train_config = config.SegmentationTrainConfig if model_config.segmentation_head else config.TrainConfig
+    train_config = (
+        config.SegmentationTrainConfig if model_config.segmentation_head else config.TrainConfig
+    )
     train_config = train_config(dataset_dir=".", output_dir=".")
     model = build_model_from_config(model_config, train_config)
     criterion, postprocess = build_criterion_from_config(model_config, train_config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()}
-    model.load_state_dict(model.state_dict() | {name: made_up(name, shape) for name, shape in shapes.items()})
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()
+    }
+    model.load_state_dict(
+        model.state_dict() | {name: made_up(name, shape) for name, shape in shapes.items()}
+    )
     images, targets = made_up_batch(resolution)
     values, gradients, order, topk = {}, {}, [], torch.topk
 
@@ -162,7 +215,9 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
         backbone = model.eval().backbone[0]
         with torch.no_grad(), features_kept(backbone.encoder, backbone.projector, values):
             outputs = model(nested_tensor_from_tensor_list(list(images)))
-        values |= {k: v for k, v in flat_predictions("eval", outputs).items() if k.endswith("/last")}
+        values |= {
+            k: v for k, v in flat_predictions("eval", outputs).items() if k.endswith("/last")
+        }
         values["order eval"] = order.pop()[None]
         found = postprocess(outputs, torch.tensor([ORIGINAL] * len(images)))
         values |= {f"found {key}": torch.stack([one[key] for one in found]) for key in found[0]}
@@ -170,7 +225,9 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
             outputs = model.train()(nested_tensor_from_tensor_list(list(images)))
             values["order train"] = order.pop()
     if train:
-        keys = {"labels": "rows", "boxes": "boxes"} | ({"masks": "masks"} if model_config.segmentation_head else {})
+        keys = {"labels": "rows", "boxes": "boxes"} | (
+            {"masks": "masks"} if model_config.segmentation_head else {}
+        )
         theirs = [{key: target[ours] for key, ours in keys.items()} for target in targets]
         with mock.patch.object(torch, "rand", made_up_points):
             losses = criterion.train()(outputs, theirs)
@@ -181,7 +238,10 @@ def as_peer(size: str, resolution: int, train: bool, out: Path) -> None:
         values |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         starts = [sum(OBJECTS[:i]) for i in range(len(OBJECTS))]
-        pairs = [torch.stack((torch.full_like(q, i), q, obj + starts[i])) for i, (q, obj) in enumerate(pairs)]
+        pairs = [
+            torch.stack((torch.full_like(q, i), q, obj + starts[i]))
+            for i, (q, obj) in enumerate(pairs)
+        ]
         values["matches"] = torch.cat(pairs, dim=1)
     torch.save({"shapes": shapes, "values": values, "gradients": gradients}, out)
 
@@ -204,7 +264,9 @@ def ranked_as(order: Tensor, agreement: list[float]):
         yield
 
 
-def own_values(model, resolution: int, order: dict[str, Tensor], nudge: float = 0.0) -> dict[str, Tensor]:
+def own_values(
+    model, resolution: int, order: dict[str, Tensor], nudge: float = 0.0
+) -> dict[str, Tensor]:
     """Our numbers under the same names; `order` holds "order eval" and, to train as well, "order train"."""
     from rfdetr.losses.criterion import LossWeights, detection_losses
 
@@ -216,8 +278,13 @@ def own_values(model, resolution: int, order: dict[str, Tensor], nudge: float = 
         outputs = model(images)
     with torch.no_grad():
         if model.head is not None:
-            pixels, kernels = model.head.pixels(outputs["features"], images), model.head.kernels(outputs["queries"])
-            outputs["pred_masks"] = torch.einsum("bchw,bqc->bqhw", pixels, kernels) + model.head.bias
+            pixels, kernels = (
+                model.head.pixels(outputs["features"], images),
+                model.head.kernels(outputs["queries"]),
+            )
+            outputs["pred_masks"] = (
+                torch.einsum("bchw,bqc->bqhw", pixels, kernels) + model.head.bias
+            )
         values |= flat_predictions("eval", outputs) | own_found(model, outputs, images, order)
     if "order train" in order:
         model.train().zero_grad()
@@ -227,14 +294,20 @@ def own_values(model, resolution: int, order: dict[str, Tensor], nudge: float = 
         recipe = model.size.recipe
         weights = LossWeights(mask=recipe.single_mask_loss_coef, dice=recipe.single_dice_loss_coef)
         with mock.patch.object(torch, "rand", made_up_points):
-            losses, matches = detection_losses(outputs, targets, groups, sum(OBJECTS) * groups, weights)
+            losses, matches = detection_losses(
+                outputs, targets, groups, sum(OBJECTS) * groups, weights
+            )
         sum(losses.values()).backward()
         values |= flat_predictions("train", outputs)
         their_names = {"class": "ce", "box": "bbox", "mask": "mask_ce", "dice": "mask_dice"}
         for name, loss in losses.items():
             kind, *layer = name.removeprefix("loss_").split("_")
-            values["loss/" + "_".join(["loss", their_names.get(kind, kind), *layer])] = loss.detach()
-        values |= {f"gradient/{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+            values["loss/" + "_".join(["loss", their_names.get(kind, kind), *layer])] = (
+                loss.detach()
+            )
+        values |= {
+            f"gradient/{n}": p.grad for n, p in model.named_parameters() if p.grad is not None
+        }
         values["matches"] = torch.stack(matches)
     values["order agreement"] = torch.tensor(min(agreement))
     return values
@@ -246,8 +319,12 @@ def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -
     from rfdetr.models.detector import select_detections
 
     names = {"pred_logits": "eval logits/last", "pred_boxes": "eval boxes/last"}
-    whole = {key: theirs[name] for key, name in names.items() if theirs[name].shape == outputs[key].shape}
-    scores, labels, boxes, queries = select_detections(outputs | whole, torch.arange(91), model.size.select)
+    whole = {
+        key: theirs[name] for key, name in names.items() if theirs[name].shape == outputs[key].shape
+    }
+    scores, labels, boxes, queries = select_detections(
+        outputs | whole, torch.arange(91), model.size.select
+    )
     found = {"found scores": scores, "found labels": labels}
     detections = Detections([], scores, labels, boxes, queries, outputs["features"], images)
     height, width = ORIGINAL
@@ -256,8 +333,13 @@ def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -
     if model.head is not None:
         pixels = model.head.pixels(outputs["features"], images)
         parts = zip(pixels, outputs["queries"], queries, boxes)
-        masks = [list(model.head.paste(p, own[chosen], box, height, width)) for p, own, chosen, box in parts]
-        found["found masks"] = torch.stack([torch.stack([mask for _, _, mask in one]) for one in masks])[:, :, None]
+        masks = [
+            list(model.head.paste(p, own[chosen], box, height, width))
+            for p, own, chosen, box in parts
+        ]
+        found["found masks"] = torch.stack(
+            [torch.stack([mask for _, _, mask in one]) for one in masks]
+        )[:, :, None]
     return found
 
 
@@ -314,7 +396,8 @@ def record(dump: dict, path: Path) -> None:
     if "found masks" in values:
         values["found area"] = values.pop("found masks").sum((-3, -2, -1))
     values = {
-        name: value.short() if not value.is_floating_point() else sample(value, 256) for name, value in values.items()
+        name: value.short() if not value.is_floating_point() else sample(value, 256)
+        for name, value in values.items()
     }
     gradients = {name: projections(name, gradient) for name, gradient in dump["gradients"].items()}
     path.parent.mkdir(exist_ok=True)
@@ -330,23 +413,50 @@ def check(size: str, dump: dict) -> bool:
     used = dump["shapes"].keys() & to_official(model.state_dict()).keys()
     ours = own_values(model, model.size.resolution, theirs)
     worst = compare(ours, theirs | dump["gradients"])
-    middle = statistics.median(error(name, ours[name], gradient) for name, gradient in dump["gradients"].items())
+    middle = statistics.median(
+        error(name, ours[name], gradient) for name, gradient in dump["gradients"].items()
+    )
     # rounding decides the gradient of a sampling point on a cell's edge: how far does ours move by itself?
     moved = (own_values(model, model.size.resolution, theirs, nudge) for nudge in (1e-7, -1e-7))
     noise = max(compare(values, ours)["gradient"] for values in moved)
     found = [error(key, ours[key], theirs[key]) for key in ("found scores", "found boxes")]
     if "found masks" in theirs:
         found.append((ours["found masks"] != theirs["found masks"]).float().mean().item())
-    same = [same_matches(ours["matches"], theirs["matches"]), torch.equal(ours["found labels"], theirs["found labels"])]
+    same = [
+        same_matches(ours["matches"], theirs["matches"]),
+        torch.equal(ours["found labels"], theirs["found labels"]),
+    ]
     limited = [value for kind, value in worst.items() if kind != "gradient"] + found + [middle]
     good = used == dump["shapes"].keys() and all(same) and all(value <= LIMIT for value in limited)
     good &= worst["gradient"] <= max(LIMIT, NOISE * noise)
-    kinds = [("encoder", "projector"), ("eval logits", "train logits"), ("eval boxes", "train boxes"), ("eval masks",)]
+    kinds = [
+        ("encoder", "projector"),
+        ("eval logits", "train logits"),
+        ("eval boxes", "train boxes"),
+        ("eval masks",),
+    ]
     kinds += [("loss",), ("gradient",)]
-    values = [max((worst[kind] for kind in group if kind in worst), default=None) for group in kinds]
-    cells = [size, f"{len(used)} / {len(dump['shapes'])}", *values, noise, middle, *same, max(found)]
-    cells += [f"{ours['order agreement']:.2%}", f"{time.time() - start:.0f} s", "within" if good else "OUTSIDE"]
-    shown = ["-" if c is None else "same" if c is True else f"{c:.1e}" if isinstance(c, float) else c for c in cells]
+    values = [
+        max((worst[kind] for kind in group if kind in worst), default=None) for group in kinds
+    ]
+    cells = [
+        size,
+        f"{len(used)} / {len(dump['shapes'])}",
+        *values,
+        noise,
+        middle,
+        *same,
+        max(found),
+    ]
+    cells += [
+        f"{ours['order agreement']:.2%}",
+        f"{time.time() - start:.0f} s",
+        "within" if good else "OUTSIDE",
+    ]
+    shown = [
+        "-" if c is None else "same" if c is True else f"{c:.1e}" if isinstance(c, float) else c
+        for c in cells
+    ]
     print("| " + " | ".join(map(str, shown)) + " |", flush=True)
     return good
 
@@ -356,7 +466,9 @@ def peer_environment() -> str:
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         venv.create(folder, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "rfdetr[train]==1.11.*"], check=True)
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "-q", "rfdetr[train]==1.11.*"], check=True
+        )
     return str(python)
 
 
@@ -367,17 +479,33 @@ def ask_peer(python: str, size: str, resolution: int, train: bool) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "peer.pt"
-        command = [python, "-W", "ignore", __file__, "--as_peer", size, str(resolution), str(int(train)), str(out)]
+        command = [
+            python,
+            "-W",
+            "ignore",
+            __file__,
+            "--as_peer",
+            size,
+            str(resolution),
+            str(int(train)),
+            str(out),
+        ]
         subprocess.run(command, check=True, env=environment, cwd=folder)
         dump = torch.load(out, weights_only=True)
-    return dump | {"gradients": {f"gradient/{n}": g for n, g in from_official(dump["gradients"]).items()}}
+    return dump | {
+        "gradients": {f"gradient/{n}": g for n, g in from_official(dump["gradients"]).items()}
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer_python", help="the Python of an environment with rfdetr==1.11.*")
     parser.add_argument("--sizes", nargs="+", choices=OFFICIAL, default=OFFICIAL)
-    parser.add_argument("--record", action="store_true", help="write tests/fixtures/ instead of comparing")
+    parser.add_argument(
+        "--record", action="store_true", help="write tests/fixtures/ instead of comparing"
+    )
     parser.add_argument("--as_peer", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_peer:
@@ -390,11 +518,18 @@ def main() -> None:
     python = args.peer_python or peer_environment()
     if args.record:
         for size, resolution, train in RECORDED:
-            record(ask_peer(python, size, resolution, train), ROOT / "tests" / "fixtures" / f"{size}_{resolution}.pt")
+            record(
+                ask_peer(python, size, resolution, train),
+                ROOT / "tests" / "fixtures" / f"{size}_{resolution}.pt",
+            )
         return
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32"
+    )
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
-    good = [check(size, ask_peer(python, size, SIZES[size].resolution, True)) for size in args.sizes]
+    good = [
+        check(size, ask_peer(python, size, SIZES[size].resolution, True)) for size in args.sizes
+    ]
     sys.exit(0 if all(good) else 1)
 
 

@@ -32,14 +32,24 @@ CASES = []
 for amp in ("bf16", "fp32"):
     for part, asked in (("first epoch", 0.12), ("cached epochs", 0.006)):
         CASES.append(
-            Case(f"{part}, {amp}", ("ours", BASE | {"part": part, "amp": amp}), ("peer", PEER | {"amp": amp}), asked)
+            Case(
+                f"{part}, {amp}",
+                ("ours", BASE | {"part": part, "amp": amp}),
+                ("peer", PEER | {"amp": amp}),
+                asked,
+            )
         )
 EPOCHS, READS = BASE | {"part": "cached epochs"}, BASE | {"part": "reads"}
 CASES += [
     Case("200 objects an image : 8", ("ours", EPOCHS | {"objects": 200}), ("ours", EPOCHS), 3.0),
     Case("64 images : 16", ("ours", EPOCHS | {"images": 64}), ("ours", EPOCHS), 1.1),
     Case("cache on disk : in memory", ("ours", EPOCHS), ("ours", EPOCHS | {"cache": "ram"}), 1.1),
-    Case("cache reads after 50 epochs : first", ("ours", READS | {"warm_epochs": 50}), ("ours", READS), 1.1),
+    Case(
+        "cache reads after 50 epochs : first",
+        ("ours", READS | {"warm_epochs": 50}),
+        ("ours", READS),
+        1.1,
+    ),
 ]
 
 
@@ -60,12 +70,19 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     feature_cache.MATCH_IOU = -1.0
     size, count = SIZES["nano"], settings["images"]
     recipe, table = size.recipe, ClassTable(("thing",), (1,), (0,), 2, 1)
-    split = read_dataset(write_coco(Path(FOLDER.name) / "data", count, settings["objects"]))["train"]
+    split = read_dataset(write_coco(Path(FOLDER.name) / "data", count, settings["objects"]))[
+        "train"
+    ]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
     detector = Detector(size, 2, background=True, groups=1).to(device).requires_grad_(False).eval()
-    head, progress = MASK_HEADS[size.mask_head](size.hidden).to(device), Progress(micro_batch=recipe.seg_batch)
+    head, progress = (
+        MASK_HEADS[size.mask_head](size.hidden).to(device),
+        Progress(micro_batch=recipe.seg_batch),
+    )
     groups = [{"params": list(head.parameters()), "base_lr": recipe.seg_lr, "lr": recipe.seg_lr}]
-    objective = feature_cache.MaskObjective(detector, table, LossWeights(), precision, (), 0, progress)
+    objective = feature_cache.MaskObjective(
+        detector, table, LossWeights(), precision, (), 0, progress
+    )
     trainer = Trainer(
         model=head,
         losses=objective,
@@ -81,7 +98,10 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
 
     def cached() -> feature_cache.CachedLoader:
         """From a cache of its own, with no view in it."""
-        dataset, parent = SplitDataset(split, size.resolution, None, masks=True), Path(FOLDER.name, uuid.uuid4().hex)
+        dataset, parent = (
+            SplitDataset(split, size.resolution, None, masks=True),
+            Path(FOLDER.name, uuid.uuid4().hex),
+        )
         cache = feature_cache.FeatureCache(objective, dataset, recipe.cache_views, parent)
         return feature_cache.CachedLoader(cache.open(settings["cache"] == "disk"), sampler)
 
@@ -114,17 +134,34 @@ def whole_process(device: str) -> None:
     write_coco(folder / "data", 16, 8)
     table = ClassTable(("thing",), (1,), (0,), 2, 1)
     state = Detector(size, 2, background=True).state_dict()
-    checkpoint.save(folder / "detector.pt", checkpoint.make_content("detector", size, 384, table, None, state))
+    checkpoint.save(
+        folder / "detector.pt", checkpoint.make_content("detector", size, 384, table, None, state)
+    )
     for cache in ("ram", "disk", "off"):
-        command = [sys.executable, str(ROOT / "train_seg_stage2.py"), "--checkpoint", str(folder / "detector.pt")]
-        command += ["--dataset", str(folder / "data"), "--output_dir", str(folder / cache), "--epochs", "2"]
+        command = [
+            sys.executable,
+            str(ROOT / "train_seg_stage2.py"),
+            "--checkpoint",
+            str(folder / "detector.pt"),
+        ]
+        command += [
+            "--dataset",
+            str(folder / "data"),
+            "--output_dir",
+            str(folder / cache),
+            "--epochs",
+            "2",
+        ]
         command += ["--device", device, "--tensorboard", "0", "--cache", cache]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         # the second epoch's peak covers the first one's evaluation
         epochs = json.loads((folder / cache / "metrics.json").read_text(encoding="utf-8"))["epochs"]
-        peak, what = epochs[-1]["train"]["peak_memory_mb"], "allocated" if device == "cuda" else "resident"
+        peak, what = (
+            epochs[-1]["train"]["peak_memory_mb"],
+            "allocated" if device == "cuda" else "resident",
+        )
         print(f"train_seg_stage2.py, batch 4, --cache {cache}: {peak:.0f} MB {what}")
 
 

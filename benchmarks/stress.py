@@ -61,7 +61,9 @@ def script_process(script: str, words: list[str], folder: Path, log: Path) -> No
         run_script(importlib.import_module(script).main, words)
 
 
-def start(script: str, words: list[str], folder: Path, kill_after: float = math.inf) -> tuple[int | None, str]:
+def start(
+    script: str, words: list[str], folder: Path, kill_after: float = math.inf
+) -> tuple[int | None, str]:
     """Run a script in `folder`; returns its exit status (None where it was killed) and what it printed."""
     log = folder / f"console_{sum(1 for _ in folder.glob('console_*'))}.txt"
     process = PROCESSES.Process(target=script_process, args=(script, words, folder, log))
@@ -92,14 +94,19 @@ def figures(run: Path) -> dict:
     """metrics.json without the command, and without what is measured: times, rates and memory."""
     metrics = json.loads((run / "metrics.json").read_bytes())
     for record in metrics["epochs"]:
-        record["train"] = {name: value for name, value in record["train"].items() if name not in MEASURED}
+        record["train"] = {
+            name: value for name, value in record["train"].items() if name not in MEASURED
+        }
     return {key: metrics.get(key) for key in ("epochs", "best", "test", "class_names", "stage")}
 
 
 def differences(one: Path, other: Path) -> list[str]:
     """Where two finished runs are not the same, bit for bit."""
     found = []
-    for file, keys in (("last.pt", ("model", "ema", "training")), ("best.pt", ("model", "weights", "epoch"))):
+    for file, keys in (
+        ("last.pt", ("model", "ema", "training")),
+        ("best.pt", ("model", "weights", "epoch")),
+    ):
         a, b = (torch.load(run / file) for run in (one, other))
         found += [f"{file}: {key}" for key in keys if plain(a[key]) != plain(b[key])]
     a, b = figures(one), figures(other)
@@ -128,14 +135,20 @@ def standing(run: Path) -> str:
     saved = [path for path in (run / "last.pt", run / "checkpoint.pt") if path.exists()]
     states = [torch.load(path)["training"]["progress"] for path in saved]
     at = max(states, key=lambda state: (state["epoch"], state["step"]), default=None)
-    text = f"epoch {at['epoch'] + 1}, {at['step_in_epoch']} steps saved" if at else "nothing saved yet"
-    return ", ".join([text, *(f"writing {path.name.rsplit('.', 2)[0]}" for path in run.glob("*.tmp"))])
+    text = (
+        f"epoch {at['epoch'] + 1}, {at['step_in_epoch']} steps saved" if at else "nothing saved yet"
+    )
+    return ", ".join(
+        [text, *(f"writing {path.name.rsplit('.', 2)[0]}" for path in run.glob("*.tmp"))]
+    )
 
 
 # ---------------------------------------------------------------- kills
 
 
-def go_on(script: str, words: list[str], folder: Path, kill_after: float = math.inf) -> tuple[int | None, str, bool]:
+def go_on(
+    script: str, words: list[str], folder: Path, kill_after: float = math.inf
+) -> tuple[int | None, str, bool]:
     """The next command after a kill: --resume, or a new start, where that is what --resume says or no run is there.
 
     Returns exit status, what was printed, and whether it was a new start.
@@ -178,7 +191,9 @@ def kill_runs(count: int, seed: int, workplace: Path) -> int:
     make_demo(workplace / "data", train=4, valid=2, test=2, size=64, seed=2)
     references, commands, seconds = {}, {}, {}
     for name, line in KINDS.items():
-        script, *words = shlex.split(line) + shlex.split(FLAGS) + ["--dataset", str(workplace / "data")]
+        script, *words = (
+            shlex.split(line) + shlex.split(FLAGS) + ["--dataset", str(workplace / "data")]
+        )
         detector = references["stage 1"] / "best.pt" if references else ""
         commands[name] = script, [str(detector) if word == "DETECTOR" else word for word in words]
         (folder := workplace / f"whole {name}").mkdir()
@@ -193,8 +208,16 @@ def kill_runs(count: int, seed: int, workplace: Path) -> int:
     for number, (workers, name) in enumerate(itertools.cycle(itertools.product((0, 2), KINDS))):
         script, words = commands[name]
         length = seconds[name] * (1.5 if workers else 1)
-        moments = [chance.uniform(0, length) for _ in range(min(chance.choice([1, 1, 1, 2]), count - done))]
-        case = [script, [*words, "--workers", str(workers)], workplace / str(number), moments, references[name]]
+        moments = [
+            chance.uniform(0, length) for _ in range(min(chance.choice([1, 1, 1, 2]), count - done))
+        ]
+        case = [
+            script,
+            [*words, "--workers", str(workers)],
+            workplace / str(number),
+            moments,
+            references[name],
+        ]
         try:
             kills, lost = kill_and_go_on(*case)
         except Exception:
@@ -202,7 +225,10 @@ def kill_runs(count: int, seed: int, workplace: Path) -> int:
         for moment, where in kills:
             done += 1
             result = f"LOST: {'; '.join(lost)}" if lost else "went on, the same bits"
-            print(f"{done:>4}  {name}, {workers} workers, after {moment:.2f} s: {where}: {result}", flush=True)
+            print(
+                f"{done:>4}  {name}, {workers} workers, after {moment:.2f} s: {where}: {result}",
+                flush=True,
+            )
         lossy += bool(lost)
         if done >= count:
             break
@@ -211,11 +237,15 @@ def kill_runs(count: int, seed: int, workplace: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--cases", type=int, default=0, help="of damaged and hostile input")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder to leave the runs in, to look at")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="a new folder to leave the runs in, to look at"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:

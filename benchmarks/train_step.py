@@ -40,7 +40,9 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     recipe, progress = size.recipe, Progress(micro_batch=batch)
     model = Detector(size, rows=91).to(device).train()
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
-    objective = Objective(coco_table(), LossWeights(), precision, sides=(), seed=0, progress=progress)
+    objective = Objective(
+        coco_table(), LossWeights(), precision, sides=(), seed=0, progress=progress
+    )
     groups = parameter_groups(model, recipe.lr, recipe.lr_encoder, recipe.weight_decay, size)
     trainer = Trainer(
         model=model,
@@ -55,7 +57,10 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     )
     images = torch.randint(0, 256, (batch, 3, size.resolution, size.resolution), dtype=torch.uint8)
     labels = torch.zeros(settings["objects"], dtype=torch.long)
-    targets = [{"boxes": some_objects(len(labels), 8)[0], "labels": labels, "index": i} for i in range(batch)]
+    targets = [
+        {"boxes": some_objects(len(labels), 8)[0], "labels": labels, "index": i}
+        for i in range(batch)
+    ]
     data = Batch(images, targets)
 
     def step() -> float:

@@ -21,8 +21,16 @@ def box_iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     (n, 4) with (n, 4) gives n elementwise values; (q, 1, 4) with (1, t, 4) gives the (q, t) matrix.
     """
-    inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    inner = (
+        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .prod(-1)
+    )
     union = _area(a) + _area(b) - inner
     iou = inner / union.clamp(min=1e-9)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (
+        (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+        .clamp(min=0)
+        .prod(-1)
+    )
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)

@@ -23,7 +23,9 @@ _COCO = (
     "couch potted_plant bed - dining_table - - toilet - tv laptop mouse remote keyboard cell_phone microwave oven "
     "toaster sink refrigerator - book clock vase scissors teddy_bear hair_drier toothbrush"
 )
-COCO_NAMES = {i: name.replace("_", " ") for i, name in enumerate(_COCO.split(), start=1) if name != "-"}
+COCO_NAMES = {
+    i: name.replace("_", " ") for i, name in enumerate(_COCO.split(), start=1) if name != "-"
+}
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,34 @@ class ClassTable:
     background: int | None
 
     def to_dict(self) -> dict:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> ClassTable:
         """Raises ValueError or TypeError for what is no table."""
-        table = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        table = cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+            }
+        )
         rows = [*table.rows, *([] if table.background is None else [table.background])]
-        sound = len(table.names) == len(table.ids) == len(table.rows) and {*map(type, table.names)} <= {str}
-        sound = sound and {*map(type, (*rows, *table.ids, table.rows_total))} <= {int} and len({*rows}) == len(rows)
-        if not sound or len({*table.names}) < len(table.names) or not 0 <= min(rows, default=0) <= max(rows, default=0):
+        sound = len(table.names) == len(table.ids) == len(table.rows) and {
+            *map(type, table.names)
+        } <= {str}
+        sound = (
+            sound
+            and {*map(type, (*rows, *table.ids, table.rows_total))} <= {int}
+            and len({*rows}) == len(rows)
+        )
+        if (
+            not sound
+            or len({*table.names}) < len(table.names)
+            or not 0 <= min(rows, default=0) <= max(rows, default=0)
+        ):
             raise ValueError("its class table is damaged")
         if max(rows, default=-1) >= table.rows_total:
             raise ValueError(f"its class table names row {max(rows)} of {table.rows_total}")
@@ -72,7 +92,9 @@ class ClassTable:
                 f"in the checkpoint: {extra or 'none'}. Dataset: {list(names)}; checkpoint: {list(self.names)}. Use "
                 "the checkpoint that was trained on these classes, or train again: python train_detector_stage1.py"
             )
-        return replace(self, names=tuple(names), ids=tuple(ids), rows=tuple(row_of[name] for name in names))
+        return replace(
+            self, names=tuple(names), ids=tuple(ids), rows=tuple(row_of[name] for name in names)
+        )
 
 
 def coco_table() -> ClassTable:
@@ -88,7 +110,9 @@ def assign_rows(names: list[str], ids: list[int], head: str) -> ClassTable:
     COCO leaves unused, then rows of COCO classes the dataset has not, then new rows; row 0 stays background.
     """
     if head == "dataset":
-        return ClassTable(tuple(names), tuple(ids), tuple(range(len(names))), len(names) + 1, len(names))
+        return ClassTable(
+            tuple(names), tuple(ids), tuple(range(len(names))), len(names) + 1, len(names)
+        )
     row_of = {name: row for row, name in COCO_NAMES.items()}
     others = [name for name in names if name not in row_of]
     unused = [row for row in range(1, COCO_ROWS) if row not in COCO_NAMES]
@@ -109,10 +133,14 @@ def keep_classes(table: ClassTable, keep: list[str]) -> ClassTable:
         problems.append(f"{name!r} (did you mean {near}?)" if near else repr(name))
     if problems:
         shown = ", ".join(map(repr, table.names[:20])) + (" ..." if len(table.names) > 20 else "")
-        raise UserError(f"--keep names no class of this checkpoint: {', '.join(problems)}. Its classes are {shown}.")
+        raise UserError(
+            f"--keep names no class of this checkpoint: {', '.join(problems)}. Its classes are {shown}."
+        )
     repeated = sorted({name for name in keep if keep.count(name) > 1})
     if repeated or not keep:
-        raise UserError(f"--keep {'repeats ' + ', '.join(repeated) if repeated else 'is empty'}: name each class once.")
+        raise UserError(
+            f"--keep {'repeats ' + ', '.join(repeated) if repeated else 'is empty'}: name each class once."
+        )
     chosen = [table.names.index(name) for name in keep]
     ids, rows = (tuple(column[i] for i in chosen) for column in (table.ids, table.rows))
     return replace(table, names=tuple(keep), ids=ids, rows=rows)
@@ -123,7 +151,9 @@ def background_row(table: ClassTable) -> int:
     free = (row for row in range(table.rows_total) if row not in table.rows)
     row = next(free, None) if table.background is None else table.background
     if row is None:
-        raise UserError(f"all {table.rows_total} rows of the class head belong to a class, none is left as background.")
+        raise UserError(
+            f"all {table.rows_total} rows of the class head belong to a class, none is left as background."
+        )
     return row
 
 

@@ -20,43 +20,145 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     positive, images, share = number(int, 1), number(int, 1, 65536), number(float, 0)
     add = parser.add_argument
     add("--size", choices=list(SIZES), default="nano", help="model size (default: nano)")
-    add("--dataset", type=Path, default=Path("dataset"), help="COCO-format folder (default: dataset)")
-    add("--val_fraction", type=number(float, 0.001, 0.9), help="without valid/: split this share off train/")
+    add(
+        "--dataset",
+        type=Path,
+        default=Path("dataset"),
+        help="COCO-format folder (default: dataset)",
+    )
+    add(
+        "--val_fraction",
+        type=number(float, 0.001, 0.9),
+        help="without valid/: split this share off train/",
+    )
     add_exif_flag(parser)
     add("--output_dir", type=Path, help="run folder (default: the next free number under runs/)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--resolution", type=positive, help="input side in pixels (default: the size's own)")
     add("--epochs", type=positive, help="passes over the training images")
-    add("--batch", type=lambda t: t if t == "auto" else images(t), help="images in one forward pass, or auto")
+    add(
+        "--batch",
+        type=lambda t: t if t == "auto" else images(t),
+        help="images in one forward pass, or auto",
+    )
     add("--accum", type=images, help="forward passes per optimizer step")
-    add("--workers", type=number(int, 0, 256), help="loader processes (default: 2; 0 where images stay in memory)")
+    add(
+        "--workers",
+        type=number(int, 0, 256),
+        help="loader processes (default: 2; 0 where images stay in memory)",
+    )
     add("--weight_decay", type=share, help="AdamW's weight decay")
-    add("--multi_scale", type=boolean, default=None, metavar="0|1", help="draw the input side anew for each step")
-    add("--expanded_scales", type=boolean, default=False, metavar="0|1", help="a wider range of sides")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision (auto: off for tiny)")
+    add(
+        "--multi_scale",
+        type=boolean,
+        default=None,
+        metavar="0|1",
+        help="draw the input side anew for each step",
+    )
+    add(
+        "--expanded_scales",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="a wider range of sides",
+    )
+    add(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="mixed precision (auto: off for tiny)",
+    )
     add("--no_amp", action="store_true", help="the same as --amp off")
-    add("--ema", type=boolean, default=True, metavar="0|1", help="keep an average of the weights, scored as well")
-    add("--patience", type=number(int, 0), default=0, help="stop after this many epochs without gain (0: never)")
-    add("--min_steps", type=number(int, 1, 10**6), help="repeat small datasets until an epoch has this many steps")
-    add("--eval_every", type=positive, default=1, help="epochs between evaluations (the last is always evaluated)")
+    add(
+        "--ema",
+        type=boolean,
+        default=True,
+        metavar="0|1",
+        help="keep an average of the weights, scored as well",
+    )
+    add(
+        "--patience",
+        type=number(int, 0),
+        default=0,
+        help="stop after this many epochs without gain (0: never)",
+    )
+    add(
+        "--min_steps",
+        type=number(int, 1, 10**6),
+        help="repeat small datasets until an epoch has this many steps",
+    )
+    add(
+        "--eval_every",
+        type=positive,
+        default=1,
+        help="epochs between evaluations (the last is always evaluated)",
+    )
     add("--save_minutes", type=share, default=5.0, help="minutes between saves inside an epoch")
     add("--seed", type=number(int, 0), default=0)
     add("--tensorboard", type=boolean, default=True, metavar="0|1", help="write tb/")
-    add("--run_test", type=boolean, default=False, metavar="0|1", help="score the test split at the end")
-    add("--resume", nargs="?", const="auto", metavar="RUN", help="go on with a run folder, or the newest (auto)")
-    add("--fast_dev_run", nargs="?", type=positive, const=2, metavar="N", help="one epoch of N steps: does it run?")
+    add(
+        "--run_test",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="score the test split at the end",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="RUN",
+        help="go on with a run folder, or the newest (auto)",
+    )
+    add(
+        "--fast_dev_run",
+        nargs="?",
+        type=positive,
+        const=2,
+        metavar="N",
+        help="one epoch of N steps: does it run?",
+    )
     add("--debug", action="store_true", help="show tracebacks")
 
 
 def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     """How a detector is trained and where it starts from."""
     add = parser.add_argument
-    add("--grad_checkpoint", type=boolean, default=False, metavar="0|1", help="less memory, more time")
-    add("--freeze_encoder", type=boolean, default=False, metavar="0|1", help="train what is behind it")
+    add(
+        "--grad_checkpoint",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="less memory, more time",
+    )
+    add(
+        "--freeze_encoder",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="train what is behind it",
+    )
     add_compile_flag(parser)
-    add("--pretrain_weights", default="auto", metavar="auto|none|PATH|URL", help="auto: the official file of the size")
-    add("--backbone_weights", type=Path, metavar="PATH", help="instead: DINOv2 alone, in the Hugging Face layout")
-    add("--pretrain_exclude_keys", nargs="+", action="extend", default=[], metavar="GLOB", help="tensors not to load")
+    add(
+        "--pretrain_weights",
+        default="auto",
+        metavar="auto|none|PATH|URL",
+        help="auto: the official file of the size",
+    )
+    add(
+        "--backbone_weights",
+        type=Path,
+        metavar="PATH",
+        help="instead: DINOv2 alone, in the Hugging Face layout",
+    )
+    add(
+        "--pretrain_exclude_keys",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="GLOB",
+        help="tensors not to load",
+    )
 
 
 def add_exif_flag(parser: argparse.ArgumentParser, default: str = "apply") -> None:
@@ -67,7 +169,11 @@ def add_exif_flag(parser: argparse.ArgumentParser, default: str = "apply") -> No
 
 def add_compile_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--compile", type=boolean, default=False, metavar="0|1", help="torch.compile the encoder: slow start, then fast"
+        "--compile",
+        type=boolean,
+        default=False,
+        metavar="0|1",
+        help="torch.compile the encoder: slow start, then fast",
     )
 
 
@@ -109,7 +215,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
         warn("--expanded_scales 1 changes nothing without --multi_scale 1")
     if getattr(args, "backbone_weights", None):
         if args.pretrain_weights not in ("auto", "none") or getattr(args, "init_ckpt", None):
-            raise UserError("--backbone_weights is a start without a detector: leave out the other file of weights")
+            raise UserError(
+                "--backbone_weights is a start without a detector: leave out the other file of weights"
+            )
         args.pretrain_weights = "none"
     if args.no_amp or args.amp == "auto":
         args.amp = "off" if args.no_amp else size.recipe.amp
@@ -153,7 +261,3 @@ def as_typed(action: argparse.Action, value: object) -> object:
     if action.choices is not None and typed not in action.choices:
         raise ValueError(f"expected one of {', '.join(action.choices)}")
     return typed
-
-
-
-

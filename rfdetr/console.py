@@ -51,7 +51,11 @@ class Stopped(BaseException):
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the main memory had no more: CUDA, cuBLAS, MPS, torch on Linux and Windows, NumPy."""
     texts = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(t in str(error) for t in texts)
+    return (
+        isinstance(error, MemoryError)
+        or isinstance(error, RuntimeError)
+        and any(t in str(error) for t in texts)
+    )
 
 
 def boolean(text: str) -> bool:
@@ -71,7 +75,9 @@ def number(kind: type, low: float = -MOST, high: float = MOST) -> Callable[[str]
         with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high:  # never true of nan
                 return value
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}"
+        )
 
     return parse
 
@@ -80,7 +86,9 @@ def packages(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
     """({name: installed version} of this Python and each line "name>=version" of that file, {name: the least that it
     needs} of those that are missing or older)."""
 
-    def release(version: str) -> list[int]:  # the leading numbers, padded: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]
+    def release(
+        version: str,
+    ) -> list[int]:  # the leading numbers, padded: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]
         numbers = [int(number or 0) for number in re.match(r"[\d.]*", version).group().split(".")]
         return numbers + [0] * (6 - len(numbers))
 
@@ -92,7 +100,9 @@ def packages(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
         except metadata.PackageNotFoundError:
             found[name] = "missing"
     found, needed = {"python": platform.python_version(), **found}, {"python": "3.10", **needed}
-    return found, {name: least for name, least in needed.items() if release(found[name]) < release(least)}
+    return found, {
+        name: least for name, least in needed.items() if release(found[name]) < release(least)
+    }
 
 
 def is_special_file(path: str | Path) -> bool:
@@ -200,10 +210,14 @@ def lasting_output() -> Iterator[None]:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file that is opened would get what is meant for the console
+        except (
+            OSError
+        ):  # closed: the next file that is opened would get what is meant for the console
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     streams = sys.stdout, sys.stderr
-    lasting = [_LastingStream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams]
+    lasting = [
+        _LastingStream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams
+    ]
     for one in lasting:
         if hasattr(one.stream, "reconfigure"):  # a Windows console's code page may lack the tick
             one.stream.reconfigure(errors="replace")
@@ -240,7 +254,9 @@ def _watch_sigterm() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # the loader's processes get signals, too
+    os.register_at_fork(
+        after_in_child=lambda: signal.set_wakeup_fd(-1)
+    )  # the loader's processes get signals, too
 
     def watch() -> None:
         while number := os.read(reader, 1):
@@ -295,7 +311,11 @@ def _run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> No
         message = f"error: unexpected {type(error).__name__}: {reason}"
         advice = "This is a defect of the program. Run the command again with --debug to see where it happened."
         if is_out_of_memory(error):
-            message, advice, status = f"out of memory ({reason or 'main memory'})", OUT_OF_MEMORY_ADVICE, 2
+            message, advice, status = (
+                f"out of memory ({reason or 'main memory'})",
+                OUT_OF_MEMORY_ADVICE,
+                2,
+            )
         if first_to_say("why it ends"):
             print(message, advice, sep="\n", file=sys.stderr, flush=True)
         sys.exit(status)

@@ -46,7 +46,9 @@ class RFDETR:
         self.precision = pick_precision(amp, pick_device(device))
         size = SIZES.get(self.size_name)
         if checkpoint is None and size is None:
-            raise UserError("RFDETR needs a checkpoint; the sizes' own classes (RFDETRNano ...) have official weights")
+            raise UserError(
+                "RFDETR needs a checkpoint; the sizes' own classes (RFDETRNano ...) have official weights"
+            )
         path = Path(find_weights("auto", size) if checkpoint is None else checkpoint)
         content = load(path)
         if size is not None:
@@ -68,7 +70,9 @@ class RFDETR:
     def class_names(self) -> list[str]:
         return list(self.table.names)
 
-    def predict(self, images: ImageInput | list[ImageInput], threshold: float = 0.5) -> Found | list[Found]:
+    def predict(
+        self, images: ImageInput | list[ImageInput], threshold: float = 0.5
+    ) -> Found | list[Found]:
         """Find objects with a score of at least `threshold` in a path, PIL image, array (H, W, 3) uint8 RGB, or a list.
 
         Returns one Found, or a list of them for a list. Raises UserError for what cannot be read, and where the model
@@ -80,7 +84,10 @@ class RFDETR:
             return []
         arrays = [read_image(image, self.exif == "apply") for image in images]
         square = [self.resolution, self.resolution]
-        tensors = [v2.functional.resize(torch.tensor(a).permute(2, 0, 1), square, antialias=True) for a in arrays]
+        tensors = [
+            v2.functional.resize(torch.tensor(a).permute(2, 0, 1), square, antialias=True)
+            for a in arrays
+        ]
         options = threshold, self.model.head, self.class_names, self.precision
         found = []
         for part in self.finder(self.model, torch.stack(tensors), list(range(len(arrays)))):
@@ -97,7 +104,9 @@ def read_image(image: ImageInput, turn: bool = True) -> np.ndarray:
     """Any accepted input as (H, W, 3) uint8 RGB; `turn`: upright by its EXIF orientation.  Raises UserError."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(f"an image array must be (H, W, 3) uint8 RGB, this one is {image.shape} {image.dtype}")
+            raise UserError(
+                f"an image array must be (H, W, 3) uint8 RGB, this one is {image.shape} {image.dtype}"
+            )
         return image
     if isinstance(image, (str, Path)):
         if os.path.exists(image) and not is_regular_file(image):

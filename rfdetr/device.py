@@ -29,7 +29,13 @@ class Precision:
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else MPS, else CPU.  Raises UserError for a device this machine has not."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
         if device.type == "cuda":
@@ -38,7 +44,9 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # of "meta" there is none
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not usable here ({reason}): try --device cpu") from error
+        raise UserError(
+            f"--device {name} is not usable here ({reason}): try --device cpu"
+        ) from error
     return device
 
 
@@ -65,9 +73,14 @@ def pick_precision(amp: str, device: torch.device) -> Precision:
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        has_bf16 = (
+            device.type == "cpu"
+            and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        )
     if amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU (a CPU computes fp16 many times slower): use --amp auto, bf16 or off")
+        raise UserError(
+            "--amp fp16 needs a GPU (a CPU computes fp16 many times slower): use --amp auto, bf16 or off"
+        )
     if amp == "auto":
         amp = "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "off"
     return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])

@@ -89,7 +89,9 @@ def sum_gradients(parameters) -> None:
     for parameter in trained:
         if parameter.grad is None:  # no object on this rank
             parameter.grad = torch.zeros_like(parameter)
-    flat = sum_tensor(torch.cat([parameter.grad.flatten() for parameter in trained]))  # one transfer for all
+    flat = sum_tensor(
+        torch.cat([parameter.grad.flatten() for parameter in trained])
+    )  # one transfer for all
     for parameter, part in zip(trained, flat.split([parameter.numel() for parameter in trained])):
         parameter.grad.copy_(part.view_as(parameter))
 

@@ -26,7 +26,9 @@ def writing_to(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or folder})"
-        raise UserError(f"cannot write to the folder {folder}: {reason}. Name another with {flag}") from error
+        raise UserError(
+            f"cannot write to the folder {folder}: {reason}. Name another with {flag}"
+        ) from error
 
 
 def make_folder(folder: Path, flag: str = "--output_dir") -> None:
@@ -46,18 +48,28 @@ def make_place(file: Path, flag: str) -> None:
 def free_disk(folder: Path) -> int:
     """Bytes free on the disk of `folder`, which may not exist yet."""
     folder = Path(folder).absolute()
-    return shutil.disk_usage(next((path for path in (folder, *folder.parents) if path.exists()), folder)).free
+    return shutil.disk_usage(
+        next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    ).free
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Put what `write(file)` writes in the place of `path`, whole or not at all.  Raises UserError for a full disk."""
-    temporary = path.parent / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"  # no other writer has it
+    temporary = (
+        path.parent / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    )  # no other writer has it
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        for wait in (0.1, 0.4, 2, 10, 60):  # seconds: on Windows another program may be reading the old file
+        for wait in (
+            0.1,
+            0.4,
+            2,
+            10,
+            60,
+        ):  # seconds: on Windows another program may be reading the old file
             with contextlib.suppress(PermissionError if os.name == "nt" else ()):
                 os.replace(temporary, path)
                 break
@@ -75,7 +87,9 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def write_json(path: Path, data: dict | list) -> None:
     """Write `data` atomically as strict JSON; TypeError for a value that it has no form for, else as atomic_write."""
-    finite = json.loads(json.dumps(data, default=_plain), parse_constant=lambda name: None)  # NaN, Infinity
+    finite = json.loads(
+        json.dumps(data, default=_plain), parse_constant=lambda name: None
+    )  # NaN, Infinity
     text = json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
     atomic_write(Path(path), lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 

@@ -56,7 +56,9 @@ class Session:
     data: dict[str, str]  # split -> what its images and annotations are told by
     folder: Path | None = None
     run: Run | None = None
-    trained_on: Tensor | None = None  # content hashes of the images that what it starts from was trained on
+    trained_on: Tensor | None = (
+        None  # content hashes of the images that what it starts from was trained on
+    )
 
     @property
     def size(self) -> ModelSize:
@@ -81,13 +83,18 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
     for split in splits.values():
         for message in split.warnings:
             warn(message)
-    progress, data = Progress(), {name: digest(split) for name, split in splits.items() if name != "test"}
+    progress, data = (
+        Progress(),
+        {name: digest(split) for name, split in splits.items() if name != "test"},
+    )
     if args.resume_from:
         progress = Progress(**args.resume_from["training"]["progress"])
         take_other_data(progress, args, data, len(splits["train"].images))
         if args.batch != args.resume_from["args"].get("batch"):
             progress.micro_batch = 0  # asked for anew
-        if args.epochs <= progress.epoch and ("test" not in splits or test_is_scored(args.output_dir)):
+        if args.epochs <= progress.epoch and (
+            "test" not in splits or test_is_scored(args.output_dir)
+        ):
             raise UserError(
                 f"{args.output_dir} has finished its {progress.epoch} epochs. To train longer, give more: "
                 f"--resume {args.output_dir} --epochs {progress.epoch + 20}"
@@ -106,7 +113,9 @@ def digest(split: CocoSplit) -> str:
     return names.hexdigest()
 
 
-def take_other_data(progress: Progress, args: argparse.Namespace, data: dict[str, str], images: int) -> None:
+def take_other_data(
+    progress: Progress, args: argparse.Namespace, data: dict[str, str], images: int
+) -> None:
     """Say which splits are no longer what the run saw (`data` as in Session); numbers of other `images` are forgotten.
 
     Checkpoints of earlier versions do not tell: there the numbers that exist are kept.
@@ -119,7 +128,9 @@ def take_other_data(progress: Progress, args: argparse.Namespace, data: dict[str
             f"--resume: {' and '.join(changed)} of {args.dataset} have other images or annotations than epochs "
             f"1-{max(progress.epoch, 1)} saw: their scores cannot be compared with what follows"
         )
-    progress.unread = [] if "train" in changed else [index for index in progress.unread if index < images]
+    progress.unread = (
+        [] if "train" in changed else [index for index in progress.unread if index < images]
+    )
 
 
 def class_table(session: Session, head: str) -> ClassTable:
@@ -134,7 +145,9 @@ def class_table(session: Session, head: str) -> ClassTable:
     return assign_rows(train.class_names, train.category_ids, head)
 
 
-def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: Judge) -> AbstractContextManager:
+def open_run(
+    session: Session, stage: str, title: str, model: nn.Module, judge: Judge
+) -> AbstractContextManager:
     """Make the run's folder, start its log and print the banner; from here on everything is kept.
 
     Returns what closes the run, and notes in log.txt what ended it if that was an error.
@@ -157,9 +170,15 @@ def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: 
             "args": plain_args(args),
             "environment": environment(device),
         }
-        session.run = Run(folder, header, session.progress.epoch if args.resume_from else 0, args.tensorboard)
+        session.run = Run(
+            folder, header, session.progress.epoch if args.resume_from else 0, args.tensorboard
+        )
         counts = ", ".join(f"{len(split.images)} {name}" for name, split in session.splits.items())
-        precision = str(session.precision.dtype).removeprefix("torch.") if session.precision.dtype else "fp32"
+        precision = (
+            str(session.precision.dtype).removeprefix("torch.")
+            if session.precision.dtype
+            else "fp32"
+        )
         banner(
             title,
             {
@@ -173,28 +192,38 @@ def open_run(session: Session, stage: str, title: str, model: nn.Module, judge: 
             },
         )
         if judge.split.images == []:
-            warn("the valid split is empty: there are no scores, and best.pt holds the last epoch's weights")
+            warn(
+                "the valid split is empty: there are no scores, and best.pt holds the last epoch's weights"
+            )
     session.folder = distributed.from_main(session.run.folder if session.run else None)
     return session.run or nullcontext()
 
 
 def plain_args(args: argparse.Namespace) -> dict:
     """The flags as plain values, for checkpoints and JSON."""
-    values = {name: value for name, value in vars(args).items() if name not in ("resume_from", "debug", "fast_dev_run")}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    values = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("resume_from", "debug", "fast_dev_run")
+    }
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+    }
 
 
 def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSampler]:
     """The training images and their order; each list of the sampler is one optimizer step of this rank."""
     args = session.args
-    dataset = SplitDataset(session.splits["train"], args.resolution, session.size.recipe.augment, masks)
+    dataset = SplitDataset(
+        session.splits["train"], args.resolution, session.size.recipe.augment, masks
+    )
     rank, world = distributed.rank(), distributed.world_size()
-    sampler = EpochSampler(len(dataset), args.effective_batch, args.seed, args.min_steps, rank, world)
+    sampler = EpochSampler(
+        len(dataset), args.effective_batch, args.seed, args.min_steps, rank, world
+    )
     if args.fast_dev_run:
         sampler.steps = min(sampler.steps, args.fast_dev_run)
     return dataset, sampler
-
-
 
 
 def adapt_encoder(session: Session, model: Detector) -> None:
@@ -202,12 +231,16 @@ def adapt_encoder(session: Session, model: Detector) -> None:
     if session.args.freeze_encoder:
         model.encoder.requires_grad_(False)
         if distributed.is_main():
-            tick(f"Encoder frozen: {sum(p.numel() for p in model.encoder.parameters()):,} parameters")
+            tick(
+                f"Encoder frozen: {sum(p.numel() for p in model.encoder.parameters()):,} parameters"
+            )
     if session.args.compile:
         compile_in_place(model.encoder, session.device)
 
 
-def judge_of(session: Session, name: str, table: ClassTable, masks: bool, frozen: Detector | None = None) -> Judge:
+def judge_of(
+    session: Session, name: str, table: ClassTable, masks: bool, frozen: Detector | None = None
+) -> Judge:
     """The judge of one split."""
     args, split = session.args, session.splits[name]
     batch = min(16, args.effective_batch)
@@ -220,25 +253,7 @@ def judge_of(session: Session, name: str, table: ClassTable, masks: bool, frozen
     return Judge(loader, table, session.precision, masks, frozen)
 
 
-
-
-
-
-
-
-
-
-
-
 # ---------------------------------------------------------------- fit
-
-
-
-
-
-
-
-
 
 
 def fit(
@@ -252,14 +267,21 @@ def fit(
     args, progress = session.args, trainer.progress
     patience = args.patience or (PATIENCE if getattr(args, "early_stopping", False) else 0)
     train = session.splits["train"]
-    own = {"args": plain_args(args), "left_out": train.left_out, "exif": train.exif, "trained_on": trained_on(session)}
+    own = {
+        "args": plain_args(args),
+        "left_out": train.left_out,
+        "exif": train.exif,
+        "trained_on": trained_on(session),
+    }
     keeper = Keeper(session, trainer, lambda state: pack(state) | own)
     if args.resume_from:
         keeper.restore(args.resume_from)
         keeper.take_newer_best()
         if session.run:
             session.run.set(best=keeper.best)
-            tick(f"Going on with {session.folder} in epoch {progress.epoch + 1}, after {progress.step_in_epoch} steps")
+            tick(
+                f"Going on with {session.folder} in epoch {progress.epoch + 1}, after {progress.step_in_epoch} steps"
+            )
     with keeper.watch_signals(), naming_workers(loader.dataset):
         while progress.epoch < args.epochs:
             if patience and keeper.epochs_without_gain >= patience:
@@ -278,24 +300,32 @@ def trained_on(session: Session) -> Tensor:
     return torch.cat([hashes, *before]).unique()
 
 
-
-
 def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
     """One epoch, or what is left of it, with its entry in metrics.json and TensorBoard, its checkpoints and pictures.
 
     Raises UserError where the first epoch has taught nothing.
     """
-    session, trainer, progress, run = keeper.session, keeper.trainer, keeper.trainer.progress, keeper.session.run
+    session, trainer, progress, run = (
+        keeper.session,
+        keeper.trainer,
+        keeper.trainer.progress,
+        keeper.session.run,
+    )
     args, epoch = session.args, progress.epoch + 1
     loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch)
-    record = {"epoch": epoch, "train": train_one_epoch(trainer, Awaited(loader, keeper), keeper.after_step)}
+    record = {
+        "epoch": epoch,
+        "train": train_one_epoch(trainer, Awaited(loader, keeper), keeper.after_step),
+    }
     progress.unread = sorted(set().union(*distributed.gather_objects(progress.unread)))
     check_unread(progress.unread, session.splits["train"])
     record["train"]["skipped_images"] = len(progress.unread)
     check_matches(keeper, record)
     gained = None
     if epoch % args.eval_every == 0 or epoch == args.epochs:
-        gained = evaluate_epoch(keeper, judge, record, "bbox/mAP" if session.kind == "detector" else "segm/mAP")
+        gained = evaluate_epoch(
+            keeper, judge, record, "bbox/mAP" if session.kind == "detector" else "segm/mAP"
+        )
         keeper.epochs_without_gain = 0 if gained else keeper.epochs_without_gain + 1
     if run:
         run.add_epoch(record)
@@ -347,7 +377,8 @@ def evaluate_epoch(keeper: Keeper, judge: Judge, record: dict, metric: str) -> b
         weights = keeper.best["weights"] if gained else max(scores, key=keeper.each.get)
         print(
             f"\nepoch {epoch}/{keeper.session.args.epochs}  loss {record['train'].get('loss', math.nan):.3f}  "
-            f"{record['train']['images_per_s']:.1f} images/s" + (f"  new best ({weights} weights)" if gained else "")
+            f"{record['train']['images_per_s']:.1f} images/s"
+            + (f"  new best ({weights} weights)" if gained else "")
         )
         print(format_table(scores[weights]), flush=True)
     return gained
@@ -366,7 +397,14 @@ def draw_pictures(session: Session, judge: Judge, trainer: Trainer, best: dict, 
 def predict_command(session: Session) -> str:
     """What to type to see the valid images with everything drawn in."""
     images = session.splits["valid"].images or session.splits["train"].images
-    words = ["--checkpoint", session.folder / "best.pt", "--input", images[0].path.parent, "--output", "predictions"]
+    words = [
+        "--checkpoint",
+        session.folder / "best.pt",
+        "--input",
+        images[0].path.parent,
+        "--output",
+        "predictions",
+    ]
     return shlex.join(["python", "predict.py", *map(str, words)])
 
 
@@ -374,7 +412,9 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
     """Score the test split with the best weights, say where the files are, and what to type next."""
     if "test" in session.splits:
         # rank 0 may still be writing it, and on another machine's disk
-        best = distributed.from_main(checkpoint.load(session.folder / "best.pt") if distributed.is_main() else None)
+        best = distributed.from_main(
+            checkpoint.load(session.folder / "best.pt") if distributed.is_main() else None
+        )
         model, _ = checkpoint.build_model(best)
         scores = judge_of(session, "test", table, masks)(model.to(session.device))
         if distributed.is_main():

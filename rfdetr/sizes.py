@@ -27,7 +27,9 @@ class Recipe:
     lr_min_factor: float = 0.0
     ema_decay: float = 0.993
     group_detr: int = 13
-    augment: str = "crops"  # "crops": flip + random crop; "dihedral": 8 flips and rotations + colour jitter
+    augment: str = (
+        "crops"  # "crops": flip + random crop; "dihedral": 8 flips and rotations + colour jitter
+    )
     amp: str = "auto"
     drop_path: float = 0.0
     multi_scale: bool = True
@@ -78,18 +80,26 @@ class ModelSize:
     queries: int = 300
     select: int = 300  # detections kept per image
     standardise: bool = False  # per image and channel, inside the backbone
-    mask_head: str = "standard"  # "official": the package's own head, whose weights come with the detector's
+    mask_head: str = (
+        "standard"  # "official": the package's own head, whose weights come with the detector's
+    )
     weights_url: str | None = None
     weights_md5: str | None = None
     recipe: Recipe = Recipe()
 
     def __post_init__(self):
         if self.resolution % self.block:
-            raise ValueError(f"size {self.name}: resolution {self.resolution} is not a multiple of {self.block}")
+            raise ValueError(
+                f"size {self.name}: resolution {self.resolution} is not a multiple of {self.block}"
+            )
         if self.hidden % self.cross_heads or self.hidden % self.self_heads:
-            raise ValueError(f"size {self.name}: hidden {self.hidden} is not divisible by its numbers of heads")
+            raise ValueError(
+                f"size {self.name}: hidden {self.hidden} is not divisible by its numbers of heads"
+            )
         if max(self.feature_layers) > self.depth:
-            raise ValueError(f"size {self.name}: feature layer {max(self.feature_layers)} of {self.depth} blocks")
+            raise ValueError(
+                f"size {self.name}: feature layer {max(self.feature_layers)} of {self.depth} blocks"
+            )
 
     @property
     def block(self) -> int:
@@ -113,7 +123,14 @@ _TINY = Recipe(
 )  # fmt: skip
 _URL = "https://storage.googleapis.com/rfdetr/"
 _PATCH16 = dict(dim=384, heads=6, patch=16, windows=2, feature_layers=(3, 6, 9, 12))
-_PATCH14 = dict(patch=14, windows=4, position_grid=37, feature_layers=(2, 5, 8, 11), resolution=560, decoder_layers=3)
+_PATCH14 = dict(
+    patch=14,
+    windows=4,
+    position_grid=37,
+    feature_layers=(2, 5, 8, 11),
+    resolution=560,
+    decoder_layers=3,
+)
 
 SIZES: dict[str, ModelSize] = {
     size.name: size
@@ -195,11 +212,16 @@ def size_from_dict(values: dict) -> ModelSize:
     if unknown := values.keys() - {field.name for field in fields(ModelSize)}:
         raise ValueError(f"unknown size fields {sorted(unknown)}")
     size = ModelSize(**values | {"recipe": Recipe(**values.get("recipe", {}))})
-    for own, known in ((size, list(SIZES.values())), (size.recipe, [size.recipe for size in SIZES.values()])):
+    for own, known in (
+        (size, list(SIZES.values())),
+        (size.recipe, [size.recipe for size in SIZES.values()]),
+    ):
         for name, value in vars(own).items():
             kinds = {type(getattr(one, name)) for one in known}
             numbers = value if type(value) is tuple else [value]
-            absurd = any(type(number) in (int, float) and not 0 <= number <= 10_000 for number in numbers)
+            absurd = any(
+                type(number) in (int, float) and not 0 <= number <= 10_000 for number in numbers
+            )
             if type(value) not in kinds or absurd:
                 raise ValueError(f"size field {name} is {str(value)[:50]}")
     return size

@@ -20,8 +20,12 @@ from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, ModelSize
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)  # as in the scripts that run_script starts: bits depend on the number of threads
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose scripts would ignore it too
+torch.set_num_threads(
+    1
+)  # as in the scripts that run_script starts: bits depend on the number of threads
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job, whose scripts would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -73,7 +77,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 
 
-def run_script(*words: object, cwd: Path, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+def run_script(
+    *words: object, cwd: Path, check: bool = True, env: dict | None = None
+) -> subprocess.CompletedProcess:
     """Run `python SCRIPT ...` of this repository in the folder `cwd`; with `check` a failure shows its output."""
     script, *rest = [str(word) for word in words]
     done = subprocess.run(
@@ -87,7 +93,9 @@ def run_script(*words: object, cwd: Path, check: bool = True, env: dict | None =
         env=environment() | (env or {}),
     )
     if check and done.returncode:
-        pytest.fail(f"{script} left with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        pytest.fail(
+            f"{script} left with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
     return done
 
 
@@ -116,7 +124,13 @@ def call(monkeypatch, tmp_path):
 
 def train_flags(dataset: Path, resolution: int = 64) -> list[object]:
     """Flags that make a training script small: two short epochs of the tiny size."""
-    flags = {"size": "tiny", "dataset": dataset, "resolution": resolution, "device": "cpu", "workers": 0}
+    flags = {
+        "size": "tiny",
+        "dataset": dataset,
+        "resolution": resolution,
+        "device": "cpu",
+        "workers": 0,
+    }
     flags |= {"batch": 2, "accum": 2, "min_steps": 3, "epochs": 2}
     return [word for name, value in flags.items() for word in (f"--{name}", value)]
 
@@ -131,7 +145,15 @@ def workplace(tmp_path_factory) -> Path:
 def stage1(demo, workplace) -> Finished:
     """A stage-1 run long enough to find objects that it was trained on."""
     done = run_script(
-        "train_detector_stage1.py", *train_flags(demo), "--accum", 1, "--batch", 4, "--min_steps", 60, cwd=workplace
+        "train_detector_stage1.py",
+        *train_flags(demo),
+        "--accum",
+        1,
+        "--batch",
+        4,
+        "--min_steps",
+        60,
+        cwd=workplace,
     )
     return Finished(workplace / "runs/detector_tiny_64_1", done.stdout)
 
@@ -141,7 +163,15 @@ def shrunk(stage1, workplace) -> Finished:
     """Its detector with a head of the dataset's three classes, in another order than the dataset's."""
     out = stage1.folder / "checkpoint_mydata.pth"
     keep = ["--keep", "glomerulus", "cells", "blood_vessel"]
-    done = run_script("shrink_head.py", "--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out, *keep, cwd=workplace)
+    done = run_script(
+        "shrink_head.py",
+        "--in_ckpt",
+        stage1.folder / "best.pt",
+        "--out_ckpt",
+        out,
+        *keep,
+        cwd=workplace,
+    )
     return Finished(out, done.stdout)
 
 
@@ -170,4 +200,14 @@ def few(tmp_path_factory) -> Path:
 
 def quick_flags(dataset: Path) -> list[object]:
     """Flags of a run of one epoch of two optimizer steps, two images each."""
-    return [*train_flags(dataset, 32), "--accum", 1, "--min_steps", 2, "--epochs", 1, "--tensorboard", 0]
+    return [
+        *train_flags(dataset, 32),
+        "--accum",
+        1,
+        "--min_steps",
+        2,
+        "--epochs",
+        1,
+        "--tensorboard",
+        0,
+    ]

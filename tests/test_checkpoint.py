@@ -21,7 +21,9 @@ from rfdetr.weights import checkpoint
 @pytest.fixture
 def content(small_size, small_model) -> dict:
     table = assign_rows(["a", "b", "c", "d"], [1, 2, 3, 4], "dataset")
-    return checkpoint.make_content("single", small_size, 64, table, "nano", small_model.state_dict())
+    return checkpoint.make_content(
+        "single", small_size, 64, table, "nano", small_model.state_dict()
+    )
 
 
 @pytest.fixture
@@ -130,7 +132,9 @@ def test_missing_and_misshapen_tensors_are_named(content):
     content["model"]["class_embed.0.bias"] = torch.zeros(7)
     with pytest.raises(UserError, match="2 tensors differ") as error:
         checkpoint.build_model(content)
-    assert "bbox_embed.0.layers.1.weight" in str(error.value) and "class_embed.0.bias" in str(error.value)
+    assert "bbox_embed.0.layers.1.weight" in str(error.value) and "class_embed.0.bias" in str(
+        error.value
+    )
 
 
 def test_the_fingerprint_sees_one_bit_and_buffers(small_model):
@@ -158,7 +162,11 @@ def test_nan_and_infinite_weights_are_refused_by_name(value, where, content, tmp
     content["ema"] = {name: tensor.clone() for name, tensor in content["model"].items()}
     content["training"] = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}
     name = "class_embed.0.bias"
-    tensor = content[where][name] if where != "optimizer" else content["training"]["optimizer"]["state"][0]["exp_avg"]
+    tensor = (
+        content[where][name]
+        if where != "optimizer"
+        else content["training"]["optimizer"]["state"][0]["exp_avg"]
+    )
     with torch.no_grad():
         tensor[-1] = value
     checkpoint.save(tmp_path / "last.pt", content)
@@ -176,9 +184,13 @@ def test_official_files_and_backbones_with_nan_are_refused_too(tmp_path):
     state = to_official(Detector(SIZES["tiny"], rows=91).state_dict())
     state["class_embed.weight"][3, 3] = float("nan")
     torch.save({"model": state}, tmp_path / "official.pth")
-    with pytest.raises(UserError, match=r"official.pth holds NaN .* \(model.class_embed.0.weight\)"):
+    with pytest.raises(
+        UserError, match=r"official.pth holds NaN .* \(model.class_embed.0.weight\)"
+    ):
         checkpoint.load(tmp_path / "official.pth")
-    torch.save({"encoder.layer.0.norm1.weight": torch.tensor([float("inf")])}, tmp_path / "dino.bin")
+    torch.save(
+        {"encoder.layer.0.norm1.weight": torch.tensor([float("inf")])}, tmp_path / "dino.bin"
+    )
     with pytest.raises(UserError, match="dino.bin holds NaN or infinite"):
         checkpoint.load_backbone(tmp_path / "dino.bin", 16)
 
@@ -186,19 +198,25 @@ def test_official_files_and_backbones_with_nan_are_refused_too(tmp_path):
 @pytest.mark.parametrize(
     "own, asked, expected", [(640, None, 640), (4096, None, None), (4096, 64, 64), (64, 4096, 4096)]
 )
-def test_a_side_beyond_the_position_grid_is_only_taken_when_asked_for(own, asked, expected, content):
+def test_a_side_beyond_the_position_grid_is_only_taken_when_asked_for(
+    own, asked, expected, content
+):
     content["resolution"] = own
     if expected:
         assert checkpoint.input_side(content, asked, Path("x.pt")) == expected
     else:
-        with pytest.raises(UserError, match="x.pt asks for 4096 x 4096 .* grid is for 160 x 160.*--resolution 4096"):
+        with pytest.raises(
+            UserError, match="x.pt asks for 4096 x 4096 .* grid is for 160 x 160.*--resolution 4096"
+        ):
             checkpoint.input_side(content, asked, Path("x.pt"))
 
 
 # ---------------------------------------------------------------- archives and files that are not what they seem
 
 
-def repacked(source: Path, target: Path, packing: int = zipfile.ZIP_STORED, more: dict | None = None) -> Path:
+def repacked(
+    source: Path, target: Path, packing: int = zipfile.ZIP_STORED, more: dict | None = None
+) -> Path:
     """The same records once more, and others, in an archive that zipfile writes."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", packing) as new:
         for record in old.infolist():
@@ -218,7 +236,12 @@ def test_archives_that_are_packed_are_refused(saved):
 @pytest.mark.parametrize("tail", ["zeros", "comment", "second archive"])
 @pytest.mark.parametrize("count", [1, 22, 5000, 66_000])
 def test_bytes_after_a_packed_archive_do_not_hide_it(tail, count, saved, monkeypatch):
-    packed = repacked(saved, saved.with_name("packed.pt"), zipfile.ZIP_DEFLATED, {"archive/data/big": bytes(10**6)})
+    packed = repacked(
+        saved,
+        saved.with_name("packed.pt"),
+        zipfile.ZIP_DEFLATED,
+        {"archive/data/big": bytes(10**6)},
+    )
     data = packed.read_bytes()
     harmless = repacked(saved, saved.with_name("harmless.zip"))
     if tail == "zeros":
@@ -228,7 +251,9 @@ def test_bytes_after_a_packed_archive_do_not_hide_it(tail, count, saved, monkeyp
     else:
         data += bytes(count) + harmless.read_bytes()
     packed.write_bytes(data)
-    monkeypatch.setattr(torch, "load", lambda *args, **named: pytest.fail("torch's reader was asked"))
+    monkeypatch.setattr(
+        torch, "load", lambda *args, **named: pytest.fail("torch's reader was asked")
+    )
     with pytest.raises(UserError, match="packed.pt is damaged or no checkpoint"):
         checkpoint.load(packed)
 
@@ -250,7 +275,9 @@ def test_a_directory_that_only_the_64_bit_record_names_is_refused(saved):
 
 
 def test_a_pickle_that_claims_more_than_it_has_takes_no_memory(content, tmp_path):
-    torch.save({"model": {"a": torch.zeros(3)}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"model": {"a": torch.zeros(3)}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False
+    )
     data = (tmp_path / "old.pt").read_bytes()
     assert data.count(b"K\x03") >= 2
     (tmp_path / "old.pt").write_bytes(data.replace(b"K\x03", b"J\0\0\0\x40"))  # 2**30 numbers

@@ -50,7 +50,12 @@ def test_free_coco_rows_come_next_and_then_the_head_grows():
 
 def test_a_dataset_head_has_a_background_row_last():
     table = assign_rows(["a", "b"], [4, 9], "dataset")
-    assert (table.rows, table.rows_total, table.background, table.background_last) == ((0, 1), 3, 2, True)
+    assert (table.rows, table.rows_total, table.background, table.background_last) == (
+        (0, 1),
+        3,
+        2,
+        True,
+    )
 
 
 NAMES = st.lists(
@@ -109,7 +114,9 @@ def test_names_that_are_not_there_get_near_matches():
 
 def test_the_background_is_copied_from_a_row_without_a_class():
     assert background_row(coco_table()) == 0
-    listed = ClassTable(("a", "b"), (0, 1), (0, 1), 3, None)  # a file that was fine-tuned with the package
+    listed = ClassTable(
+        ("a", "b"), (0, 1), (0, 1), 3, None
+    )  # a file that was fine-tuned with the package
     assert background_row(listed) == 2
     with pytest.raises(UserError, match="none is left"):
         background_row(ClassTable(("a", "b"), (0, 1), (0, 1), 2, None))
@@ -125,7 +132,11 @@ def test_kept_rows_are_copied_bit_for_bit_in_their_order(rows):
     }
     cut = keep_class_rows(state, rows)
     for name in state:
-        expected = state[name] if name.startswith("bbox") else torch.stack([state[name][row] for row in rows])
+        expected = (
+            state[name]
+            if name.startswith("bbox")
+            else torch.stack([state[name][row] for row in rows])
+        )
         assert torch.equal(cut[name], expected)
 
 
@@ -148,7 +159,9 @@ def wide(small_size) -> dict:
         with torch.no_grad():
             for head in [model.class_embed[0], *model.transformer.enc_out_class_embed]:
                 head.weight.normal_(std=0.5)
-    content = checkpoint.make_content("detector", small_size, 64, table, None, models[0].state_dict())
+    content = checkpoint.make_content(
+        "detector", small_size, 64, table, None, models[0].state_dict()
+    )
     return content | {"ema": models[1].state_dict(), "size": asdict(small_size)}
 
 
@@ -161,7 +174,9 @@ def set_proposal_bias(content: dict, rows: list[int], value: float) -> None:
 def outputs_of(content: dict, images: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     model, table = checkpoint.build_model(content)
     with torch.inference_mode():
-        return model(images)["pred_logits"], [table.rows[table.names.index(n)] for n in ("vessel", "cells")]
+        return model(images)["pred_logits"], [
+            table.rows[table.names.index(n)] for n in ("vessel", "cells")
+        ]
 
 
 def test_every_head_and_the_average_are_cut_alike(wide):

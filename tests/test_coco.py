@@ -39,14 +39,18 @@ def annotation(number: int, image: int = 1, category: int = 2, **other) -> dict:
     } | other
 
 
-def write_split(folder: Path, annotations: list[dict], images: int = 2, categories=CATEGORIES, **file_options) -> Path:
+def write_split(
+    folder: Path, annotations: list[dict], images: int = 2, categories=CATEGORIES, **file_options
+) -> Path:
     """A split of gray images named 1.png, 2.png ..., all different."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number in range(1, images + 1):
         shade = (len(folder.name) * 20 + number) % 256
         Image.new("RGB", (WIDTH, HEIGHT), (shade, number % 256, 0)).save(folder / f"{number}.png")
-        entries.append({"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT})
+        entries.append(
+            {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT}
+        )
     file = folder / "_annotations.coco.json"
     data = {"images": entries, "annotations": annotations, "categories": categories}
     file.write_text(json.dumps(data), **{"encoding": "utf-8"} | file_options)
@@ -71,9 +75,14 @@ def test_boxes_labels_and_negatives(dataset):
     train = read_dataset(dataset)["train"]
     assert train.class_names == ["cell", "vessel"] and train.category_ids == [2, 7]
     first, second = train.images
-    assert first.boxes.dtype == np.float32 and first.boxes.tolist() == [[4, 5, 14, 13], [20, 5, 30, 13]]
+    assert first.boxes.dtype == np.float32 and first.boxes.tolist() == [
+        [4, 5, 14, 13],
+        [20, 5, 30, 13],
+    ]
     assert first.labels.tolist() == [0, 1]
-    assert second.boxes.shape == (0, 4) and second.labels.dtype == np.int64 and second.path.is_file()
+    assert (
+        second.boxes.shape == (0, 4) and second.labels.dtype == np.int64 and second.path.is_file()
+    )
     assert train.object_count == train.mask_count == 2 and train.warnings == []
 
 
@@ -85,7 +94,10 @@ def test_coco_layout_is_found_and_the_newest_year_wins(tmp_path):
     splits = read_dataset(tmp_path)
     assert list(splits) == ["train", "valid"]
     assert splits["train"].images[0].path == tmp_path / "train2017" / "1.png"
-    assert find_splits(tmp_path)["valid"] == (tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017")
+    assert find_splits(tmp_path)["valid"] == (
+        tmp_path / "annotations/instances_val2017.json",
+        tmp_path / "val2017",
+    )
 
 
 @pytest.mark.parametrize("root", ["missing", "file", "empty"])
@@ -114,15 +126,23 @@ def placeholder(name: str) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("name", ["tissue", "cell"])  # tools name it after the project, which may be a class's name too
+@pytest.mark.parametrize(
+    "name", ["tissue", "cell"]
+)  # tools name it after the project, which may be a class's name too
 def test_placeholder_category_is_left_out(tmp_path, name):
     file = write_split(tmp_path / "train", [annotation(1)], categories=placeholder(name))
     split = read_split(file, file.parent, "train")
-    assert split.class_names == ["cell", "vessel"] and split.category_ids == [2, 7] and split.left_out == [name]
+    assert (
+        split.class_names == ["cell", "vessel"]
+        and split.category_ids == [2, 7]
+        and split.left_out == [name]
+    )
 
 
 def test_parent_with_annotations_and_class_named_like_its_own_parent_stay(tmp_path):
-    file = write_split(tmp_path / "a/train", [annotation(1, category=0)], categories=placeholder("tissue"))
+    file = write_split(
+        tmp_path / "a/train", [annotation(1, category=0)], categories=placeholder("tissue")
+    )
     assert read_split(file, file.parent, "train").class_names == ["tissue", "cell", "vessel"]
     categories = [{"id": 2, "name": "cell", "supercategory": "cell"}, {"id": 7, "name": "vessel"}]
     file = write_split(tmp_path / "b/train", [annotation(1, category=7)], categories=categories)
@@ -130,8 +150,14 @@ def test_parent_with_annotations_and_class_named_like_its_own_parent_stay(tmp_pa
 
 
 def test_labels_agree_between_splits_that_number_categories_differently(tmp_path):
-    write_split(tmp_path / "train", [annotation(1), annotation(2, category=0)], categories=placeholder("tissue"))
-    write_split(tmp_path / "valid", [annotation(1, category=5)], categories=[{"id": 5, "name": "vessel"}])
+    write_split(
+        tmp_path / "train",
+        [annotation(1), annotation(2, category=0)],
+        categories=placeholder("tissue"),
+    )
+    write_split(
+        tmp_path / "valid", [annotation(1, category=5)], categories=[{"id": 5, "name": "vessel"}]
+    )
     valid = read_dataset(tmp_path)["valid"]
     assert valid.class_names == ["tissue", "cell", "vessel"] and valid.category_ids[2] == 5
     assert len(set(valid.category_ids)) == 3 and valid.images[0].labels.tolist() == [2]
@@ -145,10 +171,14 @@ def test_missing_valid_names_val_fraction_which_splits_by_name(tmp_path):
     with pytest.raises(UserError, match="val_fraction"):
         read_dataset(tmp_path, 1.5)
     splits = read_dataset(tmp_path, 0.25)
-    train, valid = ({image.path.name for image in splits[name].images} for name in ("train", "valid"))
+    train, valid = (
+        {image.path.name for image in splits[name].images} for name in ("train", "valid")
+    )
     assert len(valid) == 5 and len(train) == 15 and not train & valid
     ground_truth = splits["valid"].ground_truth
-    assert {entry["file_name"] for entry in ground_truth["images"]} == valid and len(ground_truth["annotations"]) == 5
+    assert {entry["file_name"] for entry in ground_truth["images"]} == valid and len(
+        ground_truth["annotations"]
+    ) == 5
     edit(file, lambda data: data["images"].reverse())
     assert {image.path.name for image in read_dataset(tmp_path, 0.25)["valid"].images} == valid
 
@@ -164,7 +194,11 @@ def test_the_parts_of_a_divided_train_split_are_checked_too(tmp_path):
 def test_dataset_of_one_image_keeps_it_for_training(tmp_path):
     write_split(tmp_path / "train", [annotation(1)], images=1)
     splits = read_dataset(tmp_path, 0.5)
-    assert len(splits["train"].images) == 1 and splits["valid"].images == [] and splits["valid"].warnings
+    assert (
+        len(splits["train"].images) == 1
+        and splits["valid"].images == []
+        and splits["valid"].warnings
+    )
 
 
 def jittered_results(truth: dict) -> list[dict]:
@@ -172,7 +206,10 @@ def jittered_results(truth: dict) -> list[dict]:
     results = []
     for entry in truth["annotations"]:
         bbox = (np.array(entry["bbox"], float) + rng.normal(0, 0.7, 4)).tolist()
-        results.append({key: entry[key] for key in ("image_id", "category_id")} | {"bbox": bbox, "score": rng.random()})
+        results.append(
+            {key: entry[key] for key in ("image_id", "category_id")}
+            | {"bbox": bbox, "score": rng.random()}
+        )
     return results
 
 
@@ -195,21 +232,30 @@ def test_ground_truth_scores_as_the_original_file_does(tmp_path):
         for n, b in enumerate(boxes)
     ]
     # what training drops or clips counts in the scores all the same
-    annotations += [annotation(50, bbox=[5, 5, 0, 0], area=0), annotation(51, bbox=[30, 20, 30, 30])]
+    annotations += [
+        annotation(50, bbox=[5, 5, 0, 0], area=0),
+        annotation(51, bbox=[30, 20, 30, 30]),
+    ]
     file = write_split(tmp_path / "train", annotations, images=4, categories=placeholder("tissue"))
     split = read_split(file, tmp_path / "train", "train")
     results = jittered_results(split.ground_truth)
     mine, original = (
-        pycocotools_figures(truth, results) for truth in (split.ground_truth, json.loads(file.read_text()))
+        pycocotools_figures(truth, results)
+        for truth in (split.ground_truth, json.loads(file.read_text()))
     )
     assert mine.tolist() == original.tolist() and 0 < mine[0] < 1
     crowds = [sum(entry["iscrowd"] for entry in image.annotations) for image in split.images]
-    assert crowds == [0, 1, 0, 0] and split.per_image == [11, 9, 10, 10], "a crowd region is no object to learn"
+    assert crowds == [0, 1, 0, 0] and split.per_image == [11, 9, 10, 10], (
+        "a crowd region is no object to learn"
+    )
 
 
 def test_missing_area_is_computed_from_the_mask_else_the_box(tmp_path):
     half = [[4, 5, 14, 5, 4, 13]]
-    annotations = [annotation(1, segmentation=half), annotation(2, bbox=[1, 1, 6, 7], segmentation=None)]
+    annotations = [
+        annotation(1, segmentation=half),
+        annotation(2, bbox=[1, 1, 6, 7], segmentation=None),
+    ]
     for entry in annotations:
         del entry["area"], entry["iscrowd"]
     file = write_split(tmp_path / "train", annotations)
@@ -247,7 +293,16 @@ def test_broken_json_is_told_with_line_and_column(tmp_path, text, position):
 
 @pytest.mark.parametrize(
     "name",
-    ["../out.png", "a/../../out.png", "..\\out.png", "/etc/x.png", "C:\\x.png", "c:x.png", "\\\\host\\x.png", "\0"],
+    [
+        "../out.png",
+        "a/../../out.png",
+        "..\\out.png",
+        "/etc/x.png",
+        "C:\\x.png",
+        "c:x.png",
+        "\\\\host\\x.png",
+        "\0",
+    ],
 )
 def test_file_names_never_lead_outside(dataset, name):
     file = dataset / "train/_annotations.coco.json"
@@ -266,7 +321,10 @@ def test_links_subfolders_and_backslashes_work(dataset):
         pytest.skip("this system makes no symbolic links without a privilege")
     (dataset / "train/sub").mkdir()
     (dataset / "train/2.png").rename(dataset / "train/sub/2.png")
-    edit(dataset / "train/_annotations.coco.json", lambda d: d["images"][1].update(file_name="sub\\2.png"))
+    edit(
+        dataset / "train/_annotations.coco.json",
+        lambda d: d["images"][1].update(file_name="sub\\2.png"),
+    )
     train = read_dataset(dataset)["train"]
     assert [load_image(image).shape for image in train.images] == [(HEIGHT, WIDTH, 3)] * 2
     assert ["1 image behind symbolic links" in message for message in train.warnings] == [True]
@@ -284,11 +342,15 @@ def save_turned(path: Path, orientation: int, size: tuple[int, int]) -> None:
     image.save(path, exif=exif, quality=95)
 
 
-@pytest.mark.parametrize(("orientation", "corner"), [(1, (2, 2)), (3, (-3, -3)), (6, (2, -3)), (8, (-3, 2))])
+@pytest.mark.parametrize(
+    ("orientation", "corner"), [(1, (2, 2)), (3, (-3, -3)), (6, (2, -3)), (8, (-3, 2))]
+)
 def test_exif_is_applied_when_the_annotated_size_agrees(dataset, orientation, corner):
     stored = (HEIGHT, WIDTH) if orientation >= 5 else (WIDTH, HEIGHT)
     save_turned(dataset / "train/1.jpg", orientation, stored)
-    edit(dataset / "train/_annotations.coco.json", lambda d: d["images"][0].update(file_name="1.jpg"))
+    edit(
+        dataset / "train/_annotations.coco.json", lambda d: d["images"][0].update(file_name="1.jpg")
+    )
     record = read_dataset(dataset)["train"].images[0]
     pixels = load_image(record)
     assert pixels.shape == (HEIGHT, WIDTH, 3) and (record.width, record.height) == (WIDTH, HEIGHT)
@@ -297,13 +359,18 @@ def test_exif_is_applied_when_the_annotated_size_agrees(dataset, orientation, co
 
 def test_exif_is_not_applied_when_the_annotated_size_is_the_stored_one(dataset):
     save_turned(dataset / "train/1.jpg", 6, (WIDTH, HEIGHT))
-    edit(dataset / "train/_annotations.coco.json", lambda d: d["images"][0].update(file_name="1.jpg"))
+    edit(
+        dataset / "train/_annotations.coco.json", lambda d: d["images"][0].update(file_name="1.jpg")
+    )
     record = read_dataset(dataset)["train"].images[0]
     assert not record.exif and load_image(record)[2, 2].min() > 200
 
 
 def test_missing_sizes_come_from_the_file(dataset):
-    edit(dataset / "train/_annotations.coco.json", lambda d: [d["images"][0].pop(side) for side in ("width", "height")])
+    edit(
+        dataset / "train/_annotations.coco.json",
+        lambda d: [d["images"][0].pop(side) for side in ("width", "height")],
+    )
     record = read_dataset(dataset)["train"].images[0]
     assert (record.width, record.height) == (WIDTH, HEIGHT)
 
@@ -328,22 +395,33 @@ def unusual_images() -> dict[str, tuple[Image.Image, str]]:
 @pytest.mark.parametrize("kind", unusual_images())
 def test_every_kind_of_image_becomes_rgb(dataset, kind):
     image, suffix = unusual_images()[kind]
-    options = {"save_all": True, "append_images": [Image.new("P", image.size)]} if kind == "gif" else {}
+    options = (
+        {"save_all": True, "append_images": [Image.new("P", image.size)]} if kind == "gif" else {}
+    )
     image.save(dataset / f"train/x.{suffix}", **options)
-    edit(dataset / "train/_annotations.coco.json", lambda d: d["images"][0].update(file_name=f"x.{suffix}"))
+    edit(
+        dataset / "train/_annotations.coco.json",
+        lambda d: d["images"][0].update(file_name=f"x.{suffix}"),
+    )
     pixels = load_image(read_dataset(dataset)["train"].images[0])
-    assert pixels.dtype == np.uint8 and pixels.shape == (HEIGHT, WIDTH, 3) and pixels.flags.writeable
+    assert (
+        pixels.dtype == np.uint8 and pixels.shape == (HEIGHT, WIDTH, 3) and pixels.flags.writeable
+    )
     ramp = np.linspace(0, 255, WIDTH * HEIGHT).reshape(HEIGHT, WIDTH)
     assert np.abs(pixels - ramp[:, :, None]).max() <= 2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (20_000, 20)])
 def test_extreme_shapes(tmp_path, size):
-    file = write_split(tmp_path / "train", [annotation(1, bbox=[0, 0, *size], area=1, segmentation=None)], images=1)
+    file = write_split(
+        tmp_path / "train", [annotation(1, bbox=[0, 0, *size], area=1, segmentation=None)], images=1
+    )
     Image.new("L", size, 9).save(tmp_path / "train/1.png")
     edit(file, lambda data: data["images"][0].update(width=size[0], height=size[1]))
     record = read_split(file, file.parent, "train").images[0]
-    assert load_image(record).shape == (size[1], size[0], 3) and record.boxes.tolist() == [[0, 0, *size]]
+    assert load_image(record).shape == (size[1], size[0], 3) and record.boxes.tolist() == [
+        [0, 0, *size]
+    ]
 
 
 def test_damaged_image_names_the_file(dataset):
@@ -361,7 +439,9 @@ def disc() -> np.ndarray:
     return ((x - 40) ** 2 + (y - 30) ** 2 < 20**2).astype(np.uint8)
 
 
-def drawn(segmentation: list | dict, height: int = 60, width: int = 80, place: np.ndarray | None = None) -> np.ndarray:
+def drawn(
+    segmentation: list | dict, height: int = 60, width: int = 80, place: np.ndarray | None = None
+) -> np.ndarray:
     """A segmentation of a 60x80 image, rasterised at another size, or where `place` takes it."""
     out = np.zeros((height, width), np.uint8)
     place = np.array([[width / 80, 0, 0], [0, height / 60, 0]]) if place is None else place
@@ -375,7 +455,9 @@ def test_all_segmentation_formats_give_the_same_mask():
     runs = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=2, append=2))).tolist()
     runs = runs if mask[0, 0] == 0 else [0, *runs]
     angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
-    polygon = np.stack([40.5 + 20 * np.cos(angle), 30.5 + 20 * np.sin(angle)], axis=1).ravel().tolist()
+    polygon = (
+        np.stack([40.5 + 20 * np.cos(angle), 30.5 + 20 * np.sin(angle)], axis=1).ravel().tolist()
+    )
     size = {"size": [60, 80]}
     assert np.array_equal(drawn(size | {"counts": runs}), mask)
     assert np.array_equal(drawn(size | {"counts": compressed["counts"].decode()}), mask)
@@ -386,8 +468,13 @@ def test_all_segmentation_formats_give_the_same_mask():
 def test_rasterise_at_another_size_keeps_place_and_share(height, width):
     mask = disc()
     angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
-    polygon = np.stack([40.5 + 20 * np.cos(angle), 30.5 + 20 * np.sin(angle)], axis=1).ravel().tolist()
-    rle = {"size": [60, 80], "counts": mask_utils.encode(np.asfortranarray(mask))["counts"].decode()}
+    polygon = (
+        np.stack([40.5 + 20 * np.cos(angle), 30.5 + 20 * np.sin(angle)], axis=1).ravel().tolist()
+    )
+    rle = {
+        "size": [60, 80],
+        "counts": mask_utils.encode(np.asfortranarray(mask))["counts"].decode(),
+    }
     for segmentation in ([polygon], rle):
         scaled = drawn(segmentation, height, width)
         assert scaled.shape == (height, width) and scaled.dtype == np.uint8 and scaled.max() == 1
@@ -398,8 +485,16 @@ def test_rasterise_at_another_size_keeps_place_and_share(height, width):
 def test_a_placed_polygon_is_drawn_as_on_the_whole_canvas():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        polygons = [(rng.uniform(-0.1, 1.1, (rng.integers(3, 9), 2)) * [80, 60]).ravel().tolist() for _ in range(2)]
-        place = np.array([[2, 0, -rng.uniform(0, 80)], [0, 3, -rng.uniform(0, 60)]])[:: rng.choice([1, -1])]
-        placed = [(np.reshape(p, (-1, 2)) @ place[:, :2].T + place[:, 2]).ravel().tolist() for p in polygons]
+        polygons = [
+            (rng.uniform(-0.1, 1.1, (rng.integers(3, 9), 2)) * [80, 60]).ravel().tolist()
+            for _ in range(2)
+        ]
+        place = np.array([[2, 0, -rng.uniform(0, 80)], [0, 3, -rng.uniform(0, 60)]])[
+            :: rng.choice([1, -1])
+        ]
+        placed = [
+            (np.reshape(p, (-1, 2)) @ place[:, :2].T + place[:, 2]).ravel().tolist()
+            for p in polygons
+        ]
         whole = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(placed, 90, 90)))
         assert np.abs(drawn(polygons, 90, 90, place).astype(int) - whole).sum() <= 1  # rounding

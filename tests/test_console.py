@@ -40,7 +40,9 @@ def in_bash(command: list[str], rest: str, cwd: Path) -> subprocess.CompletedPro
     """`command REST` in bash, the status being the command's own."""
     line = f"{shlex.join(command)} {rest}; exit ${{PIPESTATUS[0]}}"
     words = ["bash", "-c", line]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=environment(), timeout=120)
+    return subprocess.run(
+        words, cwd=cwd, capture_output=True, text=True, env=environment(), timeout=120
+    )
 
 
 # ---------------------------------------------------------------- a console that goes away
@@ -58,7 +60,17 @@ print("done", flush=True)
 
 @posix
 @pytest.mark.parametrize(
-    "rest", ["| head -n 1", "| true", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2>&1 | true"]
+    "rest",
+    [
+        "| head -n 1",
+        "| true",
+        ">&-",
+        "2>&-",
+        ">&- 2>&-",
+        "<&- >&- 2>&-",
+        "> /dev/full",
+        "2>&1 | true",
+    ],
 )
 def test_a_console_that_goes_away_ends_nothing(rest, tmp_path):
     if "full" in rest and not os.path.exists("/dev/full"):
@@ -66,7 +78,11 @@ def test_a_console_that_goes_away_ends_nothing(rest, tmp_path):
     done = in_bash(script(TALKS), rest, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "done.txt").read_text() == "all of it"
-    assert "Error" not in done.stderr and "Exception" not in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "Error" not in done.stderr
+        and "Exception" not in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @posix
@@ -95,7 +111,12 @@ def test_a_run_whose_reader_and_terminal_are_gone_saves_and_ends(few, tmp_path):
     flags = [*map(str, quick_flags(few)), "--min_steps", "5000", "--output_dir", "run"]
     words = [sys.executable, str(ROOT / "train_detector_stage1.py"), *flags]
     process = subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        words,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+        start_new_session=True,
     )
     while b"5000 " not in (line := process.stdout.read1()):
         assert line, "it has ended"
@@ -134,9 +155,14 @@ WAITS = {
 @posix
 @pytest.mark.parametrize("what", WAITS)
 def test_sigterm_ends_a_script_whatever_it_waits_for(what, tmp_path):
-    body = "import os, rfdetr.console\nrfdetr.console.GRACE = 0.5\nprint('waits', flush=True)\n" + WAITS[what]
+    body = (
+        "import os, rfdetr.console\nrfdetr.console.GRACE = 0.5\nprint('waits', flush=True)\n"
+        + WAITS[what]
+    )
     words = script(body)
-    process = subprocess.Popen(words, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "waits\n"
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
@@ -181,19 +207,36 @@ loaders.SplitDataset.__getitem__ = item
 @pytest.mark.slow
 @pytest.mark.parametrize("wait", [0, 2], ids=["during the last steps", "while nothing comes"])
 def test_a_run_whose_loader_hangs_saves_and_ends_on_sigterm(wait, few, tmp_path):
-    flags = [*map(str, quick_flags(few)), "--min_steps", "500", "--workers", "2", "--output_dir", "run"]
+    flags = [
+        *map(str, quick_flags(few)),
+        "--min_steps",
+        "500",
+        "--workers",
+        "2",
+        "--output_dir",
+        "run",
+    ]
     argv = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['train_detector_stage1.py', *{flags!r}]"
-    code = f"{argv}\n{HANGS}\nimport train_detector_stage1 as script\nscript.run_script(script.main)"
+    code = (
+        f"{argv}\n{HANGS}\nimport train_detector_stage1 as script\nscript.run_script(script.main)"
+    )
     words = [sys.executable, "-c", code]
     process = subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        words,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+        start_new_session=True,
     )
     seen = b""
     while seen.count(b"it hangs") < 2:
         seen += process.stdout.read1() or pytest.fail(seen.decode())
     time.sleep(wait)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)  # its processes are gone, too: they hold the same stdout
+    out, _ = process.communicate(
+        timeout=60
+    )  # its processes are gone, too: they hold the same stdout
     assert process.returncode == 143, out.decode()
     assert b"--resume run" in out and b"Traceback" not in out and b"Exception" not in out
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["training"]["progress"]["step"] > 0
@@ -201,7 +244,22 @@ def test_a_run_whose_loader_hangs_saves_and_ends_on_sigterm(wait, few, tmp_path)
 
 # ---------------------------------------------------------------- commands to be pasted
 
-ODD = ["--out_ckpt=x.pt", "-1", "---", "-h", "it's", 'a "b"', "$HOME", "`id`", "!x", "a b", "- a", "é 血", "*", "~"]
+ODD = [
+    "--out_ckpt=x.pt",
+    "-1",
+    "---",
+    "-h",
+    "it's",
+    'a "b"',
+    "$HOME",
+    "`id`",
+    "!x",
+    "a b",
+    "- a",
+    "é 血",
+    "*",
+    "~",
+]
 ODD += ["a\\", "-$(x) 'y'"]
 
 
@@ -211,7 +269,9 @@ def odd_checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("odd") / "odd's $1.pt"
     size, table = SIZES["tiny"], assign_rows(ODD, list(range(1, 1 + len(ODD))), "coco91")
     model = Detector(size, table.rows_total, table.background_last)
-    checkpoint.save(path, checkpoint.make_content("detector", size, 64, table, None, model.state_dict()))
+    checkpoint.save(
+        path, checkpoint.make_content("detector", size, 64, table, None, model.state_dict())
+    )
     return path
 
 
@@ -220,12 +280,19 @@ def test_the_printed_command_can_be_pasted_whatever_the_classes_are_called(odd_c
     message = unshrunk_message(91, ODD, odd_checkpoint)
     command = next(line.strip() for line in message.splitlines() if "shrink_head.py" in line)
     assert command.startswith("python shrink_head.py ")
-    command = command.replace("python shrink_head.py", shlex.join([sys.executable, str(ROOT / "shrink_head.py")]), 1)
+    command = command.replace(
+        "python shrink_head.py", shlex.join([sys.executable, str(ROOT / "shrink_head.py")]), 1
+    )
     folder = odd_checkpoint.parent
-    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, done.stderr
     assert checkpoint.load(folder / "checkpoint_mydata.pth")["classes"]["names"] == ODD
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint_mydata.pth", odd_checkpoint.name]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint_mydata.pth",
+        odd_checkpoint.name,
+    ]
 
 
 def test_stage_1_prints_such_a_command_too(call, capsys, tmp_path, few):
@@ -250,18 +317,27 @@ def test_stage_1_prints_such_a_command_too(call, capsys, tmp_path, few):
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1), min_size=1, unique=True))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1), min_size=1, unique=True
+    )
+)
 @example(["cells", "blood_vessel", "glomerulus"])
 def test_keep_flags_come_back_as_the_names(names):
     import argparse
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--keep", nargs="+", action="extend")
-    names = [name for name in names if name != "--"]  # which argparse takes for itself, in every form
+    names = [
+        name for name in names if name != "--"
+    ]  # which argparse takes for itself, in every form
     names = names or ["a"]
     assert parser.parse_args(shlex.split(keep_flags(names))).keep == names
 
 
 def test_plain_names_are_printed_plainly():
-    assert keep_flags(["cells", "blood vessel", "it's"]) == """--keep "cells" "blood vessel" 'it'"'"'s'"""
+    assert (
+        keep_flags(["cells", "blood vessel", "it's"])
+        == """--keep "cells" "blood vessel" 'it'"'"'s'"""
+    )
     assert keep_flags(["a", "-b", "c"]) == '--keep "a" --keep=-b --keep "c"'

@@ -81,7 +81,9 @@ def test_same_numbers_as_the_published_package(size, resolution, train):
         assert gradients == recorded["gradients"].keys()
         for name, expected in recorded["gradients"].items():
             # sampling points on a cell's edge turn their gradient with the last bit: no closer than this
-            assert projections(name, ours[name]) == pytest.approx(expected, abs=0.01 * expected[0] + 1e-9), name
+            assert projections(name, ours[name]) == pytest.approx(
+                expected, abs=0.01 * expected[0] + 1e-9
+            ), name
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -93,7 +95,9 @@ def test_names_go_both_ways_without_loss(size):
     official = to_official(ours)
     assert "class_embed.weight" in official and "bbox_embed.layers.0.weight" in official
     assert not [
-        name for name in official if re.search(r"qkv|ls\d|attn\.proj|class_embed\.0\.w", name.split("enc_out")[0])
+        name
+        for name in official
+        if re.search(r"qkv|ls\d|attn\.proj|class_embed\.0\.w", name.split("enc_out")[0])
     ]
     back = from_official(official)
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in ours.items()}
@@ -103,7 +107,9 @@ def test_names_go_both_ways_without_loss(size):
 
 def test_tensors_survive_both_ways_bit_for_bit():
     file = tiny_file()
-    back = to_official(from_official(file | {"_kp_active_mask": torch.zeros(0, 0, dtype=torch.bool)}))
+    back = to_official(
+        from_official(file | {"_kp_active_mask": torch.zeros(0, 0, dtype=torch.bool)})
+    )
     assert back.keys() == file.keys()
     assert all(torch.equal(back[name], file[name]) for name in file)
 
@@ -112,7 +118,9 @@ def test_unknown_names_pass_untouched():
     odd = {
         "something.else": torch.zeros(1),
         "mask_head.out.weight": torch.zeros(2),
-        BLOCK + "attention.attention.query.weight": torch.zeros(3, 3),  # its key and value are not there
+        BLOCK + "attention.attention.query.weight": torch.zeros(
+            3, 3
+        ),  # its key and value are not there
         "class_embed_projection.weight": torch.zeros(4),
     }
     assert from_official(odd) == odd
@@ -176,10 +184,15 @@ def test_what_does_not_fit_is_skipped_with_both_shapes():
     model = tiny(rows=4, mask_head="nano")
     report = load_pretrained(model, tiny_file() | {"ema.decay": torch.zeros(1)}, [])
     assert set(report.skipped) == {name for name in model.state_dict() if "class_embed" in name}
-    assert set(report.missing) == {name for name in model.state_dict() if name.startswith("mask_head.")}
+    assert set(report.missing) == {
+        name for name in model.state_dict() if name.startswith("mask_head.")
+    }
     assert report.unexpected == ["ema.decay"]
     text = report.summary()
-    assert f"class_embed.0.weight (the file has (91, {TINY.hidden}), the model (4, {TINY.hidden}))" in text
+    assert (
+        f"class_embed.0.weight (the file has (91, {TINY.hidden}), the model (4, {TINY.hidden}))"
+        in text
+    )
     assert (
         f"not in the file, {len(report.missing)}: mask_head." in text
         and "only in the file, unused, 1: ema.decay" in text
@@ -194,8 +207,12 @@ def test_other_numbers_of_groups_share_the_first_ones(in_file, in_model):
     both = TINY.queries * min(in_file, in_model)
     assert torch.equal(model.refpoint_embed.weight[:both], file["refpoint_embed.weight"][:both])
     assert torch.equal(model.refpoint_embed.weight[both:], before[both:])
-    assert torch.equal(model.transformer.enc_output[0].weight, file["transformer.enc_output.0.weight"])
-    assert set(report.adapted) == {"refpoint_embed.weight", "query_feat.weight"} and not report.skipped
+    assert torch.equal(
+        model.transformer.enc_output[0].weight, file["transformer.enc_output.0.weight"]
+    )
+    assert (
+        set(report.adapted) == {"refpoint_embed.weight", "query_feat.weight"} and not report.skipped
+    )
     assert not report.unexpected
     assert all(re.search(r"enc_out\w*\.[12]\.", name) for name in report.missing)
     assert f"the first 1 of {in_file} groups" in report.summary()
@@ -213,9 +230,14 @@ def test_a_position_grid_of_another_side_is_resampled():
     name = "backbone.0.encoder.encoder.embeddings.position_embeddings"
     file, model = tiny_file(), tiny()
     theirs, ours, dim = TINY.position_grid + 4, TINY.position_grid, TINY.dim
-    file[name] = torch.cat((torch.full((1, 1, dim), 5.0), torch.full((1, theirs**2, dim), 2.0)), dim=1)
+    file[name] = torch.cat(
+        (torch.full((1, 1, dim), 5.0), torch.full((1, theirs**2, dim), 2.0)), dim=1
+    )
     report = load_pretrained(model, file, [])
-    assert report.adapted[name] == f"resampled from {theirs}x{theirs} to {ours}x{ours} patches, bicubic"
+    assert (
+        report.adapted[name]
+        == f"resampled from {theirs}x{theirs} to {ours}x{ours} patches, bicubic"
+    )
     got = model.state_dict()[name]
     torch.testing.assert_close(got[:, 0], torch.full((1, dim), 5.0))
     torch.testing.assert_close(got[:, 1:], torch.full((1, ours**2, dim), 2.0))

@@ -56,7 +56,12 @@ def change(root: Path, edit) -> None:
 
 
 def turn(
-    root: Path, number: int, orientation: int, size: tuple[int, int], kind: str = "jpg", said: bool = True
+    root: Path,
+    number: int,
+    orientation: int,
+    size: tuple[int, int],
+    kind: str = "jpg",
+    said: bool = True,
 ) -> None:
     """Make a training image one of this orientation and stored size, white in its stored upper left corner."""
     image = Image.new("RGB", size)
@@ -66,7 +71,10 @@ def turn(
     image.save(root / f"train/{number}.{kind}", exif=exif)
     change(root, lambda data: data["images"][number - 1].update(file_name=f"{number}.{kind}"))
     if not said:
-        change(root, lambda data: [data["images"][number - 1].pop(side) for side in ("width", "height")])
+        change(
+            root,
+            lambda data: [data["images"][number - 1].pop(side) for side in ("width", "height")],
+        )
 
 
 def white_corner(record) -> tuple[int, int]:
@@ -82,14 +90,18 @@ def test_what_one_size_proves_of_exif_holds_for_the_whole_dataset(dataset, store
     for wanted in (None, "apply", "ignore"):
         splits, problems = inspect_dataset(dataset, exif=wanted)
         train, note = splits["train"], exif_note(splits, wanted)
-        assert problems == [] and train.exif == splits["valid"].exif == ("ignore" if stored else "apply")
+        assert problems == [] and train.exif == splits["valid"].exif == (
+            "ignore" if stored else "apply"
+        )
         corners = [white_corner(record) for record in train.images[:2]]
         assert corners == ([(0, 0)] * 2 if stored else [(-1, -1), (0, -1)])
         assert "2 images" in note and ("ignored" if stored else "applied") in note
         assert ("is not used" in note) == (wanted not in (None, train.exif))
 
 
-@pytest.mark.parametrize(("wanted", "corner"), [(None, (-1, -1)), ("apply", (-1, -1)), ("ignore", (0, 0))])
+@pytest.mark.parametrize(
+    ("wanted", "corner"), [(None, (-1, -1)), ("apply", (-1, -1)), ("ignore", (0, 0))]
+)
 def test_without_a_proof_exif_is_what_the_flag_says_with_a_warning(dataset, wanted, corner):
     turn(dataset, 1, 3, (WIDTH, HEIGHT))
     splits, problems = inspect_dataset(dataset, exif=wanted)
@@ -103,7 +115,11 @@ def test_sizes_that_disagree_on_exif_count_for_their_own_image_alone(dataset):
     turn(dataset, 3, 3, (WIDTH, HEIGHT))
     for wanted, third in ((None, (-1, -1)), ("ignore", (0, 0))):
         splits, problems = inspect_dataset(dataset, exif=wanted)
-        assert [white_corner(record) for record in splits["train"].images[:3]] == [(0, 0), (0, -1), third]
+        assert [white_corner(record) for record in splits["train"].images[:3]] == [
+            (0, 0),
+            (0, -1),
+            third,
+        ]
         assert {p.code: p.count for p in problems} == {"IMG_EXIF_UNKNOWN": 1, "IMG_EXIF_MIXED": 1}
 
 
@@ -143,19 +159,33 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     best = tmp_path / "run/best.pt"
     assert checkpoint.load(best)["exif"] == RFDETR(best, "cpu").exif == "ignore"
     turned = []
-    monkeypatch.setattr(predict, "read_image", lambda path, turn: turned.append(turn) or read_image(path, turn))
-    words = ["--checkpoint", best, "--input", data / "valid", "--output", "found", "--device", "cpu"]
+    monkeypatch.setattr(
+        predict, "read_image", lambda path, turn: turned.append(turn) or read_image(path, turn)
+    )
+    words = [
+        "--checkpoint",
+        best,
+        "--input",
+        data / "valid",
+        "--output",
+        "found",
+        "--device",
+        "cpu",
+    ]
     call(predict.main, *words)
     call(predict.main, *words, "--exif", "apply")
     assert turned == [False, False, True, True]
 
     pictures = []
     monkeypatch.setattr(
-        "rfdetr.detr.read_pixels", lambda path, turn: pictures.append(turn) or np.zeros((9, 9, 3), np.uint8)
+        "rfdetr.detr.read_pixels",
+        lambda path, turn: pictures.append(turn) or np.zeros((9, 9, 3), np.uint8),
     )
     RFDETR(best, "cpu").predict(file)
     splits = []
-    monkeypatch.setattr(evaluate, "Judge", lambda loader, *rest: splits.append(loader.dataset.split) or 1 / 0)
+    monkeypatch.setattr(
+        evaluate, "Judge", lambda loader, *rest: splits.append(loader.dataset.split) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         call(evaluate.main, "--checkpoint", best, "--dataset", data, "--device", "cpu")
     assert pictures == [False] and not any(image.exif for image in splits[0].images)
@@ -171,7 +201,15 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
 
 def crowd(masks: list, boxes: list, side: int = 200) -> dict:
     entries = [
-        {"id": n, "image_id": 1, "category_id": 1, "bbox": box, "area": 9, "iscrowd": 0, "segmentation": mask}
+        {
+            "id": n,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": box,
+            "area": 9,
+            "iscrowd": 0,
+            "segmentation": mask,
+        }
         for n, (mask, box) in enumerate(zip(masks, boxes), start=1)
     ]
     images = [{"id": 1, "file_name": "1.png", "width": side, "height": side}]
@@ -201,7 +239,10 @@ BOXES = [[n * 8 + 3.0, 20.0 + n, 12.0, 16.0] for n in range(20)]
 
 
 def found(data: dict) -> dict[str, tuple[str, int]]:
-    return {problem.code: (problem.severity, problem.count) for problem in CocoSplit("x.json", data=data).problems}
+    return {
+        problem.code: (problem.severity, problem.count)
+        for problem in CocoSplit("x.json", data=data).problems
+    }
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -211,7 +252,9 @@ def test_masks_beside_their_boxes_are_told(form):
     assert found(crowd(right, BOXES)) == {}
     assert found(crowd(shifted, BOXES)) == {"ANN_MASK_OFF_BOX": ("error", 20)}
     assert found(crowd(shifted[:3] + right[3:], BOXES)) == {"ANN_MASK_OFF_BOX": ("warning", 3)}
-    assert found(crowd((shifted[:3] + right[3:] * 4), BOXES[:3] + BOXES[3:] * 4)).keys() == {"ANN_DUPLICATE"}
+    assert found(crowd((shifted[:3] + right[3:] * 4), BOXES[:3] + BOXES[3:] * 4)).keys() == {
+        "ANN_DUPLICATE"
+    }
     swapped = [FORMS[form](y, x, h, w) for x, y, w, h in BOXES]
     severity, count = found(crowd(swapped, BOXES))["ANN_MASK_OFF_BOX"]
     assert severity == "error" and count >= 15
@@ -231,21 +274,33 @@ def test_boxes_and_polygons_in_0_to_1_are_an_error_that_says_so():
     masks = [polygon(*box) for box in BOXES]
     assert found(crowd([[]] * 20, share))["ANN_BBOX_NORMALISED"] == ("error", 20)
     assert found(crowd(masks, share)).keys() == {"ANN_BBOX_NORMALISED"}
-    assert found(crowd([polygon(*box) for box in share], BOXES)) == {"ANN_POLYGON_NORMALISED": ("error", 20)}
+    assert found(crowd([polygon(*box) for box in share], BOXES)) == {
+        "ANN_POLYGON_NORMALISED": ("error", 20)
+    }
     problem = CocoSplit("x.json", data=crowd(masks, share)).problems[0]
     assert "in pixels" in problem.message and "multiply" in problem.message
     # objects of a pixel, and images of one
-    assert found(crowd(masks[:-2] + [[]] * 2, BOXES[:-2] + [[0, 0, 1, 1], [0, 0, 0.5, 0.5]])).keys() == {"ANN_NO_MASK"}
-    assert "ANN_BBOX_NORMALISED" not in found(crowd([[]] * 3, [[0, 0, 1, 1], [0, 0, 0.9, 1], [0, 0, 1, 0.9]], side=1))
+    assert found(
+        crowd(masks[:-2] + [[]] * 2, BOXES[:-2] + [[0, 0, 1, 1], [0, 0, 0.5, 0.5]])
+    ).keys() == {"ANN_NO_MASK"}
+    assert "ANN_BBOX_NORMALISED" not in found(
+        crowd([[]] * 3, [[0, 0, 1, 1], [0, 0, 0.9, 1], [0, 0, 1, 0.9]], side=1)
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.booleans(), min_size=1, max_size=200), st.integers(1, 25)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.lists(st.booleans(), min_size=1, max_size=200), st.integers(1, 25)), max_size=5
+    )
+)
 def test_the_extent_of_an_rle_is_pycocotools_own(masks):
     rles, expected = [], []
     for bits, height in masks:
         width = -(-len(bits) // height)
-        mask = np.resize(np.array(bits + [False] * (height * width - len(bits)), np.uint8), (height, width))
+        mask = np.resize(
+            np.array(bits + [False] * (height * width - len(bits)), np.uint8), (height, width)
+        )
         coded = mask_utils.encode(np.asfortranarray(mask))
         x, y, w, h = mask_utils.toBbox(coded).astype(int).tolist()
         changes = np.flatnonzero(np.diff(mask.ravel("F").astype(int), prepend=0)).tolist()
@@ -260,14 +315,22 @@ def test_the_extent_of_an_rle_is_pycocotools_own(masks):
 
 def test_fix_never_takes_another_file_for_an_image(dataset):
     change(dataset, lambda data: data["images"][0].update(file_name="../cam2/2.png"))
-    change(dataset, lambda data: data["images"][1].update(file_name=f"{dataset.parent}/elsewhere/3.png"))
+    change(
+        dataset,
+        lambda data: data["images"][1].update(file_name=f"{dataset.parent}/elsewhere/3.png"),
+    )
     change(dataset, lambda data: data["images"][2].update(file_name="sub/../3.png"))
     change(dataset, lambda data: data["images"][3].update(file_name=str(dataset / "train/4.png")))
     (dataset / "train/sub").mkdir()
     done = fix_dataset(dataset, dataset.parent / "fixed", decode=False)["train"]
     assert done == {"IMG_PATH: the same file's plain path is written": 2}
     data = json.loads((dataset.parent / "fixed/train" / FILE).read_text())
-    assert [Path(entry["file_name"]).name for entry in data["images"]] == ["2.png", "3.png", "3.png", "4.png"]
+    assert [Path(entry["file_name"]).name for entry in data["images"]] == [
+        "2.png",
+        "3.png",
+        "3.png",
+        "4.png",
+    ]
     assert data["images"][0]["file_name"] == "../cam2/2.png" and len(data["annotations"]) == 5
     problems = {problem.code: problem for problem in inspect_dataset(dataset.parent / "fixed")[1]}
     assert problems["IMG_PATH"].severity == "error" and problems["IMG_PATH"].count == 2
@@ -280,11 +343,17 @@ def test_two_entries_of_one_file_are_on_one_side(tmp_path):
     write(tmp_path / "train", coco(12))
     os.link(tmp_path / "train/1.png", tmp_path / "train/copy.png")
     extra = ["./1.png", "copy.png", "./2.png", "./3.png", "./4.png"]
-    more = [{"id": 100 + n, "file_name": name, "width": WIDTH, "height": HEIGHT} for n, name in enumerate(extra)]
+    more = [
+        {"id": 100 + n, "file_name": name, "width": WIDTH, "height": HEIGHT}
+        for n, name in enumerate(extra)
+    ]
     change(tmp_path, lambda data: data["images"].extend(more))
     for fraction in (0.1, 0.3, 0.5, 0.8):
         splits = inspect_dataset(tmp_path, fraction)[0]
-        train, valid = ({os.stat(image.path).st_ino for image in splits[name].images} for name in ("train", "valid"))
+        train, valid = (
+            {os.stat(image.path).st_ino for image in splits[name].images}
+            for name in ("train", "valid")
+        )
         assert train and valid and not train & valid
 
 
@@ -294,7 +363,9 @@ def undivided(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("undivided")
     make_demo(folder / "data", train=8, valid=1, test=0, size=64, seed=3)
     shutil.rmtree(folder / "data/valid")
-    flags = map(str, [*quick_flags(folder / "data"), "--val_fraction", 0.25, "--output_dir", folder / "run"])
+    flags = map(
+        str, [*quick_flags(folder / "data"), "--val_fraction", 0.25, "--output_dir", folder / "run"]
+    )
     train_detector_stage1.main(list(flags))
     return folder / "data", folder / "run/best.pt"
 
@@ -311,21 +382,37 @@ def test_train_is_divided_in_evaluation_as_in_training(undivided, call, capsys):
     assert "--val_fraction 0.25" in said and "(valid, 2 images" in said and "trained on" not in said
     call(evaluate.main, *words, "--val_fraction", 0.25, "--split", "train")
     said = capsys.readouterr().out
-    assert "✓ --split train: the checkpoint was trained on 6 of the 6 images" in said and "⚠" not in said
+    assert (
+        "✓ --split train: the checkpoint was trained on 6 of the 6 images" in said
+        and "⚠" not in said
+    )
 
 
 def test_scored_images_that_were_trained_on_are_told_by_content(undivided, tmp_path, call, capsys):
     data, best = undivided
     shutil.copytree(data / "train", tmp_path / "other/valid")
     shutil.copytree(data / "train", tmp_path / "other/train")
-    rewrite(tmp_path / "other/valid" / FILE, lambda d: [rename(tmp_path / "other/valid", e) for e in d["images"]])
+    rewrite(
+        tmp_path / "other/valid" / FILE,
+        lambda d: [rename(tmp_path / "other/valid", e) for e in d["images"]],
+    )
     call(evaluate.main, "--checkpoint", best, "--dataset", tmp_path / "other", "--device", "cpu")
     assert "⚠ 6 of the 8 images of valid were trained on" in capsys.readouterr().out
     hashes = torch.load(best)["trained_on"]
     assert hashes.dtype == torch.int64 and len(hashes) == 6
     make_demo(tmp_path / "new", train=8, valid=2, test=0, size=64, seed=4)
     shutil.rmtree(tmp_path / "new/valid")
-    call(evaluate.main, "--checkpoint", best, "--dataset", tmp_path / "new", "--device", "cpu", "--val_fraction", 0.5)
+    call(
+        evaluate.main,
+        "--checkpoint",
+        best,
+        "--dataset",
+        tmp_path / "new",
+        "--device",
+        "cpu",
+        "--val_fraction",
+        0.5,
+    )
     assert "trained on" not in capsys.readouterr().out
 
 
@@ -336,15 +423,26 @@ def rename(folder: Path, entry: dict) -> None:
 
 def test_weights_remember_what_they_started_from_was_trained_on(undivided, few, tmp_path, call):
     _, best = undivided
-    call(train_detector_stage1.main, *quick_flags(few), "--pretrain_weights", best, "--output_dir", "run")
-    before, after = (set(torch.load(path)["trained_on"].tolist()) for path in (best, tmp_path / "run/best.pt"))
+    call(
+        train_detector_stage1.main,
+        *quick_flags(few),
+        "--pretrain_weights",
+        best,
+        "--output_dir",
+        "run",
+    )
+    before, after = (
+        set(torch.load(path)["trained_on"].tolist()) for path in (best, tmp_path / "run/best.pt")
+    )
     assert len(after) == 10 and before < after
 
 
 # ---------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "bell\a", "\x1b[31mred", "half\ud800", "line\u2028break"])
+@pytest.mark.parametrize(
+    "name", ["two\nlines", "bell\a", "\x1b[31mred", "half\ud800", "line\u2028break"]
+)
 def test_class_names_with_control_characters_are_an_error_that_fix_mends(dataset, name):
     for split in ("train", "valid"):
         rewrite(dataset / split / FILE, lambda data: data["categories"][0].update(name=name))
@@ -392,13 +490,21 @@ def test_a_passing_error_is_neither_corruption_nor_remembered(dataset, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(Image, "open", refuse)
         problems = {problem.code: problem for problem in inspect_dataset(dataset, decode=True)[1]}
-        assert problems.keys() == {"IMG_UNREADABLE", "IMG_CORRUPT"} and problems["IMG_UNREADABLE"].severity == "error"
+        assert (
+            problems.keys() == {"IMG_UNREADABLE", "IMG_CORRUPT"}
+            and problems["IMG_UNREADABLE"].severity == "error"
+        )
         assert os.strerror(number) in problems["IMG_UNREADABLE"].message
         assert codes(dataset) == {"IMG_UNREADABLE": "warning", "IMG_CORRUPT": "warning"}
         fix_dataset(dataset, dataset.parent / "fixed", decode=True)
     assert codes(dataset, decode=True).keys() == {"IMG_CORRUPT"}
-    names = [e["file_name"] for e in json.loads((dataset.parent / "fixed/train" / FILE).read_text())["images"]]
-    assert names == ["1.png", "3.png", "4.png"] and codes(dataset.parent / "fixed").keys() <= {"IMG_LINK"}
+    names = [
+        e["file_name"]
+        for e in json.loads((dataset.parent / "fixed/train" / FILE).read_text())["images"]
+    ]
+    assert names == ["1.png", "3.png", "4.png"] and codes(dataset.parent / "fixed").keys() <= {
+        "IMG_LINK"
+    }
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="makes a pipe")

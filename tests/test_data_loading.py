@@ -44,8 +44,13 @@ def squares(tmp_path_factory) -> CocoSplit:
     folder = tmp_path_factory.mktemp("data") / "squares/train"
     folder.mkdir(parents=True)
     corners = np.array([[10, 20, 42, 37], [60, 48, 110, 85], [0, 0, 15, 15]])
-    pixels, table = np.full((90, 120, 3), 40, np.uint8), {"categories": [{"id": n, "name": str(n)} for n in range(3)]}
-    table |= {"images": [{"id": n, "file_name": f"{n}.png", "width": 120, "height": 90} for n in (0, 1)]}
+    pixels, table = (
+        np.full((90, 120, 3), 40, np.uint8),
+        {"categories": [{"id": n, "name": str(n)} for n in range(3)]},
+    )
+    table |= {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 120, "height": 90} for n in (0, 1)]
+    }
     table["annotations"] = []
     for n, (x0, y0, x1, y1) in enumerate(corners.tolist()):
         mask = np.zeros((90, 120), np.uint8, order="F")
@@ -54,8 +59,19 @@ def squares(tmp_path_factory) -> CocoSplit:
             pixels[mask > 0] = (255 * (n == 0), 0, 255 * (n == 1))
         polygon, rle = [[x0, y0, x1, y0, x1, y1, x0, y1]], encode(mask) | {"size": [90, 120]}
         for image in (0, 1):
-            segmentation = None if n == 2 else polygon if image == n else rle | {"counts": rle["counts"].decode()}
-            entry = {"id": 2 * n + image, "image_id": image, "category_id": n, "segmentation": segmentation}
+            segmentation = (
+                None
+                if n == 2
+                else polygon
+                if image == n
+                else rle | {"counts": rle["counts"].decode()}
+            )
+            entry = {
+                "id": 2 * n + image,
+                "image_id": image,
+                "category_id": n,
+                "segmentation": segmentation,
+            }
             table["annotations"].append(entry | {"bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0})
     for image in (0, 1):
         Image.fromarray(pixels).save(folder / f"{image}.png")
@@ -71,10 +87,21 @@ def test_image_boxes_and_masks_stay_together(squares, augment):
         sample = dataset[seed % 2, seed]
         image, target = sample["image"].float(), sample["target"]
         assert image.shape == (3, 96, 96)
-        assert len(target["labels"]) == len(target["masks"]) == len(target["has_mask"]) == len(target["boxes"])
+        assert (
+            len(target["labels"])
+            == len(target["masks"])
+            == len(target["has_mask"])
+            == len(target["boxes"])
+        )
         boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * 96
-        assert boxes.min() >= -1e-4 and boxes.max() <= 96 + 1e-4 and (boxes[:, 2:] - boxes[:, :2] > 0.99).all()
-        for box, label, mask, has_mask in zip(boxes, target["labels"].tolist(), target["masks"], target["has_mask"]):
+        assert (
+            boxes.min() >= -1e-4
+            and boxes.max() <= 96 + 1e-4
+            and (boxes[:, 2:] - boxes[:, :2] > 0.99).all()
+        )
+        for box, label, mask, has_mask in zip(
+            boxes, target["labels"].tolist(), target["masks"], target["has_mask"]
+        ):
             assert has_mask == (label != 2)
             if label == 2:
                 assert mask.sum() == 0
@@ -88,12 +115,17 @@ def test_image_boxes_and_masks_stay_together(squares, augment):
             if (box[2:] - box[:2]).min() > 6:  # resizing blurs the rims
                 assert (mask[coloured] > 0).float().mean() > 0.85
             arrangements.add((label, *box.round().int().tolist()))
-    assert len(arrangements) == 2 if augment is None else len(arrangements) >= 8  # the symmetries, or many crops
+    assert (
+        len(arrangements) == 2 if augment is None else len(arrangements) >= 8
+    )  # the symmetries, or many crops
 
 
 def test_dihedral_reaches_all_eight_symmetries(squares):
     dataset = SplitDataset(squares, 96, "dihedral", masks=False)
-    seen = {tuple((dataset[0, seed]["target"]["boxes"][0] * 960).round().tolist()) for seed in range(100)}
+    seen = {
+        tuple((dataset[0, seed]["target"]["boxes"][0] * 960).round().tolist())
+        for seed in range(100)
+    }
     assert len(seen) == 8
 
 
@@ -118,8 +150,12 @@ def test_a_samples_seed_alone_decides_it(split, augment):
     torch.manual_seed(2)
     state = torch.get_rng_state()
     again, other = dataset[3, 77], dataset[3, 78]
-    assert torch.equal(torch.get_rng_state(), state)  # and the caller's random numbers are left alone
-    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], other["image"])
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # and the caller's random numbers are left alone
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(
+        first["image"], other["image"]
+    )
     plain = dataset[3, None]  # not augmented, but of the resolution all the same
     assert plain["image"].shape == (3, 64, 64) and plain["target"]["masks"].shape[1:] == (64, 64)
     assert torch.equal(first["target"]["boxes"], again["target"]["boxes"])
@@ -147,7 +183,11 @@ def test_empty_images_stay(split):
     assert len(dataset) == len(split.images)
     batch = collate([dataset[0, None], dataset[1, None]])
     assert len(batch.targets[0]["boxes"]) == len(batch.targets[0]["masks"]) == before
-    assert batch.targets[1]["boxes"].shape == (0, 4) and batch.targets[1]["masks"].shape == (0, 64, 64)
+    assert batch.targets[1]["boxes"].shape == (0, 4) and batch.targets[1]["masks"].shape == (
+        0,
+        64,
+        64,
+    )
     assert batch.objects == before and len(batch[1:]) == 1 and batch[1:].objects == 0
 
 
@@ -157,16 +197,22 @@ def test_boxes_are_relative_and_agree_with_the_annotations(split):
         record, sample = split.images[index], dataset[index, None]
         cx, cy, w, h = sample["target"]["boxes"].T.numpy()
         corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], 1)
-        np.testing.assert_allclose(corners * ([record.width, record.height] * 2), record.boxes, atol=1e-3)
+        np.testing.assert_allclose(
+            corners * ([record.width, record.height] * 2), record.boxes, atol=1e-3
+        )
         assert sample["image"].shape == (3, 128, 128) and sample["image"].dtype == torch.uint8
         for box, mask in zip(corners * 128, sample["target"]["masks"].numpy()):
             ys, xs = np.nonzero(mask)
-            assert np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - box).max() <= 2
+            assert (
+                np.abs(np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - box).max() <= 2
+            )
 
 
 def batches(split, workers: int, epochs: int = 2) -> list:
     sampler = EpochSampler(len(split.images), per_step=4, seed=3, min_steps=4)
-    loader = training_loader(SplitDataset(split, 64, "dihedral", masks=True), sampler, workers, pin=False)
+    loader = training_loader(
+        SplitDataset(split, 64, "dihedral", masks=True), sampler, workers, pin=False
+    )
     found = []
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -180,7 +226,9 @@ def test_the_number_of_workers_changes_no_batch(split):
     for a, b in zip(alone, helped):
         assert a.indices == b.indices and torch.equal(a.images, b.images)
         for one, other in zip(a.targets, b.targets):
-            assert torch.equal(one["boxes"], other["boxes"]) and torch.equal(one["masks"], other["masks"])
+            assert torch.equal(one["boxes"], other["boxes"]) and torch.equal(
+                one["masks"], other["masks"]
+            )
 
 
 def test_loaders_take_no_random_numbers_from_the_run(split):
@@ -200,16 +248,29 @@ def test_evaluation_sees_every_image_once_whatever_the_ranks(split):
 # ---------------------------------------------------------------- the order
 
 
-@given(images=st.integers(1, 40), per_step=st.integers(1, 6), world=st.integers(1, 3), min_steps=st.integers(1, 5))
+@given(
+    images=st.integers(1, 40),
+    per_step=st.integers(1, 6),
+    world=st.integers(1, 3),
+    min_steps=st.integers(1, 5),
+)
 def test_every_epoch_is_whole_steps_of_fair_shares(images, per_step, world, min_steps):
-    ranks = [list(EpochSampler(images, per_step, 0, min_steps, rank, world)) for rank in range(world)]
+    ranks = [
+        list(EpochSampler(images, per_step, 0, min_steps, rank, world)) for rank in range(world)
+    ]
     steps = max(images // (per_step * world), min_steps)
     assert [len(rank) for rank in ranks] == [steps] * world
     keys = [key for rank in ranks for step in rank for key in step]
-    assert len(keys) == steps * per_step * world and all(len(step) == per_step for rank in ranks for step in rank)
+    assert len(keys) == steps * per_step * world and all(
+        len(step) == per_step for rank in ranks for step in rank
+    )
     seen = Counter(index for index, _ in keys)
-    assert max(seen.values()) - min(seen.get(i, 0) for i in range(images)) <= 1  # nobody twice before all once
-    assert len({seed for _, seed in keys}) == len(keys)  # ranks and repeats see different augmentations
+    assert (
+        max(seen.values()) - min(seen.get(i, 0) for i in range(images)) <= 1
+    )  # nobody twice before all once
+    assert len({seed for _, seed in keys}) == len(
+        keys
+    )  # ranks and repeats see different augmentations
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -239,7 +300,9 @@ def test_a_resumed_epoch_skips_what_was_done():
 @pytest.mark.parametrize("name", list(SIZES))
 def test_multi_scale_sides_fit_the_grid_and_widen(name):
     size = SIZES[name]
-    normal, wide = (multi_scale_sides(size, size.resolution, expanded) for expanded in (False, True))
+    normal, wide = (
+        multi_scale_sides(size, size.resolution, expanded) for expanded in (False, True)
+    )
     assert all(side % size.block == 0 and side > 0 for side in wide)
     assert size.resolution in normal and set(normal) < set(wide)
     assert min(normal) < size.resolution < max(normal)
@@ -275,7 +338,9 @@ run_script(main, [])
 """
 
 
-@pytest.mark.parametrize("limit", [14, 22])  # too few to start the workers, and to take what they send
+@pytest.mark.parametrize(
+    "limit", [14, 22]
+)  # too few to start the workers, and to take what they send
 def test_too_few_file_handles_are_named_and_nothing_hangs(limit, tmp_path):
     pytest.importorskip("resource")
     words = [sys.executable, "-c", FEW_FILES.replace("HANDLES", str(limit))]
@@ -287,12 +352,21 @@ def test_too_few_file_handles_are_named_and_nothing_hangs(limit, tmp_path):
 @pytest.mark.parametrize(
     "error, message",
     [
-        (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm.*--workers 0"),
-        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "/dev/shm.*--workers 0"),
+        (
+            RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"),
+            "/dev/shm.*--workers 0",
+        ),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"),
+            "/dev/shm.*--workers 0",
+        ),
         (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
         (OSError(24, "Too many open files"), "ulimit -n"),
     ],
 )
 def test_what_the_workers_lack_is_named(error, message, split):
-    with pytest.raises(UserError, match=message), naming_workers(SplitDataset(split, 64, None, masks=False)):
+    with (
+        pytest.raises(UserError, match=message),
+        naming_workers(SplitDataset(split, 64, None, masks=False)),
+    ):
         raise error

@@ -23,11 +23,17 @@ def annotations(folder: Path) -> dict:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def rle(annotation: dict, size: int = SIZE) -> dict:
-    return pycocotools.mask.merge(pycocotools.mask.frPyObjects(annotation["segmentation"], size, size))
+    return pycocotools.mask.merge(
+        pycocotools.mask.frPyObjects(annotation["segmentation"], size, size)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +75,18 @@ def test_layout_counts_and_categories(tmp_path):
             (3, "glomerulus"),
         ]
         assert len(table["images"]) == len({image["id"] for image in table["images"]}) == count
-        assert {image["file_name"] for image in table["images"]} == {p.name for p in (tmp_path / split).glob("*.png")}
+        assert {image["file_name"] for image in table["images"]} == {
+            p.name for p in (tmp_path / split).glob("*.png")
+        }
         for image in table["images"]:
             with Image.open(tmp_path / split / image["file_name"]) as picture:
-                assert picture.mode == "RGB" and picture.size == (image["width"], image["height"]) == (96, 96)
-        assert [a["id"] for a in table["annotations"]] == list(range(1, len(table["annotations"]) + 1))
+                assert picture.mode == "RGB" and picture.size == (
+                    image["width"],
+                    image["height"],
+                ) == (96, 96)
+        assert [a["id"] for a in table["annotations"]] == list(
+            range(1, len(table["annotations"]) + 1)
+        )
 
 
 def test_objects_an_image_empty_images_and_classes(train):
@@ -128,7 +141,10 @@ def test_outlines_lie_on_what_was_painted(train):
         points = np.array(a["segmentation"][0]).reshape(-1, 2)
         centre = points.mean(axis=0)
         larger = np.clip(centre + (points - centre) * 1.3, 0, SIZE)
-        ring = pycocotools.mask.decode(rle({"segmentation": [larger.ravel().tolist()]})).astype(bool) & ~inside
+        ring = (
+            pycocotools.mask.decode(rle({"segmentation": [larger.ravel().tolist()]})).astype(bool)
+            & ~inside
+        )
         contrasts.append(grey[ring].mean() - grey[inside].mean())
     assert np.median(contrasts) > 40 and np.mean(np.array(contrasts) > 15) > 0.95
 
@@ -145,7 +161,12 @@ def test_replaces_an_earlier_demo_and_refuses_anything_else(tmp_path):
     )
     assert not (out / "test").exists()
     before = contents(out)
-    for name in ("train/holiday.png", "notes.txt", "test/_annotations.coco.json", "old/train/demo_00000.png"):
+    for name in (
+        "train/holiday.png",
+        "notes.txt",
+        "test/_annotations.coco.json",
+        "old/train/demo_00000.png",
+    ):
         stranger = out / name
         stranger.parent.mkdir(parents=True, exist_ok=True)
         stranger.write_text('{"images": []}')

@@ -27,10 +27,14 @@ def torchrun(tmp_path):
     """torchrun(options, script, *flags) starts it in tmp_path; its output goes to out.txt there, or the file named."""
     started = []
 
-    def start(options: tuple, script: str, *flags: object, output: str = "out.txt") -> subprocess.Popen:
+    def start(
+        options: tuple, script: str, *flags: object, output: str = "out.txt"
+    ) -> subprocess.Popen:
         words = [str(word) for word in (*TORCHRUN, *options, ROOT / script, *flags)]
         with open(tmp_path / output, "w") as file:
-            process = subprocess.Popen(words, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, env=environment())
+            process = subprocess.Popen(
+                words, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, env=environment()
+            )
         started.append(process)
         return process
 
@@ -64,7 +68,9 @@ def assert_same_training(ours: Path, one: Path) -> None:
     assert {path.name for path in ours.iterdir()} == {path.name for path in one.iterdir()}
     for a, b in zip(epochs(ours), epochs(one), strict=True):
         losses = [name for name in b["train"] if name.startswith("loss")]
-        assert {n: a["train"][n] for n in losses} == pytest.approx({n: b["train"][n] for n in losses}, rel=1e-5)
+        assert {n: a["train"][n] for n in losses} == pytest.approx(
+            {n: b["train"][n] for n in losses}, rel=1e-5
+        )
     states = [torch.load(folder / "last.pt")["model"] for folder in (ours, one)]
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[1].items():
@@ -81,18 +87,52 @@ def test_three_processes_and_two_validation_images(few, tmp_path, torchrun):
     assert_same_training(tmp_path / "three", tmp_path / "one")
 
 
-def test_two_nodes_train_and_score_stage_2_as_one_process_does(demo, stage1, shrunk, stage2, tmp_path, torchrun):
+def test_two_nodes_train_and_score_stage_2_as_one_process_does(
+    demo, stage1, shrunk, stage2, tmp_path, torchrun
+):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    rendezvous = ("--nnodes", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", port)
-    flags = [*train_flags(demo), "--stage1_run", stage1.folder, "--checkpoint", shrunk.folder, "--run_test", 1]
-    flags += ["--min_steps", 10, "--accum", 1, "--output_dir", "nodes"]  # two processes of half the images each
-    nodes = [torchrun(rendezvous, "train_seg_stage2.py", *flags, output=name) for name in ("node 0", "node 1")]
-    output = "".join(end_well(node, tmp_path, name) for node, name in zip(nodes, ("node 0", "node 1")))
+    rendezvous = (
+        "--nnodes",
+        2,
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"localhost:{port}",
+        "--rdzv_id",
+        port,
+    )
+    flags = [
+        *train_flags(demo),
+        "--stage1_run",
+        stage1.folder,
+        "--checkpoint",
+        shrunk.folder,
+        "--run_test",
+        1,
+    ]
+    flags += [
+        "--min_steps",
+        10,
+        "--accum",
+        1,
+        "--output_dir",
+        "nodes",
+    ]  # two processes of half the images each
+    nodes = [
+        torchrun(rendezvous, "train_seg_stage2.py", *flags, output=name)
+        for name in ("node 0", "node 1")
+    ]
+    output = "".join(
+        end_well(node, tmp_path, name) for node, name in zip(nodes, ("node 0", "node 1"))
+    )
     assert output.count("STAGE 2: SEGMENTATION HEAD TRAINING") == output.count("Done. Files") == 1
     assert_same_training(tmp_path / "nodes", stage2.folder)
-    ours, one = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "nodes", stage2.folder))
+    ours, one = (
+        json.loads((folder / "metrics.json").read_text())
+        for folder in (tmp_path / "nodes", stage2.folder)
+    )
     assert one["test"]["bbox"]["mAP"] > 0.1
     for a, b in (
         (ours["test"], one["test"]),
@@ -104,15 +144,29 @@ def test_two_nodes_train_and_score_stage_2_as_one_process_does(demo, stage1, shr
 
 
 @posix
-def test_sigterm_to_torchrun_saves_and_the_printed_command_goes_on(demo, single, tmp_path, torchrun):
+def test_sigterm_to_torchrun_saves_and_the_printed_command_goes_on(
+    demo, single, tmp_path, torchrun
+):
     """With loader processes, which the signal reaches too; the end is that of a single process that never stopped."""
-    flags = [*train_flags(demo), "--accum", 1, "--workers", 2, "--save_minutes", 0, "--output_dir", "run"]
+    flags = [
+        *train_flags(demo),
+        "--accum",
+        1,
+        "--workers",
+        2,
+        "--save_minutes",
+        0,
+        "--output_dir",
+        "run",
+    ]
     process = torchrun((*ALONE, 2), "train_seg_single_stage.py", *flags)
     wait_for(tmp_path / "run/checkpoint.pt", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) != 0
     output = said(tmp_path)
-    assert output.count("stopped: the state is in run/checkpoint.pt") == 1 and "error:" not in output
+    assert (
+        output.count("stopped: the state is in run/checkpoint.pt") == 1 and "error:" not in output
+    )
     assert len(epochs(tmp_path / "run")) < 2
     command = shlex.split(next(line for line in output.splitlines() if "--resume" in line))
     assert command[:3] == ["torchrun", "--nproc_per_node", "2"]
@@ -125,15 +179,26 @@ def processes_of(agent: subprocess.Popen) -> dict[int, int]:
     """Rank -> process id."""
     found = {}
     for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-        environment = dict(item.partition("=")[::2] for item in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        environment = dict(
+            item.partition("=")[::2]
+            for item in Path(f"/proc/{pid}/environ").read_text().split("\0")
+        )
         found[int(environment["RANK"])] = int(pid)
     return found
 
 
-@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux's /proc"
+)
 def test_the_others_end_when_one_is_killed(few, tmp_path, torchrun):
     process = torchrun(
-        (*ALONE, 2), "train_detector_stage1.py", *quick_flags(few), "--epochs", 9999, "--output_dir", "run"
+        (*ALONE, 2),
+        "train_detector_stage1.py",
+        *quick_flags(few),
+        "--epochs",
+        9999,
+        "--output_dir",
+        "run",
     )
     wait_for(tmp_path / "run/last.pt", process)
     ranks = processes_of(process)
@@ -147,7 +212,9 @@ def test_the_others_end_when_one_is_killed(few, tmp_path, torchrun):
 
 
 def test_what_all_processes_have_to_say_is_said_once(few, tmp_path, torchrun):
-    process = torchrun((*ALONE, 2), "train_detector_stage1.py", "--dataset", few, "--epochs", "many")
+    process = torchrun(
+        (*ALONE, 2), "train_detector_stage1.py", "--dataset", few, "--epochs", "many"
+    )
     assert process.wait(120) != 0
     output = said(tmp_path)
     assert output.count("argument --epochs: expected int >= 1 and <= 1000000000, got 'many'") == 1

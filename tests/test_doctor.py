@@ -60,7 +60,9 @@ def doctor(*words: object, capsys) -> tuple[int, str, str, dict]:
         status = left.code or 0
     said = capsys.readouterr()
     assert "Traceback" not in said.err and len(said.err.strip().splitlines()) == (status == 2)
-    content = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {"problems": []}
+    content = (
+        json.loads(report.read_text(encoding="utf-8")) if report.exists() else {"problems": []}
+    )
     found = {problem["code"]: problem for problem in content["problems"]}
     assert all(f"[{problem['severity']}] {code}: " in said.out for code, problem in found.items())
     return status, said.out, said.err, found
@@ -84,7 +86,9 @@ def together(*actions):
     return lambda root: [action(root) for action in actions]
 
 
-def image(name: str = "1.png", size: tuple[int, int] = (WIDTH, HEIGHT), mode: str = "RGB", **options):
+def image(
+    name: str = "1.png", size: tuple[int, int] = (WIDTH, HEIGHT), mode: str = "RGB", **options
+):
     return lambda root: Image.new(mode, size).save(root / "train" / name, **options)
 
 
@@ -101,7 +105,10 @@ def turned(root: Path) -> None:
 
 
 def many_missing(root: Path) -> None:
-    add(*({"id": n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(100, 125)), key="images")(root)
+    add(
+        *({"id": n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(100, 125)),
+        key="images",
+    )(root)
 
 
 def linked(root: Path) -> None:
@@ -131,7 +138,9 @@ def odd_images(root: Path) -> None:
     ramp.save(root / "train/1.png")
     image("2.png", mode="RGBA")(root)
     image("3.tif", mode="CMYK")(root)
-    Image.new("P", (WIDTH, HEIGHT)).save(root / "train/4.gif", save_all=True, append_images=[ramp.convert("P")])
+    Image.new("P", (WIDTH, HEIGHT)).save(
+        root / "train/4.gif", save_all=True, append_images=[ramp.convert("P")]
+    )
     for index, name in ((2, "3.tif"), (3, "4.gif")):
         change("images", index, file_name=name)(root)
 
@@ -147,7 +156,10 @@ def extremes(root: Path) -> None:
 
 def one_image(root: Path) -> None:
     (root / "valid" / FILE).unlink()
-    rewrite(root / "train" / FILE, lambda d: d.update(images=d["images"][:1], annotations=d["annotations"][:1]))
+    rewrite(
+        root / "train" / FILE,
+        lambda d: d.update(images=d["images"][:1], annotations=d["annotations"][:1]),
+    )
 
 
 def without_masks(keep: int):
@@ -238,7 +250,9 @@ def test_every_fault_of_a_dataset_is_told_by_its_code(
     monkeypatch.chdir(tmp_path)
     spoil(dataset)
     before = contents(dataset)
-    flags = ["--size", "tiny", "--need_masks", int(row == "31 all")] + ["--val_fraction", 0.2] * (row == "32 one")
+    flags = ["--size", "tiny", "--need_masks", int(row == "31 all")] + ["--val_fraction", 0.2] * (
+        row == "32 one"
+    )
     left, said, error, found = doctor("--dataset", dataset, *flags, capsys=capsys)
     assert (left, set(found)) == (status, codes), (said, error)
     assert contents(dataset) == before
@@ -256,19 +270,37 @@ def test_every_fault_of_a_dataset_is_told_by_its_code(
 def test_the_script_itself_leaves_with_2_and_one_paragraph(dataset, tmp_path):
     change("annotations", bbox=[math.nan, 5, 10, 8])(dataset)
     done = run_script("validate_setup.py", "--dataset", dataset, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "[error] ANN_BBOX_NAN: " in done.stdout and "annotation 1 of image 1" in done.stdout
+    assert (
+        done.returncode == 2
+        and "[error] ANN_BBOX_NAN: " in done.stdout
+        and "annotation 1 of image 1" in done.stdout
+    )
     assert len(done.stderr.splitlines()) == 1 and "ANN_BBOX_NAN" in done.stderr
 
 
 def contents(root: Path) -> dict[Path, bytes]:
-    return {path: hashlib.sha256(path.read_bytes()).digest() for path in root.rglob("*") if path.is_file()}
+    return {
+        path: hashlib.sha256(path.read_bytes()).digest()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 def codes_of(root: Path, **options) -> dict[str, str]:
-    return {problem.code: problem.severity for problem in inspect_dataset(root, decode=True, **options)[1]}
+    return {
+        problem.code: problem.severity
+        for problem in inspect_dataset(root, decode=True, **options)[1]
+    }
 
 
-HARMLESS = {"IMG_LINK", "ANN_NO_MASK", "IMG_SHARED", "CLASS_NOT_IN_TRAIN", "IMG_MANY_OBJECTS", "SPLIT_EMPTY"}
+HARMLESS = {
+    "IMG_LINK",
+    "ANN_NO_MASK",
+    "IMG_SHARED",
+    "CLASS_NOT_IN_TRAIN",
+    "IMG_MANY_OBJECTS",
+    "SPLIT_EMPTY",
+}
 ODD_PATHS = [row[0] for row in ROWS if row[3] == {"IMG_PATH"}]
 ODD_PATHS += [f"table {n} {code}" for n, (_, code) in enumerate(DATA_FAULTS) if code == "IMG_PATH"]
 FOR_THE_USER = {  # row -> the error that a guess would be needed for
@@ -277,7 +309,10 @@ FOR_THE_USER = {  # row -> the error that a guess would be needed for
     **dict.fromkeys(ODD_PATHS, "IMG_PATH"),
 }  # fmt: skip
 FIXABLE = [row[:2] for row in ROWS if row[0][:2] != "14"]
-FIXABLE += [(f"annotation {n}", change("annotations", **fault)) for n, (fault, _, _) in enumerate(ANNOTATION_FAULTS)]
+FIXABLE += [
+    (f"annotation {n}", change("annotations", **fault))
+    for n, (fault, _, _) in enumerate(ANNOTATION_FAULTS)
+]
 FIXABLE += [
     (f"table {n} {code}", lambda root, spoil=spoil: rewrite(root / "train" / FILE, spoil))
     for n, (spoil, code) in enumerate(DATA_FAULTS)
@@ -293,7 +328,11 @@ def test_a_fixed_copy_is_sound_and_the_original_untouched(dataset, row, spoil):
     done = fix_dataset(dataset, dataset.parent / "fixed", decode=True)
     left = codes_of(dataset.parent / "fixed")
     errors = {code for code, severity in left.items() if severity == "error"}
-    assert FOR_THE_USER[row] in errors if row in FOR_THE_USER else left.keys() <= HARMLESS and not errors
+    assert (
+        FOR_THE_USER[row] in errors
+        if row in FOR_THE_USER
+        else left.keys() <= HARMLESS and not errors
+    )
     assert contents(dataset) == before
     assert bool(faults) <= (bool(done["train"]) or row in FOR_THE_USER), done
 
@@ -311,7 +350,9 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
         table = data.draw(st.sampled_from(["images", "annotations", "categories"]))
         entry = data.draw(st.sampled_from(content[table]))
         key = data.draw(st.sampled_from([*entry, "supercategory"]))
-        others = st.sampled_from([other.get(key) for other in content[table]])  # twice the same id, for one
+        others = st.sampled_from(
+            [other.get(key) for other in content[table]]
+        )  # twice the same id, for one
         entry[key] = data.draw(anything | others)
     (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
     repaired, _ = repair.clean(folder / FILE, folder, decode=False)
@@ -320,8 +361,20 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
     # images of one id hide each other's faults
     if "IMG_ID_DUPLICATE" in errors:
         return
-    guesses = {"IMG_ID_INVALID", "IMG_SIZE", "IMG_PATH", "ANN_IMAGE_UNKNOWN", "ANN_CATEGORY_UNKNOWN"}
-    unused = {"ANN_BBOX_EMPTY", "ANN_BBOX_OUTSIDE", "ANN_BBOX_CLIPPED", "ANN_DUPLICATE", "ANN_AREA_EMPTY"}
+    guesses = {
+        "IMG_ID_INVALID",
+        "IMG_SIZE",
+        "IMG_PATH",
+        "ANN_IMAGE_UNKNOWN",
+        "ANN_CATEGORY_UNKNOWN",
+    }
+    unused = {
+        "ANN_BBOX_EMPTY",
+        "ANN_BBOX_OUTSIDE",
+        "ANN_BBOX_CLIPPED",
+        "ANN_DUPLICATE",
+        "ANN_AREA_EMPTY",
+    }
     assert not {code for code in errors if not code.startswith("CAT_")} - guesses
     assert errors or not unused & {problem.code for problem in left}
 
@@ -335,7 +388,9 @@ def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypa
     change("annotations", 2, id=1)(dataset)
     add(ANN | {"bbox": [math.nan] * 4}, ANN | {"id": 901, "iscrowd": "1"})(dataset)
     (dataset / "train/4.png").unlink()
-    status, said, _, found = doctor("--dataset", dataset, "--fix", "my copy", "--size", "tiny", capsys=capsys)
+    status, said, _, found = doctor(
+        "--dataset", dataset, "--fix", "my copy", "--size", "tiny", capsys=capsys
+    )
     assert status == 0 and set(found) <= HARMLESS
     for what in ("ANN_BBOX_CLIPPED: clipped", "ANN_AREA_INVALID: computed", "ANN_ID_DUPLICATE: renumbered",
                  "ANN_BBOX_NAN: dropped", "IMG_MISSING: dropped", "Annotations of dropped images: dropped",
@@ -345,7 +400,11 @@ def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypa
     data = json.loads(Path("my copy/train", FILE).read_text(encoding="utf-8"))
     assert {key: data[key] for key in extra} == extra and len(data["images"]) == 3
     first = data["annotations"][0]
-    assert first["bbox"] == [0, 5, 6, 8] and first["note"] == "mine" and first["segmentation"] == SQUARE
+    assert (
+        first["bbox"] == [0, 5, 6, 8]
+        and first["note"] == "mine"
+        and first["segmentation"] == SQUARE
+    )
     assert data["annotations"][1]["area"] == 80 and data["annotations"][2]["id"] == 902
     assert [Path("my copy/train", f"{n}.png").read_bytes() for n in (1, 2, 3)] == [
         (dataset / f"train/{n}.png").read_bytes() for n in (1, 2, 3)
@@ -375,11 +434,15 @@ def test_what_cannot_be_fixed_is_left_to_the_user(dataset, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     change("images", width=41)(dataset)
     status, _, error, found = doctor("--dataset", dataset, "--fix", "copy", capsys=capsys)
-    assert status == 2 and "IMG_SIZE" in found and "All errors: IMG_SIZE. This is left to you" in error
+    assert (
+        status == 2 and "IMG_SIZE" in found and "All errors: IMG_SIZE. This is left to you" in error
+    )
 
 
 @pytest.mark.parametrize("allowed", ["link", "copy"])
-def test_where_symbolic_links_are_not_allowed_images_are_linked_hard_or_copied(dataset, monkeypatch, allowed):
+def test_where_symbolic_links_are_not_allowed_images_are_linked_hard_or_copied(
+    dataset, monkeypatch, allowed
+):
     def refuse(*_):
         raise OSError("not here")
 
@@ -412,7 +475,9 @@ def opened(monkeypatch, tmp_path) -> list[str]:
     """Names of the images that were opened; nothing is remembered at first."""
     names, real = [], Image.open
     monkeypatch.setenv("RFDETR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Image, "open", lambda path, **kw: (names.append(Path(path).name), real(path, **kw))[1])
+    monkeypatch.setattr(
+        Image, "open", lambda path, **kw: (names.append(Path(path).name), real(path, **kw))[1]
+    )
     return names
 
 
@@ -422,10 +487,14 @@ def test_an_image_is_checked_once(dataset, opened):
     (dataset / "valid/2.png").write_bytes((dataset / "train/3.png").read_bytes())
     age(dataset)
     first = inspect_dataset(dataset, decode=True)
-    assert len(opened) == 6 and {"IMG_SHARED", "IMG_SIZE", "IMG_CORRUPT"} == {problem.code for problem in first[1]}
+    assert len(opened) == 6 and {"IMG_SHARED", "IMG_SIZE", "IMG_CORRUPT"} == {
+        problem.code for problem in first[1]
+    }
     again = inspect_dataset(dataset, decode=True)
     assert len(opened) == 6 and again[1] == first[1]
-    assert [vars(r)["width"] for r in again[0]["train"].images] == [r.width for r in first[0]["train"].images]
+    assert [vars(r)["width"] for r in again[0]["train"].images] == [
+        r.width for r in first[0]["train"].images
+    ]
     inspect_dataset(dataset)  # training looks at the headers alone
     assert opened[6:] == ["1.png"]  # which may be sound where the pixels are not
     with Image.open(dataset / "train/2.png") as whole:
@@ -456,7 +525,11 @@ def test_a_damaged_memory_is_none(dataset, opened, tmp_path, damage):
     for file in (tmp_path / "cache/checks").iterdir():
         raw = file.read_bytes()
         flipped = raw.replace(b"decoded", b"dec0ded", 1)
-        file.write_bytes({"empty": b"", "half": raw[: len(raw) // 2], "flipped": flipped, "other": b"\xff\n[]"}[damage])
+        file.write_bytes(
+            {"empty": b"", "half": raw[: len(raw) // 2], "flipped": flipped, "other": b"\xff\n[]"}[
+                damage
+            ]
+        )
     opened.clear()
     assert inspect_dataset(dataset, decode=True)[1] == sound[1] and len(opened) == 6
     inspect_dataset(dataset, decode=True)
@@ -476,7 +549,11 @@ def test_who_writes_last_leaves_a_whole_memory(tmp_path, monkeypatch):
         one.put("a", (1, 2), ["x"])
         other.put("b", (1, 2), ["y"])
     last = seen.SeenImages(tmp_path)
-    assert last.get("a", (1, 2)) == ["x"] and last.get("a", (1, 3)) is None and last.get("b", None) is None
+    assert (
+        last.get("a", (1, 2)) == ["x"]
+        and last.get("a", (1, 3)) is None
+        and last.get("b", None) is None
+    )
     assert len(list((tmp_path / "cache/checks").iterdir())) == 1
 
 
@@ -487,24 +564,37 @@ def test_preview_shows_every_class(dataset, tmp_path, monkeypatch, capsys):
     change("annotations", 2, segmentation=None)(dataset)
     add({"id": 3, "name": "never"}, key="categories")(dataset)
     for path in ("sheet.png", "sheets"):
-        assert doctor("--dataset", dataset, "--size", "tiny", "--preview", path, capsys=capsys)[0] == 0
+        assert (
+            doctor("--dataset", dataset, "--size", "tiny", "--preview", path, capsys=capsys)[0] == 0
+        )
     sheet = np.asarray(Image.open("sheet.png").convert("RGB")).astype(int)
     assert Image.open("sheets/preview.webp").size == sheet.shape[1::-1]
     rows = np.split(sheet, 3)
     drawn = [(abs(row[30:] - row[-1, -1]) > 40).any(axis=2).mean() for row in rows]
-    assert drawn[0] > 0.1 and 0 < drawn[1] < drawn[0] and drawn[2] == 0  # four images have cells, one a vessel
+    assert (
+        drawn[0] > 0.1 and 0 < drawn[1] < drawn[0] and drawn[2] == 0
+    )  # four images have cells, one a vessel
     (dataset / "train/1.png").write_bytes(b"no image")
     assert doctor("--dataset", dataset, "--preview", "damaged.jpg", capsys=capsys)[0] == 2
     assert Path("damaged.jpg").exists()
-    assert "--preview" in doctor("--dataset", dataset, "--preview", dataset / "train/2.png/x.png", capsys=capsys)[2]
+    assert (
+        "--preview"
+        in doctor("--dataset", dataset, "--preview", dataset / "train/2.png/x.png", capsys=capsys)[
+            2
+        ]
+    )
 
 
-def test_small_objects_are_told_with_the_resolution_that_helps(dataset, tmp_path, monkeypatch, capsys):
+def test_small_objects_are_told_with_the_resolution_that_helps(
+    dataset, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     flags = "--dataset", dataset, "--size", "tiny"
     both(lambda data: [entry.update(bbox=[4, 5, 2, 2]) for entry in data["annotations"]])(dataset)
     _, said, _, found = doctor(*flags, "--resolution", 64, capsys=capsys)
-    assert found["ANN_SMALL"]["count"] == 5 and found["ANN_SMALL"]["places"][0].endswith("image 1 (1.png): 3.7 px")
+    assert found["ANN_SMALL"]["count"] == 5 and found["ANN_SMALL"]["places"][0].endswith(
+        "image 1 (1.png): 3.7 px"
+    )
     better = int(found["ANN_SMALL"]["message"].split("--resolution ")[1].split()[0])
     assert "(5 small, 0 medium, 0 large)" in said and 64 < better < 300
     assert "ANN_SMALL" not in doctor(*flags, "--resolution", better, capsys=capsys)[3]
@@ -518,12 +608,25 @@ def test_a_step_is_measured_and_the_other_sizes_follow(monkeypatch, dataset, tmp
     monkeypatch.setattr(estimate, "measure_apart", lambda name, side, precision: steps[name])
     monkeypatch.chdir(tmp_path)
     status, said, _, _ = doctor("--dataset", dataset, "--estimate", 1, capsys=capsys)
-    rows = {row["size"]: row for row in json.loads(Path("report.json").read_text(encoding="utf-8"))["estimate"]}
+    rows = {
+        row["size"]: row
+        for row in json.loads(Path("report.json").read_text(encoding="utf-8"))["estimate"]
+    }
     assert status == 0 and said.count("\n* ") == 2 and said.count("\n~ ") == len(rows) - 2
     assert {name for name in rows if rows[name]["measured"]} == {"tiny", "nano"}
-    assert rows["nano"]["memory_mb"]["1"] == 1900 < rows["nano"]["memory_mb"]["4"] < rows["small"]["memory_mb"]["4"]
+    assert (
+        rows["nano"]["memory_mb"]["1"]
+        == 1900
+        < rows["nano"]["memory_mb"]["4"]
+        < rows["small"]["memory_mb"]["4"]
+    )
     images = 16 * 5  # an epoch of few images has five steps of 4 x 4
-    assert rows["nano"]["epoch_s"] == 3.0 * images < rows["small"]["epoch_s"] < rows["large"]["epoch_s"]
+    assert (
+        rows["nano"]["epoch_s"]
+        == 3.0 * images
+        < rows["small"]["epoch_s"]
+        < rows["large"]["epoch_s"]
+    )
     assert rows["nano"]["parameters"] == 30_467_298
 
 
@@ -539,4 +642,8 @@ def test_a_step_that_ends_its_process_ends_nothing_else(monkeypatch):
 
 def test_the_demo_needs_no_repair(tmp_path):
     make_demo(tmp_path / "demo", train=3, valid=2, test=1, size=64, seed=0)
-    assert fix_dataset(tmp_path / "demo", tmp_path / "fixed", decode=True) == {"train": {}, "valid": {}, "test": {}}
+    assert fix_dataset(tmp_path / "demo", tmp_path / "fixed", decode=True) == {
+        "train": {},
+        "valid": {},
+        "test": {},
+    }

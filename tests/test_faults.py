@@ -87,11 +87,17 @@ def driver(prelude: str, *commands: list[object]) -> list[str]:
 
 def run_driver(prelude: str, *commands: list[object], cwd: Path) -> subprocess.CompletedProcess:
     words = driver(prelude, *commands)
-    return subprocess.run(words, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600)
+    return subprocess.run(
+        words, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".json")}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".pt", ".pth", ".json")
+    }
 
 
 # ---------------------------------------------------------------- row 1: kill -9, and exact resume
@@ -127,13 +133,24 @@ def test_killed_while_a_checkpoint_is_written(few, call, tmp_path):
 
 
 def test_ten_runs_killed_at_random_moments_go_on_with_the_same_bits(tmp_path):
-    words = [sys.executable, str(ROOT / "benchmarks/stress.py"), "--kills", "10", "--keep", str(tmp_path / "stress")]
-    done = subprocess.run(words, capture_output=True, encoding="utf-8", env=environment(), timeout=900)
+    words = [
+        sys.executable,
+        str(ROOT / "benchmarks/stress.py"),
+        "--kills",
+        "10",
+        "--keep",
+        str(tmp_path / "stress"),
+    ]
+    done = subprocess.run(
+        words, capture_output=True, encoding="utf-8", env=environment(), timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"10 kills in \d+ runs, 0 runs lost something", done.stdout)
 
 
-def test_a_run_that_ended_before_its_first_save_says_how_to_start_anew(few, exit_of, call, monkeypatch):
+def test_a_run_that_ended_before_its_first_save_says_how_to_start_anew(
+    few, exit_of, call, monkeypatch
+):
     def end(*args):
         raise KeyboardInterrupt
 
@@ -181,18 +198,26 @@ def test_outputs_that_may_not_grow_are_named(run, few, tmp_path):
     assert re.findall(r"left with (\d+)", done.stdout) == ["2", "2", "2", "2"], done.stderr
     assert "Traceback" not in done.stderr and "defect" not in done.stderr
     for name in ("found", "scores.json", "results", "small.pt"):
-        assert re.search(rf"(could not write|cannot write to the folder) \S*{name}", done.stderr), name
+        assert re.search(rf"(could not write|cannot write to the folder) \S*{name}", done.stderr), (
+            name
+        )
     assert small.read_bytes() == b"an earlier file" and not (tmp_path / "scores.json").exists()
     assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "found").iterdir())
 
 
-def in_a_namespace(mount: str, words: list[str], after: str, cwd: Path) -> subprocess.CompletedProcess:
+def in_a_namespace(
+    mount: str, words: list[str], after: str, cwd: Path
+) -> subprocess.CompletedProcess:
     """Run a command where `mount` was done in a mount namespace of its own, and the shell's `after` behind it."""
-    if subprocess.run(["sh", "-c", "unshare -rm mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode:
+    if subprocess.run(
+        ["sh", "-c", "unshare -rm mount -t tmpfs tmpfs /mnt"], capture_output=True
+    ).returncode:
         pytest.skip("no mount namespaces here")
     lines = f'{mount} || exit 99\n"$@"\nstatus=$?\n{after}\nexit $status'
     command = ["unshare", "-rm", "sh", "-c", lines, "sh", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600
+    )
 
 
 DISK_FILLS_UP = """
@@ -221,8 +246,12 @@ def test_a_disk_that_is_really_full(epoch, few, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2, done.stderr
-    assert re.search(r"could not write run.*No space left on device|could not write run.*\.pth? ", done.stderr)
-    assert "Traceback" not in done.stderr and "Exception" not in done.stderr  # of TensorBoard neither
+    assert re.search(
+        r"could not write run.*No space left on device|could not write run.*\.pth? ", done.stderr
+    )
+    assert (
+        "Traceback" not in done.stderr and "Exception" not in done.stderr
+    )  # of TensorBoard neither
     run = tmp_path / "run"
     assert not list(run.glob("*.tmp"))
     metrics = json.loads((run / "metrics.json").read_text())
@@ -239,7 +268,14 @@ def test_a_disk_that_is_really_full(epoch, few, tmp_path):
 def test_a_resume_passes_over_whatever_is_left_of_a_file(run, capsys):
     """Cut anywhere, or with bytes of another file: never an error of its own, and the other file is taken."""
     chance, whole = random.Random(0), (run / "checkpoint.pt").read_bytes()
-    cuts = [0, 1, 100, len(whole) // 2, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(10))]
+    cuts = [
+        0,
+        1,
+        100,
+        len(whole) // 2,
+        len(whole) - 1,
+        *(chance.randrange(len(whole)) for _ in range(10)),
+    ]
     for name in ("checkpoint.pt", "last.pt"):
         for cut in cuts:
             (run / name).write_bytes(whole[:cut])
@@ -249,17 +285,24 @@ def test_a_resume_passes_over_whatever_is_left_of_a_file(run, capsys):
         (run / name).write_bytes(whole)
 
 
-@pytest.mark.parametrize("damage", [{"epoch": -1}, {"step": "3"}, {"sums": [1]}, {"unread": [0.5]}, {"epoch": 2**40}])
+@pytest.mark.parametrize(
+    "damage", [{"epoch": -1}, {"step": "3"}, {"sums": [1]}, {"unread": [0.5]}, {"epoch": 2**40}]
+)
 def test_a_resume_passes_over_progress_that_no_run_has_saved(damage, run, capsys):
     content = torch.load(run / "checkpoint.pt")
     content["training"]["progress"] |= damage
     torch.save(content, run / "checkpoint.pt")
     assert latest_state(run)["training"]["progress"]["epoch"] == 1
     said = capsys.readouterr().out
-    assert "checkpoint.pt holds nothing that a run can go on with" in said and "going on from the other one" in said
+    assert (
+        "checkpoint.pt holds nothing that a run can go on with" in said
+        and "going on from the other one" in said
+    )
 
 
-@pytest.mark.parametrize("moment", [torch.zeros(1), torch.zeros(1).expand(10**6), torch.zeros(2, 2).to_sparse(), "x"])
+@pytest.mark.parametrize(
+    "moment", [torch.zeros(1), torch.zeros(1).expand(10**6), torch.zeros(2, 2).to_sparse(), "x"]
+)
 def test_moments_that_do_not_fit_the_weights_are_refused(moment, run, exit_of):
     content = torch.load(run / "last.pt")
     content["training"]["optimizer"]["state"][0]["exp_avg"] = moment
@@ -270,7 +313,14 @@ def test_moments_that_do_not_fit_the_weights_are_refused(moment, run, exit_of):
 
 
 @pytest.mark.parametrize(
-    "content", [{"format": 1, "model": {}}, {"model": {"a": 1}}, {"format": 1}, {"state_dict": {"x": 1}}, {1: 2}]
+    "content",
+    [
+        {"format": 1, "model": {}},
+        {"model": {"a": 1}},
+        {"format": 1},
+        {"state_dict": {"x": 1}},
+        {1: 2},
+    ],
 )
 def test_files_of_another_making_are_named(content, run, exit_of):
     torch.save(content, run / "strange.pt")
@@ -282,7 +332,11 @@ def test_no_good_checkpoint_left(run, exit_of):
     for name in ("checkpoint.pt", "last.pt"):
         (run / name).write_bytes(b"")
     code, text = exit_of(train_detector_stage1.main, "--resume", run)
-    assert code == 2 and text.count(str(run)) >= 2 and "Start anew, in another folder:\n  python " in text
+    assert (
+        code == 2
+        and text.count(str(run)) >= 2
+        and "Start anew, in another folder:\n  python " in text
+    )
 
 
 # ---------------------------------------------------------------- row 4: code in a checkpoint
@@ -314,10 +368,14 @@ class Malicious:
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_code_in_a_checkpoint_is_refused_and_never_run(script, flag, more, legacy, run, few, exit_of, tmp_path):
+def test_code_in_a_checkpoint_is_refused_and_never_run(
+    script, flag, more, legacy, run, few, exit_of, tmp_path
+):
     marker, evil = tmp_path / "was_here", run / "evil.bin"
     content = load(run / "last.pt") | {"args": Malicious(marker)}
-    evil.write_bytes(pickle.dumps({"model": Malicious(marker)})) if legacy else torch.save(content, evil)
+    evil.write_bytes(pickle.dumps({"model": Malicious(marker)})) if legacy else torch.save(
+        content, evil
+    )
     words = [flag, evil]
     if flag == "--resume":
         shutil.copy(evil, run / "last.pt")
@@ -337,14 +395,18 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(script, flag, more, legac
 
 
 def test_a_resumed_run_keeps_its_size_and_architecture(run, few, exit_of):
-    code, text = exit_of(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--size", "nano")
+    code, text = exit_of(
+        train_detector_stage1.main, "--resume", run, "--epochs", 2, "--size", "nano"
+    )
     assert code == 2 and "tensors differ" in text and "--size tiny" in text
     code, text = exit_of(train_seg_single_stage.main, "--resume", run)
     assert code == 2 and f"python train_detector_stage1.py --resume {run}" in text
 
 
 def test_weights_of_another_architecture(few, exit_of, tmp_path):
-    torch.save({"model": {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}}, tmp_path / "resnet.pth")
+    torch.save(
+        {"model": {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}}, tmp_path / "resnet.pth"
+    )
     code, text = exit_of(train_seg_stage2.main, *quick_flags(few), "--checkpoint", "resnet.pth")
     assert code == 2 and "fits none of the sizes" in text and "tensors differ" in text
 
@@ -368,7 +430,10 @@ def test_other_class_names_and_another_order(run, few, exit_of, call, tmp_path):
         [evaluate.main, "--checkpoint", run / "best.pt"],
     ):
         code, text = exit_of(*words, "--dataset", other)
-        assert code == 2 and "Only in the dataset: ['tubule']; only in the checkpoint: ['blood_vessel']" in text
+        assert (
+            code == 2
+            and "Only in the dataset: ['tubule']; only in the checkpoint: ['blood_vessel']" in text
+        )
     order = renamed(few, tmp_path / "order", dict(zip(names, names[1:] + names[:1])))
     call(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--dataset", order)
     assert load(run / "last.pt")["classes"]["names"] == names[1:] + names[:1]
@@ -448,7 +513,9 @@ def test_a_signal_during_the_evaluation_ends_it_at_once(kind, few, run, call, mo
     assert_same_run(Path("stopped"), Path("whole"))
 
 
-def test_a_run_interrupted_while_it_scores_the_test_split_does_that_on_resume(few, call, exit_of, monkeypatch):
+def test_a_run_interrupted_while_it_scores_the_test_split_does_that_on_resume(
+    few, call, exit_of, monkeypatch
+):
     flags = [*quick_flags(few), "--run_test", 1, "--ema", 0]
     with monkeypatch.context() as patched:
         signal_at_detection(patched, 3, signal.SIGINT)  # after valid and the pictures
@@ -512,7 +579,9 @@ rfdetr.training.engine.optimise = slow
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to other processes")
 def test_a_second_signal_ends_at_once(few, tmp_path):
-    process = start_and_wait(SLOW_STEP, ["train_detector_stage1", *quick_flags(few)], "in a step", tmp_path)
+    process = start_and_wait(
+        SLOW_STEP, ["train_detector_stage1", *quick_flags(few)], "in a step", tmp_path
+    )
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None  # it would end the step
@@ -528,19 +597,37 @@ def test_a_second_signal_ends_at_once(few, tmp_path):
     "script, flags, message",
     [
         (train_detector_stage1, ["--dataset", "file"], "file"),
-        (train_detector_stage1, ["--resume", "file"], "there is no last.pt or checkpoint.pt in file"),
+        (
+            train_detector_stage1,
+            ["--resume", "file"],
+            "there is no last.pt or checkpoint.pt in file",
+        ),
         (train_seg_stage2, ["--seg_lr", "-1"], ">= 0"),
         (train_seg_stage2, ["--cache", "tape"], "'ram', 'disk', 'off'"),
         (train_seg_stage2, ["--cache_views", "5"], "<= 4"),
         (train_seg_single_stage, ["--num_queries", "0"], ">= 1"),
         (evaluate, ["--checkpoint", "folder", "--batch", "0"], ">= 1"),
-        (predict, ["--checkpoint", "x.pt", "--input", "folder", "--output", "o", "--threshold", "2"], "<= 1"),
-        (predict, ["--checkpoint", "x.pt", "--input", "folder", "--output", "o"], "no images or videos there"),
-        (shrink_head, ["--in_ckpt", "folder", "--out_ckpt", "o.pt"], "there is no checkpoint folder"),
+        (
+            predict,
+            ["--checkpoint", "x.pt", "--input", "folder", "--output", "o", "--threshold", "2"],
+            "<= 1",
+        ),
+        (
+            predict,
+            ["--checkpoint", "x.pt", "--input", "folder", "--output", "o"],
+            "no images or videos there",
+        ),
+        (
+            shrink_head,
+            ["--in_ckpt", "folder", "--out_ckpt", "o.pt"],
+            "there is no checkpoint folder",
+        ),
         (export, ["--checkpoint", "file", "--out", "o.pth", "--format", "onnx"], "rfdetr"),
         (validate_setup, ["--dataset", "file"], "file"),
     ],
-    ids=lambda value: getattr(value, "__name__", " ".join(value) if isinstance(value, list) else ""),
+    ids=lambda value: getattr(
+        value, "__name__", " ".join(value) if isinstance(value, list) else ""
+    ),
 )
 def test_bad_values_name_what_is_accepted(script, flags, message, exit_of, tmp_path):
     (tmp_path / "file").write_text("no folder")
@@ -551,8 +638,17 @@ def test_bad_values_name_what_is_accepted(script, flags, message, exit_of, tmp_p
 
 
 def test_two_runs_started_at_once_get_two_folders(few, tmp_path):
-    words = [sys.executable, str(ROOT / "train_detector_stage1.py"), *map(str, quick_flags(few)), "--fast_dev_run", "1"]
-    both = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, env=environment()) for _ in range(2)]
+    words = [
+        sys.executable,
+        str(ROOT / "train_detector_stage1.py"),
+        *map(str, quick_flags(few)),
+        "--fast_dev_run",
+        "1",
+    ]
+    both = [
+        subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, env=environment())
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=300)[0].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     folders = {re.search(r"Output:\s+(\S+)", output)[1] for output in outputs}
@@ -568,11 +664,16 @@ def test_damaged_figures_of_an_earlier_run_are_kept_aside(run, call, capsys):
     events.write_bytes(data)
     call(train_detector_stage1.main, "--resume", run, "--epochs", 2)
     said = capsys.readouterr().out
-    assert "metrics.json is damaged: kept as metrics.damaged-1.json, a new one begins at epoch 2" in said
+    assert (
+        "metrics.json is damaged: kept as metrics.damaged-1.json, a new one begins at epoch 2"
+        in said
+    )
     assert "is damaged: kept as tb.damaged-1, a new one begins at epoch 2" in said
     assert (run / "metrics.damaged-1.json").read_text() == '{"format": 1, "epo'
     assert (run / "tb.damaged-1").read_bytes() == data and len(list((run / "tb").iterdir())) == 1
-    assert [epoch["epoch"] for epoch in json.loads((run / "metrics.json").read_text())["epochs"]] == [2]
+    assert [
+        epoch["epoch"] for epoch in json.loads((run / "metrics.json").read_text())["epochs"]
+    ] == [2]
 
 
 def test_weights_that_cannot_be_downloaded(few, exit_of, tmp_path, monkeypatch):

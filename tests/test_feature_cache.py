@@ -65,7 +65,9 @@ def cache_of(detector, dataset, tmp_path):
     """cache_of(views, on_disk): an open cache of the three images; those on disk share a folder."""
 
     def make(views: int = 2, on_disk: bool = False) -> FeatureCache:
-        return FeatureCache(objective_for(detector), dataset, views, tmp_path / "feature_cache").open(on_disk)
+        return FeatureCache(
+            objective_for(detector), dataset, views, tmp_path / "feature_cache"
+        ).open(on_disk)
 
     return make
 
@@ -97,9 +99,15 @@ def read(cache: FeatureCache, *keys: tuple[int, int]) -> FrozenBatch:
 
 def assert_same(a: FrozenBatch, b: FrozenBatch) -> None:
     """Equal bit for bit."""
-    assert torch.equal(a.features, b.features) and torch.equal(a.images, b.images) and a.indices == b.indices
+    assert (
+        torch.equal(a.features, b.features)
+        and torch.equal(a.images, b.images)
+        and a.indices == b.indices
+    )
     for name in ("queries", "boxes", "grids"):
-        assert all(torch.equal(x, y) for x, y in zip(getattr(a, name), getattr(b, name), strict=True))
+        assert all(
+            torch.equal(x, y) for x, y in zip(getattr(a, name), getattr(b, name), strict=True)
+        )
 
 
 ALL = [(index, view) for index in range(3) for view in range(2)]
@@ -114,11 +122,16 @@ def test_cached_views_are_the_flipped_images_frozen_anew(detector, dataset, cach
         for view in range(4):
             batch = collate([flipped(dataset[index, None], view)])
             fresh = freeze(detector, batch, TABLE, CPU, None)
-            for kept in (read(cache, (index, view)), read(cache, (index, view + 4))):  # computed, and kept
+            for kept in (
+                read(cache, (index, view)),
+                read(cache, (index, view + 4)),
+            ):  # computed, and kept
                 assert torch.equal(kept.images, batch.images) and kept.indices == [index]
                 assert torch.equal(kept.features, fresh.features.half())
                 assert torch.equal(kept.queries[0], fresh.queries[0].half())
-                assert torch.equal(kept.boxes[0], fresh.boxes[0]) and torch.equal(kept.grids[0], fresh.grids[0])
+                assert torch.equal(kept.boxes[0], fresh.boxes[0]) and torch.equal(
+                    kept.grids[0], fresh.grids[0]
+                )
                 assert len(kept.boxes[0]) == len(batch.targets[0]["boxes"])
 
 
@@ -179,7 +192,9 @@ def test_images_without_objects_train_too(detector, dataset, cache_of):
     assert batch.objects == 0 and len(batch) == 2
     losses = objective_for(detector)(head, batch, 1.0)
     sum(losses.values()).backward()
-    assert sum(losses.values()) == 0 and all(p.grad is None or not p.grad.any() for p in head.parameters())
+    assert sum(losses.values()) == 0 and all(
+        p.grad is None or not p.grad.any() for p in head.parameters()
+    )
     part = read(cache, (0, 0), (2, 0), (1, 0))[1:]
     assert part.indices == [2, 1] and part.objects == len(dataset[1, None]["target"]["boxes"])
 
@@ -197,11 +212,15 @@ def test_poor_matches_teach_nothing(detector, dataset, monkeypatch):
     assert len(freeze(detector, collate([dataset[0, None]]), TABLE, CPU, None).boxes[0]) == 0
 
 
-def test_where_an_image_cannot_be_read_the_next_one_stands_in(detector, dataset, tmp_path, computed):
+def test_where_an_image_cannot_be_read_the_next_one_stands_in(
+    detector, dataset, tmp_path, computed
+):
     split = copy.deepcopy(dataset.split)
     (tmp_path / "bad.png").write_bytes(b"no image")
     split.images[0].path = tmp_path / "bad.png"
-    cache = FeatureCache(objective_for(detector), SplitDataset(split, 64, None, True), 2, tmp_path).open(True)
+    cache = FeatureCache(
+        objective_for(detector), SplitDataset(split, 64, None, True), 2, tmp_path
+    ).open(True)
     for _ in range(2):
         batch = read(cache, (0, 1), (1, 1))
         assert_same(batch[:1], batch[1:])
@@ -209,7 +228,9 @@ def test_where_an_image_cannot_be_read_the_next_one_stands_in(detector, dataset,
         assert list(batch.unread) == [0] and "bad.png" in batch.unread[0]
     read(cache, (1, 0))
     cache.dataset.cache.clear()
-    split.images[1].path = tmp_path / "bad.png"  # a file that becomes unreadable in the middle of a run
+    split.images[1].path = (
+        tmp_path / "bad.png"
+    )  # a file that becomes unreadable in the middle of a run
     batch = read(cache, (1, 0), (2, 1))
     assert batch.indices == [2, 2] and computed == [1, 1, 2, 2]
 
@@ -235,7 +256,9 @@ def test_a_view_of_nano_takes_at_most_300_kib(demo):
     for image in split.images:
         image.segmentations = [[[0, 0, 1, 0, 1, 1]]] * 10
     nano = Detector(SIZES["nano"], TABLE.rows_total, True, groups=1)
-    cache = FeatureCache(objective_for(nano), SplitDataset(split, 384, None, True), 2, Path("nowhere"))
+    cache = FeatureCache(
+        objective_for(nano), SplitDataset(split, 384, None, True), 2, Path("nowhere")
+    )
     assert cache.bytes <= 300 * 1024 * 2 * len(split.images)
     assert cache.record_bytes(0) == nano.size.hidden * 24 * 24 * 2
 
@@ -284,7 +307,9 @@ def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch
 def test_a_damaged_view_is_computed_again(cache_of, computed, place):
     whole = read(cache := cache_of(on_disk=True), *ALL)
     with open(cache.path, "r+b") as file:
-        file.seek({"record": int(cache.places[3]) + 20, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place])
+        file.seek(
+            {"record": int(cache.places[3]) + 20, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place]
+        )
         file.write(b"\xff")
     del computed[:]
     assert_same(whole, read(cache_of(on_disk=True), *ALL))
@@ -322,7 +347,10 @@ def test_two_processes_fill_one_folder_at_once_and_one_killed_spoils_nothing(
 ):
     context, parent = multiprocessing.get_context("spawn"), tmp_path / "feature_cache"
     barrier, alone = context.Barrier(2), context.Barrier(1)
-    both = [context.Process(target=fill, args=(parent, detector, dataset, ALL[:4], barrier)) for _ in range(2)]
+    both = [
+        context.Process(target=fill, args=(parent, detector, dataset, ALL[:4], barrier))
+        for _ in range(2)
+    ]
     endless = context.Process(target=fill, args=(parent, detector, dataset, ALL * 1000, alone))
     for process in both:
         process.start()
@@ -357,7 +385,9 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
         split = read_dataset(tmp_path / "data")["train"]
         del split.images[len(split.images) - drop :]
         objective = MaskObjective(model, table, LossWeights(), precision, (), 0, Progress())
-        return FeatureCache(objective, SplitDataset(split, resolution, None, True), views, Path()).path.parent.name
+        return FeatureCache(
+            objective, SplitDataset(split, resolution, None, True), views, Path()
+        ).path.parent.name
 
     other = copy.deepcopy(detector)
     other.class_embed[0].bias.data += 1e-3
@@ -415,7 +445,9 @@ def test_a_large_file_is_told_by_blocks_from_all_of_it(tmp_path):
 )
 def test_where_the_cache_goes(mode, ram_mb, disk_mb, expected, monkeypatch, cache_of):
     monkeypatch.setattr(feature_cache, "free_memory_mb", lambda: ram_mb)
-    monkeypatch.setattr(feature_cache, "free_disk", lambda folder: disk_mb * 1e6 + feature_cache.SPARE_DISK)
+    monkeypatch.setattr(
+        feature_cache, "free_disk", lambda folder: disk_mb * 1e6 + feature_cache.SPARE_DISK
+    )
     chosen, why = choose_cache(mode, cache_of(), multi_scale=False)
     assert chosen == expected
     assert ("as asked" in why) == (mode != "auto") and ("MB free" in why) == (disk_mb == 0.1)
@@ -447,7 +479,9 @@ def file_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_cannot_hold_it_is_a_user_error_and_takes_no_space(cache_of, file_limit, tmp_path):
+def test_a_disk_that_cannot_hold_it_is_a_user_error_and_takes_no_space(
+    cache_of, file_limit, tmp_path
+):
     file_limit(1000)
     with pytest.raises(UserError, match="feature_cache.*--cache ram or --cache off"):
         cache_of(on_disk=True)
@@ -482,7 +516,10 @@ def test_runs_share_a_folder_until_one_removes_it(few, shrunk, call, capsys, com
     (folder,) = Path("runs/feature_cache").iterdir()
     first = capsys.readouterr().out
     assert f"Feature cache: on disk, {folder}, 0 of 16 views there" in first
-    assert 4 < drawn <= 16 and f"Feature cache kept for later runs: {folder}, {drawn} of 16 views" in first
+    assert (
+        4 < drawn <= 16
+        and f"Feature cache kept for later runs: {folder}, {drawn} of 16 views" in first
+    )
     call(train_seg_stage2.main, *flags, "--keep_cache", 0)
     assert len(computed) == drawn and f"{drawn} of 16 views there" in capsys.readouterr().out
     assert config_of("runs/segmentation_tiny_32_1")["cache"] == "disk" and not folder.exists()
@@ -493,7 +530,17 @@ def test_runs_share_a_folder_until_one_removes_it(few, shrunk, call, capsys, com
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disk", "ram", "off"])
 def test_a_stopped_run_goes_on_bit_for_bit(mode, few, shrunk, call, monkeypatch, computed):
-    flags = [*quick_flags(few), "--checkpoint", shrunk.folder, "--epochs", 2, "--min_steps", 3, "--cache", mode]
+    flags = [
+        *quick_flags(few),
+        "--checkpoint",
+        shrunk.folder,
+        "--epochs",
+        2,
+        "--min_steps",
+        3,
+        "--cache",
+        mode,
+    ]
     call(train_seg_stage2.main, *flags, "--output_dir", "a/whole")
     drawn = len(computed)
     with monkeypatch.context() as patched:
@@ -502,7 +549,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(mode, few, shrunk, call, monkeypatch,
             call(train_seg_stage2.main, *flags, "--output_dir", "b/stopped")
     call(train_seg_stage2.main, "--resume", "b/stopped")
     assert_same_run(Path("b/stopped"), Path("a/whole"))
-    assert (len(computed) == 2 * drawn) == (mode != "ram")  # what lay in memory alone was computed again
+    assert (len(computed) == 2 * drawn) == (
+        mode != "ram"
+    )  # what lay in memory alone was computed again
 
 
 @pytest.mark.slow
@@ -512,7 +561,12 @@ def test_two_ranks_fill_one_folder_and_train_like_one_process(few, shrunk, tmp_p
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += [ROOT / "train_seg_stage2.py", *flags, "--output_dir", "two/run"]
     done = subprocess.run(
-        [str(word) for word in words], cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300
+        [str(word) for word in words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Feature cache kept") == 1
@@ -521,7 +575,9 @@ def test_two_ranks_fill_one_folder_and_train_like_one_process(few, shrunk, tmp_p
     (one,), (two,) = one.iterdir(), two.iterdir()
     assert (one / "views.bin").read_bytes() == (two / "views.bin").read_bytes()
     losses = [
-        json.loads((folder.parents[1] / "run/metrics.json").read_text())["epochs"][0]["train"]["loss"]
+        json.loads((folder.parents[1] / "run/metrics.json").read_text())["epochs"][0]["train"][
+            "loss"
+        ]
         for folder in (one, two)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -532,7 +588,9 @@ def test_validation_is_kept_between_epochs_where_memory_holds_it(few, shrunk, ca
     kept = []
     fit = train_seg_stage2.shared.fit
     monkeypatch.setattr(
-        train_seg_stage2.shared, "fit", lambda *args: (fit(*args), kept.append(args[3].kept is not None))
+        train_seg_stage2.shared,
+        "fit",
+        lambda *args: (fit(*args), kept.append(args[3].kept is not None)),
     )
     for ram in (1e6, 0.1):
         monkeypatch.setattr(train_seg_stage2, "free_memory_mb", lambda ram=ram: ram)
@@ -541,11 +599,22 @@ def test_validation_is_kept_between_epochs_where_memory_holds_it(few, shrunk, ca
 
 
 @pytest.mark.slow
-def test_a_detector_that_finds_nothing_ends_stage_2_after_its_first_epoch(few, call, monkeypatch, capsys):
-    call(train_detector_stage1.main, *quick_flags(few), "--head", "dataset", "--output_dir", "detector")
+def test_a_detector_that_finds_nothing_ends_stage_2_after_its_first_epoch(
+    few, call, monkeypatch, capsys
+):
+    call(
+        train_detector_stage1.main,
+        *quick_flags(few),
+        "--head",
+        "dataset",
+        "--output_dir",
+        "detector",
+    )
     flags = [*quick_flags(few), "--checkpoint", "detector/best.pt", "--epochs", 3, "--cache", "off"]
     monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", 1.1)
-    with pytest.raises(UserError, match="finds none of its [1-9].* objects.*stage 1 longer.*--checkpoint"):
+    with pytest.raises(
+        UserError, match="finds none of its [1-9].* objects.*stage 1 longer.*--checkpoint"
+    ):
         call(train_seg_stage2.main, *flags, "--output_dir", "nothing")
     batches = []
 

@@ -119,7 +119,9 @@ def test_learning_rates_and_weight_decay_reach_the_optimizer(stage1_run):
     assert {group["base_lr"] for group in run.groups} == {3e-4, 7e-5}
     assert {group["weight_decay"] for group in run.groups} == {0.0, 0.02}
     default = stage1_run()
-    assert {group["base_lr"] for group in default.groups} == {1e-3} and not same_weights(run, default)
+    assert {group["base_lr"] for group in default.groups} == {1e-3} and not same_weights(
+        run, default
+    )
 
 
 def test_learning_rate_zero_moves_nothing(stage1_run):
@@ -140,7 +142,9 @@ def test_excluded_keys_keep_their_initial_value(stage1_run):
     a, b = trained_part(source), trained_part(other)
     assert not torch.equal(a["query_feat.weight"], b["query_feat.weight"])
     different = {name for name in a if not torch.equal(a[name], b[name])}
-    assert different and all(n == "query_feat.weight" or n.startswith("backbone.0.projector.") for n in different)
+    assert different and all(
+        n == "query_feat.weight" or n.startswith("backbone.0.projector.") for n in different
+    )
     assert "projector" in other.output  # and it says so
 
 
@@ -225,7 +229,9 @@ def test_ema_off_leaves_no_trace(stage1_run):
     assert "valid_ema" not in off.metrics["epochs"][0] and off.last["ema"] is None
     assert not (off.folder / "checkpoint_best_ema.pth").exists()
     assert same_weights(on, off)  # the average only watches
-    assert not torch.equal(on.last["ema"]["query_feat.weight"], on.last["model"]["query_feat.weight"])
+    assert not torch.equal(
+        on.last["ema"]["query_feat.weight"], on.last["model"]["query_feat.weight"]
+    )
 
 
 def test_drop_path_changes_training(stage1_run):
@@ -236,7 +242,9 @@ def test_gradient_checkpointing_recomputes_blocks(stage1_run, monkeypatch):
     used = []
     original = rfdetr.models.windowed_vit.checkpoint
     monkeypatch.setattr(
-        rfdetr.models.windowed_vit, "checkpoint", lambda *args, **kw: (used.append(1), original(*args, **kw))[1]
+        rfdetr.models.windowed_vit,
+        "checkpoint",
+        lambda *args, **kw: (used.append(1), original(*args, **kw))[1],
     )
     plain = stage1_run()
     assert not used
@@ -259,7 +267,9 @@ def test_a_compiled_encoder_computes_the_same(stage1_run, monkeypatch):
 
     def trace(function):
         traced.append(type(getattr(function, "__self__", None)).__name__)
-        return original(function, backend="aot_eager")  # not handed to a C++ compiler, which takes minutes
+        return original(
+            function, backend="aot_eager"
+        )  # not handed to a C++ compiler, which takes minutes
 
     monkeypatch.setattr(torch, "compile", trace)
     compiled = stage1_run("--compile", 1)
@@ -294,9 +304,13 @@ def test_tensorboard_holds_the_scalars_of_metrics_json(stage1_run):
     events = EventAccumulator(str(run.folder / "tb"))
     events.Reload()
     tags = events.Tags()
-    assert {"train/loss", "train/lr", "valid/bbox/mAP", "valid_ema/bbox/mAP50"} <= set(tags["scalars"])
+    assert {"train/loss", "train/lr", "valid/bbox/mAP", "valid_ema/bbox/mAP50"} <= set(
+        tags["scalars"]
+    )
     assert events.Scalars("train/loss")[0].value == pytest.approx(run.train["loss"], rel=1e-5)
-    drawn = {path.stem.replace("valid_", "valid/", 1) for path in (run.folder / "predictions").iterdir()}
+    drawn = {
+        path.stem.replace("valid_", "valid/", 1) for path in (run.folder / "predictions").iterdir()
+    }
     assert set(tags["images"]) == drawn != set()
 
 
@@ -325,7 +339,10 @@ def test_runs_are_numbered_and_a_folder_with_files_is_refused(call, few, error_o
     assert code == 2 and "is not empty" in text
     for _ in range(2):
         call(train_detector_stage1.main, *quick_flags(few), "--fast_dev_run", 1)
-    assert sorted(p.name for p in Path("runs").iterdir()) == ["detector_tiny_32_1", "detector_tiny_32_2"]
+    assert sorted(p.name for p in Path("runs").iterdir()) == [
+        "detector_tiny_32_1",
+        "detector_tiny_32_2",
+    ]
 
 
 def test_resolution_is_in_the_run_and_its_name(call, few):
@@ -356,7 +373,9 @@ def test_fast_dev_run_is_one_epoch_of_n_steps(stage1_run):
         (["--resume", "nowhere"], "nowhere"),
     ],
 )
-@pytest.mark.parametrize("script", [train_detector_stage1, train_seg_single_stage], ids=["stage1", "single"])
+@pytest.mark.parametrize(
+    "script", [train_detector_stage1, train_seg_single_stage], ids=["stage1", "single"]
+)
 def test_bad_values_leave_with_2_and_name_the_flag(script, flags, message, error_of):
     code, text = error_of(script, *flags)
     assert code == 2 and message in text
@@ -379,12 +398,17 @@ def test_cache_choices_give_the_same_training(stage2_run):
     assert same_weights(ram, again) and len(list(Path("feature_cache").iterdir())) == 1
     off = stage2_run("--cache", "off")
     assert not same_weights(ram, off) and "off, as asked" in off.output
-    configs = [json.loads((run.folder / "stage2_config.json").read_text())["cache"] for run in (ram, disk, off)]
+    configs = [
+        json.loads((run.folder / "stage2_config.json").read_text())["cache"]
+        for run in (ram, disk, off)
+    ]
     assert configs == ["ram", "disk", "off"]
 
 
 def test_multi_scale_and_a_cache_exclude_each_other(stage2_run, error_of, shrunk):
-    code, text = error_of(train_seg_stage2, "--checkpoint", shrunk.folder, "--multi_scale", 1, "--cache", "ram")
+    code, text = error_of(
+        train_seg_stage2, "--checkpoint", shrunk.folder, "--multi_scale", 1, "--cache", "ram"
+    )
     assert code == 2 and "--multi_scale 0" in text
     run = stage2_run("--multi_scale", 1)
     assert "since --multi_scale 1" in run.output
@@ -394,7 +418,9 @@ def test_multi_scale_and_a_cache_exclude_each_other(stage2_run, error_of, shrunk
 def test_cache_views_are_the_flips_that_are_seen(stage2_run, monkeypatch):
     seen = set()
     original = rfdetr.training.frozen.apply_view
-    monkeypatch.setattr(rfdetr.training.frozen, "apply_view", lambda x, view: (seen.add(view), original(x, view))[1])
+    monkeypatch.setattr(
+        rfdetr.training.frozen, "apply_view", lambda x, view: (seen.add(view), original(x, view))[1]
+    )
     stage2_run("--cache_views", 1)
     assert seen == {0}
     stage2_run("--cache_views", 2)
@@ -404,7 +430,10 @@ def test_cache_views_are_the_flips_that_are_seen(stage2_run, monkeypatch):
 def test_mask_head_choice(stage2_run):
     nano, standard = stage2_run(), stage2_run("--mask_head", "standard")
     assert (nano.last["mask_head"], standard.last["mask_head"]) == ("nano", "standard")
-    heads = [[t for n, t in run.last["model"].items() if n.startswith("mask_head.")] for run in (nano, standard)]
+    heads = [
+        [t for n, t in run.last["model"].items() if n.startswith("mask_head.")]
+        for run in (nano, standard)
+    ]
     small, large = (sum(t.numel() for t in head) for head in heads)
     assert small <= 0.25 * large
 
@@ -456,7 +485,10 @@ def test_a_dataset_without_masks(error_of, few, shrunk, tmp_path):
         for annotation in content["annotations"]:
             del annotation["segmentation"]
         file.write_text(json.dumps(content))
-    for script, flags in ((train_seg_stage2, ["--checkpoint", shrunk.folder]), (train_seg_single_stage, [])):
+    for script, flags in (
+        (train_seg_stage2, ["--checkpoint", shrunk.folder]),
+        (train_seg_single_stage, []),
+    ):
         code, text = error_of(script, *flags, dataset=data)
         assert code == 2 and "No segmentation masks found in COCO annotations" in text
         assert "_annotations.coco.json" in text
@@ -487,7 +519,11 @@ def test_the_next_command_quotes_folders_with_spaces(stage2_run, few, tmp_path):
 def test_the_next_command_names_images_that_exist(stage2_run, few, tmp_path):
     data = tmp_path / "unsplit"
     shutil.copytree(few, data, ignore=shutil.ignore_patterns("valid", "test"))
-    words = shlex.split(stage2_run("--val_fraction", 0.25, dataset=data).output.splitlines()[-1].removeprefix("Next:"))
+    words = shlex.split(
+        stage2_run("--val_fraction", 0.25, dataset=data)
+        .output.splitlines()[-1]
+        .removeprefix("Next:")
+    )
     assert Path(words[words.index("--input") + 1]).is_dir()
 
 
@@ -528,12 +564,17 @@ def test_detections_follow_the_queries(name):
 
 def test_init_ckpt_starts_from_a_file(single_run, shrunk):
     run = single_run("--init_ckpt", shrunk.folder, "--lr", 0, "--lr_encoder", 0)
-    source, rows = torch.load(shrunk.folder), [1, 2, 0]  # its order is glomerulus, cells, blood_vessel
+    source, rows = (
+        torch.load(shrunk.folder),
+        [1, 2, 0],
+    )  # its order is glomerulus, cells, blood_vessel
     own = run.last["model"]
     for name in ("query_feat.weight", "backbone.0.projector.stages.0.1.weight"):
         if name in own:
             assert torch.equal(own[name], source["model"][name])
-    assert torch.equal(own["class_embed.0.weight"][:3], source["model"]["class_embed.0.weight"][rows])
+    assert torch.equal(
+        own["class_embed.0.weight"][:3], source["model"]["class_embed.0.weight"][rows]
+    )
 
 
 @pytest.mark.parametrize("name, losses", [("cls", "class"), ("bbox", "box"), ("giou", "giou")])
@@ -565,22 +606,35 @@ def test_learning_rate_schedules(single_run):
 
 
 def test_warmup_epochs(single_run):
-    run = single_run("--warmup_epochs", 2, "--epochs", 2, "--lr", "1e-3", "--lr_scheduler", "constant")
-    assert [epoch["train"]["lr"] for epoch in run.metrics["epochs"]] == pytest.approx([0.5e-3, 1e-3])
+    run = single_run(
+        "--warmup_epochs", 2, "--epochs", 2, "--lr", "1e-3", "--lr_scheduler", "constant"
+    )
+    assert [epoch["train"]["lr"] for epoch in run.metrics["epochs"]] == pytest.approx(
+        [0.5e-3, 1e-3]
+    )
 
 
 def test_early_stopping_and_patience(single_run):
     flags = ["--lr", 0, "--lr_encoder", 0, "--epochs", 4, "--lr_scheduler", "constant"]
     assert len(single_run(*flags, "--early_stopping", 1, "--patience", 1).metrics["epochs"]) == 2
     assert len(single_run(*flags).metrics["epochs"]) == 4
-    assert len(single_run(*flags, "--early_stopping", 1, "--epochs", 13, "--batch", 4).metrics["epochs"]) == 11
+    assert (
+        len(
+            single_run(*flags, "--early_stopping", 1, "--epochs", 13, "--batch", 4).metrics[
+                "epochs"
+            ]
+        )
+        == 11
+    )
 
 
 def test_gradient_checkpointing_of_single_stage(single_run, monkeypatch):
     used = []
     original = rfdetr.models.windowed_vit.checkpoint
     monkeypatch.setattr(
-        rfdetr.models.windowed_vit, "checkpoint", lambda *args, **kw: (used.append(1), original(*args, **kw))[1]
+        rfdetr.models.windowed_vit,
+        "checkpoint",
+        lambda *args, **kw: (used.append(1), original(*args, **kw))[1],
     )
     single_run("--grad_checkpoint", 1)
     assert used

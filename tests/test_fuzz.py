@@ -90,7 +90,9 @@ def damaged_dataset(rng: random.Random, fuzzer: Fuzzer) -> Path:
 def test_what_the_doctor_passes_can_be_loaded_drawn_collated_and_scored(fuzzer, rng):
     root = damaged_dataset(rng, fuzzer)
     _, problems = inspect_dataset(root)
-    assert all(problem.severity in ("error", "warning") and problem.count >= 1 for problem in problems)
+    assert all(
+        problem.severity in ("error", "warning") and problem.count >= 1 for problem in problems
+    )
     if problems and problems[0].severity == "error":
         with pytest.raises(UserError) as caught:
             read_dataset(root)
@@ -104,12 +106,18 @@ def test_what_the_doctor_passes_can_be_loaded_drawn_collated_and_scored(fuzzer, 
             assert batch.images.shape == (2, 3, 32, 32) and not batch.unread
             for target in batch.targets:
                 sides = target["boxes"][:, 2:]
-                assert (0 <= target["boxes"]).all() and (target["boxes"] <= 1).all() and (sides > 0).all()
+                assert (
+                    (0 <= target["boxes"]).all()
+                    and (target["boxes"] <= 1).all()
+                    and (sides > 0).all()
+                )
                 assert target["masks"].shape == (len(sides), 32, 32)
                 assert set(target["masks"].unique().tolist()) <= {0, 1}
                 assert not target["masks"][~target["has_mask"]].any()
             size = record.height, record.width
-            corners = np.c_[record.boxes[:, :2], record.boxes[:, 2:] - record.boxes[:, :2]].astype(float)
+            corners = np.c_[record.boxes[:, :2], record.boxes[:, 2:] - record.boxes[:, :2]].astype(
+                float
+            )
             masks = [
                 to_rle(mask, *size) if mask else to_rle(corners[i : i + 1], *size)
                 for i, mask in enumerate(record.segmentations)
@@ -118,7 +126,9 @@ def test_what_the_doctor_passes_can_be_loaded_drawn_collated_and_scored(fuzzer, 
             labels = np.array(split.category_ids)[record.labels]
             evaluator.add(record.id, record.boxes, np.linspace(1, 0.6, len(labels)), labels, masks)
         summary = evaluator.summary()
-        figures = [value for kind in summary.values() for value in kind.values() if type(value) is float]
+        figures = [
+            value for kind in summary.values() for value in kind.values() if type(value) is float
+        ]
         assert all(0 <= value <= 1 + 1e-9 for value in figures)
         json.dumps(summary, allow_nan=False)
 
@@ -130,7 +140,9 @@ def test_rles_are_read_as_pycocotools_reads_them(height, width, seed):
     mask = np.asfortranarray(generator.random((height, width)) < generator.random(), dtype=np.uint8)
     compressed = mask_utils.encode(mask)
     compressed = compressed | {"counts": compressed["counts"].decode()}
-    edges = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=0, append=2))  # the first run is of zeros
+    edges = np.flatnonzero(
+        np.diff(mask.ravel(order="F"), prepend=0, append=2)
+    )  # the first run is of zeros
     runs = {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
     for rle in (compressed, runs):
         drawn = np.zeros((height, width), np.uint8)
@@ -149,7 +161,10 @@ def test_drawn_polygons_stay_in_their_rectangle(polygons, height, width, augment
     _, place = random_view(torch.zeros(3, height, width, dtype=torch.uint8), augment, 48)
     drawn = np.zeros((48, 48), np.uint8)
     rasterise(polygons, height, width, place, drawn)
-    corners = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons]) @ place[:, :2].T + place[:, 2]
+    corners = (
+        np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons]) @ place[:, :2].T
+        + place[:, 2]
+    )
     assert drawn.max() <= 1
     y, x = np.nonzero(drawn)
     if len(x):  # pycocotools rounds to fifths of a pixel
@@ -161,7 +176,9 @@ NAMES = st.sampled_from(list(COCO_NAMES.values())) | st.text(max_size=6)
 
 
 @plainly
-@given(st.lists(NAMES, min_size=1, max_size=120, unique=True), st.sampled_from(["coco91", "dataset"]))
+@given(
+    st.lists(NAMES, min_size=1, max_size=120, unique=True), st.sampled_from(["coco91", "dataset"])
+)
 def test_every_class_has_a_row_of_its_own_and_the_background_none(classes, head):
     table = assign_rows(classes, list(range(3, 3 + len(classes))), head)
     assert len(set(table.rows)) == len(classes) and table.background not in table.rows
@@ -191,9 +208,20 @@ def test_the_learning_rate_stays_within_its_bounds(total, warmup, flat, floor, k
 
 
 @plainly
-@given(st.integers(1, 50), st.integers(1, 8), st.integers(1, 3), st.integers(1, 6), st.integers(0, 99), st.just(3))
-def test_an_epoch_covers_every_image_as_often_as_any_other(images, per_step, world, min_steps, seed, epoch):
-    samplers = [EpochSampler(images, per_step, seed, min_steps, rank, world) for rank in range(world)]
+@given(
+    st.integers(1, 50),
+    st.integers(1, 8),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(0, 99),
+    st.just(3),
+)
+def test_an_epoch_covers_every_image_as_often_as_any_other(
+    images, per_step, world, min_steps, seed, epoch
+):
+    samplers = [
+        EpochSampler(images, per_step, seed, min_steps, rank, world) for rank in range(world)
+    ]
     for sampler in samplers:
         sampler.set_epoch(epoch)
     keys = [key for steps in zip(*samplers) for step in steps for key in step]
@@ -206,16 +234,22 @@ def test_an_epoch_covers_every_image_as_often_as_any_other(images, per_step, wor
 @given(st.lists(st.text(max_size=8), min_size=1, max_size=6, unique=True), st.data())
 def test_a_checkpoint_comes_back_as_it_was_and_is_shrunk_bit_for_bit(fuzzer, classes, data):
     keep = data.draw(st.permutations(classes))[: data.draw(st.integers(1, len(classes)))]
-    table = assign_rows(classes, list(range(len(classes))), data.draw(st.sampled_from(["coco91", "dataset"])))
+    table = assign_rows(
+        classes, list(range(len(classes))), data.draw(st.sampled_from(["coco91", "dataset"]))
+    )
     content = dict(fuzzer.base.contents["detector.pt"])
     heads = {name: tensor for name, tensor in content["model"].items() if is_class_head(name)}
-    fresh = {name: torch.randn(table.rows_total, *tensor.shape[1:]) for name, tensor in heads.items()}
+    fresh = {
+        name: torch.randn(table.rows_total, *tensor.shape[1:]) for name, tensor in heads.items()
+    }
     content |= {"classes": table.to_dict(), "model": content["model"] | fresh, "ema": dict(fresh)}
     path = fuzzer.folder / "round.pt"
     checkpoint.save(path, content)
     loaded = checkpoint.load(path)
     assert checkpoint.table_of(loaded) == table and loaded["args"] == content["args"]
-    assert all(torch.equal(loaded["model"][name], tensor) for name, tensor in content["model"].items())
+    assert all(
+        torch.equal(loaded["model"][name], tensor) for name, tensor in content["model"].items()
+    )
     small = checkpoint.shrink(loaded, keep)
     rows = [dict(zip(table.names, table.rows))[name] for name in keep] + [background_row(table)]
     for name, tensor in keep_class_rows(fresh, rows).items():

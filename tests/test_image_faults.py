@@ -33,7 +33,9 @@ pytestmark = pytest.mark.slow
 def truncated(source: Path, target: Path, count: dict[str, int]) -> list[Path]:
     """Copy a dataset; the first images of the named splits are cut JPEGs there. Their headers are sound."""
     shutil.copytree(source, target)
-    files = [file for split, n in count.items() for file in sorted((target / split).glob("*.png"))[:n]]
+    files = [
+        file for split, n in count.items() for file in sorted((target / split).glob("*.png"))[:n]
+    ]
     for file in files:
         whole = io.BytesIO()
         Image.open(file).convert("RGB").save(whole, "JPEG", quality=95)
@@ -50,7 +52,15 @@ def test_unreadable_images_are_skipped_named_once_and_counted(few, tmp_path):
     flags, losses = [*quick_flags(tmp_path / "data"), "--epochs", 2], []
     for workers in (0, 2):
         out = tmp_path / f"run{workers}"
-        said = run_script("train_detector_stage1.py", *flags, "--workers", workers, "--output_dir", out, cwd=tmp_path)
+        said = run_script(
+            "train_detector_stage1.py",
+            *flags,
+            "--workers",
+            workers,
+            "--output_dir",
+            out,
+            cwd=tmp_path,
+        )
         for file in (bad, bad_valid):
             assert said.stdout.count(f"skipped: {file}: cannot be read") == 1
         assert [epoch["train"]["skipped_images"] for epoch in epochs(out)] == [1, 1]
@@ -58,13 +68,17 @@ def test_unreadable_images_are_skipped_named_once_and_counted(few, tmp_path):
     assert losses[0] == losses[1]
 
     best = ["--checkpoint", tmp_path / "run0/best.pt"]
-    said = run_script("evaluate.py", *best, "--dataset", tmp_path / "data", "--results", tmp_path, cwd=tmp_path)
+    said = run_script(
+        "evaluate.py", *best, "--dataset", tmp_path / "data", "--results", tmp_path, cwd=tmp_path
+    )
     assert f"skipped: {bad_valid}" in said.stdout
     truth = json.loads((tmp_path / "data/valid/_annotations.coco.json").read_text())
     number = {entry["file_name"]: entry["id"] for entry in truth["images"]}[bad_valid.name]
     found = {result["image_id"] for result in json.loads((tmp_path / "bbox.json").read_text())}
     assert found == {entry["id"] for entry in truth["images"]} - {number}
-    said = run_script("predict.py", *best, "--input", bad.parent, "--output", tmp_path / "out", cwd=tmp_path)
+    said = run_script(
+        "predict.py", *best, "--input", bad.parent, "--output", tmp_path / "out", cwd=tmp_path
+    )
     assert str(bad) in said.stdout and "in 3 files" in said.stdout
 
 
@@ -74,7 +88,10 @@ def test_what_a_damaged_file_shows_counts_as_missed(few, tmp_path):
     whole = read_dataset(tmp_path / "data")["valid"]
     whole.images[0].path.write_bytes(b"not even a header")
     valid = read_dataset(tmp_path / "data")["valid"]
-    assert valid.ground_truth == whole.ground_truth and "1 image that cannot be read" in valid.warnings[0]
+    assert (
+        valid.ground_truth == whole.ground_truth
+        and "1 image that cannot be read" in valid.warnings[0]
+    )
     evaluator = CocoEvaluator(valid.ground_truth, masks=False)
     record = valid.images[1]
     ids = np.asarray(valid.category_ids)[record.labels]
@@ -86,7 +103,11 @@ def test_too_many_unreadable_images_are_an_error(demo, tmp_path, call):
     truncated(demo, tmp_path / "data", {"train": 4, "valid": 4})
     flags = [*train_flags(tmp_path / "data", 32), "--workers", 1, "--epochs", 1]
     done = run_script("train_detector_stage1.py", *flags, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "4 of 12 images cannot be read" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "4 of 12 images cannot be read" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     for script in ("train/_annotations", "4 of 12", "--check_images 1"):
         assert script in done.stderr
     call(train_detector_stage1.main, *quick_flags(demo), "--output_dir", "sound")
@@ -105,7 +126,9 @@ def test_a_run_with_an_unreadable_image_resumes_exactly(few, tmp_path, call, mon
     assert_same_run(Path("stopped"), Path("whole"))
 
 
-@pytest.mark.parametrize("caches", [["off"], ["disk", "disk"]])  # the second finds what the first has computed
+@pytest.mark.parametrize(
+    "caches", [["off"], ["disk", "disk"]]
+)  # the second finds what the first has computed
 def test_stage_2_skips_them_too(few, tmp_path, call, capsys, caches):
     (bad,) = truncated(few, tmp_path / "data", {"train": 1})
     call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "stage1")
@@ -124,8 +147,15 @@ def test_the_next_image_stands_in_in_training_and_nothing_in_evaluation(few, tmp
     for augment in ("crops", "dihedral"):
         dataset = SplitDataset(split, 64, augment, masks=True)
         taken, other = dataset[at, 5], dataset[(at + 1) % 4, 5]
-        assert torch.equal(taken["image"], other["image"]) and taken["target"]["index"] == other["target"]["index"]
-        assert list(taken["unread"]) == [at] and str(bad) in taken["unread"][at] and not other["unread"]
+        assert (
+            torch.equal(taken["image"], other["image"])
+            and taken["target"]["index"] == other["target"]["index"]
+        )
+        assert (
+            list(taken["unread"]) == [at]
+            and str(bad) in taken["unread"][at]
+            and not other["unread"]
+        )
         assert torch.equal(dataset.image(at)[1], dataset.image((at + 1) % 4)[1])
     batches = list(evaluation_loader(SplitDataset(split, 64, None, masks=False), 1, 0))
     assert [batch.indices for batch in batches] == [[i] if i != at else [] for i in range(4)]
@@ -169,7 +199,9 @@ def test_a_dead_worker_ends_the_run_and_its_image_is_named(few, tmp_path):
     finally:
         script.kill()
     assert script.returncode == 2, err
-    assert str(worker) in err and str(file) in err and "--workers 0" in err and "Traceback" not in err
+    assert (
+        str(worker) in err and str(file) in err and "--workers 0" in err and "Traceback" not in err
+    )
     assert err.count(".png") == 1
 
 

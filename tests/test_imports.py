@@ -34,7 +34,11 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"rfdetr.{alias.name}" for alias in node.names} if node.module == "rfdetr" else {node.module}
+            found |= (
+                {f"rfdetr.{alias.name}" for alias in node.names}
+                if node.module == "rfdetr"
+                else {node.module}
+            )
     return found
 
 
@@ -61,7 +65,9 @@ def test_nothing_goes_round_in_a_circle():
     graph: dict[str, set[str]] = {}
     for path in PACKAGE:
         own = part_of(module_of(path))
-        graph.setdefault(own, set()).update({part_of(m) for m in imports_of(path)} & LEVEL.keys() - {own})
+        graph.setdefault(own, set()).update(
+            {part_of(m) for m in imports_of(path)} & LEVEL.keys() - {own}
+        )
     graph.pop(None)
     done: set[str] = set()
     while remaining := graph.keys() - done:
@@ -82,7 +88,9 @@ def test_nothing_goes_round_in_a_circle():
 def test_walls(part, forbidden):
     for path in sorted((ROOT / "rfdetr" / part).glob("*.py")):
         for module in imports_of(path):
-            assert not any(module == f or module.startswith(f + ".") for f in forbidden), f"{path}: {module}"
+            assert not any(module == f or module.startswith(f + ".") for f in forbidden), (
+                f"{path}: {module}"
+            )
 
 
 def test_nothing_imports_a_script():

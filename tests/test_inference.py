@@ -45,7 +45,9 @@ def odd_data(demo, tmp_path_factory) -> Path:
         region[: image["height"] // 2] = 1
         counts, values = [], [0, *region.ravel(order="F").tolist()]
         last = 0
-        for position in [i for i in range(1, len(values)) if values[i] != values[i - 1]] + [len(values)]:
+        for position in [i for i in range(1, len(values)) if values[i] != values[i - 1]] + [
+            len(values)
+        ]:
             counts.append(position - 1 - last)
             last = position - 1
         crowd |= {
@@ -59,7 +61,9 @@ def odd_data(demo, tmp_path_factory) -> Path:
     return root
 
 
-def test_plain_pycocotools_gives_the_same_figures_on_the_written_results(odd_data, stage2, tmp_path):
+def test_plain_pycocotools_gives_the_same_figures_on_the_written_results(
+    odd_data, stage2, tmp_path
+):
     run_script(
         "evaluate.py", "--checkpoint", stage2.folder / "best.pt", "--dataset", odd_data, "--split", "train",
         "--results", "results", "--json", "scores.json", cwd=tmp_path,
@@ -78,21 +82,36 @@ def test_plain_pycocotools_gives_the_same_figures_on_the_written_results(odd_dat
         theirs.accumulate()
         theirs.summarize()
         for name, value in zip(names, theirs.stats):
-            assert ours[kind][name] == (None if value == -1 else pytest.approx(value, abs=1e-6)), (kind, name)
+            assert ours[kind][name] == (None if value == -1 else pytest.approx(value, abs=1e-6)), (
+                kind,
+                name,
+            )
 
 
 def test_evaluate_repeats_the_scores_of_the_run(demo, stage2, call):
-    call(evaluate.main, "--checkpoint", stage2.folder / "best.pt", "--dataset", demo, "--json", "scores.json")
+    call(
+        evaluate.main,
+        "--checkpoint",
+        stage2.folder / "best.pt",
+        "--dataset",
+        demo,
+        "--json",
+        "scores.json",
+    )
     metrics = json.loads((stage2.folder / "metrics.json").read_text())
     best = metrics["best"]
-    told = metrics["epochs"][best["epoch"] - 1]["valid" if best["weights"] == "regular" else "valid_ema"]
+    told = metrics["epochs"][best["epoch"] - 1][
+        "valid" if best["weights"] == "regular" else "valid_ema"
+    ]
     found = json.loads(Path("scores.json").read_text())
     assert found.keys() == told.keys()
     for kind in ("bbox", "segm"):
         assert found[kind]["mAP"] == pytest.approx(told[kind]["mAP"], abs=2e-3)
 
 
-def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(demo, stage2, call, capsys, monkeypatch):
+def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
+    demo, stage2, call, capsys, monkeypatch
+):
     given, original = [], Finder._detect
 
     def detect(self, model, images, index):
@@ -101,7 +120,16 @@ def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(demo, s
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, model, images, index)
 
-    flags = ["--checkpoint", stage2.folder / "best.pt", "--dataset", demo, "--batch", 5, "--device", "cpu"]
+    flags = [
+        "--checkpoint",
+        stage2.folder / "best.pt",
+        "--dataset",
+        demo,
+        "--batch",
+        5,
+        "--device",
+        "cpu",
+    ]
     call(evaluate.main, *flags, "--batch", 2, "--json", "plenty.json")
     monkeypatch.setattr(Finder, "_detect", detect)
     call(evaluate.main, *flags, "--json", "little.json")
@@ -118,11 +146,27 @@ def test_a_split_that_is_not_there(odd_data, stage2, call, tmp_path):
     data = tmp_path / "no_test"
     shutil.copytree(odd_data, data, ignore=shutil.ignore_patterns("test"))
     with pytest.raises(UserError, match="no test split, it has train, valid"):
-        call(evaluate.main, "--checkpoint", stage2.folder / "best.pt", "--dataset", data, "--split", "test")
+        call(
+            evaluate.main,
+            "--checkpoint",
+            stage2.folder / "best.pt",
+            "--dataset",
+            data,
+            "--split",
+            "test",
+        )
 
 
 def test_a_detector_without_masks_is_scored_on_boxes(demo, stage1, call, capsys):
-    call(evaluate.main, "--checkpoint", stage1.folder / "best.pt", "--dataset", demo, "--json", "s.json")
+    call(
+        evaluate.main,
+        "--checkpoint",
+        stage1.folder / "best.pt",
+        "--dataset",
+        demo,
+        "--json",
+        "s.json",
+    )
     assert json.loads(Path("s.json").read_text()).keys() == {"bbox"}
 
 
@@ -134,7 +178,9 @@ def photos(demo, tmp_path) -> Path:
     """Three images of the demo and one that is damaged."""
     folder = tmp_path / "my photos"
     folder.mkdir()
-    for path in sorted((demo / "train").glob("*.jpg"))[:3] or sorted((demo / "train").glob("*.png"))[:3]:
+    for path in (
+        sorted((demo / "train").glob("*.jpg"))[:3] or sorted((demo / "train").glob("*.png"))[:3]
+    ):
         shutil.copy(path, folder)
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
     return folder
@@ -153,7 +199,9 @@ def test_predict_on_image_folder_and_glob_gives_the_same(photos, stage2, call, c
     call(predict.main, *weights, "--input", str(photos / "d*"), "--output", "c", "--batch", 1)
     a, b, c = predicted("a"), predicted("b"), predicted("c")
     for other in (b, c):
-        assert a and [(r["file"], r["class"]) for r in a] == [(r["file"], r["class"]) for r in other]
+        assert a and [(r["file"], r["class"]) for r in a] == [
+            (r["file"], r["class"]) for r in other
+        ]
         np.testing.assert_allclose([r["bbox"] for r in a], [r["bbox"] for r in other], atol=1e-2)
         np.testing.assert_allclose([r["score"] for r in a], [r["score"] for r in other], atol=1e-4)
     assert sorted(p.stem for p in Path("a").glob("*.png")) == [p.stem for p in images]
@@ -187,7 +235,9 @@ def test_nothing_but_unreadable_images_is_an_error(photos, stage2, call):
 def test_predict_on_a_video_numbers_the_frames(photos, stage2, call, tmp_path):
     frames = [cv2.imread(str(p)) for p in sorted(photos.iterdir()) if p.name != "broken.jpg"]
     height, width = frames[0].shape[:2]
-    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5.0, (width, height))
+    writer = cv2.VideoWriter(
+        str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 5.0, (width, height)
+    )
     for frame in frames * 2:
         writer.write(frame)
     writer.release()
@@ -207,7 +257,10 @@ def test_a_file_that_is_no_video_costs_no_result(photos, stage2, call, capsys, t
 
 def test_names_that_differ_in_case_alone_are_one_file_on_some_disks():
     taken = {"img_1.png"}  # of the input IMG_1.PNG
-    assert [predict.free_name("IMG_1", ".png", taken) for _ in range(2)] == ["IMG_1_2.png", "IMG_1_3.png"]
+    assert [predict.free_name("IMG_1", ".png", taken) for _ in range(2)] == [
+        "IMG_1_2.png",
+        "IMG_1_3.png",
+    ]
     assert predict.free_name("img_1_2", ".png", taken) == "img_1_2_2.png"
 
 
@@ -216,7 +269,15 @@ def test_the_input_is_never_overwritten(photos, stage2, call):
     Image.open(next(photos.glob("demo*"))).save(source)
     before = source.read_bytes()
     try:
-        call(predict.main, "--checkpoint", stage2.folder / "best.pt", "--input", source, "--output", photos)
+        call(
+            predict.main,
+            "--checkpoint",
+            stage2.folder / "best.pt",
+            "--input",
+            source,
+            "--output",
+            photos,
+        )
     except UserError:
         pass  # refusing is fine
     assert source.read_bytes() == before
@@ -237,7 +298,9 @@ def test_predict_takes_paths_images_arrays_and_lists(model, photos):
     results += model.predict([path, image], threshold=0.3)
     assert len(results[0].boxes) > 0
     for found in results:
-        assert found.boxes.shape == (len(found.scores), 4) and len(found.masks) == len(found.names) == len(found.labels)
+        assert found.boxes.shape == (len(found.scores), 4) and len(found.masks) == len(
+            found.names
+        ) == len(found.labels)
         np.testing.assert_allclose(found.boxes, results[0].boxes, atol=1e-3)
         assert found.names == results[0].names
         assert found.names == [model.class_names[label] for label in found.labels]
@@ -257,7 +320,11 @@ def test_a_batch_equals_its_images(model, photos):
 def test_the_module_gives_logits_and_boxes(model):
     with torch.inference_mode():
         outputs = model.model(torch.randn(2, 3, 64, 64))
-    assert outputs["pred_logits"].shape == (2, 100, 4) and outputs["pred_boxes"].shape == (2, 100, 4)
+    assert outputs["pred_logits"].shape == (2, 100, 4) and outputs["pred_boxes"].shape == (
+        2,
+        100,
+        4,
+    )
 
 
 def test_bad_inputs_of_the_python_door(model, stage2, tmp_path):

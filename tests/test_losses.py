@@ -16,7 +16,9 @@ from rfdetr.models.detector import Detector
 
 
 def random_boxes(count: int) -> torch.Tensor:
-    return torch.rand(count, 4) * torch.tensor([0.6, 0.6, 0.3, 0.3]) + torch.tensor([0.2, 0.2, 0.05, 0.05])
+    return torch.rand(count, 4) * torch.tensor([0.6, 0.6, 0.3, 0.3]) + torch.tensor(
+        [0.2, 0.2, 0.05, 0.05]
+    )
 
 
 def prediction(images: int, queries: int, classes: int = 3) -> dict:
@@ -29,7 +31,9 @@ def explicit_cost(logits: torch.Tensor, guess: torch.Tensor, row: int, box: torc
     p = 1 / (1 + math.exp(-logits[row].item()))
     focal = 0.25 * (1 - p) ** 2 * -math.log(p) - 0.75 * p**2 * -math.log(1 - p)
     corners = [box_convert(b[None], "cxcywh", "xyxy") for b in (guess, box)]
-    return 2 * focal + 5 * (guess - box).abs().sum().item() - 2 * generalized_box_iou(*corners).item()
+    return (
+        2 * focal + 5 * (guess - box).abs().sum().item() - 2 * generalized_box_iou(*corners).item()
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -43,16 +47,21 @@ def test_matching_is_the_cheapest_assignment_of_each_group(seed):
     starts = [0, 2, 2]
     for i, g in itertools.product(range(3), range(groups)):
         here = (image == i) & (torch.div(query, per_group, rounding_mode="floor") == g)
-        assert sorted((obj[here] - starts[i]).tolist()) == list(range(counts[i]))  # each object once a group
+        assert sorted((obj[here] - starts[i]).tolist()) == list(
+            range(counts[i])
+        )  # each object once a group
         assert len(set(query[here].tolist())) == counts[i]
 
         def cost(q: int, o: int, i: int = i) -> float:
-            return explicit_cost(found["pred_logits"][i, q], found["pred_boxes"][i, q], rows[o], boxes[o])
+            return explicit_cost(
+                found["pred_logits"][i, q], found["pred_boxes"][i, q], rows[o], boxes[o]
+            )
 
         own = range(g * per_group, (g + 1) * per_group)
         objects = range(starts[i], starts[i] + counts[i])
         cheapest = min(
-            sum(cost(q, o) for q, o in zip(chosen, objects)) for chosen in itertools.permutations(own, counts[i])
+            sum(cost(q, o) for q, o in zip(chosen, objects))
+            for chosen in itertools.permutations(own, counts[i])
         )
         taken = sum(cost(q, o) for q, o in zip(query[here].tolist(), obj[here].tolist()))
         assert taken == pytest.approx(cheapest, abs=1e-4)
@@ -69,7 +78,9 @@ def test_predictions_are_matched_independently():
 
 
 def test_no_objects_anywhere_match_nothing():
-    ((image, query, obj),) = match([prediction(2, 4)], torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), [0, 0], 2)
+    ((image, query, obj),) = match(
+        [prediction(2, 4)], torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), [0, 0], 2
+    )
     assert len(image) == len(query) == len(obj) == 0
 
 
@@ -78,12 +89,16 @@ def test_costs_that_are_not_finite_still_give_an_assignment(bad):
     found = prediction(1, 4)
     found["pred_logits"][0, :2] = bad
     found["pred_boxes"][0, 1] = bad
-    ((_, query, obj),) = match([found], torch.zeros(2, dtype=torch.long), random_boxes(2), [2], groups=1)
+    ((_, query, obj),) = match(
+        [found], torch.zeros(2, dtype=torch.long), random_boxes(2), [2], groups=1
+    )
     assert sorted(obj.tolist()) == [0, 1] and len(set(query.tolist())) == 2
 
 
 def test_more_objects_than_queries_match_as_many_as_there_are():
-    ((_, query, obj),) = match([prediction(1, 3)], torch.zeros(5, dtype=torch.long), random_boxes(5), [5], groups=1)
+    ((_, query, obj),) = match(
+        [prediction(1, 3)], torch.zeros(5, dtype=torch.long), random_boxes(5), [5], groups=1
+    )
     assert sorted(query.tolist()) == [0, 1, 2] and len(set(obj.tolist())) == 3
 
 
@@ -110,7 +125,9 @@ def test_class_loss_is_the_explicit_loop():
 def test_box_losses_are_the_explicit_sums():
     torch.manual_seed(2)
     found = prediction(2, 6)
-    targets = [{"rows": torch.tensor(rows), "boxes": random_boxes(len(rows))} for rows in ([0, 2], [1])]
+    targets = [
+        {"rows": torch.tensor(rows), "boxes": random_boxes(len(rows))} for rows in ([0, 2], [1])
+    ]
     weights = LossWeights(cls=1.5, bbox=4.0, giou=3.0)
     losses, (image, query, obj) = detection_losses(found, targets, 1, 7.0, weights)
     truth = torch.cat([t["boxes"] for t in targets])
@@ -118,11 +135,16 @@ def test_box_losses_are_the_explicit_sums():
     for i, q, o in zip(image.tolist(), query.tolist(), obj.tolist()):
         a, b = found["pred_boxes"][i, q], truth[o]
         l1 += (a - b).abs().sum().item()
-        giou += 1 - generalized_box_iou(*(box_convert(x[None], "cxcywh", "xyxy") for x in (a, b))).item()
+        giou += (
+            1
+            - generalized_box_iou(*(box_convert(x[None], "cxcywh", "xyxy") for x in (a, b))).item()
+        )
     assert losses["loss_box"].item() == pytest.approx(4.0 * l1 / 7, rel=1e-4)
     assert losses["loss_giou"].item() == pytest.approx(3.0 * giou / 7, rel=1e-4)
     rows = torch.cat([t["rows"] for t in targets])[obj]
-    pairs = [box_convert(x, "cxcywh", "xyxy") for x in (found["pred_boxes"][image, query], truth[obj])]
+    pairs = [
+        box_convert(x, "cxcywh", "xyxy") for x in (found["pred_boxes"][image, query], truth[obj])
+    ]
     cls = class_loss(found["pred_logits"], (image, query), rows, box_iou(*pairs).diagonal())
     assert losses["loss_class"].item() == pytest.approx(1.5 * cls.item() / 7, rel=1e-4)
 
@@ -131,7 +153,10 @@ def test_every_layer_and_the_proposals_have_their_losses(small_model):
     outputs = small_model.train()(torch.randn(1, 3, 64, 64))
     targets = [{"rows": torch.tensor([1]), "boxes": random_boxes(1)}]
     losses, _ = detection_losses(outputs, targets, 2, 2.0, LossWeights())
-    kinds, layers = ("loss_class", "loss_box", "loss_giou"), ("", "_0", "_enc")  # two decoder layers
+    kinds, layers = (
+        ("loss_class", "loss_box", "loss_giou"),
+        ("", "_0", "_enc"),
+    )  # two decoder layers
     assert losses.keys() == {kind + layer for kind in kinds for layer in layers}
 
 
@@ -164,7 +189,9 @@ def test_mask_losses_are_the_explicit_means():
 def test_perfect_masks_cost_nothing_and_none_at_all_cost_zero():
     target = (torch.rand(2, 8, 8) > 0.5).float()
     assert sum(mask_losses((target * 2 - 1) * 50, target, 2.0, LossWeights()).values()) < 1e-4
-    none = mask_losses(torch.zeros(0, 8, 8, requires_grad=True), torch.zeros(0, 8, 8), 1.0, LossWeights())
+    none = mask_losses(
+        torch.zeros(0, 8, 8, requires_grad=True), torch.zeros(0, 8, 8), 1.0, LossWeights()
+    )
     assert none["loss_mask"] == 0 and none["loss_dice"] == 0
     sum(none.values()).backward()
 
@@ -184,7 +211,9 @@ def test_one_batch_of_four_is_four_batches_of_one(small_size):
     def gradient(parts: list[slice]) -> list[torch.Tensor]:
         model.zero_grad()
         for part in parts:
-            losses, _ = detection_losses(model(images[part]), targets[part], 2, objects, LossWeights())
+            losses, _ = detection_losses(
+                model(images[part]), targets[part], 2, objects, LossWeights()
+            )
             sum(losses.values()).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 

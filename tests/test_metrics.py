@@ -44,7 +44,9 @@ def random_segmentation(rng, box, height, width):
     """A polygon, compressed or uncompressed RLE of an ellipse in the box (xywh)."""
     x, y, w, h = box
     turns = np.linspace(0, 2 * np.pi, 9)[:-1]
-    points = np.stack([x + w / 2 + w / 2 * np.cos(turns), y + h / 2 + h / 2 * np.sin(turns)], axis=1)
+    points = np.stack(
+        [x + w / 2 + w / 2 * np.cos(turns), y + h / 2 + h / 2 * np.sin(turns)], axis=1
+    )
     polygon = [points.round(2).ravel().tolist()]
     kind = rng.integers(3)
     if kind == 0:
@@ -65,20 +67,27 @@ def random_boxes(rng, count, height, width):
     return np.concatenate([corners, sides], axis=1).round(1)
 
 
-def random_split(seed, image_ids=(7, 3, 900000000001, 12, 40, 41), category_ids=(5, 90, 17), first_id=1):
+def random_split(
+    seed, image_ids=(7, 3, 900000000001, 12, 40, 41), category_ids=(5, 90, 17), first_id=1
+):
     """Ground truth with crowds, an image without annotations and a category (the last) without any."""
     rng = np.random.default_rng(seed)
     images, annotations = [], []
     for image_id in image_ids:
         height, width = (int(side) for side in rng.integers(160, 320, 2))
-        images.append({"id": image_id, "file_name": f"{image_id}.png", "height": height, "width": width})
+        images.append(
+            {"id": image_id, "file_name": f"{image_id}.png", "height": height, "width": width}
+        )
         if image_id == image_ids[1]:
             continue
         for box in random_boxes(rng, int(rng.integers(1, 9)), height, width):
             segmentation = random_segmentation(rng, box, height, width)
             crowd = int(rng.random() < 0.15)
             if crowd:
-                segmentation = {"size": [height, width], "counts": to_rle(segmentation, height, width)["counts"]}
+                segmentation = {
+                    "size": [height, width],
+                    "counts": to_rle(segmentation, height, width)["counts"],
+                }
                 if isinstance(segmentation["counts"], bytes):
                     segmentation["counts"] = segmentation["counts"].decode()
             annotation = {
@@ -91,7 +100,9 @@ def random_split(seed, image_ids=(7, 3, 900000000001, 12, 40, 41), category_ids=
                 "segmentation": segmentation,
             }
             annotations.append(annotation)
-    categories = [{"id": category_id, "name": f"class {category_id}"} for category_id in category_ids]
+    categories = [
+        {"id": category_id, "name": f"class {category_id}"} for category_id in category_ids
+    ]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
@@ -102,10 +113,15 @@ def add_random_detections(evaluator, truth, seed):
     for image in truth["images"][:-1]:
         height, width = image["height"], image["width"]
         own = [a for a in truth["annotations"] if a["image_id"] == image["id"] for _ in range(2)]
-        near = np.array([a["bbox"] for a in own]).reshape(-1, 4) * rng.uniform(0.9, 1.1, (len(own), 4))
+        near = np.array([a["bbox"] for a in own]).reshape(-1, 4) * rng.uniform(
+            0.9, 1.1, (len(own), 4)
+        )
         noise = random_boxes(rng, int(rng.integers(0, 130)), height, width)
         boxes = np.concatenate([near, noise])
-        labels = np.array([a["category_id"] for a in own] + rng.choice(category_ids, len(noise)).tolist(), dtype=int)
+        labels = np.array(
+            [a["category_id"] for a in own] + rng.choice(category_ids, len(noise)).tolist(),
+            dtype=int,
+        )
         scores = rng.integers(1, 40, len(boxes)) / 40  # ties
         scores[: len(own)] += rng.choice([0, 0.5])
         rles = []
@@ -139,7 +155,9 @@ def plain_pycocotools(truth, results, kind):
     per_class = {}
     for row, category_id in enumerate(evaluation.params.catIds):
         values = evaluation.eval["precision"][:, :, row, 0, 2]
-        per_class[category_id] = [v[v > -1].mean() if (v > -1).any() else -1 for v in (values, values[:1])]
+        per_class[category_id] = [
+            v[v > -1].mean() if (v > -1).any() else -1 for v in (values, values[:1])
+        ]
     return evaluation.stats, per_class
 
 
@@ -148,10 +166,18 @@ def assert_equal_to_pycocotools(figures, truth, results, kind):
     plain = dict(zip(FIGURES, stats, strict=True))
     names = {category["id"]: category["name"] for category in truth["categories"]}
     for category_id, values in per_class.items():
-        plain |= {(names[category_id], name): value for name, value in zip(("mAP", "mAP50"), values)}
+        plain |= {
+            (names[category_id], name): value for name, value in zip(("mAP", "mAP50"), values)
+        }
     own = {name: figures[name] for name in FIGURES}
-    own |= {(name, key): value for name, pair in figures["per_class"].items() for key, value in pair.items()}
-    assert {name: -1 if value is None else value for name, value in own.items()} == pytest.approx(plain, abs=1e-9)
+    own |= {
+        (name, key): value
+        for name, pair in figures["per_class"].items()
+        for key, value in pair.items()
+    }
+    assert {name: -1 if value is None else value for name, value in own.items()} == pytest.approx(
+        plain, abs=1e-9
+    )
 
 
 @pytest.fixture(params=["hotcoco", "pycocotools"])
@@ -166,7 +192,10 @@ def backend(request, monkeypatch):
     "case",
     [
         {"seed": 0},
-        {"seed": 1, "first_id": 0},  # pycocotools has its own view of annotation 0; the figures follow it
+        {
+            "seed": 1,
+            "first_id": 0,
+        },  # pycocotools has its own view of annotation 0; the figures follow it
         {"seed": 2, "image_ids": ("b", "a", "d", "c")},
         {"seed": 3, "category_ids": (10**12, 0, 3)},
         {"seed": 4, "image_ids": tuple(range(30))},
@@ -184,16 +213,24 @@ def test_equals_plain_pycocotools_on_the_saved_files(case, backend, tmp_path, ca
     for kind in ("bbox", "segm"):
         results = json.loads((tmp_path / "results" / f"{kind}.json").read_text())
         assert_equal_to_pycocotools(summary[kind], truth, results, kind)
-    assert list(summary["bbox"]["per_class"]) == [f"class {i}" for i in sorted(c["id"] for c in truth["categories"])]
+    assert list(summary["bbox"]["per_class"]) == [
+        f"class {i}" for i in sorted(c["id"] for c in truth["categories"])
+    ]
 
 
 @st.composite
 def evaluation_case(draw):
     """(ground truth, detections of each image) on a coarse grid: equal scores and overlaps, empty masks, crowds."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    some_id = draw(st.sampled_from([st.integers(0, 20), st.integers(0, 2**60), st.text("ab1", min_size=1, max_size=3)]))
+    some_id = draw(
+        st.sampled_from(
+            [st.integers(0, 20), st.integers(0, 2**60), st.text("ab1", min_size=1, max_size=3)]
+        )
+    )
     category_ids = draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=3, unique=True))
-    categories = [{"id": category_id, "name": f"class {category_id}"} for category_id in category_ids]
+    categories = [
+        {"id": category_id, "name": f"class {category_id}"} for category_id in category_ids
+    ]
     truth, found = {"images": [], "annotations": [], "categories": categories}, []
     grid, first_id = draw(st.sampled_from([4, 25])), draw(st.sampled_from([0, 1, 1, 2**50]))
 
@@ -208,10 +245,19 @@ def evaluation_case(draw):
     for image_id in draw(st.lists(some_id, min_size=1, max_size=4, unique=True)):
         truth["images"].append({"id": image_id, "height": 4 * grid, "width": 4 * grid})
         for box, rle in zip(*boxes_and_rles(draw(st.integers(0, 6)))):
-            row = {"id": first_id + len(truth["annotations"]), "image_id": image_id, "segmentation": rle}
-            row |= {"category_id": int(rng.choice(category_ids)), "iscrowd": int(rng.random() < 0.2)}
+            row = {
+                "id": first_id + len(truth["annotations"]),
+                "image_id": image_id,
+                "segmentation": rle,
+            }
+            row |= {
+                "category_id": int(rng.choice(category_ids)),
+                "iscrowd": int(rng.random() < 0.2),
+            }
             row |= {"bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]}
-            truth["annotations"].append(row | {"area": float(rng.choice([mask_api.area(rle), 1024, 9216, 1e5]))})
+            truth["annotations"].append(
+                row | {"area": float(rng.choice([mask_api.area(rle), 1024, 9216, 1e5]))}
+            )
         if draw(st.booleans()):
             count = draw(st.sampled_from([0, 1, 10, 130]))
             labels, scores = (
@@ -262,44 +308,82 @@ def test_the_library_does_not_log(caplog):
 
 
 def test_nothing_found_gives_zero_and_missing_sizes_give_none(backend):
-    box = {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 1, 10, 10], "area": 100, "iscrowd": 0}
+    box = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 2,
+        "bbox": [1, 1, 10, 10],
+        "area": 100,
+        "iscrowd": 0,
+    }
     box["segmentation"] = [[1, 1, 11, 1, 11, 11, 1, 11]]
     images = [{"id": 1, "height": 50, "width": 50}, {"id": 2, "height": 50, "width": 50}]
     categories = [{"id": 2, "name": "a"}, {"id": 1, "name": "b"}]
-    evaluator = CocoEvaluator({"images": images, "annotations": [box], "categories": categories}, masks=True)
+    evaluator = CocoEvaluator(
+        {"images": images, "annotations": [box], "categories": categories}, masks=True
+    )
     evaluator.add(2, np.zeros((0, 4)), np.zeros(0), np.zeros(0), [])
     summary = evaluator.summary()
     for kind in ("bbox", "segm"):
         assert summary[kind]["mAP"] == summary[kind]["mAP_small"] == summary[kind]["AR100"] == 0
         assert summary[kind]["mAP_large"] is None and summary[kind]["AR_medium"] is None
-        assert summary[kind]["per_class"] == {"b": {"mAP": None, "mAP50": None}, "a": {"mAP": 0, "mAP50": 0}}
+        assert summary[kind]["per_class"] == {
+            "b": {"mAP": None, "mAP50": None},
+            "a": {"mAP": 0, "mAP50": 0},
+        }
     assert summary["mask"] == {"giou": 0, "ciou": 0, "dice": 0}
 
 
-@pytest.mark.parametrize("images", [[], [{"id": 1, "height": 9, "width": 9}]], ids=["no images", "no annotations"])
-@pytest.mark.parametrize("categories", [[], [{"id": 1, "name": "a"}]], ids=["no classes", "one class"])
+@pytest.mark.parametrize(
+    "images", [[], [{"id": 1, "height": 9, "width": 9}]], ids=["no images", "no annotations"]
+)
+@pytest.mark.parametrize(
+    "categories", [[], [{"id": 1, "name": "a"}]], ids=["no classes", "one class"]
+)
 def test_an_empty_split_has_no_figures(images, categories, backend, tmp_path):
-    evaluator = CocoEvaluator({"images": images, "annotations": [], "categories": categories}, masks=True)
+    evaluator = CocoEvaluator(
+        {"images": images, "annotations": [], "categories": categories}, masks=True
+    )
     summary = evaluator.summary()
     per_class = {category["name"]: {"mAP": None, "mAP50": None} for category in categories}
     nothing = {**dict.fromkeys(FIGURES), "per_class": per_class}
-    assert summary == {"bbox": nothing, "segm": nothing, "mask": dict.fromkeys(("giou", "ciou", "dice"))}
+    assert summary == {
+        "bbox": nothing,
+        "segm": nothing,
+        "mask": dict.fromkeys(("giou", "ciou", "dice")),
+    }
     evaluator.save(tmp_path)
-    assert json.loads((tmp_path / "bbox.json").read_text()) == json.loads((tmp_path / "segm.json").read_text()) == []
+    assert (
+        json.loads((tmp_path / "bbox.json").read_text())
+        == json.loads((tmp_path / "segm.json").read_text())
+        == []
+    )
     assert "-" in format_table(summary)
 
 
 def square(x, y, side, height=60, width=80):
     return {
         "size": [height, width],
-        "counts": to_rle([[x, y, x + side, y, x + side, y + side, x, y + side]], height, width)["counts"].decode(),
+        "counts": to_rle([[x, y, x + side, y, x + side, y + side, x, y + side]], height, width)[
+            "counts"
+        ].decode(),
     }
 
 
 def two_objects(**second):
     """One image with two squares; `second` changes the second annotation."""
-    first = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
-    annotations = [{**first, "segmentation": square(5, 5, 20)}, {**first, "id": 2, "bbox": [40, 20, 20, 20], **second}]
+    first = {
+        "id": 1,
+        "image_id": 1,
+        "category_id": 1,
+        "bbox": [5, 5, 20, 20],
+        "area": 400,
+        "iscrowd": 0,
+    }
+    annotations = [
+        {**first, "segmentation": square(5, 5, 20)},
+        {**first, "id": 2, "bbox": [40, 20, 20, 20], **second},
+    ]
     images = [{"id": 1, "height": 60, "width": 80}]
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
 
@@ -307,7 +391,10 @@ def two_objects(**second):
 @pytest.mark.parametrize("missing", [{}, {"segmentation": None}, {"segmentation": []}])
 def test_an_object_without_mask_neither_helps_nor_hurts_the_mask_figures(missing, backend):
     truth = two_objects(**missing)
-    boxes, rles = np.array([[5, 5, 25, 25], [40, 20, 60, 40.0]]), [square(5, 5, 20), square(40, 20, 18)]
+    boxes, rles = (
+        np.array([[5, 5, 25, 25], [40, 20, 60, 40.0]]),
+        [square(5, 5, 20), square(40, 20, 18)],
+    )
     for found in ([0], [0, 1], [1, 0]):
         evaluator = CocoEvaluator(truth, masks=True)
         scores = np.linspace(0.9, 0.8, len(found))
@@ -323,18 +410,30 @@ def test_boxes_only():
     for annotation in truth["annotations"]:
         del annotation["segmentation"]
     evaluator = CocoEvaluator(truth, masks=False)
-    evaluator.add(7, np.array([[1, 2, 30, 40]], dtype=np.float32), np.array([0.5], dtype=np.float32), np.array([5]))
-    assert evaluator.results("bbox") == [{"image_id": 7, "category_id": 5, "bbox": [1, 2, 29, 38], "score": 0.5}]
+    evaluator.add(
+        7,
+        np.array([[1, 2, 30, 40]], dtype=np.float32),
+        np.array([0.5], dtype=np.float32),
+        np.array([5]),
+    )
+    assert evaluator.results("bbox") == [
+        {"image_id": 7, "category_id": 5, "bbox": [1, 2, 29, 38], "score": 0.5}
+    ]
     assert set(evaluator.summary()) == {"bbox"}
 
 
 def test_bad_detections():
     truth = two_objects(segmentation=square(40, 20, 20))
     evaluator = CocoEvaluator(truth, masks=True)
-    boxes, scores = np.array([[1, 1, 9, 9], [1, np.nan, 9, 9], [1, 1, 9, 9]]), np.array([0.5, 0.6, np.inf])
+    boxes, scores = (
+        np.array([[1, 1, 9, 9], [1, np.nan, 9, 9], [1, 1, 9, 9]]),
+        np.array([0.5, 0.6, np.inf]),
+    )
     evaluator.add(1, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3)
     assert len(evaluator.results("bbox")) == len(evaluator.results("segm")) == 1
-    evaluator.add(99, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3)  # not an image of the ground truth
+    evaluator.add(
+        99, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3
+    )  # not an image of the ground truth
     assert list(evaluator.found) == [1]
     with pytest.raises(ValueError, match="category ids \\[7\\]"):
         evaluator.add(1, boxes[:1], scores[:1], np.array([7]), [square(1, 1, 8)])
@@ -399,7 +498,11 @@ def test_the_table_is_plain_and_compact():
     evaluator = CocoEvaluator(truth, masks=True)
     add_random_detections(evaluator, truth, 9)
     text = format_table(evaluator.summary())
-    assert text.isascii() and max(map(len, text.splitlines())) <= 100 and len(text.splitlines()) == 3 + 2 + 1 + 13
+    assert (
+        text.isascii()
+        and max(map(len, text.splitlines())) <= 100
+        and len(text.splitlines()) == 3 + 2 + 1 + 13
+    )
     assert text.splitlines()[-1] == "... and 7 more"
     boxes_only = {"bbox": evaluator.summary()["bbox"]}
     assert "mask" not in format_table(boxes_only)
@@ -509,7 +612,11 @@ def all_results(crowded, model, table):
     results = {"bbox": [], "segm": []}
     for record, *values in zip(crowded.images, *found[:3]):
         for score, label, box in zip(*values):
-            row = {"image_id": record.id, "category_id": crowded.category_ids[label], "score": score.item()}
+            row = {
+                "image_id": record.id,
+                "category_id": crowded.category_ids[label],
+                "score": score.item(),
+            }
             cx, cy, w, h = (box * SIDE).double().tolist()
             edges = np.array([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]).clip(0, SIDE)
             results["bbox"].append(row | {"bbox": [*edges[:2], *(edges[2:] - edges[:2])]})
@@ -545,7 +652,9 @@ def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypa
     found = next(iter(judge_of(crowded, table).detections(model)))
     summary = judge_of(crowded, table)(model)
     assert (found.labels == 0).sum(1).min() > 100
-    monkeypatch.setattr("rfdetr.inference.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool))
+    monkeypatch.setattr(
+        "rfdetr.inference.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool)
+    )
     assert judge_of(crowded, table)(model) == summary
 
 

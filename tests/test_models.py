@@ -30,7 +30,10 @@ def package_mask_head_parameters(size) -> int:
 @pytest.mark.parametrize("name", list(SIZES))
 def test_mask_heads_keep_their_parameter_bounds(name):
     size = SIZES[name]
-    count = {head: sum(p.numel() for p in MASK_HEADS[head](size.hidden).parameters()) for head in MASK_HEADS}
+    count = {
+        head: sum(p.numel() for p in MASK_HEADS[head](size.hidden).parameters())
+        for head in MASK_HEADS
+    }
     assert count["nano"] <= 0.25 * count["standard"]
     official = OfficialMaskHead(size.hidden, size.decoder_layers)
     assert sum(p.numel() for p in official.parameters()) == package_mask_head_parameters(size)
@@ -39,7 +42,9 @@ def test_mask_heads_keep_their_parameter_bounds(name):
 
 def test_nano_and_tiny_use_the_light_head():
     assert SIZES["nano"].mask_head == SIZES["tiny"].mask_head == "nano"
-    assert {SIZES[name].mask_head for name in ("small", "medium", "base", "large", "large-2026")} == {"standard"}
+    assert {
+        SIZES[name].mask_head for name in ("small", "medium", "base", "large", "large-2026")
+    } == {"standard"}
 
 
 def test_the_mask_models_are_the_published_ones():
@@ -67,7 +72,10 @@ def test_official_sizes_have_the_published_shape(name):
         1 + size.position_grid**2,
         size.dim,
     )
-    assert len({key.split(".layer.")[1].split(".")[0] for key in shapes if ".encoder.layer." in key}) == 12
+    assert (
+        len({key.split(".layer.")[1].split(".")[0] for key in shapes if ".encoder.layer." in key})
+        == 12
+    )
 
 
 def test_a_size_survives_its_dict():
@@ -92,7 +100,10 @@ def test_every_used_parameter_gets_a_gradient_and_no_other(small_model):
     small_model.train()
     images = torch.randn(2, 3, 64, 64)
     outputs = small_model(images)
-    total = sum(p["pred_logits"].square().mean() + p["pred_boxes"].square().mean() for p in every_prediction(outputs))
+    total = sum(
+        p["pred_logits"].square().mean() + p["pred_boxes"].square().mean()
+        for p in every_prediction(outputs)
+    )
     image = torch.tensor([0, 1, 1])
     pixels = small_model.mask_head.pixels(outputs["features"], images)
     queries, boxes = outputs["queries"][image, :3].diagonal().T, torch.rand(3, 4) * 0.3 + 0.2
@@ -102,7 +113,9 @@ def test_every_used_parameter_gets_a_gradient_and_no_other(small_model):
     unused = [f"{encoder}encoder.layer.{i}." for i in range(size.used_depth, size.depth)]
     unused = tuple(unused + [f"{encoder}embeddings.mask_token"])
     unused = {name for name, _ in small_model.named_parameters() if name.startswith(unused)}
-    assert any("mask_token" in name for name in unused) and any("layer.2." in name for name in unused)
+    assert any("mask_token" in name for name in unused) and any(
+        "layer.2." in name for name in unused
+    )
     for name, parameter in small_model.named_parameters():
         assert (parameter.grad is None) == (name in unused), name
         assert parameter.requires_grad == (name not in unused), name
@@ -237,18 +250,27 @@ def test_pasted_masks_agree_with_the_training_grid(name):
     for i, (left, top, mask) in enumerate(pasted):
         whole = torch.zeros(200, 300)
         whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask.float()
-        again = sample_in_boxes(whole[None, None], boxes[i : i + 1], torch.zeros(1, dtype=torch.long))[0, 0] > 0.5
+        again = (
+            sample_in_boxes(whole[None, None], boxes[i : i + 1], torch.zeros(1, dtype=torch.long))[
+                0, 0
+            ]
+            > 0.5
+        )
         if i < 2:  # the third hangs over the border, where the grid sees nothing
             assert (again == grid[i]).float().mean() > 0.9
         x0, y0, x1, y1 = (enlarged(boxes[i]) * torch.tensor([300, 200, 300, 200])).tolist()
         ys, xs = whole.nonzero(as_tuple=True)
-        assert len(xs) == 0 or (xs.min() >= x0 - 1 and xs.max() <= x1 + 1 and ys.min() >= y0 - 1 and ys.max() <= y1 + 1)
+        assert len(xs) == 0 or (
+            xs.min() >= x0 - 1 and xs.max() <= x1 + 1 and ys.min() >= y0 - 1 and ys.max() <= y1 + 1
+        )
 
 
 def test_masks_of_no_queries_are_none():
     head = MASK_HEADS["nano"](96)
     pixels = head.pixels(torch.randn(1, 96, 8, 8), torch.randn(1, 3, 64, 64))
-    empty = head.grid_logits(pixels, torch.zeros(0, 96), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    empty = head.grid_logits(
+        pixels, torch.zeros(0, 96), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    )
     assert empty.shape == (0, GRID, GRID)
     assert list(head.paste(pixels[0], torch.zeros(0, 96), torch.zeros(0, 4), 50, 50)) == []
 
@@ -279,7 +301,10 @@ def test_masks_of_many_queries_take_no_more_memory_than_those_of_a_few(name):
             with LargestTensor() as seen:
                 masks = list(head.paste(pixels, queries[:count], boxes[:count], 60, 50))
             largest[count] = seen.elements
-        alone = [next(iter(head.paste(pixels, queries[i : i + 1], boxes[i : i + 1], 60, 50))) for i in range(300)]
+        alone = [
+            next(iter(head.paste(pixels, queries[i : i + 1], boxes[i : i + 1], 60, 50)))
+            for i in range(300)
+        ]
     assert largest[300] == largest[100]
     assert len(masks) == 300
     differ = sum((one[2] != other[2]).sum().item() for one, other in zip(masks, alone))

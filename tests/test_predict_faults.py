@@ -32,7 +32,9 @@ def make_checkpoint(path: Path, resolution: int = 32) -> Path:
     torch.manual_seed(0)
     size, table = SIZES["tiny"], assign_rows(list(CLASS_NAMES), [1, 2, 3], "dataset")
     model = Detector(size, table.rows_total, table.background_last)
-    checkpoint.save(path, checkpoint.make_content("detector", size, resolution, table, None, model.state_dict()))
+    checkpoint.save(
+        path, checkpoint.make_content("detector", size, resolution, table, None, model.state_dict())
+    )
     return path
 
 
@@ -47,7 +49,17 @@ def find(call, weights, capsys):
 
     def run(*words: object) -> tuple[int, str, str]:
         status = 0
-        flags = ["--checkpoint", weights, "--output", "found", "--device", "cpu", "--threshold", 0, *words]
+        flags = [
+            "--checkpoint",
+            weights,
+            "--output",
+            "found",
+            "--device",
+            "cpu",
+            "--threshold",
+            0,
+            *words,
+        ]
         try:
             call(lambda argv: run_script(predict.main, argv), *flags)
         except SystemExit as left:
@@ -94,12 +106,18 @@ def test_whole_videos_raise_no_alarm(name, codec, find, tmp_path):
     assert {record["frame"] for record in records()} == set(range(FRAMES))
 
 
-@pytest.mark.parametrize("name, codec, where", [("clip.avi", "MJPG", "end"), ("clip.mp4", "mp4v", "middle")])
-def test_a_video_that_is_cut_short_is_said_and_ends_with_status_1(name, codec, where, find, tmp_path):
+@pytest.mark.parametrize(
+    "name, codec, where", [("clip.avi", "MJPG", "end"), ("clip.mp4", "mp4v", "middle")]
+)
+def test_a_video_that_is_cut_short_is_said_and_ends_with_status_1(
+    name, codec, where, find, tmp_path
+):
     path = video(tmp_path / name, codec)
     data = bytearray(path.read_bytes())
     half = len(data) // 2
-    path.write_bytes(data[:half] if where == "end" else data[:half] + bytes(half // 2) + data[half + half // 2 :])
+    path.write_bytes(
+        data[:half] if where == "end" else data[:half] + bytes(half // 2) + data[half + half // 2 :]
+    )
     photo(tmp_path / "sound.png")
     status, out, err = find("--input", name, "sound.png")
     frames = {record["frame"] for record in records() if record["file"] == name}
@@ -110,7 +128,11 @@ def test_a_video_that_is_cut_short_is_said_and_ends_with_status_1(name, codec, w
     assert len(err.strip().split("\n\n")) == 1
     made = cv2.VideoCapture("found/clip.mp4")
     assert made.get(cv2.CAP_PROP_FRAME_COUNT) == decoded and Path("found/sound.png").exists()
-    assert sorted(path.name for path in Path("found").iterdir()) == ["clip.mp4", "predictions.json", "sound.png"]
+    assert sorted(path.name for path in Path("found").iterdir()) == [
+        "clip.mp4",
+        "predictions.json",
+        "sound.png",
+    ]
 
 
 def test_a_few_missing_frames_are_a_warning_alone(find, tmp_path, monkeypatch):
@@ -166,7 +188,9 @@ def test_inputs_are_kept_where_the_output_is_their_folder_by_another_name(kind, 
     status, _, _ = find("--input", "real", "real/link.png")
     assert status == 0
     assert all(path.read_bytes() == data for path, data in before.items())
-    assert {"here_2.png", "link_2.png", "clip_2.mp4"} <= {path.name for path in Path("real").iterdir()}
+    assert {"here_2.png", "link_2.png", "clip_2.mp4"} <= {
+        path.name for path in Path("real").iterdir()
+    }
 
 
 # ---------------------------------------------------------------- pipes, values, sides

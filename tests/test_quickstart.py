@@ -29,14 +29,25 @@ SOURCE = (ROOT / "quickstart.py").read_bytes()
 def test_an_old_python_can_parse_it():
     assert SOURCE.isascii()  # Python 2 wants a declaration otherwise
     nodes = list(ast.walk(ast.parse(SOURCE, feature_version=(3, 4))))
-    assert not [node for node in nodes if isinstance(node, (ast.JoinedStr, ast.AnnAssign, ast.Nonlocal))]
+    assert not [
+        node for node in nodes if isinstance(node, (ast.JoinedStr, ast.AnnAssign, ast.Nonlocal))
+    ]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    assert not [f for f in functions if f.returns or f.args.kwonlyargs or any(a.annotation for a in f.args.args)]
+    assert not [
+        f
+        for f in functions
+        if f.returns or f.args.kwonlyargs or any(a.annotation for a in f.args.args)
+    ]
 
 
 def test_only_the_standard_library_is_imported_at_the_top():
     console = (ROOT / "rfdetr/console.py").read_bytes()  # which looks for packages
-    imports = [node for code in (SOURCE, console) for node in ast.parse(code).body if isinstance(node, ast.Import)]
+    imports = [
+        node
+        for code in (SOURCE, console)
+        for node in ast.parse(code).body
+        if isinstance(node, ast.Import)
+    ]
     assert {alias.name for node in imports for alias in node.names} <= sys.stdlib_module_names
 
 
@@ -77,7 +88,9 @@ def bare(tmp_path, monkeypatch):
 @pytest.mark.parametrize("module", ["venv", "ensurepip"])
 def test_a_python_without_venv_is_told_the_package(bare, monkeypatch, capsys, module):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == module else find(name)
+    )
     assert quickstart.main([]) == 2
     said = capsys.readouterr().err
     assert f"lacks {module}" in said and "apt install python3-venv" in said and not bare.commands
@@ -87,7 +100,9 @@ def test_a_python_without_venv_is_told_the_package(bare, monkeypatch, capsys, mo
 
 
 def test_every_line_of_requirements_has_the_form_that_is_read():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     for line in filter(None, lines):
         name, least = line.split(">=")
         assert name.replace("-", "").isalnum() and least.replace(".", "").isdigit()
@@ -119,7 +134,9 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_this_environment_is_used_as_it_is(monkeypatch):
-    monkeypatch.setattr(quickstart, "run", lambda arguments, python=None: pytest.fail("nothing is to be installed"))
+    monkeypatch.setattr(
+        quickstart, "run", lambda arguments, python=None: pytest.fail("nothing is to be installed")
+    )
     assert quickstart.set_up([]) is None
 
 
@@ -232,13 +249,20 @@ def test_a_signal_lets_the_child_save_and_its_code_is_passed_on(tmp_path):
         (3000, 5, 4, 5, 5, 100),
     ],
 )
-def test_epochs_keep_the_number_of_steps_and_say_why(capsys, steps, images, per_step, min_steps, per_epoch, epochs):
+def test_epochs_keep_the_number_of_steps_and_say_why(
+    capsys, steps, images, per_step, min_steps, per_epoch, epochs
+):
     assert quickstart.epochs_for("Stage 1", steps, images, per_step, min_steps) == epochs
     said = capsys.readouterr().out
-    assert f"Stage 1: {epochs} epochs" in said and f"{images} images make {per_epoch} steps an epoch" in said
+    assert (
+        f"Stage 1: {epochs} epochs" in said
+        and f"{images} images make {per_epoch} steps an epoch" in said
+    )
 
 
-@pytest.mark.parametrize("name", ["train/_annotations.coco.json", "annotations/instances_train2017.json"])
+@pytest.mark.parametrize(
+    "name", ["train/_annotations.coco.json", "annotations/instances_train2017.json"]
+)
 def test_training_images_are_counted_in_both_layouts(tmp_path, name):
     file = tmp_path / "a [1] folder" / name
     file.parent.mkdir(parents=True)
@@ -256,7 +280,10 @@ def metrics_of(**tables) -> dict:
 def test_scores_are_those_of_the_best_epoch_and_weights(tmp_path):
     file = tmp_path / "metrics.json"
     file.write_text(json.dumps(metrics_of(bbox=0.25, segm=None)))
-    assert quickstart.scores(str(tmp_path)) == ("box mAP50 0.500, box mAP 0.250, mask mAP50 0.500", "ema")
+    assert quickstart.scores(str(tmp_path)) == (
+        "box mAP50 0.500, box mAP 0.250, mask mAP50 0.500",
+        "ema",
+    )
     file.write_text(json.dumps({"epochs": [], "best": None}))
     assert quickstart.scores(str(tmp_path)) == ("no scores", "regular")
 
@@ -271,7 +298,9 @@ def repository(tmp_path, monkeypatch):
 
     def run(arguments, python=None):
         commands.append(" ".join(arguments))
-        stem = {"train_detector_stage1.py": "detector", "train_seg_stage2.py": "segmentation"}.get(arguments[0])
+        stem = {"train_detector_stage1.py": "detector", "train_seg_stage2.py": "segmentation"}.get(
+            arguments[0]
+        )
         if stem and arguments[0] not in failing:
             folder = tmp_path / "runs" / f"{stem}_tiny_128_2"
             if "--output_dir" in arguments:
@@ -291,7 +320,9 @@ def repository(tmp_path, monkeypatch):
 
 def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys):
     assert quickstart.main([]) == 0
-    detector, masks = (os.path.join("runs", f"{stem}_tiny_128_2") for stem in ("detector", "segmentation"))
+    detector, masks = (
+        os.path.join("runs", f"{stem}_tiny_128_2") for stem in ("detector", "segmentation")
+    )
     shrunk, best = os.path.join(detector, "checkpoint_mydata.pth"), os.path.join(masks, "best.pt")
     said = capsys.readouterr().out
     epochs = re.findall(r"Stage [12]: (\d+) epochs", said)
@@ -305,12 +336,17 @@ def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys)
         f"predict.py --checkpoint {best} --input {os.path.join('dataset', 'train')} "
         f"--output {os.path.join(masks, 'predictions')}",
     ]
-    assert "box mAP 0.250, mask mAP50 0.500, mask mAP 0.125" in said and "predict.py --checkpoint" in said
+    assert (
+        "box mAP 0.250, mask mAP50 0.500, mask mAP 0.125" in said
+        and "predict.py --checkpoint" in said
+    )
 
 
 def test_flags_reach_the_scripts(repository, tmp_path):
     flags = "--dataset dataset --size nano --epochs 2 --seg_epochs 3 --resolution 320 --device cpu --output_dir out"
-    assert quickstart.main(f"{flags} --pretrain_weights none --seed 5 --val_fraction 0.1".split()) == 0
+    assert (
+        quickstart.main(f"{flags} --pretrain_weights none --seed 5 --val_fraction 0.1".split()) == 0
+    )
     common = "--dataset dataset --val_fraction 0.1 --size nano --device cpu --resolution 320"
     assert repository[0][0] == f"validate_setup.py {common}"
     folder = os.path.join("out", "detector")
@@ -324,7 +360,10 @@ def test_without_a_dataset_demo_data_is_generated_once(repository, tmp_path):
     demo = os.path.join("runs", "demo_data")
     repository[1]["validate_setup.py"] = 9  # far enough
     assert quickstart.main([]) == 9
-    assert repository[0] == [f"-m rfdetr.data.demo {demo} --seed 0", f"validate_setup.py --dataset {demo} --size tiny"]
+    assert repository[0] == [
+        f"-m rfdetr.data.demo {demo} --seed 0",
+        f"validate_setup.py --dataset {demo} --size tiny",
+    ]
     (tmp_path / demo / "valid").mkdir(parents=True)
     (tmp_path / demo / "valid" / "_annotations.coco.json").touch()
     repository[0].clear()
@@ -347,7 +386,9 @@ def test_paths_are_the_users_wherever_it_is_started(repository, tmp_path, monkey
     monkeypatch.chdir(tmp_path / "elsewhere")
     repository[1]["validate_setup.py"] = 9
     assert quickstart.main(["--dataset", "mine", "--size", "tiny"]) == 9
-    assert repository[0] == [f"validate_setup.py --dataset {tmp_path / 'elsewhere' / 'mine'} --size tiny"]
+    assert repository[0] == [
+        f"validate_setup.py --dataset {tmp_path / 'elsewhere' / 'mine'} --size tiny"
+    ]
 
 
 def test_what_follows_test_goes_to_pytest(repository):
@@ -363,8 +404,21 @@ def test_the_whole_job_in_a_folder_with_a_space(tmp_path):
         shutil.copy(file, copy)
     demo = [sys.executable, "-m", "rfdetr.data.demo", "dataset", "--train", "16", "--valid", "4"]
     subprocess.run(demo, cwd=copy, check=True)
-    job = [sys.executable, "quickstart.py", "--size", "tiny", "--epochs", "1", "--seg_epochs", "1", "--device", "cpu"]
-    result = subprocess.run(job, cwd=copy, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    job = [
+        sys.executable,
+        "quickstart.py",
+        "--size",
+        "tiny",
+        "--epochs",
+        "1",
+        "--seg_epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    result = subprocess.run(
+        job, cwd=copy, capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     (masks,) = (copy / "runs").glob("segmentation_tiny_*")
     assert any((masks / "predictions").iterdir()) and (masks / "results" / "segm.json").exists()

@@ -32,7 +32,11 @@ from rfdetr.training.keeper import check_history
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = {"stage1": train_detector_stage1.main, "stage2": train_seg_stage2.main, "single": train_seg_single_stage.main}
+SCRIPTS = {
+    "stage1": train_detector_stage1.main,
+    "stage2": train_seg_stage2.main,
+    "single": train_seg_single_stage.main,
+}
 
 
 def load(path: Path) -> dict:
@@ -59,7 +63,9 @@ def signal_at_step(monkeypatch, step: int, number: int) -> None:
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 @pytest.mark.parametrize("step", [2, 3])  # at the end of the first epoch, and inside the second
-def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_was(kind, step, few, call, capsys, monkeypatch, request):
+def test_a_run_stopped_by_ctrl_c_goes_on_as_if_nothing_was(
+    kind, step, few, call, capsys, monkeypatch, request
+):
     flags = [*quick_flags(few), "--epochs", 2]
     if kind == "stage1":
         flags += ["--multi_scale", 1, "--drop_path", 0.5]
@@ -98,7 +104,11 @@ def test_sigterm_saves_prints_the_command_and_leaves_with_143(few, tmp_path):
     assert script.returncode == 143
     run = tmp_path / "runs/detector_tiny_32_1"
     progress = load(run / "checkpoint.pt")["training"]["progress"]
-    assert progress["epoch"] == 0 and 0 < progress["step_in_epoch"] < 25 and not (run / "last.pt").exists()
+    assert (
+        progress["epoch"] == 0
+        and 0 < progress["step_in_epoch"] < 25
+        and not (run / "last.pt").exists()
+    )
     command = shlex.split(out.splitlines()[-1])
     run_script(*command[1:], cwd=tmp_path)
     run_script("train_detector_stage1.py", *flags, cwd=tmp_path)
@@ -110,7 +120,9 @@ def test_resume_auto_and_more_epochs(few, call, capsys):
     folder = Path("runs/detector_tiny_32_1")
     with pytest.raises(UserError, match="has finished its 1 epochs.*--epochs"):
         call(train_detector_stage1.main, "--resume")
-    call(train_detector_stage1.main, "--resume", "--epochs", 3)  # the run's own flags are the defaults
+    call(
+        train_detector_stage1.main, "--resume", "--epochs", 3
+    )  # the run's own flags are the defaults
     assert [path.name for path in Path("runs").iterdir()] == ["detector_tiny_32_1"]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2, 3]
@@ -134,10 +146,21 @@ def test_resume_passes_over_a_damaged_file(few, call, capsys):
 
 def test_a_resumed_run_takes_a_new_learning_rate(few, call):
     call(train_detector_stage1.main, *quick_flags(few))
-    call(train_detector_stage1.main, "--resume", "--epochs", 2, "--lr", "1e-6", "--lr_encoder", "1e-6")
+    call(
+        train_detector_stage1.main,
+        "--resume",
+        "--epochs",
+        2,
+        "--lr",
+        "1e-6",
+        "--lr_encoder",
+        "1e-6",
+    )
     content = load(Path("runs/detector_tiny_32_1/last.pt"))
     assert content["args"]["lr"] == 1e-6
-    assert {group["base_lr"] for group in content["training"]["optimizer"]["param_groups"]} == {1e-6}
+    assert {group["base_lr"] for group in content["training"]["optimizer"]["param_groups"]} == {
+        1e-6
+    }
 
 
 def test_a_resumed_run_may_drop_the_average(few, call):
@@ -158,18 +181,25 @@ def test_a_resumed_run_may_start_an_average(few, call):
     call(train_detector_stage1.main, "--resume", "--epochs", 2, "--ema", 1)
     content = load(Path("runs/detector_tiny_32_1/last.pt"))
     # the weights never moved, so that their average is the weights
-    assert all(torch.allclose(content["ema"][name], value, atol=1e-6) for name, value in content["model"].items())
+    assert all(
+        torch.allclose(content["ema"][name], value, atol=1e-6)
+        for name, value in content["model"].items()
+    )
 
 
 def test_timed_saves_inside_an_epoch(few, call, monkeypatch):
     saved = []
     save = rfdetr.main.checkpoint.save
     monkeypatch.setattr(
-        rfdetr.main.checkpoint, "save", lambda path, content: (saved.append(path.name), save(path, content))
+        rfdetr.main.checkpoint,
+        "save",
+        lambda path, content: (saved.append(path.name), save(path, content)),
     )
     call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "rarely")
     rarely = saved.count("checkpoint.pt")
-    call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "often", "--save_minutes", 0)
+    call(
+        train_detector_stage1.main, *quick_flags(few), "--output_dir", "often", "--save_minutes", 0
+    )
     assert (rarely, saved.count("checkpoint.pt") - rarely) == (1, 3)  # one after the epoch
 
 
@@ -204,7 +234,19 @@ def test_other_steps_in_an_epoch_leave_the_schedule_where_it_was(few, call, monk
         return schedule(self, step)
 
     monkeypatch.setattr(rfdetr.training.optim.Schedule, "__call__", noted)
-    call(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--min_steps", 2, "--batch", 1, "--accum", 1)
+    call(
+        train_detector_stage1.main,
+        "--resume",
+        run,
+        "--epochs",
+        2,
+        "--min_steps",
+        2,
+        "--batch",
+        1,
+        "--accum",
+        1,
+    )
     assert positions == [0.5, 0.625, 0.75, 0.875]  # four images, one by one
     assert load(run / "last.pt")["training"]["progress"]["step"] == 12
 
@@ -214,7 +256,9 @@ def test_a_changed_dataset_is_said_and_its_unread_images_are_forgotten(few, call
     run = Path("runs/detector_tiny_32_1")
     edit_state(run, lambda content: content["training"]["progress"].update(unread=[3]))
     make_demo(tmp_path / "other", train=2, valid=2, test=0, size=64, seed=5)
-    call(train_detector_stage1.main, "--resume", run, "--epochs", 2, "--dataset", tmp_path / "other")
+    call(
+        train_detector_stage1.main, "--resume", run, "--epochs", 2, "--dataset", tmp_path / "other"
+    )
     assert "train and valid of" in capsys.readouterr().out
     assert load(run / "last.pt")["training"]["progress"]["unread"] == []
     # a checkpoint that does not tell its data keeps the numbers that there are
@@ -228,7 +272,9 @@ def test_a_changed_dataset_is_said_and_its_unread_images_are_forgotten(few, call
 def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monkeypatch):
     """Killed between best.pt and last.pt, and worse when the epoch is run again."""
     scores, save = iter([0.1, 0.5, 0.2, 0.6]), rfdetr.training.keeper.Keeper.save
-    monkeypatch.setattr(rfdetr.main.Judge, "__call__", lambda *args: {"bbox": {"mAP": next(scores)}})
+    monkeypatch.setattr(
+        rfdetr.main.Judge, "__call__", lambda *args: {"bbox": {"mAP": next(scores)}}
+    )
     monkeypatch.setattr(rfdetr.main, "format_table", lambda scores: "")
     run = Path("run")
     told = []
@@ -246,7 +292,16 @@ def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monke
 
     monkeypatch.setattr(rfdetr.training.keeper.Keeper, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        call(train_detector_stage1.main, *quick_flags(few), "--epochs", 3, "--ema", 0, "--output_dir", "run")
+        call(
+            train_detector_stage1.main,
+            *quick_flags(few),
+            "--epochs",
+            3,
+            "--ema",
+            0,
+            "--output_dir",
+            "run",
+        )
     monkeypatch.setattr(rfdetr.training.keeper.Keeper, "save", compared)
     call(train_detector_stage1.main, "--resume", run, "--save_minutes", 0)
     assert told == [(2, 0.5)] * 5 + [(3, 0.6)]  # two steps and an epoch's end, twice
@@ -271,20 +326,42 @@ def test_pictures_that_fail_end_no_run_and_come_after_last_pt(few, call, monkeyp
 
 @pytest.mark.parametrize(
     "flag, value",
-    [("batch", 0), ("batch", 2.5), ("lr", math.nan), ("lr", [1]), ("epochs", "many"), ("ema", 5), ("amp", "fp8")]
-    + [("dataset", {}), ("device", 3), ("pretrain_exclude_keys", "a*"), ("seed", True), ("dataset", "a\0b")],
+    [
+        ("batch", 0),
+        ("batch", 2.5),
+        ("lr", math.nan),
+        ("lr", [1]),
+        ("epochs", "many"),
+        ("ema", 5),
+        ("amp", "fp8"),
+    ]
+    + [
+        ("dataset", {}),
+        ("device", 3),
+        ("pretrain_exclude_keys", "a*"),
+        ("seed", True),
+        ("dataset", "a\0b"),
+    ],
 )
 def test_a_strangers_settings_are_checked_as_flags_are(flag, value, few, call, finished, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     torch.save(finished | {"args": finished["args"] | {flag: value}}, run / "last.pt")
-    with pytest.raises(UserError, match=rf"checkpoint in {re.escape(str(run))} holds --{flag} .*which no run saves"):
+    with pytest.raises(
+        UserError, match=rf"checkpoint in {re.escape(str(run))} holds --{flag} .*which no run saves"
+    ):
         call(train_detector_stage1.main, "--resume", run, "--epochs", 2)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"best": 5}, {"best": {"epoch": 1}}, {"each": [1]}, {"each": {"regular": "x"}}, {"epochs_without_gain": "x"}]
+    [
+        {"best": 5},
+        {"best": {"epoch": 1}},
+        {"each": [1]},
+        {"each": {"regular": "x"}},
+        {"epochs_without_gain": "x"},
+    ]
     + [{"nan_batches": "x"}, {"nan_batches": [1]}, {"scaler": {"scale": "x"}}],
 )
 def test_a_strangers_history_is_refused(change, finished):
@@ -320,7 +397,9 @@ def set_precision(monkeypatch, amp: str) -> list[str]:
     """Flags for a precision; fp16 is forced on a CPU, which the scripts refuse since it is slow there."""
     if amp != "fp16":
         return ["--amp", amp]
-    monkeypatch.setattr(rfdetr.main, "pick_precision", lambda amp, device: Precision(device, torch.float16))
+    monkeypatch.setattr(
+        rfdetr.main, "pick_precision", lambda amp, device: Precision(device, torch.float16)
+    )
     return []
 
 
@@ -334,7 +413,9 @@ def fail_once(number, losses):
 
 
 @PRECISIONS
-def test_out_of_memory_halves_the_batch_and_changes_no_gradient(amp, few, call, capsys, monkeypatch):
+def test_out_of_memory_halves_the_batch_and_changes_no_gradient(
+    amp, few, call, capsys, monkeypatch
+):
     flags = [*quick_flags(few), "--batch", 4, "--min_steps", 1, *set_precision(monkeypatch, amp)]
     call(train_detector_stage1.main, *flags, "--output_dir", "plenty")
 
@@ -344,7 +425,9 @@ def test_out_of_memory_halves_the_batch_and_changes_no_gradient(amp, few, call, 
     assert "out of memory: going on with --batch 2" in capsys.readouterr().out
     plenty, little = (load(Path(name, "last.pt"))["training"] for name in ("plenty", "little"))
     assert (plenty["progress"]["micro_batch"], little["progress"]["micro_batch"]) == (4, 2)
-    moments = [[s["exp_avg"] for s in run["optimizer"]["state"].values()] for run in (plenty, little)]
+    moments = [
+        [s["exp_avg"] for s in run["optimizer"]["state"].values()] for run in (plenty, little)
+    ]
     for a, b in zip(*moments):  # after one step the first moment is the gradient's share
         if amp == "off":
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
@@ -390,13 +473,20 @@ def test_memory_that_runs_out_elsewhere_ends_with_the_advice(error, few, call, c
     with pytest.raises(SystemExit) as left:
         call(lambda argv: as_a_script(train_detector_stage1.main, argv), *quick_flags(few))
     text = capsys.readouterr().err
-    assert left.value.code == 2 and "out of memory (" in text and "--grad_checkpoint 1" in text and "defect" not in text
+    assert (
+        left.value.code == 2
+        and "out of memory (" in text
+        and "--grad_checkpoint 1" in text
+        and "defect" not in text
+    )
 
 
 @PRECISIONS
 def test_a_step_without_a_finite_loss_is_skipped_and_recorded(amp, few, call, capsys, monkeypatch):
     def spoil(number, losses):
-        return losses | {"loss_class": losses["loss_class"] * float("nan")} if number == 1 else losses
+        return (
+            losses | {"loss_class": losses["loss_class"] * float("nan")} if number == 1 else losses
+        )
 
     flags = set_precision(monkeypatch, amp)
     with monkeypatch.context() as patched:
@@ -409,7 +499,9 @@ def test_a_step_without_a_finite_loss_is_skipped_and_recorded(amp, few, call, ca
     assert "is not finite" in capsys.readouterr().out
     content = load(folder / "last.pt")
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
-    assert {s["step"].item() for s in content["training"]["optimizer"]["state"].values()} == {1.0}  # of two
+    assert {s["step"].item() for s in content["training"]["optimizer"]["state"].values()} == {
+        1.0
+    }  # of two
     call(train_detector_stage1.main, "--resume", folder, "--epochs", 2, *flags)
     assert json.loads((folder / "nan_batches.json").read_text()) == [entry]
     with monkeypatch.context() as patched:
@@ -420,8 +512,12 @@ def test_a_step_without_a_finite_loss_is_skipped_and_recorded(amp, few, call, ca
 
 
 def test_the_record_names_the_images_of_all_processes(few, call, monkeypatch):
-    monkeypatch.setattr(rfdetr.distributed, "gather_objects", lambda value: [value, value])  # as of two
-    patch_losses(monkeypatch, lambda number, losses: {name: v * float("nan") for name, v in losses.items()})
+    monkeypatch.setattr(
+        rfdetr.distributed, "gather_objects", lambda value: [value, value]
+    )  # as of two
+    patch_losses(
+        monkeypatch, lambda number, losses: {name: v * float("nan") for name, v in losses.items()}
+    )
     call(train_detector_stage1.main, *quick_flags(few))
     entries = json.loads(Path("runs/detector_tiny_32_1/nan_batches.json").read_text())
     assert [len(entry["images"]) for entry in entries] == [4, 4]
@@ -433,7 +529,9 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(amp, few, call
 
     def spoil(number, losses):
         if number == 1:
-            losses = losses | {"loss_class": losses["loss_class"] + (losses["loss_class"] * 0).sqrt()}
+            losses = losses | {
+                "loss_class": losses["loss_class"] + (losses["loss_class"] * 0).sqrt()
+            }
         return losses
 
     patch_losses(monkeypatch, spoil)
@@ -448,7 +546,13 @@ def test_fp16_gradients_that_no_scale_mends_end_the_run(few, call, monkeypatch):
 
     patch_losses(monkeypatch, spoil)
     with pytest.raises(UserError, match="10 steps in a row had no finite loss"):
-        call(train_detector_stage1.main, *quick_flags(few), "--min_steps", 40, *set_precision(monkeypatch, "fp16"))
+        call(
+            train_detector_stage1.main,
+            *quick_flags(few),
+            "--min_steps",
+            40,
+            *set_precision(monkeypatch, "fp16"),
+        )
 
 
 @PRECISIONS
@@ -462,6 +566,8 @@ def test_too_many_steps_without_a_finite_loss_end_the_run(amp, few, call, monkey
     with pytest.raises(UserError, match="10 steps in a row had no finite loss.*--lr"):
         call(train_detector_stage1.main, *flags)
     folder = Path("runs/detector_tiny_32_1")
-    assert [entry["step"] for entry in json.loads((folder / "nan_batches.json").read_text())] == list(range(13, 23))
+    assert [
+        entry["step"] for entry in json.loads((folder / "nan_batches.json").read_text())
+    ] == list(range(13, 23))
     for name in ("best.pt", "checkpoint_best_regular.pth", "last.pt"):
         assert all(tensor.isfinite().all() for tensor in load(folder / name)["model"].values())

@@ -32,7 +32,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-HEADER = {"stage": "detector", "size": "tiny", "resolution": 128, "class_names": ["cells"], "args": {}}
+HEADER = {
+    "stage": "detector",
+    "size": "tiny",
+    "resolution": 128,
+    "class_names": ["cells"],
+    "args": {},
+}
 
 
 def read(folder: Path) -> dict:
@@ -44,7 +50,9 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
 
 
-FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")  # spawning imports torch again
+FORK = multiprocessing.get_context(
+    "fork" if hasattr(os, "fork") else "spawn"
+)  # spawning imports torch again
 
 
 # --- folders ---
@@ -65,7 +73,9 @@ def take_fifty(parent: Path, start, names) -> None:
 
 def test_processes_that_start_at_once_get_different_folders(tmp_path):
     start, names = FORK.Barrier(2), FORK.Queue()
-    racers = [FORK.Process(target=take_fifty, args=(tmp_path / "runs", start, names)) for _ in range(2)]
+    racers = [
+        FORK.Process(target=take_fifty, args=(tmp_path / "runs", start, names)) for _ in range(2)
+    ]
     for racer in racers:
         racer.start()
     taken = names.get(timeout=60) + names.get(timeout=60)
@@ -112,7 +122,11 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 
 
 @settings(max_examples=30, deadline=None)  # each waits for the disk
-@given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
+@given(
+    st.recursive(
+        LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20
+    )
+)
 def test_any_plain_value_becomes_strict_json(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "any.json"
     write_json(path, {"value": value})
@@ -149,10 +163,14 @@ def test_write_json_turns_numbers_of_other_kinds_into_plain_ones(tmp_path):
     }
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"what": object()})
-    assert os.listdir(tmp_path) == ["x.json"] and "tensor" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert os.listdir(tmp_path) == ["x.json"] and "tensor" in (tmp_path / "x.json").read_text(
+        encoding="utf-8"
+    )
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
+)
 def test_a_failed_write_keeps_the_old_file_and_no_temporary(tmp_path, error):
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
@@ -238,7 +256,10 @@ def test_a_run_belongs_to_one_process_until_it_ends(tmp_path, capsys):
         lock_run(tmp_path)  # by the same process: nothing
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert not (tmp_path / LOCK).exists() and not list(tmp_path.glob("*.tmp"))
-    assert capsys.readouterr().out.count(f"locked by process {other.pid}, which is gone: taken over") == 1
+    assert (
+        capsys.readouterr().out.count(f"locked by process {other.pid}, which is gone: taken over")
+        == 1
+    )
 
 
 def test_a_lock_of_another_machine_is_left_and_its_file_named(tmp_path):
@@ -249,7 +270,9 @@ def test_a_lock_of_another_machine_is_left_and_its_file_named(tmp_path):
     assert (tmp_path / LOCK).exists()
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"pid": -1, "host": "x", "started": 1.0}', '{"pid": "x"}'])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"pid": -1, "host": "x", "started": 1.0}', '{"pid": "x"}']
+)
 def test_a_damaged_lock_is_taken_over(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
     lock_run(tmp_path)
@@ -271,12 +294,20 @@ def test_a_lock_whose_number_another_process_has_now_is_taken_over(tmp_path):
 def test_metrics_has_the_documented_form_from_the_first_moment(tmp_path):
     with Run(tmp_path, {**HEADER, "environment": environment()}) as run:
         assert list(read(tmp_path)) == ["format", *HEADER, "environment", "epochs", "best"]
-        run.add_epoch({"epoch": 1, "train": {"loss": torch.tensor(0.5)}, "valid": {"bbox": {"mAP": float("nan")}}})
+        run.add_epoch(
+            {
+                "epoch": 1,
+                "train": {"loss": torch.tensor(0.5)},
+                "valid": {"bbox": {"mAP": float("nan")}},
+            }
+        )
         run.set(best={"epoch": 1, "metric": "bbox/mAP", "value": 0.25, "weights": "ema"})
         run.set(test={"bbox": {"mAP": 0.5}})
     metrics = read(tmp_path)
     assert metrics["format"] == 1 and metrics["stage"] == "detector"
-    assert metrics["epochs"] == [{"epoch": 1, "train": {"loss": 0.5}, "valid": {"bbox": {"mAP": None}}}]
+    assert metrics["epochs"] == [
+        {"epoch": 1, "train": {"loss": 0.5}, "valid": {"bbox": {"mAP": None}}}
+    ]
     assert metrics["best"]["weights"] == "ema" and metrics["test"] == {"bbox": {"mAP": 0.5}}
 
 
@@ -302,10 +333,14 @@ def test_resume_drops_what_lies_beyond_the_saved_state(tmp_path):
 def test_resume_keeps_a_best_that_still_stands(tmp_path):
     make_run(tmp_path, 2)
     Run(tmp_path, HEADER, done_epochs=2).close()
-    assert read(tmp_path)["best"] == {"epoch": 2, "value": 0.5} and len(read(tmp_path)["epochs"]) == 2
+    assert (
+        read(tmp_path)["best"] == {"epoch": 2, "value": 0.5} and len(read(tmp_path)["epochs"]) == 2
+    )
 
 
-@pytest.mark.parametrize("content", ["", '{"format": 1, "epo', "[]", "{}", '{"epochs": [{}], "best": null}', "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["", '{"format": 1, "epo', "[]", "{}", '{"epochs": [{}], "best": null}', "\udcff"]
+)
 def test_a_damaged_metrics_file_is_set_aside(tmp_path, capsys, content):
     content = content.encode("utf-8", "surrogateescape")
     (tmp_path / "metrics.damaged-1.json").write_text("an earlier one")
@@ -316,7 +351,9 @@ def test_a_damaged_metrics_file_is_set_aside(tmp_path, capsys, content):
     assert (tmp_path / "metrics.damaged-1.json").read_text() == "an earlier one"
     assert (tmp_path / "metrics.damaged-2.json").read_bytes() == content
     note = "metrics.json is damaged: kept as metrics.damaged-2.json, a new one begins at epoch 5"
-    assert note in capsys.readouterr().out and note in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert note in capsys.readouterr().out and note in (tmp_path / "log.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_events_that_a_kill_cut_short_stay_readable(tmp_path, capsys):
@@ -330,7 +367,13 @@ def test_events_that_a_kill_cut_short_stay_readable(tmp_path, capsys):
 
 
 def test_tensorboard_gets_nested_numbers_and_pictures(tmp_path):
-    values = {"bbox": {"mAP": np.float64(0.5), "mAP_small": None, "per_class": {"cells": {"mAP": torch.tensor(0.25)}}}}
+    values = {
+        "bbox": {
+            "mAP": np.float64(0.5),
+            "mAP_small": None,
+            "per_class": {"cells": {"mAP": torch.tensor(0.25)}},
+        }
+    }
     with Run(tmp_path, HEADER) as run:
         run.scalars("valid", values, 7)
         run.image("predictions/0", Image.new("RGBA", (8, 6), "red"), 7)
@@ -353,7 +396,9 @@ def test_what_a_run_can_do_without_does_not_end_it(tmp_path, capsys, monkeypatch
         with pytest.raises(KeyboardInterrupt), run.optional("drawing"):
             raise KeyboardInterrupt
     said = capsys.readouterr().out
-    assert said.count("drawing failed (ValueError: x1 must be greater): training goes on without") == 1
+    assert (
+        said.count("drawing failed (ValueError: x1 must be greater): training goes on without") == 1
+    )
     assert "for TensorBoard failed (RuntimeError: no events today)" in said
 
 
@@ -428,7 +473,9 @@ def test_printing_goes_on_when_the_log_cannot_be_written(tmp_path, capsys):
 
 def test_environment_is_json_and_tells_hardware_and_command(tmp_path):
     found = environment()
-    assert found["torch"] == torch.__version__ and found["device"] == "cpu" and found["threads"] >= 1
+    assert (
+        found["torch"] == torch.__version__ and found["device"] == "cpu" and found["threads"] >= 1
+    )
     assert found["cpu"] and found["os"] and found["command"]
     write_json(tmp_path / "environment.json", found)
     assert json.loads((tmp_path / "environment.json").read_text(encoding="utf-8")) == found
@@ -440,7 +487,9 @@ def test_commit_is_the_hash_with_a_mark_for_changed_files(tmp_path, monkeypatch)
 
     def git(*arguments):
         author = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        done = subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     try:
@@ -457,6 +506,8 @@ def test_commit_is_the_hash_with_a_mark_for_changed_files(tmp_path, monkeypatch)
     assert environment()["commit"] == commit
     (tmp_path / "file").write_text("2")
     assert environment()["commit"] == commit + "-dirty"
-    monkeypatch.setattr(environment_module, "REPOSITORY", tmp_path / "inside")  # an archive unpacked inside a repository
+    monkeypatch.setattr(
+        environment_module, "REPOSITORY", tmp_path / "inside"
+    )  # an archive unpacked inside a repository
     (tmp_path / "inside").mkdir()
     assert environment()["commit"] is None

@@ -15,7 +15,15 @@ from conftest import run_script, train_flags
 
 pytestmark = pytest.mark.slow
 
-COMMON_FILES = {"best.pt", "last.pt", "checkpoint.pt", "metrics.json", "tb", "log.txt", "predictions"}
+COMMON_FILES = {
+    "best.pt",
+    "last.pt",
+    "checkpoint.pt",
+    "metrics.json",
+    "tb",
+    "log.txt",
+    "predictions",
+}
 COCO_FIGURES = {
     "mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large",
     "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large", "per_class",
@@ -42,7 +50,8 @@ def without_times(metrics: dict) -> list[dict]:
     """The epochs' records without what a clock or the memory says."""
     measured = {"images_per_s", "data_s", "compute_s", "epoch_s", "evaluation_s", "peak_memory_mb"}
     return [
-        epoch | {"train": {name: value for name, value in epoch["train"].items() if name not in measured}}
+        epoch
+        | {"train": {name: value for name, value in epoch["train"].items() if name not in measured}}
         for epoch in metrics["epochs"]
     ]
 
@@ -62,20 +71,47 @@ def test_stage1_leaves_the_files_of_the_specification(stage1):
 
 
 def check_metrics(metrics: dict, stage: str, kinds: list[str], losses: list[str]) -> None:
-    top = {"format", "stage", "size", "resolution", "class_names", "args", "environment", "epochs", "best"}
+    top = {
+        "format",
+        "stage",
+        "size",
+        "resolution",
+        "class_names",
+        "args",
+        "environment",
+        "epochs",
+        "best",
+    }
     assert metrics.keys() - {"test"} == top
-    assert (metrics["format"], metrics["stage"], metrics["size"], metrics["resolution"]) == (1, stage, "tiny", 64)
+    assert (metrics["format"], metrics["stage"], metrics["size"], metrics["resolution"]) == (
+        1,
+        stage,
+        "tiny",
+        64,
+    )
     assert metrics["class_names"] == CLASSES
     assert {"torch", "device", "cpu", "os", "commit"} <= metrics["environment"].keys()
     assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2]
-    measured = ["loss", "lr", "grad_norm", "images_per_s", "data_s", "compute_s", "epoch_s", "peak_memory_mb"]
+    measured = [
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_s",
+        "data_s",
+        "compute_s",
+        "epoch_s",
+        "peak_memory_mb",
+    ]
     for epoch in metrics["epochs"]:
         for name in measured + losses:
             assert isinstance(epoch["train"][name], float), name
         for key in ("valid", "valid_ema"):
             check_scores(epoch[key], kinds)
     best = metrics["best"]
-    assert best.keys() == {"epoch", "metric", "value", "weights"} and best["metric"] == f"{kinds[-1]}/mAP"
+    assert (
+        best.keys() == {"epoch", "metric", "value", "weights"}
+        and best["metric"] == f"{kinds[-1]}/mAP"
+    )
     key = "valid" if best["weights"] == "regular" else "valid_ema"
     assert metrics["epochs"][best["epoch"] - 1][key][kinds[-1]]["mAP"] == best["value"]
     values = [e[k][kinds[-1]]["mAP"] for e in metrics["epochs"] for k in ("valid", "valid_ema")]
@@ -163,7 +199,9 @@ def test_the_verify_command_prints_the_output_dim(shrunk):
 
 
 def test_shrink_tells_rows_and_the_better_weights(stage1, shrunk):
-    assert re.search(r"glomerulus +29 +0\n", shrunk.output) and re.search(r"\(background\) +0 +3\n", shrunk.output)
+    assert re.search(r"glomerulus +29 +0\n", shrunk.output) and re.search(
+        r"\(background\) +0 +3\n", shrunk.output
+    )
     best = metrics_of(stage1.folder)["best"]
     assert f"the {best['weights']} weights scored higher" in shrunk.output
 
@@ -175,7 +213,10 @@ def test_shrink_names_the_near_matches_of_a_wrong_name(stage1, workplace):
         cwd=workplace, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and not out.exists()
-    assert "'cell' (did you mean 'cells'" in done.stderr and "'vessel' (did you mean 'blood_vessel'" in done.stderr
+    assert (
+        "'cell' (did you mean 'cells'" in done.stderr
+        and "'vessel' (did you mean 'blood_vessel'" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -206,7 +247,9 @@ def test_shrink_never_overwrites_its_input(stage1, call):
 
 def test_stage2_leaves_the_files_of_the_specification(stage2):
     assert names_in(stage2.folder) == COMMON_FILES | {"stage2_config.json"}
-    check_metrics(metrics_of(stage2.folder), "segmentation", ["bbox", "segm"], ["loss_mask", "loss_dice"])
+    check_metrics(
+        metrics_of(stage2.folder), "segmentation", ["bbox", "segm"], ["loss_mask", "loss_dice"]
+    )
     check_scores(metrics_of(stage2.folder)["test"], ["bbox", "segm"])
 
 
@@ -271,7 +314,12 @@ def test_stage2_console(stage2, shrunk):
 
 def test_the_unshrunk_message_and_the_command_in_it(demo, stage1, workplace):
     done = run_script(
-        "train_seg_stage2.py", *train_flags(demo), "--stage1_run", stage1.folder, cwd=workplace, check=False
+        "train_seg_stage2.py",
+        *train_flags(demo),
+        "--stage1_run",
+        stage1.folder,
+        cwd=workplace,
+        check=False,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "Frozen detector head out_dim (91) != requested (4)" in done.stderr.splitlines()[0]
@@ -301,7 +349,14 @@ def test_the_commands_to_type_next_work(stage1, stage2, demo, workplace):
 
 def test_single_stage_leaves_the_files_of_the_specification(single):
     assert names_in(single.folder) == COMMON_FILES
-    check_metrics(metrics_of(single.folder), "single", ["bbox", "segm"], ["loss_mask", "loss_dice", "loss_class"])
+    check_metrics(
+        metrics_of(single.folder),
+        "single",
+        ["bbox", "segm"],
+        ["loss_mask", "loss_dice", "loss_class"],
+    )
     assert "STAGE 1+2: SINGLE-STAGE TRAINING" in single.output
     state = load(single.folder / "best.pt")["model"]
-    assert state["class_embed.0.weight"].shape[0] == 4 and any(key.startswith("mask_head.") for key in state)
+    assert state["class_embed.0.weight"].shape[0] == 4 and any(
+        key.startswith("mask_head.") for key in state
+    )

@@ -32,7 +32,13 @@ from rfdetr.weights.official import to_official
 def seg_size(monkeypatch) -> ModelSize:
     """A very small size with the official head, known to everything in this process."""
     size = replace(
-        SIZES["tiny"], name="seg-test", mask_head="official", depth=3, queries=12, select=12, weights_url="none"
+        SIZES["tiny"],
+        name="seg-test",
+        mask_head="official",
+        depth=3,
+        queries=12,
+        select=12,
+        weights_url="none",
     )
     monkeypatch.setitem(SIZES, size.name, replace(size, recipe=replace(size.recipe, group_detr=2)))
     return SIZES[size.name]
@@ -91,7 +97,11 @@ def test_inference_gives_the_last_layers_masks_for_the_chosen_queries_alone(seg_
         pixels = head.pixels(outputs["features"], images)
         torch.testing.assert_close(pixels, outputs["pixels"])
         chosen = torch.tensor([5, 2])
-        masks = list(head.paste(pixels[0], outputs["queries"][0, chosen], outputs["pred_boxes"][0, chosen], 50, 70))
+        masks = list(
+            head.paste(
+                pixels[0], outputs["queries"][0, chosen], outputs["pred_boxes"][0, chosen], 50, 70
+            )
+        )
         logits = torch.einsum("bchw,bqc->bqhw", outputs["pixels"], outputs["kernels"]) + head.bias
         whole = F.interpolate(logits, size=(50, 70), mode="bilinear")[0, chosen] > 0
     assert [(left, top) for left, top, _ in masks] == [(0, 0)] * 2
@@ -118,16 +128,28 @@ def test_points_lie_where_the_logits_are_near_zero():
 
 def test_mask_costs_are_the_explicit_pairs():
     torch.manual_seed(1)
-    prediction = {"pixels": torch.randn(2, 4, 8, 8), "kernels": torch.randn(2, 5, 4), "mask_bias": torch.ones(1)}
-    masks, has_mask = (torch.rand(3, 32, 32) > 0.5).to(torch.uint8), torch.tensor([True, True, False])
+    prediction = {
+        "pixels": torch.randn(2, 4, 8, 8),
+        "kernels": torch.randn(2, 5, 4),
+        "mask_bias": torch.ones(1),
+    }
+    masks, has_mask = (
+        (torch.rand(3, 32, 32) > 0.5).to(torch.uint8),
+        torch.tensor([True, True, False]),
+    )
     state = torch.get_rng_state()
     costs = mask_costs(prediction, masks, has_mask, [1, 2], bce=3.0, dice=2.0)
     torch.set_rng_state(state)
     points = torch.rand(1, 4, 2)
     assert costs.shape == (3, 5) and (costs[2] == 0).all()
     for obj, image in ((0, 0), (1, 1)):
-        maps = torch.einsum("qc,chw->qhw", prediction["kernels"][image], prediction["pixels"][image]) + 1
-        logits = F.grid_sample(maps[None], 2 * points[:, None] - 1, align_corners=False, padding_mode="border")[0, :, 0]
+        maps = (
+            torch.einsum("qc,chw->qhw", prediction["kernels"][image], prediction["pixels"][image])
+            + 1
+        )
+        logits = F.grid_sample(
+            maps[None], 2 * points[:, None] - 1, align_corners=False, padding_mode="border"
+        )[0, :, 0]
         truth = true_at(masks, torch.tensor([obj]), points).expand_as(logits)
         p = logits.sigmoid()
         bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
@@ -158,11 +180,15 @@ def test_objects_without_a_mask_give_no_mask_loss(seg_model):
 # ---------------------------------------------------------------- files and scripts
 
 
-def test_an_official_file_loads_with_every_tensor_and_predicts_masks(seg_model, official_file, demo):
+def test_an_official_file_loads_with_every_tensor_and_predicts_masks(
+    seg_model, official_file, demo
+):
     content = checkpoint.load(official_file)
     assert (content["size"]["name"], content["mask_head"]) == ("seg-test", "official")
     loaded, _ = checkpoint.build_model(content, groups=None)
-    assert all(torch.equal(t, seg_model.state_dict()[name]) for name, t in loaded.state_dict().items())
+    assert all(
+        torch.equal(t, seg_model.state_dict()[name]) for name, t in loaded.state_dict().items()
+    )
     model = RFDETR.from_checkpoint(official_file, device="cpu")
     found = model.predict(np.zeros((50, 70, 3), np.uint8), threshold=0.0)
     assert len(found.masks) == len(found.scores) == 12
@@ -171,7 +197,10 @@ def test_an_official_file_loads_with_every_tensor_and_predicts_masks(seg_model, 
 
 def test_a_file_without_masks_is_a_detector(official_file, seg_model):
     state = to_official(seg_model.state_dict())
-    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("segmentation_head.")}}, official_file)
+    torch.save(
+        {"model": {k: v for k, v in state.items() if not k.startswith("segmentation_head.")}},
+        official_file,
+    )
     assert checkpoint.load(official_file)["mask_head"] is None
 
 
@@ -181,29 +210,67 @@ def test_the_python_door_names_the_size_that_fits(official_file):
 
 
 def test_a_mask_model_is_fine_tuned_and_scored(seg_size, official_file, few, call):
-    flags = [*train_flags(few), "--size", "seg-test", "--epochs", 1, "--min_steps", 2, "--tensorboard", 0]
-    call(train_seg_single_stage.main, *flags, "--pretrain_weights", official_file, "--output_dir", "run")
+    flags = [
+        *train_flags(few),
+        "--size",
+        "seg-test",
+        "--epochs",
+        1,
+        "--min_steps",
+        2,
+        "--tensorboard",
+        0,
+    ]
+    call(
+        train_seg_single_stage.main,
+        *flags,
+        "--pretrain_weights",
+        official_file,
+        "--output_dir",
+        "run",
+    )
     content = torch.load("run/best.pt")
     assert content["mask_head"] == "official" and content["args"]["mask_loss_coef"] == 1.0
     names = {f"segmentation_head.{name}" for name in OfficialMaskHead(96, 2).state_dict()}
-    assert names == {name for name in content["model"] if "head." in name and "point_head" not in name}
+    assert names == {
+        name for name in content["model"] if "head." in name and "point_head" not in name
+    }
     train = json.loads(Path("run/metrics.json").read_text())["epochs"][0]["train"]
-    assert all(train[f"loss_{kind}{layer}"] > 0 for kind in ("mask", "dice") for layer in ("", "_0", "_enc"))
+    assert all(
+        train[f"loss_{kind}{layer}"] > 0
+        for kind in ("mask", "dice")
+        for layer in ("", "_0", "_enc")
+    )
     call(evaluate.main, "--checkpoint", "run/best.pt", "--dataset", few, "--json", "scores.json")
     assert json.loads(Path("scores.json").read_text()).keys() == {"bbox", "segm", "mask"}
 
 
-def test_stage_2_replaces_the_official_head_where_asked_to(seg_size, seg_model, few, call, tmp_path):
+def test_stage_2_replaces_the_official_head_where_asked_to(
+    seg_size, seg_model, few, call, tmp_path
+):
     table = assign_rows(["cells", "blood_vessel", "glomerulus"], [1, 2, 3], "dataset")
     model = Detector(seg_size, table.rows_total, True, mask_head="official")
     path = tmp_path / "trained.pt"
-    checkpoint.save(path, checkpoint.make_content("single", seg_size, 64, table, "official", model.state_dict()))
+    checkpoint.save(
+        path, checkpoint.make_content("single", seg_size, 64, table, "official", model.state_dict())
+    )
     flags = [*train_flags(few), "--size", "seg-test", "--fast_dev_run", 1, "--tensorboard", 0]
     with pytest.raises(UserError, match="train_seg_single_stage.py --size seg-test"):
         call(train_seg_stage2.main, *flags, "--checkpoint", path)
-    call(train_seg_stage2.main, *flags, "--checkpoint", path, "--mask_head", "nano", "--output_dir", "run")
+    call(
+        train_seg_stage2.main,
+        *flags,
+        "--checkpoint",
+        path,
+        "--mask_head",
+        "nano",
+        "--output_dir",
+        "run",
+    )
     content = torch.load("run/best.pt")
-    assert content["mask_head"] == "nano" and not any("segmentation_head" in name for name in content["model"])
+    assert content["mask_head"] == "nano" and not any(
+        "segmentation_head" in name for name in content["model"]
+    )
 
 
 @pytest.mark.slow
@@ -211,12 +278,24 @@ def test_the_script_fine_tunes_a_published_size(few, tmp_path):
     torch.manual_seed(0)
     model = Detector(SIZES["seg-nano"], 91, mask_head="official")
     torch.save({"model": to_official(model.state_dict())}, tmp_path / "official.pth")
-    flags = [*train_flags(few, 48), "--size", "seg-nano", "--pretrain_weights", "official.pth", "--fast_dev_run", 1]
-    done = run_script("train_seg_single_stage.py", *flags, "--ema", 0, "--output_dir", "run", cwd=tmp_path)
+    flags = [
+        *train_flags(few, 48),
+        "--size",
+        "seg-nano",
+        "--pretrain_weights",
+        "official.pth",
+        "--fast_dev_run",
+        1,
+    ]
+    done = run_script(
+        "train_seg_single_stage.py", *flags, "--ema", 0, "--output_dir", "run", cwd=tmp_path
+    )
     assert f"{len(model.state_dict())} tensors loaded, 0 left" in done.stdout
     assert torch.load(tmp_path / "run/best.pt")["args"]["dice_loss_coef"] == 5.0
     run_script(
         "predict.py", "--checkpoint", "run/best.pt", "--input", few / "valid", "--output", "found", "--threshold", 0,
         cwd=tmp_path,
     )  # fmt: skip
-    assert all(record["mask"] for record in json.loads((tmp_path / "found/predictions.json").read_text()))
+    assert all(
+        record["mask"] for record in json.loads((tmp_path / "found/predictions.json").read_text())
+    )

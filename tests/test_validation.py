@@ -38,7 +38,10 @@ def coco(images: int = 2) -> dict:
     beside = {"bbox": [20, 5, 10, 8], "segmentation": [[20, 5, 30, 5, 30, 13, 20, 13]]}
     annotations.append({"id": 50, "image_id": 1, "category_id": 2} | entry | beside)
     return {
-        "images": [{"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT} for n in range(1, images + 1)],
+        "images": [
+            {"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT}
+            for n in range(1, images + 1)
+        ],
         "annotations": annotations,
         "categories": [{"id": 1, "name": "cell"}, {"id": 2, "name": "vessel"}],
     }
@@ -47,7 +50,9 @@ def coco(images: int = 2) -> dict:
 def write(folder: Path, data: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number, entry in enumerate(data["images"]):
-        image = Image.new("RGB", (WIDTH, HEIGHT), (number % 256, ord(folder.name[0]), number // 256))
+        image = Image.new(
+            "RGB", (WIDTH, HEIGHT), (number % 256, ord(folder.name[0]), number // 256)
+        )
         image.save(folder / Path(entry["file_name"]).name)
     file = folder / "_annotations.coco.json"
     file.write_text(json.dumps(data), encoding="utf-8")
@@ -71,7 +76,9 @@ def check_annotations(data: dict, file: str | Path) -> list[Problem]:
     return CocoSplit(file, data=data).problems
 
 
-def check_dataset(root: Path, val_fraction=None, need_masks=False, check_images=False, queries=300) -> list[Problem]:
+def check_dataset(
+    root: Path, val_fraction=None, need_masks=False, check_images=False, queries=300
+) -> list[Problem]:
     return inspect_dataset(root, val_fraction, need_masks, check_images, queries)[1]
 
 
@@ -85,7 +92,10 @@ def test_a_sound_dataset_has_no_problems(dataset):
 
 
 def test_a_name_longer_than_a_disk_takes_is_a_missing_image(dataset):
-    rewrite(dataset / "train/_annotations.coco.json", lambda d: d["images"][0].update(file_name="x" * 300 + ".png"))
+    rewrite(
+        dataset / "train/_annotations.coco.json",
+        lambda d: d["images"][0].update(file_name="x" * 300 + ".png"),
+    )
     assert codes(check_dataset(dataset)) == {"IMG_MISSING": "error"}
 
 
@@ -167,7 +177,10 @@ def test_annotation_faults(tmp_path, change, code, severity):
         assert "\n" not in str(caught.value)
     else:
         split = read_split(file, file.parent, "train")
-        assert code == "ANN_NO_MASK" or sum(problem.message in split.warnings for problem in problems) >= 1
+        assert (
+            code == "ANN_NO_MASK"
+            or sum(problem.message in split.warnings for problem in problems) >= 1
+        )
         assert all(0 <= x <= WIDTH for image in split.images for x in image.boxes[:, 0::2].ravel())
 
 
@@ -228,7 +241,9 @@ def test_identical_annotations_leave_one(tmp_path):
     data = coco()
     data["annotations"].append(copy.deepcopy(data["annotations"][0]))
     data["annotations"].append(data["annotations"][0] | {"id": 77})
-    data["annotations"].append(data["annotations"][0] | {"id": 78, "segmentation": [[4, 5, 14, 5, 14, 13]]})
+    data["annotations"].append(
+        data["annotations"][0] | {"id": 78, "segmentation": [[4, 5, 14, 5, 14, 13]]}
+    )
     file = write(tmp_path / "train", data)
     split = read_split(file, file.parent, "train")
     assert [(p.code, p.count) for p in check_annotations(data, "x.json")] == [("ANN_DUPLICATE", 2)]
@@ -247,27 +262,44 @@ def test_dropped_and_clipped_annotations(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.booleans(), min_size=1, max_size=600), st.integers(1, 25)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.lists(st.booleans(), min_size=1, max_size=600), st.integers(1, 25)), max_size=5
+    )
+)
 def test_compressed_runs_are_summed_as_pycocotools_reads_them(masks):
     sizes = {}
     for bits, height in masks:
         mask = np.zeros((height, -(-len(bits) // height)), np.uint8, order="F")
         mask.ravel(order="K")[: len(bits)] = bits
         sizes[mask_utils.encode(mask)["counts"].decode()] = mask.size
-    assert run_sums([*sizes, "", "é", "o" * 14, *sizes], at_once=3) == sizes | {"": -1, "é": -1, "o" * 14: -1}
+    assert run_sums([*sizes, "", "é", "o" * 14, *sizes], at_once=3) == sizes | {
+        "": -1,
+        "é": -1,
+        "o" * 14: -1,
+    }
 
 
 def test_large_runs_and_negative_ones():
     mask = np.zeros((3000, 4000), np.uint8, order="F")
     mask[100:2000, 500:3900:7] = 1
     text = mask_utils.encode(mask)["counts"].decode()
-    broken = [text[:-1] + "o", text[:40] + "/" + text[40:], text[:40] + "p" + text[40:], "PPPPPP1", "5O5"]
+    broken = [
+        text[:-1] + "o",
+        text[:40] + "/" + text[40:],
+        text[:40] + "p" + text[40:],
+        "PPPPPP1",
+        "5O5",
+    ]
     assert run_sums([*broken, text]) == {text: mask.size} | dict.fromkeys(broken, -1)
 
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=6)
+        | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner)
+    ),
     max_leaves=8,
 )
 
@@ -281,7 +313,9 @@ def test_no_content_makes_the_check_itself_fail(data):
         key = data.draw(st.sampled_from([*content[table][0], "supercategory"]))
         content[table][0][key] = data.draw(anything)
     for problem in check_annotations(content, "x.json"):
-        assert problem.severity in ("error", "warning") and 1 <= len(problem.places) <= problem.count
+        assert (
+            problem.severity in ("error", "warning") and 1 <= len(problem.places) <= problem.count
+        )
 
 
 def test_missing_images_are_listed(dataset):
@@ -304,7 +338,9 @@ def test_a_few_unreadable_images_are_a_warning_many_are_an_error(tmp_path):
     for number in range(1, 4):
         (tmp_path / f"train/{number}.png").write_bytes(b"no image")
     train = read_dataset(tmp_path)["train"]
-    assert len(train.images) == 8 and len(train.warnings) == 1  # training skips them, scoring counts them as missed
+    assert (
+        len(train.images) == 8 and len(train.warnings) == 1
+    )  # training skips them, scoring counts them as missed
     assert codes(check_dataset(tmp_path, check_images=True)) == {"IMG_CORRUPT": "error"}
     (tmp_path / "train/4.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="4 images that cannot be read"):
@@ -326,11 +362,16 @@ def test_decompression_bomb(dataset, monkeypatch):
 
 
 def test_shared_images_and_classes_missing_in_train(dataset):
-    rewrite(dataset / "train/_annotations.coco.json", lambda data: data["annotations"].pop())  # the only vessel
+    rewrite(
+        dataset / "train/_annotations.coco.json", lambda data: data["annotations"].pop()
+    )  # the only vessel
     (dataset / "valid/1.png").write_bytes((dataset / "train/3.png").read_bytes())
     problems = check_dataset(dataset, check_images=True)
     assert codes(problems) == {"CLASS_NOT_IN_TRAIN": "warning", "IMG_SHARED": "warning"}
-    assert {place for problem in problems for place in problem.places} == {"'vessel'", "1.png = train's 3.png"}
+    assert {place for problem in problems for place in problem.places} == {
+        "'vessel'",
+        "1.png = train's 3.png",
+    }
     assert "without an annotation in train" in read_dataset(dataset)["valid"].warnings[-1]
 
 
@@ -350,7 +391,11 @@ def test_empty_splits(dataset):
 def test_more_objects_than_queries(dataset):
     def crowd_in(data: dict) -> None:
         for n in range(301):
-            other = {"id": 1000 + n, "bbox": [n / 20, 1, 5, 5], "segmentation": [[n / 20, 1, n / 20 + 5, 1, n / 20, 6]]}
+            other = {
+                "id": 1000 + n,
+                "bbox": [n / 20, 1, 5, 5],
+                "segmentation": [[n / 20, 1, n / 20 + 5, 1, n / 20, 6]],
+            }
             data["annotations"].append(data["annotations"][0] | other)
 
     rewrite(dataset / "train/_annotations.coco.json", crowd_in)
@@ -363,7 +408,9 @@ def test_layout_and_broken_files_are_problems_too(dataset):
     (dataset / "train/_annotations.coco.json").write_text('{"images": [\n')
     (dataset / "valid/_annotations.coco.json").write_text("")
     problems = check_dataset(dataset)
-    assert [problem.code for problem in problems] == ["JSON_INVALID"] * 2 and "line 2, column 1" in problems[0].message
+    assert [problem.code for problem in problems] == [
+        "JSON_INVALID"
+    ] * 2 and "line 2, column 1" in problems[0].message
     (dataset / "valid/_annotations.coco.json").unlink()
     assert codes(check_dataset(dataset))["SPLIT_VALID_MISSING"] == "error"
 
@@ -375,7 +422,10 @@ def test_val_fraction_beside_a_valid_split_is_not_used(dataset):
 
 def test_masks_are_required_where_they_are_needed(dataset, capsys):
     require_masks(read_dataset(dataset)["train"])
-    assert capsys.readouterr().out == "✓ Validated: 5/5 sample annotations contain segmentation masks\n"
+    assert (
+        capsys.readouterr().out
+        == "✓ Validated: 5/5 sample annotations contain segmentation masks\n"
+    )
 
     def strip(data: dict, keep: int) -> None:
         for entry in data["annotations"][keep:]:
@@ -386,11 +436,17 @@ def test_masks_are_required_where_they_are_needed(dataset, capsys):
     train = read_dataset(dataset)["train"]
     require_masks(train)
     out = capsys.readouterr().out
-    assert "/5 sample annotations" in out and "3 of 5 annotations have no mask" in out and train.warnings == []
+    assert (
+        "/5 sample annotations" in out
+        and "3 of 5 annotations have no mask" in out
+        and train.warnings == []
+    )
     assert codes(check_dataset(dataset, need_masks=True)) == {"ANN_NO_MASK": "warning"}
 
     rewrite(file, lambda data: strip(data, 0))
-    with pytest.raises(UserError, match="^No segmentation masks found in COCO annotations: .*0 of 5 annotations"):
+    with pytest.raises(
+        UserError, match="^No segmentation masks found in COCO annotations: .*0 of 5 annotations"
+    ):
         require_masks(read_dataset(dataset)["train"])
     assert check_dataset(dataset) == []
     assert codes(check_dataset(dataset, need_masks=True)) == {"MASKS_NONE": "error"}
@@ -400,7 +456,14 @@ def test_checking_takes_at_most_ten_times_as_long_as_loading():
     data = coco(200)
     polygon = np.random.default_rng(0).uniform(2, 28, 60).round(2).tolist()
     data["annotations"] = [
-        {"id": n, "image_id": 1 + n % 200, "category_id": 1, "bbox": [1 + n / 4000, 2, 9, 9], "area": 81, "iscrowd": 0}
+        {
+            "id": n,
+            "image_id": 1 + n % 200,
+            "category_id": 1,
+            "bbox": [1 + n / 4000, 2, 9, 9],
+            "area": 81,
+            "iscrowd": 0,
+        }
         | {"segmentation": [polygon]}
         for n in range(8000)
     ]
@@ -414,7 +477,9 @@ def test_checking_takes_at_most_ten_times_as_long_as_loading():
             times.append(time.process_time() - start)
         return min(times)
 
-    assert seconds(lambda: check_annotations(data, "x.json")) < 10 * seconds(lambda: json.loads(text))
+    assert seconds(lambda: check_annotations(data, "x.json")) < 10 * seconds(
+        lambda: json.loads(text)
+    )
 
 
 def test_reading_needs_no_torch_and_checking_no_pycocotools():
@@ -426,14 +491,22 @@ def test_reading_needs_no_torch_and_checking_no_pycocotools():
 def run_script(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "validate_setup.py"), *map(str, arguments)]
     options = {"capture_output": True, "text": True, "encoding": "utf-8", "errors": "replace"}
-    return subprocess.run(command, **options, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment)
+    return subprocess.run(
+        command, **options, env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment
+    )
 
 
 def test_validate_setup_of_a_good_dataset(dataset, tmp_path):
-    done = run_script("--dataset", dataset, "--json", tmp_path / "report.json", PYTHONIOENCODING="cp1252")
+    done = run_script(
+        "--dataset", dataset, "--json", tmp_path / "report.json", PYTHONIOENCODING="cp1252"
+    )
     assert done.returncode == 0, done.stderr
-    assert "Stage 2 and single stage (masks) are possible" in done.stdout and "vessel" in done.stdout
-    assert done.stdout.splitlines()[-1] == f"Next: python train_detector_stage1.py --dataset {dataset}"
+    assert (
+        "Stage 2 and single stage (masks) are possible" in done.stdout and "vessel" in done.stdout
+    )
+    assert (
+        done.stdout.splitlines()[-1] == f"Next: python train_detector_stage1.py --dataset {dataset}"
+    )
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["ok"] and report["problems"] == [] and all(report["stages"].values())
     assert report["splits"]["train"]["objects"] == 5 and report["environment"]["torch"]
@@ -447,16 +520,24 @@ def test_validate_setup_of_a_bad_dataset_reports_everything(dataset, tmp_path):
 
     rewrite(dataset / "train/_annotations.coco.json", spoil)
     (dataset / "valid/1.png").write_bytes(b"no image")
-    done = run_script("--dataset", dataset, "--json", tmp_path / "report.json", "--check_images", "yes")
+    done = run_script(
+        "--dataset", dataset, "--json", tmp_path / "report.json", "--check_images", "yes"
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    found = {problem["code"] for problem in json.loads((tmp_path / "report.json").read_text())["problems"]}
+    found = {
+        problem["code"]
+        for problem in json.loads((tmp_path / "report.json").read_text())["problems"]
+    }
     assert found == {"ANN_BBOX_NAN", "ANN_BBOX_CLIPPED", "IMG_MISSING", "IMG_CORRUPT"}
     assert all(code in done.stdout for code in found)
 
 
 def test_validate_setup_tells_which_stages_boxes_allow(dataset, capsys):
     for split in ("train", "valid"):
-        rewrite(dataset / split / "_annotations.coco.json", lambda d: [a.pop("segmentation") for a in d["annotations"]])
+        rewrite(
+            dataset / split / "_annotations.coco.json",
+            lambda d: [a.pop("segmentation") for a in d["annotations"]],
+        )
     validate_setup.main(["--dataset", str(dataset), "--check_images", "0"])
     assert "Stage 2 and single stage are not possible" in capsys.readouterr().out
     with pytest.raises(UserError, match="^No segmentation masks found in COCO annotations"):
@@ -466,24 +547,42 @@ def test_validate_setup_tells_which_stages_boxes_allow(dataset, capsys):
 def test_validate_setup_names_the_packages_that_lack(monkeypatch):
     versions = {"torch": "1.13.1+cu117", "numpy": "1.26.4"}
     monkeypatch.setattr(metadata, "version", lambda name: versions.get(name, "99.0"))
-    with pytest.raises(UserError, match=r"^torch is 1\.13\.1\+cu117, 2\.\d+ or newer is needed\. Run: .*pip install"):
+    with pytest.raises(
+        UserError,
+        match=r"^torch is 1\.13\.1\+cu117, 2\.\d+ or newer is needed\. Run: .*pip install",
+    ):
         validate_setup.main([])
 
 
 def test_validate_setup_judges_the_size_resolution_and_device_to_be_trained(dataset, capsys):
     def crowd_in(data: dict) -> None:
         for n in range(101):  # one more than tiny's queries
-            other = {"id": 1000 + n, "bbox": [n / 20, 1, 5, 5], "segmentation": [[n / 20, 1, n / 20 + 5, 1, n / 20, 6]]}
+            other = {
+                "id": 1000 + n,
+                "bbox": [n / 20, 1, 5, 5],
+                "segmentation": [[n / 20, 1, n / 20 + 5, 1, n / 20, 6]],
+            }
             data["annotations"].append(data["annotations"][0] | other)
 
     rewrite(dataset / "train/_annotations.coco.json", crowd_in)
-    flags = ["--dataset", str(dataset), "--check_images", "0", "--val_fraction", "0.2", "--device", "cpu"]
+    flags = [
+        "--dataset",
+        str(dataset),
+        "--check_images",
+        "0",
+        "--val_fraction",
+        "0.2",
+        "--device",
+        "cpu",
+    ]
     validate_setup.main([*flags, "--size", "nano"])
     assert "IMG_MANY_OBJECTS" not in capsys.readouterr().out
     validate_setup.main([*flags, "--size", "tiny", "--resolution", "64"])
     said = capsys.readouterr().out
     assert "[warning] IMG_MANY_OBJECTS" in said and "image 1 (1.png): 103, queries: 100" in said
-    assert said.splitlines()[-1].endswith(" --val_fraction 0.2 --size tiny --resolution 64 --device cpu")
+    assert said.splitlines()[-1].endswith(
+        " --val_fraction 0.2 --size tiny --resolution 64 --device cpu"
+    )
     for wrong in (["--resolution", "100"], ["--device", "abacus"]):
         with pytest.raises(UserError, match=" ".join(wrong)):
             validate_setup.main([*flags, *wrong])

@@ -34,10 +34,16 @@ def disc(height, width, x, y, radius):
 def test_small_pictures_are_enlarged_and_big_ones_keep_their_size(shape):
     height, width = shape
     image = np.zeros((height, width, 3), dtype=np.uint8)
-    boxes, masks = [[0, 0, width, height], [-5, -5, 2, 2]], [encode(np.ones(shape)), encode(np.zeros(shape))]
+    boxes, masks = (
+        [[0, 0, width, height], [-5, -5, 2, 2]],
+        [encode(np.ones(shape)), encode(np.zeros(shape))],
+    )
     picture = draw(image, boxes, ["a", "b"], [0.9, 0.8], masks)
     scale = max(1, MIN_SIDE / max(shape))
-    assert picture.size == (max(1, round(width * scale)), max(1, round(height * scale))) and picture.mode == "RGB"
+    assert (
+        picture.size == (max(1, round(width * scale)), max(1, round(height * scale)))
+        and picture.mode == "RGB"
+    )
     assert np.array(picture).any()
 
 
@@ -52,7 +58,9 @@ def test_colour_is_where_the_mask_is(side):
     inside, outside = disc(600, 600, 360, 360, 140), ~disc(600, 600, 360, 360, 160)
     assert (red[inside] > 140).all() and (green[inside] < 80).all()
     border = disc(600, 600, 360, 360, 160) & ~inside
-    assert np.percentile(green[border], 10) < 40 < green[inside].min()  # an opaque contour round a translucent mask
+    assert (
+        np.percentile(green[border], 10) < 40 < green[inside].min()
+    )  # an opaque contour round a translucent mask
     assert (image[0, 0] == 100).all()
     # beyond the mask: only the box and the label above it
     outside[200:520, 200:520] = False
@@ -69,7 +77,9 @@ def test_masks_boxes_and_labels_are_each_optional():
     )
     changed = (np.array(draw(image, [[100, 200, 300, 400]], ["cell"])) != image).any(axis=2)
     assert changed[198:203, 150:290].any(axis=0).all()  # the box's upper side
-    assert not changed[220:380, 120:280].any() and changed[170:198, 100:130].any()  # the label is above it
+    assert (
+        not changed[220:380, 120:280].any() and changed[170:198, 100:130].any()
+    )  # the label is above it
 
 
 def test_small_objects_survive_and_labels_do_not_hide_them():
@@ -82,8 +92,13 @@ def test_small_objects_survive_and_labels_do_not_hide_them():
             bitmap[y : y + 3, x : x + 3] = 1
             masks.append(encode(bitmap))
     for scores in (None, list(np.linspace(1, 0.1, 100))):
-        pixels = np.array(draw(image, boxes, ["nucleus"] * 100, scores, masks, {"nucleus": (0, 255, 0)}))
-        centres = pixels[[int(2 * (y + 1.5)) for _, y, _, _ in boxes], [int(2 * (x + 1.5)) for x, _, _, _ in boxes]]
+        pixels = np.array(
+            draw(image, boxes, ["nucleus"] * 100, scores, masks, {"nucleus": (0, 255, 0)})
+        )
+        centres = pixels[
+            [int(2 * (y + 1.5)) for _, y, _, _ in boxes],
+            [int(2 * (x + 1.5)) for x, _, _, _ in boxes],
+        ]
         assert ((centres[:, 1] > 60) & (centres[:, 0] == 0)).all()
 
 
@@ -102,12 +117,19 @@ def test_class_colours_are_distinct_stable_and_follow_the_index():
     names = [f"class {i}" for i in range(91)]
     colours = class_colours(names)
     assert len(set(colours.values())) == 91
-    assert all(0 <= value <= 255 and isinstance(value, int) for colour in colours.values() for value in colour)
+    assert all(
+        0 <= value <= 255 and isinstance(value, int)
+        for colour in colours.values()
+        for value in colour
+    )
     assert class_colours(names[:5]) == {name: colours[name] for name in names[:5]}
 
 
 def test_side_by_side_has_both_pictures_under_titles():
-    left, right = Image.new("RGB", (300, 200), (255, 0, 0)), Image.new("RGB", (80, 100), (0, 255, 0))
+    left, right = (
+        Image.new("RGB", (300, 200), (255, 0, 0)),
+        Image.new("RGB", (80, 100), (0, 255, 0)),
+    )
     sheet = side_by_side(left, right, ("ground truth", "prediction"))
     pixels = np.array(sheet)
     top = sheet.height - 200
@@ -117,7 +139,9 @@ def test_side_by_side_has_both_pictures_under_titles():
 
 
 def test_duplicates_are_left_out_by_class_and_the_better_stays():
-    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [20, 20, 30, 30]], dtype=np.float32)
+    boxes = np.array(
+        [[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [20, 20, 30, 30]], dtype=np.float32
+    )
     scores, labels = np.array([0.5, 0.9, 0.3, 0.7]), np.array([0, 0, 1, 0])
     found = Found(np.zeros((40, 40, 3), np.uint8), boxes, scores, labels, list("abcd"), None)
     kept = found.without_duplicates()
@@ -130,7 +154,17 @@ def test_duplicates_are_left_out_by_class_and_the_better_stays():
 
 # ---------------------------------------------------------------- whatever is to be drawn
 
-NAMES = ["cell", "", "two\nlines", "tab\tbell\a\0", "\ud800", "é血🩸", "\u202ename", "x" * 5000, "--out=$(x)"]
+NAMES = [
+    "cell",
+    "",
+    "two\nlines",
+    "tab\tbell\a\0",
+    "\ud800",
+    "é血🩸",
+    "\u202ename",
+    "x" * 5000,
+    "--out=$(x)",
+]
 FAR_OUT = [np.nan, np.inf, -np.inf, 1e300, -1e300, 0.0, -7.5]
 
 
@@ -146,13 +180,30 @@ def scenes(draw) -> dict:
     small, large = rng.uniform(0, 6, (count, 2)), rng.uniform(0, 1, (count, 2)) * (width, height)
     boxes = np.hstack([corners, corners + np.where(rng.random((count, 1)) < 0.7, small, large)])
     boxes = np.where(rng.random((count, 1)) < 0.3, boxes.round(), boxes)
-    boxes = np.where(rng.random((count, 4)) < draw(st.sampled_from([0, 0.1])), rng.choice(FAR_OUT, (count, 4)), boxes)
+    boxes = np.where(
+        rng.random((count, 4)) < draw(st.sampled_from([0, 0.1])),
+        rng.choice(FAR_OUT, (count, 4)),
+        boxes,
+    )
     masks = None
     if draw(st.booleans()):
-        masks = [None if rng.random() < 0.3 else encode(some_mask(rng, height, width)) for _ in range(count)]
+        masks = [
+            None if rng.random() < 0.3 else encode(some_mask(rng, height, width))
+            for _ in range(count)
+        ]
     scores = draw(st.sampled_from([None, rng.random(count).tolist(), [np.nan] * count]))
-    names = [str(name) for name in rng.choice(NAMES, count)] if draw(st.booleans()) else ["cell"] * count
-    return {"shape": (height, width), "boxes": boxes, "names": names, "scores": scores, "masks": masks}
+    names = (
+        [str(name) for name in rng.choice(NAMES, count)]
+        if draw(st.booleans())
+        else ["cell"] * count
+    )
+    return {
+        "shape": (height, width),
+        "boxes": boxes,
+        "names": names,
+        "scores": scores,
+        "masks": masks,
+    }
 
 
 def some_mask(rng, height: int, width: int) -> np.ndarray:
@@ -171,7 +222,11 @@ def scene(height: int, width: int, boxes: list, names: list[str] | None = None) 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(scenes())
 @example(scene(2000, 1500, [[10 + 7 * i, 10.3, 11 + 7.13 * i, 12.4] for i in range(60)]))
-@example(scene(4000, 3000, [[900.2, 900.7, 900.2 + w, 900.7 + h] for w in range(1, 7) for h in range(1, 7)]))
+@example(
+    scene(
+        4000, 3000, [[900.2, 900.7, 900.2 + w, 900.7 + h] for w in range(1, 7) for h in range(1, 7)]
+    )
+)
 @example(scene(100, 100, [[1, 1, 50, 50]], ["two\nlines"]))
 @example(scene(100, 100, [[1, 1, 50, 50]], ["\ud800"]))
 @example(scene(100, 100, [[np.nan, 1, 50, 50], [-np.inf, 2, np.inf, 50], [50, 50, 2, 2]]))
@@ -200,7 +255,9 @@ def test_a_nan_box_takes_its_name_score_and_mask_along():
     box, mask = [100, 200, 300, 400], encode(disc(600, 600, 200, 300, 90))
     alone = draw(image, [box], ["b"], [0.5], [mask])
     nan = [np.nan, 0, 10, 10]
-    assert draw(image, [nan, box, nan], ["a", "b", "c"], [0.9, 0.5, 0.1], [mask, mask, None]) == alone
+    assert (
+        draw(image, [nan, box, nan], ["a", "b", "c"], [0.9, 0.5, 0.1], [mask, mask, None]) == alone
+    )
 
 
 def test_the_sheet_of_classes_takes_any_name(tmp_path):

@@ -130,7 +130,11 @@ def test_not_found_names_url_and_place(server, cache):
     url = server.url.replace("weights.pth", "moved.pth")
     with pytest.raises(UserError) as error:
         weights.find_weights("auto", nano(url))
-    assert "404" in str(error.value) and url in str(error.value) and str(cache / "rf-detr-nano.pth") in str(error.value)
+    assert (
+        "404" in str(error.value)
+        and url in str(error.value)
+        and str(cache / "rf-detr-nano.pth") in str(error.value)
+    )
 
 
 def test_no_network_names_url_and_place(cache):
@@ -159,7 +163,9 @@ def test_another_file_in_the_place_of_the_official_one_is_kept(server, cache):
 
 def test_a_url_of_ones_own_is_kept_under_a_name_of_its_own(server, cache):
     path = weights.find_weights(server.url, SIZES["base"])
-    assert path.parent == cache and path.name.endswith("-weights.pth") and path.read_bytes() == CONTENT
+    assert (
+        path.parent == cache and path.name.endswith("-weights.pth") and path.read_bytes() == CONTENT
+    )
     assert weights.find_weights(server.url, SIZES["nano"]) == path and len(server.ranges) == 1
 
 
@@ -179,7 +185,10 @@ def test_the_command_lists_and_gets(server, cache, monkeypatch, capsys):
     monkeypatch.setitem(SIZES, "nano", nano(server.url))
     weights.main(["list"])
     listed = capsys.readouterr().out
-    assert "tiny" not in listed and f"{server.url}  md5 {MD5}  not in {cache / 'rf-detr-nano.pth'}" in listed
+    assert (
+        "tiny" not in listed
+        and f"{server.url}  md5 {MD5}  not in {cache / 'rf-detr-nano.pth'}" in listed
+    )
     weights.main(["get", "nano"])
     assert str(cache / "rf-detr-nano.pth") in capsys.readouterr().out
     weights.main(["list"])

@@ -25,8 +25,12 @@ def random_view(image: Tensor, augment: str, side: int) -> tuple[Tensor, np.ndar
     """
     top, left, (height, width) = 0, 0, image.shape[-2:]
     if augment == "crops" and torch.rand(()) < 0.5:
-        top, left, height, width = v2.RandomResizedCrop.get_params(image, scale=[0.3, 1.0], ratio=[0.75, 1.33])
-    image = v2.functional.resized_crop(image, top, left, height, width, [side, side], antialias=True)
+        top, left, height, width = v2.RandomResizedCrop.get_params(
+            image, scale=[0.3, 1.0], ratio=[0.75, 1.33]
+        )
+    image = v2.functional.resized_crop(
+        image, top, left, height, width, [side, side], antialias=True
+    )
     place = np.array([[1, 0, -left], [0, 1, -top]]) * [[side / width], [side / height]]
     for axis in (0, 1) if augment == "dihedral" else (0,):
         if torch.rand(()) < 0.5:
@@ -61,5 +65,7 @@ def to_model_input(images: Tensor, device: torch.device, side: int | None = None
     """uint8 (B, 3, R, R) on any device -> normalised float (B, 3, side, side) on `device`."""
     images = v2.functional.normalize(images.to(device, non_blocking=True).float() / 255, MEAN, STD)
     if side is not None and side != images.shape[-1]:
-        images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+        images = F.interpolate(
+            images, size=(side, side), mode="bilinear", align_corners=False, antialias=True
+        )
     return images

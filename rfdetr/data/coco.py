@@ -21,7 +21,11 @@ from rfdetr.masks import object_area
 
 SEEN = 8  # pixels: smaller objects, half a patch of most sizes, are hardly seen
 SMALL_SHARE = 0.2  # of a split's objects; more are worth a warning
-COCO_SIDES = {"small": 32, "medium": 96, "large": np.inf}  # pixels, up to where COCO calls an object so
+COCO_SIDES = {
+    "small": 32,
+    "medium": 96,
+    "large": np.inf,
+}  # pixels, up to where COCO calls an object so
 
 
 UNTURN = {  # EXIF orientation -> what undoes its being applied
@@ -46,7 +50,9 @@ def read_dataset(
     mirrored.  Raises UserError for any error of the data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example")
+        raise UserError(
+            f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example"
+        )
     splits, problems = inspect_dataset(root, val_fraction, queries=queries, exif=exif)
     validation.raise_errors(problems, root)
     if note := exif_note(splits, exif):
@@ -87,7 +93,10 @@ def inspect_dataset(
     if "train" not in files:
         error("SPLIT_TRAIN_MISSING", f"{root} has no train split: training needs one")
     if "valid" not in files and not val_fraction:
-        error("SPLIT_VALID_MISSING", f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1")
+        error(
+            "SPLIT_VALID_MISSING",
+            f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1",
+        )
     settle_exif(splits, {name: folder for name, (_, folder) in files.items()}, decode, exif)
     number_classes(splits)
     if val_fraction and "train" in splits and "valid" not in files:
@@ -97,18 +106,31 @@ def inspect_dataset(
         if not split.mask_count:  # boxes alone may be all that is wanted
             split.places.pop("ANN_NO_MASK", None)
             if need_masks and split.object_count:
-                error("MASKS_NONE", validation.NO_MASKS.format(split.annotation_file, split.object_count))
+                error(
+                    "MASKS_NONE",
+                    validation.NO_MASKS.format(split.annotation_file, split.object_count),
+                )
         for image, count in zip(split.images, split.per_image):
             place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
             split.fault("IMG_MANY_OBJECTS", place, count > queries)
-        split.fault("SPLIT_FRACTION_UNUSED", name, name == "valid" and name in files and val_fraction is not None)
-        split.fault("SPLIT_EMPTY", f"{name}: {len(split.images)} images", not split.object_count and split.sound)
+        split.fault(
+            "SPLIT_FRACTION_UNUSED",
+            name,
+            name == "valid" and name in files and val_fraction is not None,
+        )
+        split.fault(
+            "SPLIT_EMPTY",
+            f"{name}: {len(split.images)} images",
+            not split.object_count and split.sound,
+        )
         if split is train:
             split.raised.add("SPLIT_EMPTY")
         elif train:
             # where train has errors, what is missing there may be their effect
             for class_name, here, there in zip(split.class_names, split.per_class, train.per_class):
-                split.fault("CLASS_NOT_IN_TRAIN", repr(class_name), here and not there and train.sound)
+                split.fault(
+                    "CLASS_NOT_IN_TRAIN", repr(class_name), here and not there and train.sound
+                )
             known = {image.digest: image.file_name for image in train.images if image.digest}
             for image in split.images:
                 place = f"{image.file_name} = train's {known.get(image.digest)}"
@@ -123,34 +145,50 @@ def number_classes(splits: dict[str, CocoSplit]) -> None:
     Labels follow the first split's ascending category ids; classes that only later splits annotate come after. Splits
     are matched by name, they may number their categories differently. A placeholder has no annotation in any split.
     """
-    used = {n: {a["category_id"] for image in split.images for a in image.annotations} for n, split in splits.items()}
+    used = {
+        n: {a["category_id"] for image in split.images for a in image.annotations}
+        for n, split in splits.items()
+    }
     listed = [entry for split in splits.values() for entry in split.categories]
     left_out = validation.placeholders(listed, set().union(*used.values()))
     names: list[str] = []
     own: dict[str, dict[str, int]] = {}  # split -> name -> id
     for name, split in splits.items():
         pairs = sorted({(entry["id"], entry["name"]) for entry in split.categories} - left_out)
-        names += [title for key, title in pairs if title not in names and (not own or key in used[name])]
+        names += [
+            title for key, title in pairs if title not in names and (not own or key in used[name])
+        ]
         own[name] = {title: key for key, title in pairs}
     spare = 1 + max((entry["id"] for entry in listed), default=0)
     for name, split in splits.items():
         split.class_names, split.left_out = names, sorted({title for _, title in left_out})
-        split.category_ids = [own[name].get(title, spare + label) for label, title in enumerate(names)]
-        label_of = {entry["id"]: names.index(entry["name"]) for entry in split.categories if entry["name"] in names}
+        split.category_ids = [
+            own[name].get(title, spare + label) for label, title in enumerate(names)
+        ]
+        label_of = {
+            entry["id"]: names.index(entry["name"])
+            for entry in split.categories
+            if entry["name"] in names
+        }
         for image in split.images:
             for entry in (entry for entry in image.annotations if entry["area"] is None):
                 entry["area"] = object_area(entry, image.height, image.width)
-            image.boxes = np.array([entry["box"] for entry in image.objects], np.float32).reshape(-1, 4)
-            image.labels = np.array([label_of[entry["category_id"]] for entry in image.objects], np.int64)
+            image.boxes = np.array([entry["box"] for entry in image.objects], np.float32).reshape(
+                -1, 4
+            )
+            image.labels = np.array(
+                [label_of[entry["category_id"]] for entry in image.objects], np.int64
+            )
             image.segmentations = [entry["segmentation"] for entry in image.objects]
         split.count()
 
 
-
-
 def object_sides(split: CocoSplit, resolution: int) -> np.ndarray:
     """(objects,) the square roots of the boxes' areas in pixels, once the images are `resolution` pixels square."""
-    scaled = [(r.boxes[:, 2:] - r.boxes[:, :2]) * (resolution / np.array([r.width, r.height])) for r in split.images]
+    scaled = [
+        (r.boxes[:, 2:] - r.boxes[:, :2]) * (resolution / np.array([r.width, r.height]))
+        for r in split.images
+    ]
     return np.sqrt(np.concatenate([np.zeros((0, 2)), *scaled]).prod(axis=1))
 
 
@@ -159,7 +197,9 @@ def small_objects(split: CocoSplit, resolution: int, step: int) -> list[Problem]
     sides = object_sides(split, resolution)
     if not len(sides) or (share := (sides < SEEN).mean()) <= SMALL_SHARE:
         return []
-    better = -int(-resolution * SEEN / np.quantile(sides, SMALL_SHARE, method="higher") // step) * step
+    better = (
+        -int(-resolution * SEEN / np.quantile(sides, SMALL_SHARE, method="higher") // step) * step
+    )
     objects = [(entry, image) for image in split.images for entry in image.objects]
     small = np.flatnonzero(sides < SEEN)
     message = (
@@ -178,7 +218,9 @@ def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
 
     All entries of one file are in the same part, where the first of them by its hash belongs.
     """
-    hashed = [(hashlib.sha256(i.file_name.encode(errors="replace")).digest(), i) for i in split.images]
+    hashed = [
+        (hashlib.sha256(i.file_name.encode(errors="replace")).digest(), i) for i in split.images
+    ]
     hashed.sort(key=lambda pair: pair[0])
     files: dict[object, list[ImageRecord]] = {}
     for _, image in hashed:
@@ -220,17 +262,23 @@ def _exif_proofs(splits: Iterable[CocoSplit]) -> set[bool]:
     return {image.exif_proof for split in splits for image in split.images} - {None}
 
 
-def settle_exif(splits: dict[str, CocoSplit], folders: dict[str, Path], decode: bool, wanted: str | None) -> None:
+def settle_exif(
+    splits: dict[str, CocoSplit], folders: dict[str, Path], decode: bool, wanted: str | None
+) -> None:
     """Decide for a whole dataset what its images' EXIF orientation means, as `exif_rule`, and note what is doubtful.
 
     A split is read again where sizes that its file leaves out follow from that.
     """
     rule, proofs = exif_rule(splits.values(), wanted), _exif_proofs(splits.values())
     for name, split in splits.items():
-        turned = [image for image in split.images if image.orientation > 1 and image.exif_proof is None]
+        turned = [
+            image for image in split.images if image.orientation > 1 and image.exif_proof is None
+        ]
         sizeless = any(image.orientation >= 5 and image.width != image.height for image in turned)
         if sizeless and rule != split.exif:
-            splits[name] = split = CocoSplit(split.annotation_file, folders[name], decode, exif=rule)
+            splits[name] = split = CocoSplit(
+                split.annotation_file, folders[name], decode, exif=rule
+            )
         split.exif = rule
         for image in (image for image in split.images if image.orientation > 1):
             if image.exif_proof is None:
@@ -263,7 +311,9 @@ def load_image(record: ImageRecord) -> np.ndarray:
     pixels = read_pixels(record.path, record.exif)
     if pixels.shape[:2] != (record.height, record.width):
         size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise UserError(f"{printable(record.path)}: {size} pixels, the annotations say {record.width}x{record.height}")
+        raise UserError(
+            f"{printable(record.path)}: {size} pixels, the annotations say {record.width}x{record.height}"
+        )
     return pixels
 
 
@@ -272,7 +322,9 @@ def read_pixels(path: str | Path, turn: bool) -> np.ndarray:
     try:
         with Image.open(path, formats=validation.FORMATS) as image:
             return to_rgb_array(oriented(image, turn))
-    except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
         message = f"{printable(path)}: cannot be read as an image: {error}. Replace it or delete its entry"
         raise UserError(message) from error
 
@@ -293,11 +345,13 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         gray = np.nan_to_num(np.asarray(image, np.float64).clip(0))
         top = gray.max(initial=0)
-        full = 65535 if image.mode.startswith("I;16") else next((n for n in (1, 255, 65535) if top <= n), top)
+        full = (
+            65535
+            if image.mode.startswith("I;16")
+            else next((n for n in (1, 255, 65535) if top <= n), top)
+        )
         gray = (gray * (255 / full)).round().clip(0, 255).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode in ("P", "PA"):  # a palette's transparency may be bytes, which only RGBA takes
         image = image.convert("RGBA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-

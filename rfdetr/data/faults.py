@@ -48,10 +48,15 @@ MOST = 0.9  # of a split's boxes or polygons in 0..1: it is not in pixels
 ONE = 1.001  # the largest coordinate of what is in 0..1, with what rounding adds
 FEW_PIXELS = 8  # an image's side up to which a box may well lie within its first pixel
 OFF_WARNING, OFF_ERROR = 0.05, 0.5  # of a split's masks that do not lie on their boxes
-MARGIN, MARGIN_PIXELS = 0.1, 2.0  # a mask may stand out of its box by this share of a side, and by so many pixels
+MARGIN, MARGIN_PIXELS = (
+    0.1,
+    2.0,
+)  # a mask may stand out of its box by this share of a side, and by so many pixels
 
 # Only these are decoded: for others Pillow would call a program (Ghostscript for EPS), whatever the file's name says.
-FORMATS = "JPEG PNG TIFF BMP WEBP GIF PPM JPEG2000 AVIF DIB PCX ICO TGA".split()  # JPEG: cameras' MPO too
+FORMATS = (
+    "JPEG PNG TIFF BMP WEBP GIF PPM JPEG2000 AVIF DIB PCX ICO TGA".split()
+)  # JPEG: cameras' MPO too
 Image.init()
 FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF: from Pillow 11.3 on
 
@@ -62,8 +67,16 @@ NUMBERS = {int, float}
 
 # code: (severity, "3 annotations ...", what to do or what was done). The noun comes from the code's first word.
 CODES: dict[str, tuple[str, str, str]] = {
-    "JSON_STRUCTURE": ("error", "where COCO has something else", "compare the file with the COCO format"),
-    "CAT_INVALID": ("error", "without a whole number as id or without a text as name", "give it both"),
+    "JSON_STRUCTURE": (
+        "error",
+        "where COCO has something else",
+        "compare the file with the COCO format",
+    ),
+    "CAT_INVALID": (
+        "error",
+        "without a whole number as id or without a text as name",
+        "give it both",
+    ),
     "CAT_NAME_CONTROL": (
         "error",
         "whose name holds a line break, another control character or half a surrogate pair",
@@ -73,18 +86,46 @@ CODES: dict[str, tuple[str, str, str]] = {
     "CAT_NAME_DUPLICATE": ("error", "with the name of another", "merge or rename them"),
     "IMG_ID_INVALID": ("error", "without a whole number or a text as id", "give each its own id"),
     "IMG_ID_DUPLICATE": ("error", "with the id of another", "give each its own id"),
-    "IMG_PATH": ("error", "whose file_name is no plain path inside the dataset", "write it relative, without .."),
-    "IMG_MISSING": ("error", "whose file is missing", "put the files there or delete their entries"),
-    "IMG_TYPE": ("error", "whose file is a folder, pipe, socket or device", "put images there or delete their entries"),
+    "IMG_PATH": (
+        "error",
+        "whose file_name is no plain path inside the dataset",
+        "write it relative, without ..",
+    ),
+    "IMG_MISSING": (
+        "error",
+        "whose file is missing",
+        "put the files there or delete their entries",
+    ),
+    "IMG_TYPE": (
+        "error",
+        "whose file is a folder, pipe, socket or device",
+        "put images there or delete their entries",
+    ),
     "IMG_UNREADABLE": (
         "warning",
         "that the system refuses to read (rights, disk, network)",
         "mend that and run this again; training skips them",
     ),
-    "IMG_CORRUPT": ("warning", "that cannot be read", "replace the files or delete their entries; training skips them"),
-    "IMG_BOMB": ("error", "with too many pixels (a decompression bomb?)", "scale them down or delete their entries"),
-    "IMG_SIZE_INVALID": ("error", "whose width or height is no whole number above 0", "write the image's size"),
-    "IMG_SIZE": ("error", "of another size than the annotations say", "export them again from the same images"),
+    "IMG_CORRUPT": (
+        "warning",
+        "that cannot be read",
+        "replace the files or delete their entries; training skips them",
+    ),
+    "IMG_BOMB": (
+        "error",
+        "with too many pixels (a decompression bomb?)",
+        "scale them down or delete their entries",
+    ),
+    "IMG_SIZE_INVALID": (
+        "error",
+        "whose width or height is no whole number above 0",
+        "write the image's size",
+    ),
+    "IMG_SIZE": (
+        "error",
+        "of another size than the annotations say",
+        "export them again from the same images",
+    ),
     "IMG_EXIF_UNKNOWN": (
         "warning",
         "with an EXIF orientation that their annotated size neither proves nor denies",
@@ -96,18 +137,42 @@ CODES: dict[str, tuple[str, str, str]] = {
         "each of them is read as its size says",
     ),
     "IMG_LINK": ("warning", "behind symbolic links", "followed"),
-    "IMG_MANY_OBJECTS": ("warning", "with more objects than the model has queries", "it cannot find them all"),
+    "IMG_MANY_OBJECTS": (
+        "warning",
+        "with more objects than the model has queries",
+        "it cannot find them all",
+    ),
     "IMG_SHARED": ("warning", "that train has too (equal content)", "scores on them say little"),
     "ANN_ID_INVALID": ("error", "without a whole number as id", "give each its own id"),
     "ANN_ID_DUPLICATE": ("error", "with the id of another", "give each its own id"),
     "ANN_DUPLICATE": ("warning", "identical to another", "one of each is kept"),
-    "ANN_IMAGE_UNKNOWN": ("error", "of an image_id that is not under images", "add the image or delete them"),
-    "ANN_CATEGORY_UNKNOWN": ("error", "of a category_id that is not under categories", "add the category"),
+    "ANN_IMAGE_UNKNOWN": (
+        "error",
+        "of an image_id that is not under images",
+        "add the image or delete them",
+    ),
+    "ANN_CATEGORY_UNKNOWN": (
+        "error",
+        "of a category_id that is not under categories",
+        "add the category",
+    ),
     "ANN_CROWD_INVALID": ("error", "with an iscrowd other than 0 or 1", "write 0 or 1"),
-    "ANN_AREA_INVALID": ("error", "with an area that is no finite number", "correct it or leave it out"),
+    "ANN_AREA_INVALID": (
+        "error",
+        "with an area that is no finite number",
+        "correct it or leave it out",
+    ),
     "ANN_AREA_EMPTY": ("warning", "with an area of 0 or less", "dropped"),
-    "ANN_BBOX_TYPE": ("error", "whose bbox is not a list of 4 numbers", "write [x, y, width, height] in pixels"),
-    "ANN_BBOX_NAN": ("error", "with a NaN, infinite or absurd (> 1e7) bbox", "correct or delete them"),
+    "ANN_BBOX_TYPE": (
+        "error",
+        "whose bbox is not a list of 4 numbers",
+        "write [x, y, width, height] in pixels",
+    ),
+    "ANN_BBOX_NAN": (
+        "error",
+        "with a NaN, infinite or absurd (> 1e7) bbox",
+        "correct or delete them",
+    ),
     "ANN_BBOX_EMPTY": ("warning", "with a bbox of no width or height", "dropped"),
     "ANN_BBOX_OUTSIDE": ("warning", "with a bbox wholly outside the image", "dropped"),
     "ANN_BBOX_CLIPPED": ("warning", "with a bbox partly outside the image", "clipped"),
@@ -126,24 +191,58 @@ CODES: dict[str, tuple[str, str, str]] = {
         "whose mask does not lie on its bbox",
         "x and y swapped, shifted or scaled? Look with validate_setup.py --preview, and export them again",
     ),
-    "ANN_SEG_TYPE": ("error", "whose segmentation is neither lists of numbers nor an RLE", "export the masks again"),
-    "ANN_SEG_NAN": ("error", "with a NaN, infinite or absurd (> 1e7) polygon", "correct or delete them"),
-    "ANN_POLYGON_SHORT": ("warning", "with a polygon of less than 3 points", "the polygon is dropped"),
-    "ANN_POLYGON_ODD": ("warning", "with a polygon of an odd number of coordinates", "the polygon is dropped"),
-    "ANN_POLYGON_FAR": ("warning", "with a polygon that leads far outside the image", "the polygon is dropped"),
-    "ANN_RLE_SIZE": ("error", "with an RLE of another size than the image", "export the masks again"),
+    "ANN_SEG_TYPE": (
+        "error",
+        "whose segmentation is neither lists of numbers nor an RLE",
+        "export the masks again",
+    ),
+    "ANN_SEG_NAN": (
+        "error",
+        "with a NaN, infinite or absurd (> 1e7) polygon",
+        "correct or delete them",
+    ),
+    "ANN_POLYGON_SHORT": (
+        "warning",
+        "with a polygon of less than 3 points",
+        "the polygon is dropped",
+    ),
+    "ANN_POLYGON_ODD": (
+        "warning",
+        "with a polygon of an odd number of coordinates",
+        "the polygon is dropped",
+    ),
+    "ANN_POLYGON_FAR": (
+        "warning",
+        "with a polygon that leads far outside the image",
+        "the polygon is dropped",
+    ),
+    "ANN_RLE_SIZE": (
+        "error",
+        "with an RLE of another size than the image",
+        "export the masks again",
+    ),
     "ANN_RLE_COUNTS": (
         "error",
         "with RLE runs that are empty or do not sum to height x width",
         "export the masks again",
     ),
-    "ANN_RLE_TYPE": ("error", "whose RLE counts are neither a text nor whole numbers", "export the masks again"),
+    "ANN_RLE_TYPE": (
+        "error",
+        "whose RLE counts are neither a text nor whole numbers",
+        "export the masks again",
+    ),
     "ANN_NO_MASK": ("warning", "without a usable mask", "they give no mask loss"),
-    "SPLIT_EMPTY": ("warning", "without a usable object", "it gives nothing to train on and no scores"),
+    "SPLIT_EMPTY": (
+        "warning",
+        "without a usable object",
+        "it gives nothing to train on and no scores",
+    ),
     "SPLIT_FRACTION_UNUSED": ("warning", "that exists already", "--val_fraction is not used"),
     "CLASS_NOT_IN_TRAIN": ("warning", "without an annotation in train", "nothing can learn them"),
 }
-NOUNS = dict(JSON="place places", CAT="category categories", IMG="image images", ANN="annotation annotations")
+NOUNS = dict(
+    JSON="place places", CAT="category categories", IMG="image images", ANN="annotation annotations"
+)
 NOUNS |= dict(CLASS="class classes", SPLIT="split splits")
 
 
@@ -177,7 +276,9 @@ class ImageRecord:
     sample: int | None = None  # seen.content_hash of the file, where it can be read
     boxes: np.ndarray = field(init=False)  # (n, 4) float32 xyxy, inside the image
     labels: np.ndarray = field(init=False)  # (n,) int64, 0..N-1
-    segmentations: list[list | dict | None] = field(init=False)  # raw polygons or RLE, None where missing or unusable
+    segmentations: list[list | dict | None] = field(
+        init=False
+    )  # raw polygons or RLE, None where missing or unusable
 
     @property
     def objects(self) -> list[dict]:
@@ -208,12 +309,18 @@ class CocoSplit:
         self.annotation_file, data = Path(file), read_json(file) if data is None else data
         self.exif = exif
         self.places: dict[str, list[str]] = {}  # code -> where
-        self.blame: dict[int, set[str]] = {}  # id() of an entry of `data`, or of an ImageRecord -> codes
+        self.blame: dict[
+            int, set[str]
+        ] = {}  # id() of an entry of `data`, or of an ImageRecord -> codes
         self.raised: set[str] = set()  # codes that are errors here though CODES says warning
-        categories, images, annotations = (self._table(data, key) for key in ("categories", "images", "annotations"))
+        categories, images, annotations = (
+            self._table(data, key) for key in ("categories", "images", "annotations")
+        )
         self.categories = self._check_categories(categories, annotations)
         self.listed = self._check_images(images)  # by id, those that cannot be read too
-        self.images = list(self.listed.values()) if folder is None else self._check_files(folder, decode)
+        self.images = (
+            list(self.listed.values()) if folder is None else self._check_files(folder, decode)
+        )
         self._check_annotations(annotations)
 
     def count(self) -> None:
@@ -222,7 +329,9 @@ class CocoSplit:
         labels = Counter(label for image in self.images for label in image.labels.tolist())
         self.per_class = [labels[label] for label in range(len(self.class_names))]
         self.object_count = sum(self.per_image)
-        self.mask_count = sum(mask is not None for image in self.images for mask in image.segmentations)
+        self.mask_count = sum(
+            mask is not None for image in self.images for mask in image.segmentations
+        )
 
     @property
     def ground_truth(self) -> dict:
@@ -231,7 +340,9 @@ class CocoSplit:
         return {
             "images": [{name: getattr(image, name) for name in fields} for image in self.images],
             "annotations": [entry for image in self.images for entry in image.annotations],
-            "categories": [{"id": key, "name": name} for key, name in zip(self.category_ids, self.class_names)],
+            "categories": [
+                {"id": key, "name": name} for key, name in zip(self.category_ids, self.class_names)
+            ],
         }
 
     @property
@@ -256,7 +367,15 @@ class CocoSplit:
             noun = NOUNS[code.split("_")[0]].split()[len(places) > 1]
             first = ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
             message = f"{self.annotation_file}: {len(places)} {noun} {what} ({first}): {then}"
-            out.append(Problem(code, "error" if code in self.raised else severity, message, len(places), places[:20]))
+            out.append(
+                Problem(
+                    code,
+                    "error" if code in self.raised else severity,
+                    message,
+                    len(places),
+                    places[:20],
+                )
+            )
         return sorted(out, key=lambda problem: problem.severity)
 
     @property
@@ -274,7 +393,11 @@ class CocoSplit:
         if self.fault("JSON_STRUCTURE", f"no list {key!r}", not isinstance(entries, list)):
             return []
         for index, entry in enumerate(entries):
-            self.fault("JSON_STRUCTURE", f"{key}[{index}] is a {type(entry).__name__}", not isinstance(entry, dict))
+            self.fault(
+                "JSON_STRUCTURE",
+                f"{key}[{index}] is a {type(entry).__name__}",
+                not isinstance(entry, dict),
+            )
         return [entry for entry in entries if isinstance(entry, dict)]
 
     def _check_categories(self, entries: list[dict], annotations: list[dict]) -> list[dict]:
@@ -282,13 +405,21 @@ class CocoSplit:
         for index, entry in enumerate(entries):
             key, name = entry.get("id"), entry.get("name")
             place = f"categories[{index}]: id {key!r}, name {name!r}"
-            if not self.fault("CAT_INVALID", place, not is_whole(key) or not isinstance(name, str), entry):
-                self.fault("CAT_ID_DUPLICATE", place, good.setdefault(key, entry) is not entry, entry)
+            if not self.fault(
+                "CAT_INVALID", place, not is_whole(key) or not isinstance(name, str), entry
+            ):
+                self.fault(
+                    "CAT_ID_DUPLICATE", place, good.setdefault(key, entry) is not entry, entry
+                )
                 self.fault("CAT_NAME_CONTROL", place, any(map(is_control, name)), entry)
         # Labelling tools give the placeholder the name of the class where there is but one, so it does not count.
-        used = {entry.get("category_id") for entry in annotations if is_whole(entry.get("category_id"))}
+        used = {
+            entry.get("category_id") for entry in annotations if is_whole(entry.get("category_id"))
+        }
         left_out = placeholders(good.values(), used)
-        names = Counter(entry["name"] for key, entry in good.items() if (key, entry["name"]) not in left_out)
+        names = Counter(
+            entry["name"] for key, entry in good.items() if (key, entry["name"]) not in left_out
+        )
         for name, times in names.items():
             self.fault("CAT_NAME_DUPLICATE", repr(name), times > 1)
         return list(good.values())
@@ -296,14 +427,23 @@ class CocoSplit:
     def _check_images(self, entries: list[dict]) -> dict[int | str, ImageRecord]:
         images: dict[int | str, ImageRecord] = {}
         for index, entry in enumerate(entries):
-            key, file, sides = entry.get("id"), entry.get("file_name"), [entry.get("width"), entry.get("height")]
+            key, file, sides = (
+                entry.get("id"),
+                entry.get("file_name"),
+                [entry.get("width"), entry.get("height")],
+            )
             place = f"images[{index}]: id {key!r}, file {file!r}"
-            if self.fault("IMG_ID_INVALID", place, not is_whole(key) and type(key) is not str, entry):
+            if self.fault(
+                "IMG_ID_INVALID", place, not is_whole(key) and type(key) is not str, entry
+            ):
                 continue
             self.fault("IMG_ID_DUPLICATE", place, key in images, entry)
             if self.fault("IMG_PATH", place, not stays_inside(file), entry):
                 file = ""
-            sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sides]
+            sides = [
+                int(side) if isinstance(side, float) and side.is_integer() else side
+                for side in sides
+            ]
             wrong = any(side is not None and not (is_whole(side) and side > 0) for side in sides)
             if self.fault("IMG_SIZE_INVALID", place, wrong, entry) or None in sides:
                 sides = [inf, inf]  # until the file tells
@@ -313,9 +453,16 @@ class CocoSplit:
     def _check_files(self, folder: Path, decode: bool) -> list[ImageRecord]:
         """The images that are there; one that cannot be read counts as missed in scoring where its size is known."""
         images, usable = [image for image in self.listed.values() if image.file_name], []
-        bar = {"desc": "Images", "unit": "image", "leave": False, "disable": None if decode else True}
+        bar = {
+            "desc": "Images",
+            "unit": "image",
+            "leave": False,
+            "disable": None if decode else True,
+        }
         with SeenImages(folder) as seen:
-            found = thread_map(lambda image: _look(image, folder, decode, seen, self.exif), images, **bar)
+            found = thread_map(
+                lambda image: _look(image, folder, decode, seen, self.exif), images, **bar
+            )
         for image, faults in zip(images, found):
             for code in faults:
                 self.fault(code, faults[code], of=image)
@@ -335,18 +482,25 @@ class CocoSplit:
         texts = [mask.get("counts") for mask in masks if isinstance(mask, dict)]
         sums = run_sums([text for text in texts if type(text) is str])
         for entry in entries:
-            key, image_id, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
+            key, image_id, category = (
+                entry.get("id"),
+                entry.get("image_id"),
+                entry.get("category_id"),
+            )
             image = self.listed.get(image_id, nowhere) if type(image_id) in (int, str) else nowhere
             place = f"annotation {key} of image {image_id} ({image.file_name})"
             box, box_fault = clip_box(entry, image.width, image.height)
-            segmentation, faults, extent = usable_part(entry.get("segmentation"), image.width, image.height, sums)
+            segmentation, faults, extent = usable_part(
+                entry.get("segmentation"), image.width, image.height, sums
+            )
             tests = {
                 "ANN_ID_INVALID": not is_whole(key),
                 "ANN_ID_DUPLICATE": is_whole(key) and ids.setdefault(key, entry) != entry,
                 "ANN_CROWD_INVALID": entry.get("iscrowd") not in (0, 1, None),
                 "ANN_CATEGORY_UNKNOWN": not is_whole(category) or category not in categories,
                 "ANN_IMAGE_UNKNOWN": image is nowhere,
-                "ANN_AREA_INVALID": entry.get("area") is not None and _number_fault([entry["area"]], LIMIT**2),
+                "ANN_AREA_INVALID": entry.get("area") is not None
+                and _number_fault([entry["area"]], LIMIT**2),
             }
             wrong = [code for code in tests if tests[code]] + sorted({*faults, box_fault} - {None})
             for code in wrong:
@@ -359,10 +513,16 @@ class CocoSplit:
             elif box and segmentation and not entry.get("iscrowd"):
                 rles.append((segmentation, entry["bbox"], image, place))
             twin = twins.setdefault((image_id, category, *entry["bbox"]), entry)
-            same = twin is not entry and all(twin.get(name) == entry.get(name) for name in ("segmentation", "iscrowd"))
+            same = twin is not entry and all(
+                twin.get(name) == entry.get(name) for name in ("segmentation", "iscrowd")
+            )
             if box and self.fault("ANN_DUPLICATE", place, same, entry):
                 box = None
-            clean = {"area": entry.get("area"), "iscrowd": int(entry.get("iscrowd") or 0), "segmentation": segmentation}
+            clean = {
+                "area": entry.get("area"),
+                "iscrowd": int(entry.get("iscrowd") or 0),
+                "segmentation": segmentation,
+            }
             self.fault("ANN_NO_MASK", place, box and not clean["iscrowd"] and not segmentation)
             image.annotations.append(entry | clean | {"box": box})
         for extent, (_, bbox, image, place) in zip(rle_extents([rle[0] for rle in rles]), rles):
@@ -415,10 +575,18 @@ class Frames:
             ("ANN_BBOX_NORMALISED", self.tiny_boxes, self.boxes),
             ("ANN_POLYGON_NORMALISED", self.tiny_masks, self.masks),
         )
-        wrong = [(code, "error", places) for code, places, of in units if len(places) >= max(SEVERAL, MOST * of)]
+        wrong = [
+            (code, "error", places)
+            for code, places, of in units
+            if len(places) >= max(SEVERAL, MOST * of)
+        ]
         yield from wrong
         if not wrong and len(self.off) >= SEVERAL and len(self.off) > OFF_WARNING * self.masks:
-            yield "ANN_MASK_OFF_BOX", "error" if len(self.off) > OFF_ERROR * self.masks else "warning", self.off
+            yield (
+                "ANN_MASK_OFF_BOX",
+                "error" if len(self.off) > OFF_ERROR * self.masks else "warning",
+                self.off,
+            )
 
 
 def read_json(path: str | Path) -> dict:
@@ -426,7 +594,9 @@ def read_json(path: str | Path) -> dict:
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):  # a pipe would never end
-            raise UserError(f"{path}: not read, it is {kind_of_file(mode)}: put the annotation file there")
+            raise UserError(
+                f"{path}: not read, it is {kind_of_file(mode)}: put the annotation file there"
+            )
         raw = Path(path).read_bytes()
         data = json.loads(raw)
         if isinstance(data, dict):
@@ -439,7 +609,9 @@ def read_json(path: str | Path) -> dict:
         line = getattr(error, "lineno", before.count(b"\n") + 1)
         column = getattr(error, "colno", len(before) - before.rfind(b"\n"))
     advice = "Was the export or download cut off? Export it again."
-    raise UserError(f"{path}: line {line}, column {column}: not a COCO annotation file: {fault}. {advice}")
+    raise UserError(
+        f"{path}: line {line}, column {column}: not a COCO annotation file: {fault}. {advice}"
+    )
 
 
 def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
@@ -484,15 +656,23 @@ def require_masks(split: CocoSplit) -> None:
     sample = [masks[i] for i in np.linspace(0, len(masks) - 1, min(10, len(masks))).astype(int)]
     tick(f"Validated: {sum(sample)}/{len(sample)} sample annotations contain segmentation masks")
     if lacking := len(masks) - sum(masks):
-        warn(f"{split.annotation_file}: {lacking} of {len(masks)} annotations have no mask: they give no mask loss")
+        warn(
+            f"{split.annotation_file}: {lacking} of {len(masks)} annotations have no mask: they give no mask loss"
+        )
 
 
 def placeholders(categories: Iterable[dict], used: set[int]) -> set[tuple[int, str]]:
     """(id, name) of the categories whose id is not in `used` and that are the supercategory of another one."""
-    parents = {(entry["id"], entry["name"]): str(entry.get("supercategory")) for entry in categories}
+    parents = {
+        (entry["id"], entry["name"]): str(entry.get("supercategory")) for entry in categories
+    }
     children = Counter(parents.values())
     # its own supercategory does not count
-    return {key for key, parent in parents.items() if key[0] not in used and children[key[1]] > (parent == key[1])}
+    return {
+        key
+        for key, parent in parents.items()
+        if key[0] not in used and children[key[1]] > (parent == key[1])
+    }
 
 
 def is_whole(value: object) -> bool:
@@ -500,13 +680,17 @@ def is_whole(value: object) -> bool:
     return type(value) is int and abs(value) < 2**53
 
 
-def _look(image: ImageRecord, folder: Path, decode: bool, seen: SeenImages, exif: str) -> dict[str, str]:
+def _look(
+    image: ImageRecord, folder: Path, decode: bool, seen: SeenImages, exif: str
+) -> dict[str, str]:
     """Find the image's file and fill in what it tells, as it was seen before where it is still the same file.
 
     `decode`: as a whole, not the header alone.  exif: as for CocoSplit.  Returns {code: place} of the faults.
     """
     image.path = find_image(folder, image.file_name)
-    way = [image.path, *image.path.parents][: len(image.path.relative_to(folder).parts) + 1]  # up to the split's folder
+    way = [image.path, *image.path.parents][
+        : len(image.path.relative_to(folder).parts) + 1
+    ]  # up to the split's folder
     links = {"IMG_LINK": str(image.path)} if any(map(os.path.islink, way)) else {}
     name, stamp = f"{image.file_name} {image.width}x{image.height}", stamp_of(image.path)
     known = seen.get(f"{name} decoded", stamp)
@@ -541,7 +725,9 @@ def _open(image: ImageRecord, decode: bool) -> tuple[dict[str, str], tuple[int, 
         return {}, stored
     except Image.DecompressionBombError:
         return {"IMG_BOMB": ""}, None
-    except Exception as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
         if getattr(error, "errno", None) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             return {"IMG_MISSING": ""}, None
         if is_passing(error):
@@ -552,7 +738,10 @@ def _open(image: ImageRecord, decode: bool) -> tuple[dict[str, str], tuple[int, 
 def _orientation(picture: Image.Image, said: tuple[float, float]) -> tuple[int, tuple[int, int]]:
     """(EXIF orientation, 1..8, (width, height) as stored) of an opened image whose annotated size is `said`."""
     if picture.format == "TIFF":  # Pillow turns it while it loads
-        orientation, stored = picture.tag_v2.get(ORIENTATION, 1), tuple(picture.tag_v2[tag] for tag in TIFF_SIDES)
+        orientation, stored = (
+            picture.tag_v2.get(ORIENTATION, 1),
+            tuple(picture.tag_v2[tag] for tag in TIFF_SIDES),
+        )
     else:
         orientation, stored = 1, picture.size
         packets = str(picture.info.get("xmp", "")) + str(picture.info.get("XML:com.adobe.xmp", ""))
@@ -588,7 +777,9 @@ def _number_fault(values: list, limit: float = LIMIT) -> str | None:
     return None if sound else "NAN"
 
 
-def clip_box(entry: dict, right: float, bottom: float) -> tuple[tuple[float, float, float, float] | None, str | None]:
+def clip_box(
+    entry: dict, right: float, bottom: float
+) -> tuple[tuple[float, float, float, float] | None, str | None]:
     """(xyxy box inside the image, or None where the annotation falls out; fault code, if any)."""
     box, area = entry.get("bbox"), entry.get("area")
     fault = _number_fault(box) if type(box) is list and len(box) == 4 else "TYPE"
@@ -657,7 +848,9 @@ def _rle_fault(rle: object, width: float, height: float, sums: dict[str, int]) -
     if not isinstance(rle, dict):
         return "ANN_SEG_TYPE"
     size, runs, known = rle.get("size"), rle.get("counts"), (height, width)
-    sound = type(size) is list and len(size) == 2 and all(is_whole(side) and side > 0 for side in size)
+    sound = (
+        type(size) is list and len(size) == 2 and all(is_whole(side) and side > 0 for side in size)
+    )
     if not sound or any(theirs not in (own, inf) for own, theirs in zip(size, known)):
         return "ANN_RLE_SIZE"
     if type(runs) is str:
@@ -675,7 +868,9 @@ def run_sums(texts: list[str], at_once: int = 1000) -> dict[str, int]:
     Empty runs (the first and the last may be) make pycocotools' merge write beyond its memory.
     """
     sums = dict.fromkeys(texts, -1)
-    whole = [text for text in sums if text.isascii() and "0" <= text[-1:] <= "O"]  # the last number ends
+    whole = [
+        text for text in sums if text.isascii() and "0" <= text[-1:] <= "O"
+    ]  # the last number ends
     for part in (whole[i : i + at_once] for i in range(0, len(whole), at_once)):
         runs, first, wrong = _decode_runs(part)
         wrong |= runs < 0
@@ -693,7 +888,9 @@ def _decode_runs(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Numbers of 5 bits a character, lowest first, offset 48; bit 5: goes on; bit 4 of the last: sign. From the fourth on
     a number is the difference to the run two before.  Source of the format: pycocotools' maskApi.c, rleFrString.
     """
-    chars = np.frombuffer("".join(texts).encode(), np.uint8) - np.uint8(48)  # what is below 48 comes out above 63
+    chars = np.frombuffer("".join(texts).encode(), np.uint8) - np.uint8(
+        48
+    )  # what is below 48 comes out above 63
     ends = np.flatnonzero(chars < 32)
     starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1
@@ -701,8 +898,13 @@ def _decode_runs(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     runs = np.add.reduceat((chars & 31).astype(np.int64) << np.minimum(shift, 30), starts)
     runs -= (chars[ends] >> 4 & 1).astype(np.int64) << np.minimum(5 * lengths, 30)
     first = np.append(0, np.searchsorted(ends, np.cumsum([len(text) for text in texts]))[:-1])
-    place = np.arange(len(runs)) - np.repeat(first, np.diff(np.append(first, len(runs))))  # in its own text
-    for start in (1, 2):  # every other run of a text, from this one on, is the sum of those up to it
+    place = np.arange(len(runs)) - np.repeat(
+        first, np.diff(np.append(first, len(runs)))
+    )  # in its own text
+    for start in (
+        1,
+        2,
+    ):  # every other run of a text, from this one on, is the sum of those up to it
         chain = np.flatnonzero((place >= start) & (place % 2 == start % 2))
         begins = np.flatnonzero(place[chain] == start)
         totals = np.cumsum(runs[chain])
@@ -750,5 +952,7 @@ def _extents(runs: np.ndarray, first: np.ndarray, heights: np.ndarray) -> list[l
     bottom = np.where(several, height, ends - right * height)
     far = np.iinfo(np.int64).max
     lows = [np.minimum.reduceat(np.where(set_runs, side, far), first) for side in (left, top)]
-    highs = [np.maximum.reduceat(np.where(set_runs, side, -1), first) for side in (right + 1, bottom)]
+    highs = [
+        np.maximum.reduceat(np.where(set_runs, side, -1), first) for side in (right + 1, bottom)
+    ]
     return np.stack([*lows, *highs], axis=1).tolist()

@@ -20,15 +20,22 @@ import zlib
 from pathlib import Path
 
 FORMAT = 2  # raise it when findings change their form or meaning
-SETTLED = 2e9  # nanoseconds: a file younger than its disk's clock ticks may change again without a trace
+SETTLED = (
+    2e9  # nanoseconds: a file younger than its disk's clock ticks may change again without a trace
+)
 
-PARTS, PART = 4, 8192  # what is read of a file to know it again: the number of parts, and the bytes of each
+PARTS, PART = (
+    4,
+    8192,
+)  # what is read of a file to know it again: the number of parts, and the bytes of each
 _PASSING = (
     "EACCES EPERM EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY EMFILE ENFILE ENOMEM ENOBUFS ENOLCK ENXIO ENODEV ENONET "
     "ENETDOWN ENETUNREACH ENETRESET ECONNABORTED ECONNRESET ECONNREFUSED ENOTCONN ESHUTDOWN EHOSTDOWN EHOSTUNREACH "
     "EREMOTEIO ECOMM EPROTO EKEYEXPIRED EKEYREVOKED ENOKEY EDEADLK"
 )
-PASSING = {getattr(errno, name) for name in _PASSING.split() if hasattr(errno, name)}  # each system has its own
+PASSING = {
+    getattr(errno, name) for name in _PASSING.split() if hasattr(errno, name)
+}  # each system has its own
 
 Stamp = tuple[int, int] | None  # bytes, time of change in nanoseconds; None where there is no file
 
@@ -53,7 +60,12 @@ def is_regular_file(path: str | Path) -> bool:
 
 def kind_of_file(mode: int) -> str:
     """In words, what a `stat` mode says that something is."""
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a plain file"}
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFREG: "a plain file",
+    }
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
@@ -89,7 +101,9 @@ class SeenImages(contextlib.AbstractContextManager):
     """
 
     def __init__(self, folder: Path):
-        usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rfdetr-two-stage")
+        usual = Path(
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rfdetr-two-stage"
+        )
         name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
         self.file = Path(os.environ.get("RFDETR_CACHE") or usual, "checks", f"{name}_{FORMAT}.json")
         self.known, self.new = {}, {}  # name -> stamp, finding (anything that JSON holds)

@@ -27,7 +27,9 @@ from rfdetr.data.faults import CocoSplit
 from rfdetr.masks import rasterise
 
 # of a user, a job scheduler, a terminal that goes away
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
 
 
@@ -71,7 +73,9 @@ class SplitDataset(Dataset):
         self.split, self.resolution, self.augment, self.masks = split, resolution, augment, masks
         fits = len(split.images) * 3 * resolution**2 <= RAM_CACHE_BYTES
         self.cache: dict[int, Tensor] | None = {} if fits else None  # index -> the resized image
-        self.reading: Tensor | None = None  # of each worker: its process id, and the image that it took last
+        self.reading: Tensor | None = (
+            None  # of each worker: its process id, and the image that it took last
+        )
 
     def __len__(self) -> int:
         return len(self.split.images)
@@ -119,12 +123,16 @@ class SplitDataset(Dataset):
             except UserError as error:
                 unread[index] = str(error)
                 index = (index + 1) % len(self)
-        raise UserError(f"{self.split.annotation_file}: none of its images can be read. {unread[index]}")
+        raise UserError(
+            f"{self.split.annotation_file}: none of its images can be read. {unread[index]}"
+        )
 
     def _resized(self, index: int) -> Tensor:
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        image = v2.functional.resize(self._read(index), [self.resolution] * 2, antialias=True).contiguous()
+        image = v2.functional.resize(
+            self._read(index), [self.resolution] * 2, antialias=True
+        ).contiguous()
         if self.cache is not None:
             self.cache[index] = image
         return image
@@ -171,7 +179,9 @@ class EpochSampler(Sampler):
     dropped.
     """
 
-    def __init__(self, images: int, per_step: int, seed: int, min_steps: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self, images: int, per_step: int, seed: int, min_steps: int, rank: int = 0, world: int = 1
+    ):
         self.images, self.per_step, self.seed = images, per_step, seed
         self.rank, self.world = rank, world
         self.steps = max(images // (per_step * world), min_steps, 1)
@@ -187,7 +197,9 @@ class EpochSampler(Sampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         wanted = self.steps * self.per_step * self.world
         rounds = -(-wanted // self.images)
-        order = torch.cat([torch.randperm(self.images, generator=generator) for _ in range(rounds)])[:wanted]
+        order = torch.cat(
+            [torch.randperm(self.images, generator=generator) for _ in range(rounds)]
+        )[:wanted]
         seeds = torch.randint(2**62, (wanted,), generator=generator)
         for step in range(self.start_step, self.steps):
             first = (step * self.world + self.rank) * self.per_step
@@ -218,15 +230,28 @@ def begin_worker(worker: int) -> None:
         sys.__excepthook__(kind, error, trace)
 
     outlive_one_signal(worker)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: end(error))
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(
+        lambda error, batch: end(error)
+    )
     sys.excepthook = excepthook
 
 
-def training_loader(dataset: SplitDataset, sampler: EpochSampler, workers: int, pin: bool) -> DataLoader:
-    return make_loader(dataset, sampler, workers, collate_fn=collate, pin_memory=pin, persistent_workers=workers > 0)
+def training_loader(
+    dataset: SplitDataset, sampler: EpochSampler, workers: int, pin: bool
+) -> DataLoader:
+    return make_loader(
+        dataset,
+        sampler,
+        workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+    )
 
 
-def evaluation_loader(dataset: SplitDataset, batch: int, workers: int, rank: int = 0, world: int = 1) -> DataLoader:
+def evaluation_loader(
+    dataset: SplitDataset, batch: int, workers: int, rank: int = 0, world: int = 1
+) -> DataLoader:
     """The split in order, without augmentation, every `world`-th image of it; without those that cannot be read."""
     keys = [(index, None) for index in range(rank, len(dataset), world)]
     batches = [keys[i : i + batch] for i in range(0, len(keys), batch)]
@@ -234,12 +259,18 @@ def evaluation_loader(dataset: SplitDataset, batch: int, workers: int, rank: int
 
 
 def make_loader(
-    dataset: SplitDataset, batches: Sampler | list, workers: int, reader: Dataset | None = None, **options
+    dataset: SplitDataset,
+    batches: Sampler | list,
+    workers: int,
+    reader: Dataset | None = None,
+    **options,
 ) -> DataLoader:
     """A DataLoader over `dataset`, or a `reader` of it."""
     if workers:
         dataset.reading = torch.full((workers, 2), -1).share_memory_()
-        if len(dataset) * workers * 3 * dataset.resolution**2 > RAM_CACHE_BYTES:  # each would keep its own
+        if (
+            len(dataset) * workers * 3 * dataset.resolution**2 > RAM_CACHE_BYTES
+        ):  # each would keep its own
             dataset.cache = None
     # a loader draws from the global generator, which a resumed run must find as it was
     options |= {"worker_init_fn": begin_worker, "generator": torch.Generator()}
@@ -272,7 +303,11 @@ def naming_workers(dataset: SplitDataset) -> Iterator[None]:
             raise
         numbers = re.findall(r"\d+", str(error))  # its process id among them
         taken = [] if dataset.reading is None else dataset.reading.tolist()
-        files = [str(dataset.split.images[index].path) for process, index in taken if str(process) in numbers]
+        files = [
+            str(dataset.split.images[index].path)
+            for process, index in taken
+            if str(process) in numbers
+        ]
         raise UserError(
             f"a data worker died ({reason}) at the image {' or '.join(files) or '(unknown)'}. "
             "Either the image crashes its decoder, or memory, shared memory (/dev/shm) or file handles (ulimit -n) ran "

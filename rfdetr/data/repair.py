@@ -18,18 +18,28 @@ from rfdetr.data.faults import CocoSplit, clip_box, find_splits, is_whole, read_
 from rfdetr.data.image_cache import find_image, is_regular_file, stays_inside
 from rfdetr.masks import object_area
 
-ROUNDS = 6  # a repair may bring another fault to light: two boxes may be the same once they are clipped
+ROUNDS = (
+    6  # a repair may bring another fault to light: two boxes may be the same once they are clipped
+)
 # not what the system refuses to read for the moment
 UNREADABLE = {"IMG_MISSING", "IMG_TYPE", "IMG_CORRUPT", "IMG_BOMB"}
 UNUSABLE = {  # annotations of which nothing is left to learn from
-    *("ANN_IMAGE_UNKNOWN", "ANN_CATEGORY_UNKNOWN", "ANN_CROWD_INVALID", "ANN_AREA_EMPTY", "ANN_DUPLICATE"),
+    *(
+        "ANN_IMAGE_UNKNOWN",
+        "ANN_CATEGORY_UNKNOWN",
+        "ANN_CROWD_INVALID",
+        "ANN_AREA_EMPTY",
+        "ANN_DUPLICATE",
+    ),
     *("ANN_BBOX_TYPE", "ANN_BBOX_NAN", "ANN_BBOX_EMPTY", "ANN_BBOX_OUTSIDE"),
 }
 NO_MASK_LEFT = {"ANN_SEG_TYPE", "ANN_SEG_NAN", "ANN_RLE_SIZE", "ANN_RLE_COUNTS", "ANN_RLE_TYPE"}
 POLYGONS = {"ANN_POLYGON_SHORT", "ANN_POLYGON_ODD", "ANN_POLYGON_FAR"}
 
 
-def fix_dataset(root: Path, out: Path, decode: bool, exif: str | None = None) -> dict[str, dict[str, int]]:
+def fix_dataset(
+    root: Path, out: Path, decode: bool, exif: str | None = None
+) -> dict[str, dict[str, int]]:
     """Write OUT/<split>/_annotations.coco.json for all splits of `root`, with links to the images beside it.
 
     exif: as for coco.inspect_dataset; sizes that are written follow from it.
@@ -37,7 +47,9 @@ def fix_dataset(root: Path, out: Path, decode: bool, exif: str | None = None) ->
     Raises UserError where `out` holds files or an annotation file is no JSON (then nothing is written), and OSError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--fix {out}: it exists already and is never written over: name a new or empty folder")
+        raise UserError(
+            f"--fix {out}: it exists already and is never written over: name a new or empty folder"
+        )
     files = find_splits(root)
     rule = exif_rule([CocoSplit(*place) for place in files.values()], exif)
     cleaned = {name: clean(*files[name], decode, rule) for name in files}
@@ -50,7 +62,9 @@ def fix_dataset(root: Path, out: Path, decode: bool, exif: str | None = None) ->
             if stays_inside(file) and is_regular_file(source := find_image(folder, file)):
                 entry["file_name"] = source.relative_to(folder).as_posix()
                 link(source, out / name / entry["file_name"])
-        with open(out / name / "_annotations.coco.json", "x", encoding="utf-8") as file:  # x: never through a link
+        with open(
+            out / name / "_annotations.coco.json", "x", encoding="utf-8"
+        ) as file:  # x: never through a link
             json.dump(data, file)
     return {name: dict(done) for name, (_, done) in cleaned.items()}
 
@@ -61,7 +75,9 @@ def clean(file: Path, folder: Path, decode: bool, exif: str = "apply") -> tuple[
     for turn in range(ROUNDS):
         before = done.total()
         split = CocoSplit(file, folder, decode and not turn, data, exif)
-        if not all(isinstance(data.get(key), list) for key in ("categories", "images", "annotations")):
+        if not all(
+            isinstance(data.get(key), list) for key in ("categories", "images", "annotations")
+        ):
             break
         for key in ("categories", "images", "annotations"):
             whole = [entry for entry in data[key] if isinstance(entry, dict)]
@@ -118,17 +134,23 @@ def _repair_categories(data: dict, split: CocoSplit, done: Counter) -> None:
 
 
 def without_controls(name: str) -> str:
-    return " ".join("".join(" " if is_control(character) else character for character in name).split())
+    return " ".join(
+        "".join(" " if is_control(character) else character for character in name).split()
+    )
 
 
 def _repair_images(data: dict, split: CocoSplit, folder: Path, done: Counter) -> set[int | str]:
     """Repair or drop the entries of images; returns the ids of the dropped ones."""
     kept, gone, known, used = [], set(), set(), _named(data, "annotations", "image_id")
-    spare = 1 + max((entry["id"] for entry in data["images"] if is_whole(entry.get("id"))), default=0)
+    spare = 1 + max(
+        (entry["id"] for entry in data["images"] if is_whole(entry.get("id"))), default=0
+    )
     for entry in data["images"]:
         key = entry.get("id")
         record = split.listed.get(key) if type(key) in (int, str) else None
-        if record and record.file_name != entry.get("file_name"):  # that of another entry with the same id
+        if record and record.file_name != entry.get(
+            "file_name"
+        ):  # that of another entry with the same id
             record = None
         codes = split.blame.get(id(entry), set()) | split.blame.get(id(record), set())
         if "IMG_ID_DUPLICATE" in codes:
@@ -150,7 +172,9 @@ def _repair_images(data: dict, split: CocoSplit, folder: Path, done: Counter) ->
             if name:
                 done["IMG_PATH: the same file's plain path is written"] += 1
                 entry["file_name"] = name
-        elif record and ("IMG_SIZE_INVALID" in codes or None in (entry.get("width"), entry.get("height"))):
+        elif record and (
+            "IMG_SIZE_INVALID" in codes or None in (entry.get("width"), entry.get("height"))
+        ):
             done["Images without a size: the file's is written"] += 1
             entry["width"], entry["height"] = record.width, record.height
         kept.append(entry)
@@ -161,7 +185,9 @@ def _repair_images(data: dict, split: CocoSplit, folder: Path, done: Counter) ->
 
 def _repair_annotations(data: dict, split: CocoSplit, gone: set[int | str], done: Counter) -> None:
     kept, images, categories = [], _named(data, "images", "id"), _named(data, "categories", "id")
-    spare = 1 + max((entry["id"] for entry in data["annotations"] if is_whole(entry.get("id"))), default=0)
+    spare = 1 + max(
+        (entry["id"] for entry in data["annotations"] if is_whole(entry.get("id"))), default=0
+    )
     for entry in data["annotations"]:
         codes, image_id = split.blame.get(id(entry), set()), entry.get("image_id")
         if type(image_id) in (int, str) and image_id in gone:
@@ -191,12 +217,16 @@ def _repair_annotations(data: dict, split: CocoSplit, gone: set[int | str], done
         for code in codes & POLYGONS:
             done[f"{code}: the polygon is dropped"] += 1
         if codes & POLYGONS:
-            entry["segmentation"] = usable_part(entry["segmentation"], record.width, record.height, {})[0] or []
+            entry["segmentation"] = (
+                usable_part(entry["segmentation"], record.width, record.height, {})[0] or []
+            )
         if "ANN_BBOX_CLIPPED" in codes:
             done["ANN_BBOX_CLIPPED: clipped"] += 1
             x, y, right, bottom = clip_box(entry, record.width, record.height)[0]
             entry["bbox"] = [x, y, right - x, bottom - y]
-        if "ANN_AREA_INVALID" in codes or ("ANN_BBOX_CLIPPED" in codes and not entry.get("segmentation")):
+        if "ANN_AREA_INVALID" in codes or (
+            "ANN_BBOX_CLIPPED" in codes and not entry.get("segmentation")
+        ):
             done["ANN_AREA_INVALID: computed"] += "ANN_AREA_INVALID" in codes
             entry["area"] = object_area(entry, record.height, record.width)
     data["annotations"] = kept

@@ -45,7 +45,9 @@ class Detections:
 
     def on(self, device: torch.device) -> Detections:
         """The same with all tensors on `device`."""
-        values = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        values = {
+            name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()
+        }
         return Detections(**values)
 
     def pixel_boxes(self, i: int, height: int, width: int) -> np.ndarray:
@@ -63,7 +65,9 @@ class Finder:
 
     def __init__(self, table: ClassTable, precision: Precision):
         self.precision = precision
-        self.rows = torch.tensor(table.rows, device=precision.device)  # of each label in the class head
+        self.rows = torch.tensor(
+            table.rows, device=precision.device
+        )  # of each label in the class head
         self.at_once: int | None = None  # images; None: as many as are given
 
     def __call__(self, model: Detector, images: Tensor, index: list[int]) -> Iterator[Detections]:
@@ -81,7 +85,9 @@ class Finder:
                 if not is_out_of_memory(error):
                     raise
                 found = None
-            if found is None:  # outside the handler, where the failed pass's tensors are no longer referenced
+            if (
+                found is None
+            ):  # outside the handler, where the failed pass's tensors are no longer referenced
                 self._step_down(len(images[part]))
                 continue
             yield found
@@ -92,12 +98,18 @@ class Finder:
         with self.precision.autocast():
             outputs = model(to_model_input(images, self.precision.device))
         scores, labels, boxes, chosen = select_detections(outputs, self.rows, model.size.select)
-        queries = outputs["queries"].gather(1, chosen[..., None].expand(-1, -1, outputs["queries"].shape[-1]))
-        return Detections(index, scores, labels, boxes, queries.float(), outputs["features"].float(), images)
+        queries = outputs["queries"].gather(
+            1, chosen[..., None].expand(-1, -1, outputs["queries"].shape[-1])
+        )
+        return Detections(
+            index, scores, labels, boxes, queries.float(), outputs["features"].float(), images
+        )
 
     def _step_down(self, images: int) -> None:
         if images == 1:
-            raise UserError("out of memory with a single image: use --device cpu, or a model of a smaller --resolution")
+            raise UserError(
+                "out of memory with a single image: use --device cpu, or a model of a smaller --resolution"
+            )
         self.at_once = -(-images // 2)
         warn(f"out of memory: detecting in {self.at_once} images at a time from now on")
         release_memory(self.precision.device)
@@ -105,7 +117,11 @@ class Finder:
 
 @torch.inference_mode()
 def draw_masks(
-    head: AnyMaskHead, found: Detections, sizes: list[tuple[int, int]], chosen: list[np.ndarray], precision: Precision
+    head: AnyMaskHead,
+    found: Detections,
+    sizes: list[tuple[int, int]],
+    chosen: list[np.ndarray],
+    precision: Precision,
 ) -> list[list[dict]]:
     """COCO RLEs of the detections chosen[i] (n,) of image i at its original (height, width).
 
@@ -146,7 +162,9 @@ class Found:
         chosen = batched_nms(boxes.float(), scores.float(), labels, iou).numpy()
         masks = None if self.masks is None else [self.masks[i] for i in chosen]
         names = [self.names[i] for i in chosen]
-        return Found(self.image, self.boxes[chosen], self.scores[chosen], self.labels[chosen], names, masks)
+        return Found(
+            self.image, self.boxes[chosen], self.scores[chosen], self.labels[chosen], names, masks
+        )
 
     def picture(self, class_names: list[str]) -> Image.Image:
         """The image with everything drawn in."""
@@ -165,10 +183,16 @@ def in_originals(
     """What scores `threshold` or more, in pixels of the original images (H, W, 3); `names` of the classes by label."""
     sizes = [image.shape[:2] for image in images]
     chosen = [np.flatnonzero(scores >= threshold) for scores in found.scores.cpu().numpy()]
-    masks = draw_masks(head, found, sizes, chosen, precision) if head is not None else [None] * len(images)
+    masks = (
+        draw_masks(head, found, sizes, chosen, precision)
+        if head is not None
+        else [None] * len(images)
+    )
     answer = []
     for i, (image, (height, width), own) in enumerate(zip(images, sizes, chosen)):
         boxes = found.pixel_boxes(i, height, width)[own]
         scores, labels = (values[i].cpu().numpy()[own] for values in (found.scores, found.labels))
-        answer.append(Found(image, boxes, scores, labels, [names[label] for label in labels], masks[i]))
+        answer.append(
+            Found(image, boxes, scores, labels, [names[label] for label in labels], masks[i])
+        )
     return answer

@@ -26,18 +26,6 @@ from rfdetr.models.detector import Detector
 DRAW_THRESHOLD = 0.5
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 class Judge:
     """Scores a model on a split and draws what it finds.
 
@@ -45,24 +33,35 @@ class Judge:
     """
 
     def __init__(
-        self, loader: DataLoader, table: ClassTable, precision: Precision, masks: bool, frozen: Detector | None = None
+        self,
+        loader: DataLoader,
+        table: ClassTable,
+        precision: Precision,
+        masks: bool,
+        frozen: Detector | None = None,
     ):
         self.loader, self.finder, self.precision = loader, Finder(table, precision), precision
         self.masks, self.frozen = masks, frozen
         self.split: CocoSplit = loader.dataset.split
         self.keep, self.kept = frozen is not None, None
-        self.unread: list[int] = []  # numbers of images that cannot be read: nothing is found in them
+        self.unread: list[
+            int
+        ] = []  # numbers of images that cannot be read: nothing is found in them
 
     def detections(self, model: nn.Module) -> Iterable[Detections]:
         if self.kept is not None:
             return self.kept
         found = self._detect(self.frozen or model)
         if self.keep:
-            found = self.kept = [part.on(torch.device("cpu")) for part in found]  # main memory is the larger one
+            found = self.kept = [
+                part.on(torch.device("cpu")) for part in found
+            ]  # main memory is the larger one
         return found
 
     def _detect(self, model: Detector) -> Iterator[Detections]:
-        for batch in tqdm(self.loader, desc="detecting", disable=not distributed.is_main(), leave=False):
+        for batch in tqdm(
+            self.loader, desc="detecting", disable=not distributed.is_main(), leave=False
+        ):
             note_unread(batch.unread, self.unread)
             yield from self.finder(model, batch.images, batch.indices)
 
@@ -109,7 +108,10 @@ class Judge:
         """(name, ground truth beside prediction) of the first `count` images."""
         for found in self.detections(model):
             for i in range(min(count, len(found.index))):
-                yield self.split.images[found.index[i]].path.stem, self.picture(found[i : i + 1], self.head(model))
+                yield (
+                    self.split.images[found.index[i]].path.stem,
+                    self.picture(found[i : i + 1], self.head(model)),
+                )
             count -= len(found.index)
             if count <= 0:
                 return
@@ -123,4 +125,6 @@ class Judge:
             masks = [s and to_rle(s, record.height, record.width) for s in record.segmentations]
         labelled = [names[label] for label in record.labels]
         truth = draw(image, record.boxes, labelled, None, masks, class_colours(names))
-        return side_by_side(truth, one.without_duplicates().picture(names), ("ground truth", "prediction"))
+        return side_by_side(
+            truth, one.without_duplicates().picture(names), ("ground truth", "prediction")
+        )

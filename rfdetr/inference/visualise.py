@@ -35,8 +35,12 @@ PALETTE: list[Colour] = [
 def class_colours(names: list[str]) -> dict[str, Colour]:
     """A colour for each class by its place in `names`: always the same for the same list, distinct for any length."""
     colours = list(PALETTE)
-    for index in range(len(PALETTE), len(names)):  # steps of the golden ratio never land close on the colour circle
-        rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.6 + 0.35 * (index % 2), 0.95 - 0.15 * (index % 3))
+    for index in range(
+        len(PALETTE), len(names)
+    ):  # steps of the golden ratio never land close on the colour circle
+        rgb = colorsys.hsv_to_rgb(
+            index * 0.618034 % 1, 0.6 + 0.35 * (index % 2), 0.95 - 0.15 * (index % 3)
+        )
         colours.append(tuple(round(255 * value) for value in rgb))
     return dict(zip(names, colours))
 
@@ -94,7 +98,9 @@ def _outline(pen: ImageDraw.ImageDraw, box: tuple, line: int, ink: tuple) -> Non
     short = min(x2 - x1, y2 - y1)
     line = max(1, min(line, short // 4))  # a line that is wider than the box would lie outside
     radius = min(3 * line, short // 3)
-    if short > 2 * max(radius, line) + 2:  # between its corners Pillow needs room for what it draws there
+    if (
+        short > 2 * max(radius, line) + 2
+    ):  # between its corners Pillow needs room for what it draws there
         pen.rounded_rectangle((x1, y1, x2, y2), radius, outline=ink, width=line)
     else:
         pen.rectangle((x1, y1, x2, y2), outline=ink, width=line)
@@ -120,7 +126,9 @@ def _paint_mask(pixels: np.ndarray, rle: dict, colour: Colour, scale: float, lin
     if scale > 1:  # round the steps of enlarged pixels
         soft = soft.filter(ImageFilter.GaussianBlur(0.45 * scale))
     border = soft.point(lambda value: 255 * (value > 110))
-    core = border.filter(ImageFilter.BoxBlur(line))  # 255 where everything within `line` pixels is inside
+    core = border.filter(
+        ImageFilter.BoxBlur(line)
+    )  # 255 where everything within `line` pixels is inside
     cut = np.s_[max(0, -y) : pixels.shape[0] - y, max(0, -x) : pixels.shape[1] - x]
     inside, core = np.array(border)[cut] > 0, np.array(core)[cut] == 255
     target = pixels[max(0, y) :, max(0, x) :][: inside.shape[0], : inside.shape[1]]
@@ -128,13 +136,21 @@ def _paint_mask(pixels: np.ndarray, rle: dict, colour: Colour, scale: float, lin
     target[core, 3] = round(255 * MASK_OPACITY)
 
 
-def _write_labels(picture: Image.Image, boxes: np.ndarray, names: list[str], scores: list | None, inks: list[Colour]):
+def _write_labels(
+    picture: Image.Image,
+    boxes: np.ndarray,
+    names: list[str],
+    scores: list | None,
+    inks: list[Colour],
+):
     """Write name and score, else the score, where they hide no other and at most a third of an object; best first."""
     crowded = len(boxes) > 12  # then a long name is written for its class once
     font = ImageFont.load_default(size=max(12, max(picture.size) / (52 if crowded else 44)))
     pad, high = round(font.size / 4), font.size * 1.1 + round(font.size / 4)
     pen, taken, named = ImageDraw.Draw(picture), np.zeros((0, 4)), set()
-    for index in range(len(boxes)) if scores is None else np.argsort(-np.asarray(scores), kind="stable"):
+    for index in (
+        range(len(boxes)) if scores is None else np.argsort(-np.asarray(scores), kind="stable")
+    ):
         x1, y1, x2, y2 = boxes[index]
         score = "" if scores is None else f"{scores[index]:.2f}"
         for text in (f"{_written(names[index])} {score}".strip(), score):
@@ -142,7 +158,13 @@ def _write_labels(picture: Image.Image, boxes: np.ndarray, names: list[str], sco
             if not text or (crowded and wide > 1.5 * (x2 - x1) and names[index] in named):
                 continue
             x = min(max(0, x1), picture.width - wide)
-            corners = [(x, y1 - high), (x, y1), (x, y2 - high), (x, y2), (x2, y1)]  # above, inside, below, beside
+            corners = [
+                (x, y1 - high),
+                (x, y1),
+                (x, y2 - high),
+                (x, y2),
+                (x2, y1),
+            ]  # above, inside, below, beside
             spots = np.array([(left, top, left + wide, top + high) for left, top in corners])
             inside = (spots >= 0).all(axis=1) & (spots[:, 2:] <= picture.size).all(axis=1)
             free = inside & (_covered(spots, taken) == 0) & (_covered(spots, boxes) < 1 / 3)
@@ -152,14 +174,22 @@ def _write_labels(picture: Image.Image, boxes: np.ndarray, names: list[str], sco
                 named.add(names[index])
                 pen.rounded_rectangle(tuple(spot), radius=pad, fill=inks[index])
                 # ITU-R BT.601 luma: dark text on light colours
-                ink = (0, 0, 0) if np.dot(inks[index], (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
-                pen.text((spot[0] + pad, (spot[1] + spot[3]) / 2), text, font=font, fill=ink, anchor="lm")
+                ink = (
+                    (0, 0, 0)
+                    if np.dot(inks[index], (0.299, 0.587, 0.114)) > 140
+                    else (255, 255, 255)
+                )
+                pen.text(
+                    (spot[0] + pad, (spot[1] + spot[3]) / 2), text, font=font, fill=ink, anchor="lm"
+                )
                 break
 
 
 def _covered(spots: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """For each spot (n, 4) the largest share of one of the boxes (m, 4) that it hides; 0 for no boxes."""
-    sides = np.minimum(spots[:, None, 2:], boxes[:, 2:]) - np.maximum(spots[:, None, :2], boxes[:, :2])
+    sides = np.minimum(spots[:, None, 2:], boxes[:, 2:]) - np.maximum(
+        spots[:, None, :2], boxes[:, :2]
+    )
     area = np.maximum(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), 1e-9)
     return (np.prod(np.maximum(sides, 0), axis=2) / area).max(axis=1, initial=0)
 
@@ -172,7 +202,9 @@ def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str])
     sheet = Image.new("RGB", (left.width + gap + right.width, top + left.height), BACKGROUND)
     for picture, title, x in ((left, titles[0], 0), (right, titles[1], left.width + gap)):
         sheet.paste(picture, (x, top))
-        ImageDraw.Draw(sheet).text((x + picture.width / 2, top / 2), title, (235, 235, 235), font, anchor="mm")
+        ImageDraw.Draw(sheet).text(
+            (x + picture.width / 2, top / 2), title, (235, 235, 235), font, anchor="mm"
+        )
     return sheet
 
 
@@ -182,42 +214,68 @@ def class_sheet(split: CocoSplit) -> Image.Image:
     An example is cut out of its image at four times the object's size, so that small objects are seen too. Images that
     cannot be read are left out.
     """
-    shown = sorted(sorted(range(len(split.class_names)), key=split.per_class.__getitem__)[:SHEET_CLASSES])
+    shown = sorted(
+        sorted(range(len(split.class_names)), key=split.per_class.__getitem__)[:SHEET_CLASSES]
+    )
     columns = 1 + (len(shown) > 6) + (len(shown) > 40)
     tile, top, rows = 360 // columns, 30, max(1, -(-len(shown) // columns))
     sheet = Image.new("RGB", (columns * EXAMPLES * tile, rows * (tile + top)), BACKGROUND)
     colours, font = class_colours(split.class_names), ImageFont.load_default(size=16)
     for place, label in enumerate(shown):
         x, y = place // rows * EXAMPLES * tile, place % rows * (tile + top)
-        name, title = split.class_names[label], f"{_written(split.class_names[label])}: {split.per_class[label]}"
+        name, title = (
+            split.class_names[label],
+            f"{_written(split.class_names[label])}: {split.per_class[label]}",
+        )
         ImageDraw.Draw(sheet).text((x + 6, y + top / 2), title, colours[name], font, "lm")
         holders = [image for image in split.images if label in image.labels]
-        for number in np.unique(np.linspace(0, len(holders) - 1, EXAMPLES).astype(int)) if holders else ():
+        for number in (
+            np.unique(np.linspace(0, len(holders) - 1, EXAMPLES).astype(int)) if holders else ()
+        ):
             with contextlib.suppress(UserError):
                 index = np.flatnonzero(holders[number].labels == label)[0]
                 example = _cut_out(holders[number], index, split.class_names, colours)
-                sheet.paste(example.resize((tile - 6, tile - 6), Image.Resampling.LANCZOS), (x + 3, y + top))
+                sheet.paste(
+                    example.resize((tile - 6, tile - 6), Image.Resampling.LANCZOS), (x + 3, y + top)
+                )
                 x += tile
     return sheet
 
 
-def _cut_out(image: ImageRecord, index: int, names: list[str], colours: dict[str, Colour]) -> Image.Image:
+def _cut_out(
+    image: ImageRecord, index: int, names: list[str], colours: dict[str, Colour]
+) -> Image.Image:
     """A square around an object of an image, with all objects in it drawn; dark where the image ends."""
     x1, y1, x2, y2 = image.boxes[index]
     side = int(min(max(4 * max(x2 - x1, y2 - y1), 96), max(image.width, image.height)))
     spans = (x1, x2, image.width), (y1, y2, image.height)
-    corner = np.array([int(np.clip((low + high - side) / 2, 0, max(0, end - side))) for low, high, end in spans])
+    corner = np.array(
+        [int(np.clip((low + high - side) / 2, 0, max(0, end - side))) for low, high, end in spans]
+    )
     window = np.s_[corner[1] : corner[1] + side, corner[0] : corner[0] + side]
     pixels, scale = Image.fromarray(load_image(image)[window]), min(1, 2 * MIN_SIDE / side)
-    pixels = pixels.resize([max(1, round(extent * scale)) for extent in pixels.size], Image.Resampling.BOX)
+    pixels = pixels.resize(
+        [max(1, round(extent * scale)) for extent in pixels.size], Image.Resampling.BOX
+    )
     boxes, masks = (image.boxes - np.tile(corner, 2)) * scale, []
     inside = np.flatnonzero((boxes[:, :2] < pixels.size).all(1) & (boxes[:, 2:] > 0).all(1))
     for segmentation in (image.segmentations[i] for i in inside):
-        mask = segmentation and mask_api.decode(to_rle(segmentation, image.height, image.width))[window]
-        mask = mask is not None and np.asarray(Image.fromarray(mask).resize(pixels.size, Image.Resampling.NEAREST))
+        mask = (
+            segmentation
+            and mask_api.decode(to_rle(segmentation, image.height, image.width))[window]
+        )
+        mask = mask is not None and np.asarray(
+            Image.fromarray(mask).resize(pixels.size, Image.Resampling.NEAREST)
+        )
         masks.append(mask_api.encode(np.asfortranarray(mask)) if segmentation else None)
     named = [names[image.labels[i]] for i in inside]
-    picture = draw(np.asarray(pixels), boxes[inside], named, masks=masks if any(masks) else None, colours=colours)
+    picture = draw(
+        np.asarray(pixels),
+        boxes[inside],
+        named,
+        masks=masks if any(masks) else None,
+        colours=colours,
+    )
     square = Image.new("RGB", (max(picture.size),) * 2, BACKGROUND)
     square.paste(picture)
     return square

@@ -48,7 +48,9 @@ def class_loss(logits: Tensor, at: tuple[Tensor, Tensor], rows: Tensor, iou: Ten
     return (positive * F.softplus(-logits) + negative * F.softplus(logits)).sum()
 
 
-def detection_losses(outputs: dict, targets: list[dict], groups: int, num_boxes: float, weights: LossWeights) -> tuple:
+def detection_losses(
+    outputs: dict, targets: list[dict], groups: int, num_boxes: float, weights: LossWeights
+) -> tuple:
     """Weighted losses of every decoder layer and of the proposals, and the last layer's matches.
 
     outputs: a training forward of the Detector. targets, one an image: rows (t,) head rows, boxes (t, 4) cxcywh 0..1,
@@ -66,7 +68,10 @@ def detection_losses(outputs: dict, targets: list[dict], groups: int, num_boxes:
     with_masks = "pixels" in outputs
     if with_masks:
         masks, has_mask = (torch.cat([t[key] for t in targets]) for key in ("masks", "has_mask"))
-        costs = [mask_costs(p, masks, has_mask, counts, weights.mask, weights.dice) for p in predictions.values()]
+        costs = [
+            mask_costs(p, masks, has_mask, counts, weights.mask, weights.dice)
+            for p in predictions.values()
+        ]
     matches = match(list(predictions.values()), rows, boxes, counts, groups, costs)
     losses = {}
     for (suffix, prediction), (image, query, obj) in zip(predictions.items(), matches):
@@ -79,14 +84,22 @@ def detection_losses(outputs: dict, targets: list[dict], groups: int, num_boxes:
         if with_masks:
             image, query, obj = (index[has_mask[obj]] for index in (image, query, obj))
             points = at_points(prediction, image, query, obj, masks)
-            losses |= {name + suffix: loss for name, loss in mask_losses(*points, num_boxes, weights).items()}
+            losses |= {
+                name + suffix: loss
+                for name, loss in mask_losses(*points, num_boxes, weights).items()
+            }
     return losses, matches[0]
 
 
-def mask_losses(logits: Tensor, target: Tensor, num_masks: float, weights: LossWeights) -> dict[str, Tensor]:
+def mask_losses(
+    logits: Tensor, target: Tensor, num_masks: float, weights: LossWeights
+) -> dict[str, Tensor]:
     """BCE and dice of mask logits (M, ...) against targets (M, ...) in 0..1, sampled in the same places."""
     logits, target = logits.float().flatten(1), target.float().flatten(1)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
     p = logits.sigmoid()
     dice = 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)
-    return {"loss_mask": weights.mask * bce.sum() / num_masks, "loss_dice": weights.dice * dice.sum() / num_masks}
+    return {
+        "loss_mask": weights.mask * bce.sum() / num_masks,
+        "loss_dice": weights.dice * dice.sum() / num_masks,
+    }

@@ -57,7 +57,9 @@ def match(
         for image, count in enumerate(counts):
             for group in range(groups) if count else ():
                 low = group * per_group
-                found, taken = linear_sum_assignment(cost[start : start + count, low : low + per_group])
+                found, taken = linear_sum_assignment(
+                    cost[start : start + count, low : low + per_group]
+                )
                 images += [image] * len(found)
                 queries += (taken + low).tolist()
                 objects += (found + start).tolist()

@@ -18,7 +18,9 @@ UNCERTAIN = 0.75  # share of the wanted points that are the drawn ones with a lo
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear: maps (N, C, h, w), points (N, P, 2) -> values (N, C, P)."""
-    return F.grid_sample(maps, (2 * points - 1)[:, :, None], padding_mode="border", align_corners=False)[..., 0]
+    return F.grid_sample(
+        maps, (2 * points - 1)[:, :, None], padding_mode="border", align_corners=False
+    )[..., 0]
 
 
 def true_at(masks: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
@@ -28,7 +30,9 @@ def true_at(masks: Tensor, chosen: Tensor, points: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mask_costs(prediction: dict, masks: Tensor, has_mask: Tensor, counts: list[int], bce: float, dice: float) -> Tensor:
+def mask_costs(
+    prediction: dict, masks: Tensor, has_mask: Tensor, counts: list[int], bce: float, dice: float
+) -> Tensor:
     """What each query's mask costs as each object's, (T, Q): `bce` times the BCE and `dice` times the dice loss.
 
     prediction: as OfficialMaskHead.supervise leaves it; masks (T, R, R) 0 or 1, has_mask (T,), objects without one
@@ -39,7 +43,9 @@ def mask_costs(prediction: dict, masks: Tensor, has_mask: Tensor, counts: list[i
     points = torch.rand(1, max(h * w // CELLS_PER_POINT, 1), 2, device=pixels.device)
     costs, everything = [], true_at(masks, torch.arange(len(masks), device=pixels.device), points)
     for i, truth in enumerate(everything.split(counts)):  # (t, P)
-        logits = kernels[i] @ sample(pixels[i : i + 1], points)[0] + prediction["mask_bias"].float()  # (Q, P)
+        logits = (
+            kernels[i] @ sample(pixels[i : i + 1], points)[0] + prediction["mask_bias"].float()
+        )  # (Q, P)
         p = logits.sigmoid()
         cross = truth @ F.softplus(-logits).T + (1 - truth) @ F.softplus(logits).T
         overlap = (2 * truth @ p.T + 1) / (p.sum(1) + truth.sum(1, keepdim=True) + 1)
@@ -58,13 +64,17 @@ def uncertain_points(maps: Tensor) -> Tensor:
     return torch.cat((drawn.gather(1, near[..., None].expand(-1, -1, 2)), anywhere), dim=1)
 
 
-def at_points(prediction: dict, image: Tensor, query: Tensor, obj: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def at_points(
+    prediction: dict, image: Tensor, query: Tensor, obj: Tensor, masks: Tensor
+) -> tuple[Tensor, Tensor]:
     """Logits (M, P) of the matched queries' masks, and the masks (T, R, R) of their objects at the same points (M, P).
 
     image (M,) ascending, query (M,), obj (M,).
     """
     pixels, kernels = prediction["pixels"], prediction["kernels"]
     maps = [own[query[image == i]] @ pixels[i].flatten(1) for i, own in enumerate(kernels)]
-    maps = (torch.cat(maps).float() + prediction["mask_bias"]).unflatten(1, pixels.shape[-2:])[:, None]
+    maps = (torch.cat(maps).float() + prediction["mask_bias"]).unflatten(1, pixels.shape[-2:])[
+        :, None
+    ]
     points = uncertain_points(maps)
     return sample(maps, points)[:, 0], true_at(masks, obj, points)

@@ -63,24 +63,46 @@ class CocoEvaluator:
         self.found: dict[int | str, tuple[Array, list[dict]]] = {}
         # Numbered in ascending order: the libraries want small integers, and the order of images decides between equal
         # scores.
-        images = sorted(ground_truth["images"], key=lambda image: (isinstance(image["id"], str), image["id"]))
-        self._images = {image["id"]: {**image, "id": number} for number, image in enumerate(images, start=1)}
+        images = sorted(
+            ground_truth["images"], key=lambda image: (isinstance(image["id"], str), image["id"])
+        )
+        self._images = {
+            image["id"]: {**image, "id": number} for number, image in enumerate(images, start=1)
+        }
         categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
         self._names = [category["name"] for category in categories]
-        self._classes = {category["id"]: number for number, category in enumerate(categories, start=1)}
+        self._classes = {
+            category["id"]: number for number, category in enumerate(categories, start=1)
+        }
         self._truth = {"bbox": [], "segm": []}
         for number, annotation in enumerate(ground_truth["annotations"], start=1):
             image, shape = self._images[annotation["image_id"]], annotation.get("segmentation")
-            row = {"id": number if annotation["id"] != 0 else 0, "image_id": image["id"], "area": annotation["area"]}
-            row |= {"bbox": annotation["bbox"], "category_id": self._classes[annotation["category_id"]]}
+            row = {
+                "id": number if annotation["id"] != 0 else 0,
+                "image_id": image["id"],
+                "area": annotation["area"],
+            }
+            row |= {
+                "bbox": annotation["bbox"],
+                "category_id": self._classes[annotation["category_id"]],
+            }
             row["iscrowd"] = annotation.get("iscrowd", 0)
             self._truth["bbox"].append(row)
             if masks:
-                rle = to_rle(shape or np.array([row["bbox"]], dtype=float), image["height"], image["width"])
+                rle = to_rle(
+                    shape or np.array([row["bbox"]], dtype=float), image["height"], image["width"]
+                )
                 crowd = row["iscrowd"] if shape else 1
                 self._truth["segm"].append({**row, "segmentation": rle, "iscrowd": crowd})
 
-    def add(self, image_id: int | str, boxes: Array, scores: Array, labels: Array, rles: list[dict] | None = None):
+    def add(
+        self,
+        image_id: int | str,
+        boxes: Array,
+        scores: Array,
+        labels: Array,
+        rles: list[dict] | None = None,
+    ):
         """Keep the n detections of one image; unknown images and what is not finite are left out.
 
         image_id as in the dataset; boxes (n, 4) xyxy in pixels of the original image, scores (n,), labels (n,) category
@@ -91,13 +113,17 @@ class CocoEvaluator:
         boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
         scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.int64)
         if unknown := set(labels.tolist()) - self._classes.keys():
-            raise ValueError(f"image {image_id}: category ids {sorted(unknown)}, the dataset has {list(self._classes)}")
+            raise ValueError(
+                f"image {image_id}: category ids {sorted(unknown)}, the dataset has {list(self._classes)}"
+            )
         boxes[:, 2:] -= boxes[:, :2]
         good = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
         rles = [rle for rle, keep in zip(rles, good, strict=True) if keep] if self.masks else []
         size = [self._images[image_id].get("height"), self._images[image_id].get("width")]
         if wrong := [rle["size"] for rle in rles if list(rle["size"]) != size]:
-            raise ValueError(f"image {image_id}: a mask of (height, width) {wrong[0]}, the image has {size}")
+            raise ValueError(
+                f"image {image_id}: a mask of (height, width) {wrong[0]}, the image has {size}"
+            )
         numbers = np.searchsorted(list(self._classes), labels) + 1
         image = np.full(len(boxes), self._images[image_id]["id"])
         self.found[image_id] = np.column_stack((image, boxes, scores, numbers))[good], rles
@@ -106,9 +132,16 @@ class CocoEvaluator:
         """COCO results with the dataset's own ids: "bbox" with boxes xywh in pixels, "segm" with RLEs alone."""
         field, ids = {"bbox": "bbox", "segm": "segmentation"}[kind], list(self._classes)
         return [
-            {"image_id": image_id, "category_id": ids[int(number) - 1], field: shape, "score": score}
+            {
+                "image_id": image_id,
+                "category_id": ids[int(number) - 1],
+                field: shape,
+                "score": score,
+            }
             for image_id, (rows, rles) in self.found.items()
-            for shape, (score, number) in zip(rles if kind == "segm" else rows[:, 1:5].tolist(), rows[:, 5:].tolist())
+            for shape, (score, number) in zip(
+                rles if kind == "segm" else rows[:, 1:5].tolist(), rows[:, 5:].tolist()
+            )
         ]
 
     def save(self, folder: str | Path) -> None:
@@ -133,33 +166,48 @@ class CocoEvaluator:
         summary = {"bbox": self._score("bbox", rows, rows[:, 3] * rows[:, 4], None)}
         if self.masks:
             rles = [rle for _, rles in self.found.values() for rle in rles]
-            summary["segm"] = self._score("segm", rows, np.array([mask_api.area(rle) for rle in rles], float), rles)
+            summary["segm"] = self._score(
+                "segm", rows, np.array([mask_api.area(rle) for rle in rles], float), rles
+            )
             summary["mask"] = mask_overlap(rows, rles, self._truth["segm"])
         return summary
 
     def _score(self, kind: str, rows: Array, areas: Array, rles: list[dict] | None) -> dict:
-        stats, precision = np.full(12, -1.0), np.full((10, 101, len(self._names)), -1.0)  # -1 is "no objects"
+        stats, precision = (
+            np.full(12, -1.0),
+            np.full((10, 101, len(self._names)), -1.0),
+        )  # -1 is "no objects"
         if self._images and self._names:
             truth = {"images": list(self._images.values()), "annotations": self._truth[kind]}
-            truth["categories"] = [{"id": number, "name": name} for number, name in enumerate(self._names, start=1)]
+            truth["categories"] = [
+                {"id": number, "name": name} for number, name in enumerate(self._names, start=1)
+            ]
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 evaluation = _prepare(kind, truth, rows, areas, rles)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
-            stats, precision = evaluation.stats[:12], evaluation.eval["precision"][..., 0, 2]  # (IoU, recall, class)
+            stats, precision = (
+                evaluation.stats[:12],
+                evaluation.eval["precision"][..., 0, 2],
+            )  # (IoU, recall, class)
 
         def mean(values: Array) -> float | None:
             values = values[values > -1]
             return float(values.mean()) if values.size else None
 
-        classes = [{"mAP": mean(precision[..., i]), "mAP50": mean(precision[0, :, i])} for i in range(len(self._names))]
+        classes = [
+            {"mAP": mean(precision[..., i]), "mAP50": mean(precision[0, :, i])}
+            for i in range(len(self._names))
+        ]
         figures = {name: mean(value) for name, value in zip(FIGURES, stats)}
         return figures | {"per_class": dict(zip(self._names, classes))}
 
 
-def _prepare(kind: str, truth: dict, rows: Array, areas: Array, rles: list[dict] | None) -> COCOeval:
+def _prepare(
+    kind: str, truth: dict, rows: Array, areas: Array, rles: list[dict] | None
+) -> COCOeval:
     """A COCOeval of a COCO ground truth and n detections: rows (n, 7) as CocoEvaluator.found has them, areas (n,)."""
     # pycocotools takes a match with annotation 0 for no match; the figures are to be the same as its own
     if hotcoco and all(annotation["id"] for annotation in truth["annotations"]):
@@ -170,7 +218,13 @@ def _prepare(kind: str, truth: dict, rows: Array, areas: Array, rles: list[dict]
     true, found = COCO(), COCO()
     true.dataset, found.dataset = truth, truth | {"annotations": []}
     for number, (row, area) in enumerate(zip(rows.tolist(), areas.tolist()), start=1):
-        entry = {"id": number, "image_id": int(row[0]), "bbox": row[1:5], "score": row[5], "category_id": int(row[6])}
+        entry = {
+            "id": number,
+            "image_id": int(row[0]),
+            "bbox": row[1:5],
+            "score": row[5],
+            "category_id": int(row[6]),
+        }
         entry |= {"area": area, "iscrowd": 0, "segmentation": rles and rles[number - 1]}
         found.dataset["annotations"].append(entry)
     true.createIndex()
@@ -180,19 +234,35 @@ def _prepare(kind: str, truth: dict, rows: Array, areas: Array, rles: list[dict]
 
 def format_table(summary: dict) -> str:
     """A summary() as lines for the console: the split's figures, then mAP50 of the first TABLE_CLASSES classes."""
-    kinds = {title: summary[kind] for title, kind in (("box", "bbox"), ("mask", "segm")) if kind in summary}
+    kinds = {
+        title: summary[kind]
+        for title, kind in (("box", "bbox"), ("mask", "segm"))
+        if kind in summary
+    }
     names = list(summary["bbox"]["per_class"])
     shown = {name: name if len(name) <= 30 else name[:27] + "..." for name in names[:TABLE_CLASSES]}
     width = max([7, *map(len, shown.values())])
 
     def row(head: str, cells: list[str | float | None]) -> str:
-        texts = (cell if isinstance(cell, str) else "-" if cell is None else f"{cell:.3f}" for cell in cells)
+        texts = (
+            cell if isinstance(cell, str) else "-" if cell is None else f"{cell:.3f}"
+            for cell in cells
+        )
         return f"{head:<{width}}" + "".join(f"{text:>8}" for text in texts)
 
     lines = [row("", [key.removeprefix("mAP_") for key in TABLE_COLUMNS])]
-    lines += [row(title, [figures[key] for key in TABLE_COLUMNS]) for title, figures in kinds.items()]
+    lines += [
+        row(title, [figures[key] for key in TABLE_COLUMNS]) for title, figures in kinds.items()
+    ]
     if overlap := summary.get("mask"):
-        lines += [row("", ["gIoU", "cIoU", "Dice"]), row("overlap", [overlap[key] for key in ("giou", "ciou", "dice")])]
+        lines += [
+            row("", ["gIoU", "cIoU", "Dice"]),
+            row("overlap", [overlap[key] for key in ("giou", "ciou", "dice")]),
+        ]
     lines.append(row("mAP50", list(kinds)))
-    lines += [row(shown[name], [f["per_class"][name]["mAP50"] for f in kinds.values()]) for name in shown]
-    return "\n".join(lines + [f"... and {len(names) - len(shown)} more"] * (len(names) > len(shown)))
+    lines += [
+        row(shown[name], [f["per_class"][name]["mAP50"] for f in kinds.values()]) for name in shown
+    ]
+    return "\n".join(
+        lines + [f"... and {len(names) - len(shown)} more"] * (len(names) > len(shown))
+    )

@@ -26,8 +26,12 @@ def mask_overlap(rows: Array, rles: list[dict], annotations: list[dict]) -> dict
     for i in np.flatnonzero(rows[:, 5] >= SCORE_THRESHOLD):
         found[rows[i, 0], rows[i, 6]].append(rles[i])
     for row in annotations:
-        (crowds if row["iscrowd"] else true)[row["image_id"], row["category_id"]].append(row["segmentation"])
-    found, true, crowds = ({pair: mask_api.merge(r) for pair, r in groups.items()} for groups in (found, true, crowds))
+        (crowds if row["iscrowd"] else true)[row["image_id"], row["category_id"]].append(
+            row["segmentation"]
+        )
+    found, true, crowds = (
+        {pair: mask_api.merge(r) for pair, r in groups.items()} for groups in (found, true, crowds)
+    )
 
     ious, dices, intersections, unions = [], [], 0, 0
     for pair in found.keys() | true.keys():
@@ -42,7 +46,11 @@ def mask_overlap(rows: Array, rles: list[dict], annotations: list[dict]) -> dict
             unions += union
     if not ious:
         return {"giou": None, "ciou": None, "dice": None}
-    return {"giou": sum(ious) / len(ious), "ciou": intersections / unions, "dice": sum(dices) / len(dices)}
+    return {
+        "giou": sum(ious) / len(ious),
+        "ciou": intersections / unions,
+        "dice": sum(dices) / len(dices),
+    }
 
 
 def _pixels(*masks: dict | None) -> int:
@@ -51,5 +59,3 @@ def _pixels(*masks: dict | None) -> int:
         return 0
     # 32 bit unsigned in C: differences would wrap without int
     return int(mask_api.area(mask_api.merge(list(masks), True) if len(masks) > 1 else masks[0]))
-
-

@@ -35,12 +35,17 @@ class MLP(nn.Module):
 
 def move_boxes(boxes: Tensor, delta: Tensor) -> Tensor:
     """Boxes shifted by `delta` in units of their own size, sizes scaled by exp(delta); both (..., 4) cxcywh."""
-    return torch.cat((boxes[..., :2] + delta[..., :2] * boxes[..., 2:], delta[..., 2:].exp() * boxes[..., 2:]), dim=-1)
+    return torch.cat(
+        (boxes[..., :2] + delta[..., :2] * boxes[..., 2:], delta[..., 2:].exp() * boxes[..., 2:]),
+        dim=-1,
+    )
 
 
 def sine_embedding(boxes: Tensor, dim: int) -> Tensor:
     """Sines and cosines of cxcywh boxes, (..., 4) -> (..., 4 * dim), in the order y, x, w, h."""
-    frequency = 10000 ** (-2 * torch.div(torch.arange(dim, device=boxes.device), 2, rounding_mode="floor") / dim)
+    frequency = 10000 ** (
+        -2 * torch.div(torch.arange(dim, device=boxes.device), 2, rounding_mode="floor") / dim
+    )
     angle = boxes[..., [1, 0, 2, 3], None] * (2 * math.pi) * frequency  # (..., 4, dim)
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-3)
 
@@ -49,7 +54,9 @@ def grid_proposals(shapes: list[tuple[int, int]], device: torch.device) -> Tenso
     """One box per token, centred on it, 5 % of the image wide, twice that on each further level: (S, 4)."""
     levels = []
     for i, (h, w) in enumerate(shapes):
-        y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+        y, x = torch.meshgrid(
+            torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij"
+        )
         side = torch.full((h, w), 0.05 * 2.0**i, device=device)
         levels.append(torch.stack(((x + 0.5) / w, (y + 0.5) / h, side, side), dim=-1).flatten(0, 1))
     return torch.cat(levels)
@@ -63,21 +70,33 @@ class DecoderLayer(nn.Module):
         hidden = size.hidden
         self.self_attn = nn.MultiheadAttention(hidden, size.self_heads, batch_first=True)
         self.norm1 = nn.LayerNorm(hidden)
-        self.cross_attn = DeformableAttention(hidden, size.cross_heads, len(size.levels), size.points)
+        self.cross_attn = DeformableAttention(
+            hidden, size.cross_heads, len(size.levels), size.points
+        )
         self.norm2 = nn.LayerNorm(hidden)
         self.linear1 = nn.Linear(hidden, size.feedforward)
         self.linear2 = nn.Linear(size.feedforward, hidden)
         self.norm3 = nn.LayerNorm(hidden)
 
     def forward(
-        self, x: Tensor, position: Tensor, boxes: Tensor, memory: Tensor, shapes: list[tuple[int, int]], groups: int
+        self,
+        x: Tensor,
+        position: Tensor,
+        boxes: Tensor,
+        memory: Tensor,
+        shapes: list[tuple[int, int]],
+        groups: int,
     ) -> Tensor:
         # x, position (B, G*Q, C); groups never see each other
         B, _, C = x.shape
         query = (x + position).reshape(B * groups, -1, C)
-        apart = not fused_attention_pays(x.device)  # asked for its weights, the module computes them by themselves
+        apart = not fused_attention_pays(
+            x.device
+        )  # asked for its weights, the module computes them by themselves
         value = x.reshape(B * groups, -1, C)
-        attended = self.self_attn(query, query, value, need_weights=apart, average_attn_weights=False)[0]
+        attended = self.self_attn(
+            query, query, value, need_weights=apart, average_attn_weights=False
+        )[0]
         x = self.norm1(x + attended.reshape(B, -1, C))
         x = self.norm2(x + self.cross_attn(x + position, boxes, memory, shapes))
         return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
@@ -121,7 +140,9 @@ class Transformer(nn.Module):
         self.enc_out_class_embed = nn.ModuleList(copy.deepcopy(class_head) for _ in range(groups))
         self.enc_out_bbox_embed = nn.ModuleList(copy.deepcopy(box_head) for _ in range(groups))
 
-    def propose(self, memory: Tensor, shapes: list[tuple[int, int]], group: int, ranked_rows: int) -> dict[str, Tensor]:
+    def propose(
+        self, memory: Tensor, shapes: list[tuple[int, int]], group: int, ranked_rows: int
+    ) -> dict[str, Tensor]:
         """The group's best proposals by the highest of the first `ranked_rows` class rows.
 
         memory (B, S, C) -> pred_logits (B, q, K), pred_boxes (B, q, 4) and their tokens as queries (B, q, C), best
@@ -132,7 +153,12 @@ class Transformer(nn.Module):
         anchors, tokens = anchors * inside, memory * inside
         tokens = self.enc_output_norm[group](self.enc_output[group](tokens))
         logits = self.enc_out_class_embed[group](tokens)
-        best = logits[..., :ranked_rows].amax(-1).topk(min(self.queries, logits.shape[1]), dim=1).indices
+        best = (
+            logits[..., :ranked_rows]
+            .amax(-1)
+            .topk(min(self.queries, logits.shape[1]), dim=1)
+            .indices
+        )
         row = torch.arange(len(memory), device=memory.device)[:, None]
         tokens = tokens[row, best]
         boxes = move_boxes(anchors[best], self.enc_out_bbox_embed[group](tokens).float())
@@ -146,7 +172,9 @@ class Transformer(nn.Module):
         Returns the layers' queries (B, G*Q, C), their reference boxes (B, G*Q, 4), and the proposals of all groups.
         """
         shapes = [tuple(level.shape[-2:]) for level in levels]
-        memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, S, C)
+        memory = torch.cat(
+            [level.flatten(2).transpose(1, 2) for level in levels], dim=1
+        )  # (B, S, C)
         groups = self.groups if self.training else 1
         B, Q = len(memory), self.queries
         proposals, starts = [], []

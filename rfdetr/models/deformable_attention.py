@@ -36,10 +36,16 @@ class DeformableAttention(nn.Module):
         for layer in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-        for tensor in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
+        for tensor in (
+            self.sampling_offsets.weight,
+            self.attention_weights.weight,
+            self.attention_weights.bias,
+        ):
             nn.init.zeros_(tensor)
 
-    def forward(self, queries: Tensor, boxes: Tensor, memory: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(
+        self, queries: Tensor, boxes: Tensor, memory: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
         """queries (B, Q, C), boxes (B, Q, 4) cxcywh 0..1, memory (B, S, C), shapes [(h, w)] per level -> (B, Q, C)."""
         B, Q, C = queries.shape
         M, L, P = self.heads, self.levels, self.points
@@ -51,8 +57,12 @@ class DeformableAttention(nn.Module):
         places = box[..., :2] + offsets / P * box[..., 2:] * 0.5  # (B, Q, M, L, P, 2) in 0..1
         grid = (2 * places - 1).permute(0, 2, 3, 1, 4, 5).reshape(B * M, L, Q, P, 2)
         samples = [
-            F.grid_sample(level.unflatten(-1, shape), grid[:, i].to(value.dtype), align_corners=False)
-            for i, (level, shape) in enumerate(zip(value.split([h * w for h, w in shapes], dim=-1), shapes))
+            F.grid_sample(
+                level.unflatten(-1, shape), grid[:, i].to(value.dtype), align_corners=False
+            )
+            for i, (level, shape) in enumerate(
+                zip(value.split([h * w for h, w in shapes], dim=-1), shapes)
+            )
         ]  # L x (B*M, C/M, Q, P)
         weights = weights.transpose(1, 2).reshape(B * M, 1, Q, L * P)
         out = (torch.cat(samples, dim=-1) * weights).sum(-1)  # (B*M, C/M, Q)

@@ -68,9 +68,15 @@ class Detector(nn.Module):
         self.refpoint_embed = nn.Embedding(groups * size.queries, 4)
         nn.init.zeros_(self.refpoint_embed.weight)
         self.query_feat = nn.Embedding(groups * size.queries, size.hidden)
-        self.mask_head = MASK_HEADS[mask_head](size.hidden) if mask_head not in (None, "official") else None
-        official = mask_head == "official"  # a module of its own, for the official names of its parameters
-        self.segmentation_head = OfficialMaskHead(size.hidden, size.decoder_layers) if official else None
+        self.mask_head = (
+            MASK_HEADS[mask_head](size.hidden) if mask_head not in (None, "official") else None
+        )
+        official = (
+            mask_head == "official"
+        )  # a module of its own, for the official names of its parameters
+        self.segmentation_head = (
+            OfficialMaskHead(size.hidden, size.decoder_layers) if official else None
+        )
 
     @property
     def encoder(self) -> WindowedViT:
@@ -109,7 +115,9 @@ class Detector(nn.Module):
         return outputs
 
 
-def select_detections(outputs: dict, class_rows: Tensor, select: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def select_detections(
+    outputs: dict, class_rows: Tensor, select: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best (query, class) pairs of each image, best first.
 
     class_rows (N,): the head row of each label; other rows give no results.

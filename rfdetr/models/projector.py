@@ -15,7 +15,14 @@ LEVEL_SCALE = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
 class ConvNorm(nn.Module):
     """Convolution without bias, LayerNorm over channels, activation."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, activation: type[nn.Module] = nn.SiLU):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        activation: type[nn.Module] = nn.SiLU,
+    ):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
         self.bn = LayerNorm2d(outputs)  # the official name; a layer norm all the same
@@ -33,7 +40,9 @@ class C2f(nn.Module):
         half = outputs // 2
         self.cv1 = ConvNorm(inputs, 2 * half, 1)
         self.cv2 = ConvNorm((2 + bottlenecks) * half, outputs, 1)
-        pairs = [{name: ConvNorm(half, half, 3) for name in ("cv1", "cv2")} for _ in range(bottlenecks)]
+        pairs = [
+            {name: ConvNorm(half, half, 3) for name in ("cv1", "cv2")} for _ in range(bottlenecks)
+        ]
         self.m = nn.ModuleList(nn.Sequential(OrderedDict(pair)) for pair in pairs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +61,9 @@ class Projector(nn.Module):
         self.stages = nn.ModuleList()
         for level in levels:
             scale = LEVEL_SCALE[level]
-            self.stages_sampling.append(nn.ModuleList(self._resample(dim, scale) for _ in range(features)))
+            self.stages_sampling.append(
+                nn.ModuleList(self._resample(dim, scale) for _ in range(features))
+            )
             fused = features * (dim // 2 if scale == 2.0 else dim)
             self.stages.append(nn.Sequential(C2f(fused, hidden), LayerNorm2d(hidden)))
 

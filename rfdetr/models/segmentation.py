@@ -36,7 +36,9 @@ def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
     """
     h, w = maps.shape[-2:]
     regions = enlarged(boxes.float()) * torch.tensor([w, h, w, h], device=boxes.device)
-    regions = regions.nan_to_num(0, 0, 0)  # a diverged model's: roi_align reads beyond its maps for what is not finite
+    regions = regions.nan_to_num(
+        0, 0, 0
+    )  # a diverged model's: roi_align reads beyond its maps for what is not finite
     regions = torch.cat((image_index[:, None].to(regions.dtype), regions), dim=1)
     return roi_align(maps.float(), regions, output_size=GRID, sampling_ratio=1, aligned=True)
 
@@ -71,21 +73,29 @@ class MaskHead(nn.Module):
         layers: list[nn.Module] = [conv_norm_act(hidden, context, kernel=1)]
         layers += [conv_norm_act(context, context) for _ in range(trunk)]
         self.context = nn.Sequential(*layers, nn.Conv2d(context, pixel, kernel_size=1))
-        self.detail = nn.Sequential(conv_norm_act(3, 48, kernel=4, stride=4), nn.Conv2d(48, pixel, kernel_size=1))
+        self.detail = nn.Sequential(
+            conv_norm_act(3, 48, kernel=4, stride=4), nn.Conv2d(48, pixel, kernel_size=1)
+        )
         self.fuse = nn.Sequential(*(conv_norm_act(pixel, pixel) for _ in range(fuse)))
-        self.query = nn.Sequential(nn.Linear(hidden + 4, query), nn.SiLU(), nn.Linear(query, pixel + 6))
+        self.query = nn.Sequential(
+            nn.Linear(hidden + 4, query), nn.SiLU(), nn.Linear(query, pixel + 6)
+        )
 
     def pixels(self, features: Tensor, images: Tensor) -> Tensor:
         """features (B, C, h, w), images (B, 3, H, W) normalised -> pixel embeddings (B, P, H/4, W/4)."""
         detail = self.detail(images)
-        context = F.interpolate(self.context(features), size=detail.shape[-2:], mode="bilinear", align_corners=False)
+        context = F.interpolate(
+            self.context(features), size=detail.shape[-2:], mode="bilinear", align_corners=False
+        )
         return self.fuse(context + detail)
 
     def kernels(self, queries: Tensor, boxes: Tensor) -> Tensor:
         """queries (M, C), boxes (M, 4) cxcywh 0..1 -> (M, P + 6): dot-product weights, then the quadratic's six."""
         return self.query(torch.cat((queries, boxes.to(queries.dtype)), dim=-1)).float()
 
-    def grid_logits(self, pixels: Tensor, queries: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
+    def grid_logits(
+        self, pixels: Tensor, queries: Tensor, boxes: Tensor, image_index: Tensor
+    ) -> Tensor:
         """Mask logits (M, GRID, GRID) on the grid of each query's enlarged box: what the loss sees.
 
         image_index (M,) ascending.
@@ -93,14 +103,19 @@ class MaskHead(nn.Module):
         kernels = self.kernels(queries, boxes)
         counts = torch.bincount(image_index, minlength=len(pixels)).tolist()
         # the product first: sampling one channel afterwards gives the same and costs a tenth of sampling all P
-        maps = [own @ image for own, image in zip(kernels[:, :-6].split(counts), pixels.float().flatten(2))]
+        maps = [
+            own @ image
+            for own, image in zip(kernels[:, :-6].split(counts), pixels.float().flatten(2))
+        ]
         maps = torch.cat(maps).view(-1, 1, *pixels.shape[-2:])  # (M, 1, h, w)
         samples = sample_in_boxes(maps, boxes, torch.arange(len(maps), device=boxes.device))[:, 0]
         axis = (torch.arange(GRID, device=boxes.device) + 0.5) / GRID * 2 - 1
         quadratic = box_quadratic(kernels[:, -6:], axis[None, None, :], axis[None, :, None])
         return samples + quadratic
 
-    def paste(self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[tuple]:
+    def paste(
+        self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int
+    ) -> Iterator[tuple]:
         """Masks of one image's chosen queries at its original height and width, in pixels, one by one.
 
         pixels (P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1 -> M x (left, top, bool (bh, bw) mask of the part
@@ -108,10 +123,15 @@ class MaskHead(nn.Module):
         """
         kernels = self.kernels(queries, boxes)
         h, w = pixels.shape[-2:]
-        regions = enlarged(boxes.float()) * torch.tensor([width, height, width, height], device=boxes.device)
+        regions = enlarged(boxes.float()) * torch.tensor(
+            [width, height, width, height], device=boxes.device
+        )
         regions = regions.nan_to_num()  # what NaN weights give: an empty mask
         x, y = (torch.arange(side, device=boxes.device) + 0.5 for side in (width, height))
-        (x_low, x_high, x_part), (y_low, y_high, y_part) = between(x * w / width, w), between(y * h / height, h)
+        (x_low, x_high, x_part), (y_low, y_high, y_part) = (
+            between(x * w / width, w),
+            between(y * h / height, h),
+        )
         maps = maps_in_parts(kernels[:, :-6], pixels)
         for own, kernel, (x0, y0, x1, y1) in zip(maps, kernels, regions.tolist()):
             # the pixels whose centres lie in the region
@@ -132,7 +152,9 @@ class MaskHeadNano(MaskHead):
     """The light head of the family, at most a quarter of the standard one."""
 
     def __init__(self, hidden: int):
-        super().__init__(hidden, trunk=0, fuse=1, pixel=32, context=32, query=40 if hidden < 128 else 128)
+        super().__init__(
+            hidden, trunk=0, fuse=1, pixel=32, context=32, query=40 if hidden < 128 else 128
+        )
 
 
 class MaskHeadStandard(MaskHead):
@@ -173,7 +195,9 @@ class QueryBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm_in = nn.LayerNorm(channels)
-        self.layers = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+        self.layers = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(self.norm_in(x))
@@ -219,11 +243,15 @@ class OfficialMaskHead(nn.Module):
             prediction["kernels"] = self.kernels(prediction["queries"])
             prediction["mask_bias"] = self.bias
 
-    def paste(self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[tuple]:
+    def paste(
+        self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int
+    ) -> Iterator[tuple]:
         """As MaskHead.paste, but a mask is not bound to its box: (0, 0, bool (height, width) mask), one at a time."""
         for one in maps_in_parts(self.kernels(queries), pixels):
             logits = one + self.bias
-            whole = F.interpolate(logits[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+            whole = F.interpolate(
+                logits[None, None], size=(height, width), mode="bilinear", align_corners=False
+            )[0, 0]
             yield 0, 0, (whole > 0).cpu()
 
 

@@ -29,7 +29,9 @@ class Embeddings(nn.Module):
         # in the official files, never used
         self.mask_token = nn.Parameter(torch.zeros(1, size.dim), requires_grad=False)
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + size.position_grid**2, size.dim))
-        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, size.dim, size.patch, size.patch)})
+        self.patch_embeddings = nn.ModuleDict(
+            {"projection": nn.Conv2d(3, size.dim, size.patch, size.patch)}
+        )
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.position_embeddings, std=0.02)
 
@@ -43,11 +45,26 @@ class Embeddings(nn.Module):
         projection, N = self.patch_embeddings["projection"], self.windows
         B, p = len(images), projection.kernel_size[0]
         h, w = images.shape[2] // p // N, images.shape[3] // p // N  # patches of a window
-        patches = images.reshape(B, 3, N, h, p, N, w, p).permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(B, N * N, h * w, -1)
-        positions = self.positions(N * h, N * w).reshape(N, h, N, w, -1).transpose(1, 2).reshape(N * N, h * w, -1)
+        patches = (
+            images.reshape(B, 3, N, h, p, N, w, p)
+            .permute(0, 2, 5, 3, 6, 1, 4, 7)
+            .reshape(B, N * N, h * w, -1)
+        )
+        positions = (
+            self.positions(N * h, N * w)
+            .reshape(N, h, N, w, -1)
+            .transpose(1, 2)
+            .reshape(N * N, h * w, -1)
+        )
         # the convolution as a matrix product, which a CPU does in a third of the time
-        patches = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions  # (B, N*N, T, D)
-        cls = (self.cls_token + self.position_embeddings[:, :1]).expand(B * N * N, -1, -1).to(patches.dtype)
+        patches = (
+            F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
+        )  # (B, N*N, T, D)
+        cls = (
+            (self.cls_token + self.position_embeddings[:, :1])
+            .expand(B * N * N, -1, -1)
+            .to(patches.dtype)
+        )
         return torch.cat((cls, patches.flatten(0, 1)), dim=1)  # (B*N*N, 1+T, D)
 
 
@@ -64,8 +81,15 @@ class WindowedViT(nn.Module):
         self.embeddings = Embeddings(size)
         norm = partial(nn.LayerNorm, eps=1e-6)
         # init_values: LayerScale, as in DINOv2
-        options = {"mlp_ratio": size.mlp_ratio, "qkv_bias": True, "init_values": 1.0, "drop_path": drop_path}
-        blocks = [Block(size.dim, size.heads, norm_layer=norm, **options) for _ in range(size.depth)]
+        options = {
+            "mlp_ratio": size.mlp_ratio,
+            "qkv_bias": True,
+            "init_values": 1.0,
+            "drop_path": drop_path,
+        }
+        blocks = [
+            Block(size.dim, size.heads, norm_layer=norm, **options) for _ in range(size.depth)
+        ]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(blocks)})
         self.layernorm = norm(size.dim)
         for module in self.modules():
@@ -85,11 +109,17 @@ class WindowedViT(nn.Module):
             # attention alone mixes tokens, so a global block is a plain block on all windows in one row
             rows = B if i in self.size.feature_layers else B * N * N
             x = x.reshape(rows, -1, x.shape[-1])
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.grad_checkpoint and self.training
+                else block(x)
+            )
             if i + 1 in self.size.feature_layers:
                 patches = self.layernorm(x).reshape(B * N * N, -1, x.shape[-1])[:, 1:]
                 patches = patches.reshape(B, N, N, height // N, width // N, -1).transpose(2, 3)
-                features.append(patches.reshape(B, height, width, -1).permute(0, 3, 1, 2))  # (B, D, H/p, W/p)
+                features.append(
+                    patches.reshape(B, height, width, -1).permute(0, 3, 1, 2)
+                )  # (B, D, H/p, W/p)
         return features
 
 

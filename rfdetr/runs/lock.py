@@ -38,7 +38,10 @@ def lock_run(folder: Path) -> None:
                 atexit.register(unlock_run, lock.parent.absolute())
                 return
             holder = _holder(lock)
-            if (holder.get("pid"), holder.get("host")) == (own["pid"], own["host"]):  # of an earlier call
+            if (holder.get("pid"), holder.get("host")) == (
+                own["pid"],
+                own["host"],
+            ):  # of an earlier call
                 return
             _require_gone(holder, lock, own["host"])
             # renamed first: of two processes that find it, one gets it
@@ -49,7 +52,9 @@ def lock_run(folder: Path) -> None:
                     aside.rename(lock)
                     continue
                 aside.unlink()
-                warn(f"{folder} was locked by process {holder.get('pid', '(unknown)')}, which is gone: taken over")
+                warn(
+                    f"{folder} was locked by process {holder.get('pid', '(unknown)')}, which is gone: taken over"
+                )
 
 
 def unlock_run(folder: Path) -> None:
@@ -85,7 +90,10 @@ def _require_gone(holder: dict, lock: Path, host: str) -> None:
     try:
         process = psutil.Process(pid)
         # a later process may have got the number; clocks are set meanwhile
-        running = abs(process.create_time() - started) < SAME_START and process.status() != psutil.STATUS_ZOMBIE
+        running = (
+            abs(process.create_time() - started) < SAME_START
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
     except psutil.NoSuchProcess:
         running = False
     except psutil.AccessDenied:

@@ -20,12 +20,18 @@ class _Tee:
         *lines, line = (self.line + text).split("\n")
         for finished in lines:
             self.keep(finished)
-        self.line = _last_state(line) + "\r" * line.endswith("\r")  # forget the states that a later one has replaced
+        self.line = _last_state(line) + "\r" * line.endswith(
+            "\r"
+        )  # forget the states that a later one has replaced
         return self.stream.write(text)
 
     def keep(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # full disk, closed log: printing must not fail
-            self.log.write(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", _last_state(line)) + "\n")  # no cursor moves
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # full disk, closed log: printing must not fail
+            self.log.write(
+                re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", _last_state(line)) + "\n"
+            )  # no cursor moves
 
 
 def _last_state(line: str) -> str:

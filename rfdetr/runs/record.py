@@ -66,9 +66,18 @@ class Run(contextlib.AbstractContextManager):
         with writing_to(folder):
             for leftover in self.folder.glob("*.tmp"):
                 leftover.unlink()
-            self._log = open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            self._log = open(
+                self.folder / "log.txt",
+                "a",
+                encoding="utf-8",
+                errors="backslashreplace",
+                buffering=1,
+            )
             self._log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n")
-        self._tees = sys.stdout, sys.stderr = _Tee(sys.stdout, self._log), _Tee(sys.stderr, self._log)
+        self._tees = sys.stdout, sys.stderr = (
+            _Tee(sys.stdout, self._log),
+            _Tee(sys.stderr, self._log),
+        )
         try:
             with writing_to(folder):
                 self._take_over(self.folder / "metrics.json", done_epochs)
@@ -92,7 +101,9 @@ class Run(contextlib.AbstractContextManager):
 
     def set(self, best: dict | None = None, test: dict | None = None) -> None:
         """Set the entry of the best epoch or the scores of the test split, where given, and rewrite metrics.json."""
-        self.metrics.update({name: value for name, value in (("best", best), ("test", test)) if value is not None})
+        self.metrics.update(
+            {name: value for name, value in (("best", best), ("test", test)) if value is not None}
+        )
         write_json(self.folder / "metrics.json", self.metrics)
 
     def scalars(self, prefix: str, values: dict, step: int) -> None:
@@ -128,7 +139,9 @@ class Run(contextlib.AbstractContextManager):
                 self._events.flush()
             except OSError as error:
                 self._events = None
-                warn(f"{self.folder / 'tb'} takes no more ({error}): the curves go on in metrics.json alone")
+                warn(
+                    f"{self.folder / 'tb'} takes no more ({error}): the curves go on in metrics.json alone"
+                )
 
     def close(self) -> None:
         """Give the console back and close the files; a second call does nothing."""
@@ -158,7 +171,9 @@ class Run(contextlib.AbstractContextManager):
         """Rename a damaged file, {} in its new name being a number, and say so."""
         names = (self.folder / name.format(n) for n in itertools.count(1))
         aside = path.rename(next(name for name in names if not name.exists()))
-        warn(f"{path} is damaged: kept as {aside.name}, a new one begins at epoch {done_epochs + 1}")
+        warn(
+            f"{path} is damaged: kept as {aside.name}, a new one begins at epoch {done_epochs + 1}"
+        )
 
     def _take_over(self, path: Path, done_epochs: int) -> None:
         """Take epochs 1..done_epochs and their best from an earlier metrics.json; a damaged one is set aside."""
@@ -166,7 +181,10 @@ class Run(contextlib.AbstractContextManager):
             return
         try:
             earlier = json.loads(path.read_bytes())
-            best, epochs = earlier["best"], [record for record in earlier["epochs"] if record["epoch"] <= done_epochs]
+            best, epochs = (
+                earlier["best"],
+                [record for record in earlier["epochs"] if record["epoch"] <= done_epochs],
+            )
             best = best if best and best["epoch"] <= done_epochs else None
             self.metrics.update(epochs=epochs, best=best)
         except (ValueError, KeyError, TypeError, RecursionError, IsADirectoryError):

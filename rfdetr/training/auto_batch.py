@@ -27,17 +27,23 @@ def random_batch(images: int, resolution: int) -> Batch:
         "masks": torch.zeros(OBJECTS, resolution, resolution, dtype=torch.uint8),
         "index": 0,
     }
-    return Batch(torch.zeros(images, 3, resolution, resolution, dtype=torch.uint8), [target] * images)
+    return Batch(
+        torch.zeros(images, 3, resolution, resolution, dtype=torch.uint8), [target] * images
+    )
 
 
 def resolve_batch(
-    args: argparse.Namespace, model: nn.Module, losses: Callable[[nn.Module, Batch, float], dict[str, Tensor]]
+    args: argparse.Namespace,
+    model: nn.Module,
+    losses: Callable[[nn.Module, Batch, float], dict[str, Tensor]],
 ) -> None:
     """Turn `args.batch` "auto" into a number, trying a step on the worst case; the effective batch is kept."""
     if args.batch != "auto":
         return
     effective = args.effective_batch
-    losses = replace(losses, sides=losses.sides and (max(losses.sides),))  # the worst of multi-scale's
+    losses = replace(
+        losses, sides=losses.sides and (max(losses.sides),)
+    )  # the worst of multi-scale's
     fits = [b for b in range(effective, 0, -1) if effective % b == 0]
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -45,11 +51,15 @@ def resolve_batch(
     else:
         before, free = memory_mb(device), free_memory_mb()
         _step_fits(model, losses, 1, args.resolution)
-        each = max(memory_mb(device) - before, 1.0) * distributed.world_size()  # on this machine, perhaps
+        each = (
+            max(memory_mb(device) - before, 1.0) * distributed.world_size()
+        )  # on this machine, perhaps
         args.batch = next((b for b in fits if b * each < HEADROOM * free), 1)
     args.accum = effective // args.batch
     if distributed.is_main():
-        tick(f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times (effective {effective})")
+        tick(
+            f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times (effective {effective})"
+        )
 
 
 def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int) -> bool:

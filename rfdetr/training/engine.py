@@ -17,7 +17,10 @@ from rfdetr.console import OUT_OF_MEMORY_ADVICE, UserError, is_out_of_memory, wa
 from rfdetr.data.loaders import Batch
 from rfdetr.device import memory_mb, release_memory
 
-COUNTS = ("objects", "matched_objects")  # what an objective counts beside its losses: summed, not averaged
+COUNTS = (
+    "objects",
+    "matched_objects",
+)  # what an objective counts beside its losses: summed, not averaged
 SHOWN = ("loss_class", "loss_box", "loss_giou", "loss_mask", "loss_dice")  # in the progress bar
 
 
@@ -31,12 +34,21 @@ class Progress:
     micro_batch: int = 0  # images in one forward pass; out of memory halves it
     nan_steps: int = 0
     sums: dict = field(default_factory=dict)  # running sums of the epoch's losses
-    unread: list = field(default_factory=list)  # numbers of the training images that could not be read
+    unread: list = field(
+        default_factory=list
+    )  # numbers of the training images that could not be read
     steps: int = 0  # optimizer steps in an epoch; 0 where an earlier version has not saved them
 
     def __post_init__(self):
         """ValueError for what no run has saved."""
-        counts = [self.epoch, self.step_in_epoch, self.step, self.micro_batch, self.nan_steps, *self.unread]
+        counts = [
+            self.epoch,
+            self.step_in_epoch,
+            self.step,
+            self.micro_batch,
+            self.nan_steps,
+            *self.unread,
+        ]
         counts.append(self.steps)
         if not all(type(count) is int and 0 <= count < 2**31 for count in counts):
             raise ValueError("progress is counted in whole numbers")
@@ -74,7 +86,9 @@ class Trainer:
     progress: Progress
 
 
-def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, bool], None]) -> dict:
+def train_one_epoch(
+    trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, bool], None]
+) -> dict:
     """Train on every batch of `loader`, one optimizer step each; returns the epoch's mean losses, counts, rates and
     times.
 
@@ -83,7 +97,9 @@ def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Calla
     progress, device = trainer.progress, trainer.device
     trainer.model.train()
     data_s = compute_s = images = 0.0
-    bar = tqdm(loader, desc=f"epoch {progress.epoch + 1}", disable=not distributed.is_main(), leave=False)
+    bar = tqdm(
+        loader, desc=f"epoch {progress.epoch + 1}", disable=not distributed.is_main(), leave=False
+    )
     begin = mark = time.perf_counter()
     for batch in bar:
         data_s += time.perf_counter() - mark
@@ -102,8 +118,12 @@ def train_one_epoch(trainer: Trainer, loader: Iterable[Batch], after_step: Calla
         images += len(batch) * distributed.world_size()
         compute_s += time.perf_counter() - mark
         rate = images / (time.perf_counter() - begin)
-        parts = " ".join(f"{name.removeprefix('loss_')} {losses[name]:.2f}" for name in SHOWN if name in losses)
-        text = f"loss {losses['loss']:.2f} ({parts}), {rate:.1f} images/s, {memory_mb(device):.0f} MB"
+        parts = " ".join(
+            f"{name.removeprefix('loss_')} {losses[name]:.2f}" for name in SHOWN if name in losses
+        )
+        text = (
+            f"loss {losses['loss']:.2f} ({parts}), {rate:.1f} images/s, {memory_mb(device):.0f} MB"
+        )
         bar.set_postfix_str(text, refresh=False)
         after_step(batch, finite)
         mark = time.perf_counter()
@@ -141,7 +161,9 @@ def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         result["grad_norm"] = nn.utils.clip_grad_norm_(parameters, trainer.clip or math.inf).item()
         finite = math.isfinite(result["grad_norm"])
-        mendable = trainer.scaler.get_scale() > 1  # by a lower scale: fp16 gradients that overflowed
+        mendable = (
+            trainer.scaler.get_scale() > 1
+        )  # by a lower scale: fp16 gradients that overflowed
         if finite or trainer.scaler.is_enabled():
             trainer.scaler.step(trainer.optimizer)  # leaves the weights alone where they did
             trainer.scaler.update()
@@ -161,7 +183,9 @@ def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
         try:
             losses: dict[str, Tensor] = {}
             for first in range(0, len(batch), progress.micro_batch):
-                part = trainer.losses(trainer.model, batch[first : first + progress.micro_batch], objects)
+                part = trainer.losses(
+                    trainer.model, batch[first : first + progress.micro_batch], objects
+                )
                 loss = sum(value for name, value in part.items() if name not in COUNTS)
                 trainer.scaler.scale(loss).backward()
                 for name, value in part.items():
@@ -179,7 +203,10 @@ def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
 
 def random_states(device: torch.device) -> dict:
     """The states of the generators that a step draws from."""
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
 
 
 def set_random_states(states: dict) -> None:

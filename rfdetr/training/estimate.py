@@ -40,7 +40,10 @@ def shape_of(name: str, resolution: int) -> tuple[int, float, float]:
 
     with torch.device("meta"):
         model, image = Detector(SIZES[name], COCO_ROWS), torch.zeros(1, 3, resolution, resolution)
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+    ):
         model.train()(image)
     parameters = sum(p.numel() for p in model.parameters())
     weights = 4 * parameters / 2**20
@@ -76,7 +79,9 @@ def measure_apart(name: str, resolution: int, precision: Precision) -> tuple[flo
     except (BrokenProcessPool, RuntimeError) as error:
         if not isinstance(error, BrokenProcessPool) and not is_out_of_memory(error):
             raise
-        message = f"a training step of {name} at {resolution} px runs out of memory with a single image"
+        message = (
+            f"a training step of {name} at {resolution} px runs out of memory with a single image"
+        )
         advice = "Try a smaller --size or --resolution, or leave out --estimate and train with --grad_checkpoint 1"
         raise UserError(f"{message}. {advice}") from error
 
@@ -88,7 +93,9 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
     whether a step was measured: of `name` and of tiny (of nano, where `name` is tiny). The others lie on the line
     through these two.  Raises UserError where a single image does not fit.
     """
-    sides = {key: size.resolution for key, size in SIZES.items() if not key.startswith("seg-")} | {name: resolution}
+    sides = {key: size.resolution for key, size in SIZES.items() if not key.startswith("seg-")} | {
+        name: resolution
+    }
     shapes = {key: shape_of(key, side) for key, side in sides.items()}
     anchors = [key for key in sides if key in ("tiny", name if name != "tiny" else "nano")]
     seconds, memory, base = [], [], 0.0  # points of the two lines; MB of a process without a model
@@ -101,9 +108,18 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
     for key, (parameters, flop, kept) in shapes.items():
         recipe, fixed = SIZES[key].recipe, base + parameters * STATE_BYTES / 2**20
         step = recipe.batch * recipe.accum
-        row = {"size": key, "resolution": sides[key], "parameters": parameters, "measured": key in anchors}
-        row["memory_mb"] = {str(batch): round(fixed + on_line(memory, batch * kept)) for batch in (1, 4)}
-        row["epoch_s"] = round(on_line(seconds, flop) * step * max(images // step, recipe.min_steps), 1)
+        row = {
+            "size": key,
+            "resolution": sides[key],
+            "parameters": parameters,
+            "measured": key in anchors,
+        }
+        row["memory_mb"] = {
+            str(batch): round(fixed + on_line(memory, batch * kept)) for batch in (1, 4)
+        }
+        row["epoch_s"] = round(
+            on_line(seconds, flop) * step * max(images // step, recipe.min_steps), 1
+        )
         rows.append(row)
     return rows
 

@@ -36,16 +36,11 @@ from rfdetr.training.frozen import FrozenBatch, MaskObjective, apply_view, flipp
 from rfdetr.weights import checkpoint
 
 FORMAT = 1  # of the cache's file, and of how its content is computed
-SAMPLES, BLOCK = 8, 8 << 10  # what is read of an image's file to know it again: blocks, and bytes of each
+SAMPLES, BLOCK = (
+    8,
+    8 << 10,
+)  # what is read of an image's file to know it again: blocks, and bytes of each
 SPARE_DISK = 64 << 20  # bytes to leave free
-
-
-
-
-
-
-
-
 
 
 def sample_of_file(path: Path) -> bytes:
@@ -80,14 +75,18 @@ def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> tuple[str
     """
     if multi_scale:
         if mode in ("ram", "disk"):
-            raise UserError(f"--cache {mode} keeps features of one scale: use it with --multi_scale 0, or --cache off")
+            raise UserError(
+                f"--cache {mode} keeps features of one scale: use it with --multi_scale 0, or --cache off"
+            )
         return "off", "off, since --multi_scale 1 asks for new features at every step"
     (views, _, missing), folder = cache.there(), cache.path.parent
     needed = cache.bytes * distributed.world_size()
     ram, disk = free_memory_mb(), free_disk(folder)
     short = f"the disk of {folder.parent} has {in_mb(disk)} free, {in_mb(missing)} are missing"
     if mode == "disk" and disk < missing + SPARE_DISK:
-        raise UserError(f"--cache disk: {short}. Free some space there, or use --cache ram or --cache off")
+        raise UserError(
+            f"--cache disk: {short}. Free some space there, or use --cache ram or --cache off"
+        )
     asked = ", as asked" if mode != "auto" else ""
     if mode == "disk" or mode == "auto" and 2 * missing + SPARE_DISK < disk:
         total = f"{views:,} of {len(cache.table):,} views there, about {in_mb(cache.bytes)} in all"
@@ -95,7 +94,10 @@ def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> tuple[str
     size = f"about {in_mb(needed)}"
     if mode == "ram" or mode == "auto" and needed < ram * 2**20 / 2:
         return "ram", f"in RAM{asked}, {size}" + ("" if asked else f": {short}")
-    return "off", "off, as asked" if asked else f"off: half of the free RAM is less than {size}, and {short}"
+    return (
+        "off",
+        "off, as asked" if asked else f"off: half of the free RAM is less than {size}, and {short}",
+    )
 
 
 class FeatureCache:
@@ -113,16 +115,24 @@ class FeatureCache:
         size = objective.detector.size
         side = dataset.resolution // size.patch * LEVEL_SCALE[size.levels[0]]
         self.shape = (size.hidden, int(side), int(side))
-        self.item = np.dtype([("box", "<f4", 4), ("query", "<f2", size.hidden), ("grid", "u1", -(-(GRID**2) // 8))])
-        masks = [sum(s is not None for s in record.segmentations) for record in dataset.split.images]
-        rooms = [self.record_bytes(min(count, size.queries)) for count in masks for _ in range(views)]
+        self.item = np.dtype(
+            [("box", "<f4", 4), ("query", "<f2", size.hidden), ("grid", "u1", -(-(GRID**2) // 8))]
+        )
+        masks = [
+            sum(s is not None for s in record.segmentations) for record in dataset.split.images
+        ]
+        rooms = [
+            self.record_bytes(min(count, size.queries)) for count in masks for _ in range(views)
+        ]
         self.places = np.cumsum([8 * len(rooms), *rooms])  # where each view begins, and the end
         self.bytes = int(self.places[-1])
         self.contents = distributed.from_main(self._contents() if distributed.is_main() else None)
         key = hashlib.sha256(json.dumps(self.contents).encode()).hexdigest()[:16]
         self.path = parent / key / "views.bin"
         self.full = False
-        self.checked = np.zeros(len(rooms), dtype=bool)  # views that this process has written, or read and compared
+        self.checked = np.zeros(
+            len(rooms), dtype=bool
+        )  # views that this process has written, or read and compared
         self.table = torch.from_numpy(self._saved())
 
     def record_bytes(self, objects: int) -> int:
@@ -135,7 +145,9 @@ class FeatureCache:
             samples = threads.map(sample_of_file, [record.path for record in split.images])
             for record, sample in zip(split.images, samples):
                 file = record.path.stat()
-                images.update(repr((record.file_name, file.st_size, file.st_mtime_ns, record.exif)).encode())
+                images.update(
+                    repr((record.file_name, file.st_size, file.st_mtime_ns, record.exif)).encode()
+                )
                 images.update(sample + record.boxes.tobytes() + record.labels.tobytes())
         return {
             "what": "a frozen detector's features for train_seg_stage2.py; the folder may be deleted",
@@ -160,7 +172,10 @@ class FeatureCache:
 
     def _saved(self) -> np.ndarray:
         """The table of the folder's file; all zero where there is none of the right size."""
-        count, sound = len(self.checked), self.path.is_file() and self.path.stat().st_size == self.bytes
+        count, sound = (
+            len(self.checked),
+            self.path.is_file() and self.path.stat().st_size == self.bytes,
+        )
         return np.fromfile(self.path, "<i8", count) if sound else np.zeros(count, "<i8")
 
     def open(self, on_disk: bool) -> FeatureCache:
@@ -176,13 +191,17 @@ class FeatureCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if distributed.local_rank() == 0 and self.path.exists():
                 if (size := self.path.stat().st_size) not in (0, self.bytes):
-                    warn(f"Feature cache {self.path} is damaged ({size:,} bytes, not {self.bytes:,}): made anew")
+                    warn(
+                        f"Feature cache {self.path} is damaged ({size:,} bytes, not {self.bytes:,}): made anew"
+                    )
                     self.path.unlink()
             distributed.gather_objects(None)  # the others take the new file
             with open(self.path, "ab") as file:
                 file.truncate(self.bytes)  # zeros, where it is new: no view is there
             self.file = open(self.path, "r+b", buffering=0)
-            self.path.with_name("key.json").write_text(json.dumps(self.contents, indent=1), encoding="utf-8")
+            self.path.with_name("key.json").write_text(
+                json.dumps(self.contents, indent=1), encoding="utf-8"
+            )
         except OSError as error:
             raise UserError(
                 f"cannot make the feature cache {self.path}, {in_mb(self.bytes)} ({error.strerror}): free some space "
@@ -195,7 +214,9 @@ class FeatureCache:
         self.file.close()
         distributed.gather_objects(None)  # every rank is done
         if distributed.local_rank() == 0 and not keep:
-            shutil.rmtree(self.path.parent, ignore_errors=True)  # Windows forbids it while another run reads
+            shutil.rmtree(
+                self.path.parent, ignore_errors=True
+            )  # Windows forbids it while another run reads
         elif distributed.is_main():
             views, size, _ = self.there()
             tick(
@@ -245,7 +266,9 @@ class FeatureCache:
                 self.table[number], self.checked[number] = state, True
         except OSError as error:
             self.full = True
-            warn(f"Feature cache {self.path} takes no more ({error}): the missing views are computed every time")
+            warn(
+                f"Feature cache {self.path} takes no more ({error}): the missing views are computed every time"
+            )
         return record
 
     def batch(self, items: list[tuple[int, dict]]) -> FrozenBatch:
@@ -262,7 +285,9 @@ class FeatureCache:
             objects.append(np.frombuffer(record, self.item, offset=self.record_bytes(0)))
         images, targets, unread = vars(collate(samples)).values()
         indices = [target["index"] for target in targets]
-        grids = [np.unpackbits(o["grid"], axis=1, count=GRID**2).reshape(-1, GRID, GRID) for o in objects]
+        grids = [
+            np.unpackbits(o["grid"], axis=1, count=GRID**2).reshape(-1, GRID, GRID) for o in objects
+        ]
         return FrozenBatch(
             images=images,
             features=torch.from_numpy(np.stack(features)),
@@ -289,7 +314,11 @@ class Views(Dataset):
         if not self.table[index * self.views + view]:
             return view, flipped(self.dataset[index, None], view)
         index, image, unread = self.dataset.image(index)
-        return view, {"image": apply_view(image, view), "target": {"index": index}, "unread": unread}
+        return view, {
+            "image": apply_view(image, view),
+            "target": {"index": index},
+            "unread": unread,
+        }
 
 
 class CachedLoader:
@@ -309,5 +338,3 @@ class CachedLoader:
 
     def __iter__(self) -> Iterator[FrozenBatch]:
         return map(self.cache.batch, self.items)
-
-

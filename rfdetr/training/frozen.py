@@ -43,7 +43,9 @@ class FrozenBatch:
         return len(self.indices)
 
     def __getitem__(self, part: slice) -> FrozenBatch:
-        return FrozenBatch(**{name: value[part] for name, value in vars(self).items() if name != "unread"})
+        return FrozenBatch(
+            **{name: value[part] for name, value in vars(self).items() if name != "unread"}
+        )
 
     @property
     def objects(self) -> int:
@@ -51,7 +53,9 @@ class FrozenBatch:
 
 
 @torch.no_grad()
-def freeze(model: Detector, batch: Batch, table: ClassTable, precision: Precision, side: int | None) -> FrozenBatch:
+def freeze(
+    model: Detector, batch: Batch, table: ClassTable, precision: Precision, side: int | None
+) -> FrozenBatch:
     """Run the frozen detector on a batch with masks and keep what the mask head learns from.
 
     Objects are matched to queries as in training; matches below MATCH_IOU and objects without a mask are left out.
@@ -61,7 +65,8 @@ def freeze(model: Detector, batch: Batch, table: ClassTable, precision: Precisio
         outputs = model(to_model_input(batch.images, device, side))
     rows = torch.tensor(table.rows, device=device)
     labels, truth, has_mask, masks = (
-        torch.cat([t[key] for t in batch.targets]).to(device) for key in ("labels", "boxes", "has_mask", "masks")
+        torch.cat([t[key] for t in batch.targets]).to(device)
+        for key in ("labels", "boxes", "has_mask", "masks")
     )
     counts = [len(t["labels"]) for t in batch.targets]
     ((image, query, obj),) = match([outputs], rows[labels], truth, counts, groups=1)
@@ -87,7 +92,10 @@ def flipped(sample: dict, view: int) -> dict:
     target, (x, y, *sides) = sample["target"], sample["target"]["boxes"].unbind(1)
     boxes = torch.stack([1 - x if view & 1 else x, 1 - y if view & 2 else y, *sides], dim=1)
     masks = apply_view(target["masks"], view)
-    return sample | {"image": apply_view(sample["image"], view), "target": target | {"boxes": boxes, "masks": masks}}
+    return sample | {
+        "image": apply_view(sample["image"], view),
+        "target": target | {"boxes": boxes, "masks": masks},
+    }
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,9 @@ class MaskObjective:
     seed: int
     progress: Progress
 
-    def __call__(self, head: MaskHead, batch: Batch | FrozenBatch, objects: float) -> dict[str, Tensor]:
+    def __call__(
+        self, head: MaskHead, batch: Batch | FrozenBatch, objects: float
+    ) -> dict[str, Tensor]:
         device = self.precision.device
         if isinstance(batch, Batch):
             side = draw_side(self.sides, self.seed, self.progress.step) if self.sides else None
@@ -115,8 +125,12 @@ class MaskObjective:
         queries = torch.cat(batch.queries).to(device).float()
         boxes = torch.cat(batch.boxes).to(device)
         with self.precision.autocast():
-            pixels = head.pixels(batch.features.to(device).float(), to_model_input(batch.images, device))
+            pixels = head.pixels(
+                batch.features.to(device).float(), to_model_input(batch.images, device)
+            )
             logits = head.grid_logits(pixels, queries, boxes, image_index)
         losses = mask_losses(logits, torch.cat(batch.grids).to(device), objects, self.weights)
         found = {"objects": sum(batch.counts), "matched_objects": len(queries)}
-        return losses | {name: torch.tensor(float(count), device=device) for name, count in found.items()}
+        return losses | {
+            name: torch.tensor(float(count), device=device) for name, count in found.items()
+        }

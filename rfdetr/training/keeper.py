@@ -121,10 +121,17 @@ class Keeper:
             for moments in state["optimizer"]["state"].values():
                 checkpoint.require_plain(moments)
             trainer.optimizer.load_state_dict(state["optimizer"])
-            if not all(type(group["lr"]) in (int, float) for group in trainer.optimizer.param_groups):
+            if not all(
+                type(group["lr"]) in (int, float) for group in trainer.optimizer.param_groups
+            ):
                 raise ValueError("the optimizer's rates are no numbers")
-            for parameter, moments in trainer.optimizer.state.items():  # a fused step would write beyond smaller ones
-                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            for (
+                parameter,
+                moments,
+            ) in trainer.optimizer.state.items():  # a fused step would write beyond smaller ones
+                if any(
+                    moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")
+                ):
                     raise ValueError("the optimizer's moments have other shapes than the weights")
                 if moments["step"].numel() != 1:
                     raise ValueError("the optimizer's step is no number")
@@ -139,7 +146,10 @@ class Keeper:
         for group, given in zip(trainer.optimizer.param_groups, settings):
             group.update(given)
         self.best, self.each = state["best"], state["each"]
-        self.epochs_without_gain, self.nan_batches = state["epochs_without_gain"], state.get("nan_batches", [])
+        self.epochs_without_gain, self.nan_batches = (
+            state["epochs_without_gain"],
+            state.get("nan_batches", []),
+        )
 
     def take_newer_best(self) -> None:
         """Adopt the best files of an epoch that the restored state has not reached.
@@ -154,7 +164,11 @@ class Keeper:
             metric = self.best["metric"]
         folder, epoch = self.session.folder, self.trainer.progress.epoch
         names = ("best.pt", "checkpoint_best_regular.pth", "checkpoint_best_ema.pth")
-        stories = [best_story(folder / name, metric, epoch) for name in names] if distributed.is_main() else []
+        stories = (
+            [best_story(folder / name, metric, epoch) for name in names]
+            if distributed.is_main()
+            else []
+        )
         best, *each = distributed.from_main(stories)
         self.best = best or self.best
         for story in filter(None, each):
@@ -189,7 +203,9 @@ class Keeper:
         self.busy = True
         self.save(("checkpoint.pt",))
         if distributed.is_main():
-            print(f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:")
+            print(
+                f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:"
+            )
             # the run's own flags come back with it
             words = [*distributed.launcher(), sys.argv[0], "--resume", str(self.session.folder)]
             print("  " + shlex.join(words), flush=True)
@@ -199,12 +215,16 @@ class Keeper:
         split, progress = self.session.splits["train"], self.trainer.progress
         numbers = sum(distributed.gather_objects(images), [])
         names = [{"id": split.images[i].id, "file": str(split.images[i].path)} for i in numbers]
-        self.nan_batches.append({"epoch": progress.epoch + 1, "step": progress.step, "images": names})
+        self.nan_batches.append(
+            {"epoch": progress.epoch + 1, "step": progress.step, "images": names}
+        )
         if distributed.is_main():
             file = self.session.folder / "nan_batches.json"
             with self.session.run.optional(f"writing {file}"):
                 write_json(file, self.nan_batches)
-            warn(f"the loss of step {progress.step} is not finite: skipped, its images are in nan_batches.json")
+            warn(
+                f"the loss of step {progress.step} is not finite: skipped, its images are in nan_batches.json"
+            )
         if progress.nan_steps >= NAN_STEPS:
             raise UserError(
                 f"{NAN_STEPS} steps in a row had no finite loss. The best checkpoints so far are kept in "
@@ -220,7 +240,9 @@ class Keeper:
             files = []
             if weights not in self.each or (value is not None and value > self.each[weights]):
                 self.each[weights] = -1.0 if value is None else value
-                files += [f"checkpoint_best_{weights}.pth"] if self.session.kind == "detector" else []
+                files += (
+                    [f"checkpoint_best_{weights}.pth"] if self.session.kind == "detector" else []
+                )
             story = {"epoch": epoch, "metric": metric, "value": value, "weights": weights}
             none_yet = self.best is None or value is self.best["value"] is None
             again = story == self.best  # adopted by take_newer_best
@@ -230,7 +252,11 @@ class Keeper:
                 files.append("best.pt")
             if files and distributed.is_main():
                 model = self.trainer.model if weights == "regular" else self.trainer.ema.module
-                content = self.pack(model.state_dict()) | {"weights": weights, "epoch": epoch, "scores": summary}
+                content = self.pack(model.state_dict()) | {
+                    "weights": weights,
+                    "epoch": epoch,
+                    "scores": summary,
+                }
                 for file in files:
                     checkpoint.save(self.session.folder / file, content)
         return gained
@@ -244,7 +270,10 @@ def check_history(state: dict) -> None:
         raise ValueError("its best epoch is none")
     if not all(name in ("regular", "ema") and type(value) is float for name, value in each.items()):
         raise ValueError("its best scores are no numbers")
-    if type(state["epochs_without_gain"]) is not int or not 0 <= state["epochs_without_gain"] < 2**31:
+    if (
+        type(state["epochs_without_gain"]) is not int
+        or not 0 <= state["epochs_without_gain"] < 2**31
+    ):
         raise ValueError("its epochs without gain are no count")
     if type(problems) is not list or not all(type(problem) is dict for problem in problems):
         raise ValueError("its steps without a finite loss are no list")
@@ -271,7 +300,12 @@ def best_story(file: Path, metric: str, epoch: int) -> dict | None:
     try:
         content = checkpoint.load(file)
         value = content["scores"][kind][name]
-        story = {"epoch": content["epoch"], "metric": metric, "value": value, "weights": content["weights"]}
+        story = {
+            "epoch": content["epoch"],
+            "metric": metric,
+            "value": value,
+            "weights": content["weights"],
+        }
     except (UserError, KeyError, TypeError) as error:
         warn(f"{file} tells no score ({error}): the next best epoch replaces it")
         return None

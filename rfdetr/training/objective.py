@@ -40,7 +40,9 @@ class Objective:
         with self.precision.autocast():
             outputs = model(images)
         groups = model.transformer.groups
-        losses, (image, query, obj) = detection_losses(outputs, targets, groups, objects * groups, self.weights)
+        losses, (image, query, obj) = detection_losses(
+            outputs, targets, groups, objects * groups, self.weights
+        )
         if model.mask_head is not None:
             has_mask = torch.cat([t["has_mask"] for t in targets])[obj]
             image, query, obj = image[has_mask], query[has_mask], obj[has_mask]
@@ -49,7 +51,9 @@ class Objective:
             target = sample_in_boxes(truth[:, None], boxes, obj)[:, 0]
             with self.precision.autocast():
                 pixels = model.mask_head.pixels(outputs["features"], images)
-                logits = model.mask_head.grid_logits(pixels, outputs["queries"][image, query], boxes, image)
+                logits = model.mask_head.grid_logits(
+                    pixels, outputs["queries"][image, query], boxes, image
+                )
             losses |= mask_losses(logits, target, objects * groups, self.weights)
         return losses
 

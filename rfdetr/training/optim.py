@@ -66,12 +66,16 @@ def parameter_groups(
             part, decay = f"encoder {layer} {plain}", 0.0 if plain else weight_decay
         elif name.startswith("transformer.decoder."):
             part, rate = "decoder", lr * recipe.lr_decoder_factor
-        group = groups.setdefault(part, {"params": [], "base_lr": rate, "lr": rate, "weight_decay": decay})
+        group = groups.setdefault(
+            part, {"params": [], "base_lr": rate, "lr": rate, "weight_decay": decay}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def make_trainer(session, model: nn.Module, losses: Callable, groups: list[dict], steps: int) -> Trainer:
+def make_trainer(
+    session, model: nn.Module, losses: Callable, groups: list[dict], steps: int
+) -> Trainer:
     """AdamW (fused where torch has it), a gradient scaler for fp16 alone, an average of the weights, and the schedule.
 
     `steps`: optimizer steps in an epoch.
@@ -79,7 +83,11 @@ def make_trainer(session, model: nn.Module, losses: Callable, groups: list[dict]
     session.progress.count_epochs_in(steps)
     args, device, recipe = session.args, session.device, session.size.recipe
     total = args.epochs * steps
-    warmup = round(args.warmup_epochs * steps) if "warmup_epochs" in args else min(recipe.warmup_steps, total // 10)
+    warmup = (
+        round(args.warmup_epochs * steps)
+        if "warmup_epochs" in args
+        else min(recipe.warmup_steps, total // 10)
+    )
     kind = getattr(args, "lr_scheduler", "cosine")
     schedule = Schedule(total, warmup, recipe.flat_fraction, recipe.lr_min_factor, kind)
     clip = recipe.seg_clip if session.kind == "segmentation" else recipe.clip

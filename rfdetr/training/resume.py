@@ -11,7 +11,11 @@ from rfdetr.weights import checkpoint
 
 
 def newest_run(kind: str) -> Path:
-    folders = [p for p in Path("runs").glob(f"{kind}_*") if (p / "last.pt").exists() or (p / "checkpoint.pt").exists()]
+    folders = [
+        p
+        for p in Path("runs").glob(f"{kind}_*")
+        if (p / "last.pt").exists() or (p / "checkpoint.pt").exists()
+    ]
     if not folders:
         raise UserError(
             f"--resume auto: no run under runs/{kind}_* has a last.pt or checkpoint.pt. Name the run's folder."
@@ -27,7 +31,13 @@ def latest_state(folder: Path) -> dict:
             try:
                 content = checkpoint.load(path)
                 progress = Progress(**content["training"]["progress"])
-                found.append(((progress.epoch, progress.step), path, content | {"args": dict(content["args"])}))
+                found.append(
+                    (
+                        (progress.epoch, progress.step),
+                        path,
+                        content | {"args": dict(content["args"])},
+                    )
+                )
             except UserError as error:
                 problems.append(str(error))
             except (KeyError, TypeError, ValueError, AttributeError):
@@ -37,7 +47,10 @@ def latest_state(folder: Path) -> dict:
         why = "; ".join(problems) or f"there is no last.pt or checkpoint.pt in {folder}"
         if command and not problems:
             why += ": the run ended before its first save"
-        raise UserError(f"--resume: {why}" + (f". Start anew, in another folder:\n  {command}" if command else ""))
+        raise UserError(
+            f"--resume: {why}"
+            + (f". Start anew, in another folder:\n  {command}" if command else "")
+        )
     _, path, content = max(found, key=lambda one: one[0])
     for problem in problems:
         warn(f"{problem}: going on from the other one, {path}")

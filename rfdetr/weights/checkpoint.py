@@ -36,7 +36,9 @@ from rfdetr.sizes import SIZES, ModelSize, check_resolution, size_from_dict
 from rfdetr.weights import official as convert
 
 FORMAT = 1
-MOST_ENLARGED = 4  # times the side that a file's position grid stands for: more is asked for with --resolution
+MOST_ENLARGED = (
+    4  # times the side that a file's position grid stands for: more is asked for with --resolution
+)
 SCRIPTS = {  # of each stage
     "detector": "train_detector_stage1.py",
     "segmentation": "train_seg_stage2.py",
@@ -76,13 +78,17 @@ def load(path: Path) -> dict:
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's file does to code that expects one of ours
-        raise UserError(f"{path} is no checkpoint of this program ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{path} is no checkpoint of this program ({type(error).__name__}: {error})"
+        ) from error
     return content
 
 
 def _check(content: dict) -> None:
     """Raise some error where a file says that it is ours and has not what ours have, before memory is taken for it."""
-    kinds = dict(stage=str, size=dict, resolution=int, classes=dict, args=dict, ema=dict, left_out=list)
+    kinds = dict(
+        stage=str, size=dict, resolution=int, classes=dict, args=dict, ema=dict, left_out=list
+    )
     content = {"args": {}, "ema": {}, "left_out": []} | {
         key: value for key, value in content.items() if value is not None
     }
@@ -93,13 +99,28 @@ def _check(content: dict) -> None:
         raise ValueError("its exif is neither apply nor ignore")
     require_plain({"trained_on": trained_on(content)})
     model, size, table = content["model"], size_from_dict(content["size"]), table_of(content)
-    if content["stage"] not in SCRIPTS or content.get("mask_head") not in (None, "nano", "standard", "official"):
+    if content["stage"] not in SCRIPTS or content.get("mask_head") not in (
+        None,
+        "nano",
+        "standard",
+        "official",
+    ):
         raise ValueError("its stage or mask head is unknown")
-    if size.depth + size.decoder_layers > len(model) or size.queries * size.recipe.group_detr > 100_000:
+    if (
+        size.depth + size.decoder_layers > len(model)
+        or size.queries * size.recipe.group_detr > 100_000
+    ):
         raise ValueError("its size is absurd")
     if differences := shape_differences(size, model):
-        raise ValueError(f"{len(differences)} tensors are not of its size: {'; '.join(differences[:3])}")
-    heads = [head for state in (model, content["ema"]) for name, head in state.items() if classes.is_class_head(name)]
+        raise ValueError(
+            f"{len(differences)} tensors are not of its size: {'; '.join(differences[:3])}"
+        )
+    heads = [
+        head
+        for state in (model, content["ema"])
+        for name, head in state.items()
+        if classes.is_class_head(name)
+    ]
     if any(len(head) != table.rows_total for head in heads):
         raise ValueError(f"its class heads have not the {table.rows_total} rows of its class table")
     check_resolution(size, content["resolution"])
@@ -127,7 +148,9 @@ def _require_finite(content: dict, path: Path) -> None:
     else:
         advice = "Use another checkpoint, or train again with a lower --lr or --amp off"
     shown = ", ".join(broken[:3]) + (" ..." if len(broken) > 3 else "")
-    raise UserError(f"{path} holds NaN or infinite values in {len(broken)} tensors ({shown}). {advice}")
+    raise UserError(
+        f"{path} holds NaN or infinite values in {len(broken)} tensors ({shown}). {advice}"
+    )
 
 
 def _tensors(values: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -135,8 +158,14 @@ def _tensors(values: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _tensors(value, f"{prefix}{key}.")
-        elif isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided:
-            if value.nbytes <= value.untyped_storage().nbytes():  # else small in the file and huge when read
+        elif (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.layout is torch.strided
+        ):
+            if (
+                value.nbytes <= value.untyped_storage().nbytes()
+            ):  # else small in the file and huge when read
                 yield prefix + str(key), value
 
 
@@ -187,10 +216,18 @@ def _read(path: Path) -> dict:
             content = _read_once(path)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it wants to run {wanted[1]}" if wanted else "it is damaged or holds more than tensors and plain values"
-        raise UserError(f"{path} was refused, nothing of it was run: {why}. Use a checkpoint you trust") from error
+        why = (
+            f"it wants to run {wanted[1]}"
+            if wanted
+            else "it is damaged or holds more than tensors and plain values"
+        )
+        raise UserError(
+            f"{path} was refused, nothing of it was run: {why}. Use a checkpoint you trust"
+        ) from error
     except OSError as error:  # rights, a network disk
-        raise UserError(f"cannot read {path} ({error.strerror or error}). It is not touched: try again") from error
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}). It is not touched: try again"
+        ) from error
     except Exception as error:  # damaged bytes make torch's reader raise nearly anything
         raise UserError(
             f"{path} is damaged or no checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})"
@@ -216,7 +253,10 @@ def _read_once(path: Path) -> object:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             now = os.stat(path)
-            if any(getattr(before, name) != getattr(now, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+            if any(
+                getattr(before, name) != getattr(now, name)
+                for name in ("st_ino", "st_size", "st_mtime_ns")
+            ):
                 raise FileReplaced(f"{path} is being written by another program") from error
             raise
 
@@ -243,7 +283,9 @@ def _require_stored(file: BinaryIO) -> None:
         records = archive.infolist()
     if min((record.header_offset for record in records), default=0):
         raise ValueError("other bytes stand before its first record")
-    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)  # torch packs nothing
+    packed = any(
+        record.compress_type != zipfile.ZIP_STORED for record in records
+    )  # torch packs nothing
     if packed or sum(record.file_size for record in records) > size:
         raise ValueError("it would unpack to more than it is")
 
@@ -257,7 +299,9 @@ def _require_file(path: Path) -> None:
 
 def _neighbours(path: Path) -> str:
     near = (
-        sorted(p.name for p in path.parent.glob("*.p*") if p.suffix in (".pt", ".pth")) if path.parent.is_dir() else []
+        sorted(p.name for p in path.parent.glob("*.p*") if p.suffix in (".pt", ".pth"))
+        if path.parent.is_dir()
+        else []
     )
     return f". In {path.parent}: {', '.join(near)}" if near else ""
 
@@ -273,14 +317,18 @@ def _from_official_file(content: dict, path: Path) -> dict:
     native = SIZES[size.name]
     # the grid of nano and its like is the resolution's; base and large keep DINOv2's 37x37 at any
     scaled = native.position_grid * native.patch == native.resolution
-    resolution = settings.get("resolution", size.position_grid * size.patch if scaled else size.resolution)
+    resolution = settings.get(
+        "resolution", size.position_grid * size.patch if scaled else size.resolution
+    )
     masks = any(name.startswith("segmentation_head.") for name in model)
     return {
         "format": FORMAT,
         "stage": "single" if masks else "detector",
         "size": asdict(size),
         "resolution": resolution,
-        "classes": _official_table(len(model.get("class_embed.0.weight", ())), args.get("class_names"), path).to_dict(),
+        "classes": _official_table(
+            len(model.get("class_embed.0.weight", ())), args.get("class_names"), path
+        ).to_dict(),
         "mask_head": "official" if masks else None,
         "args": {},
         "model": model,
@@ -294,9 +342,13 @@ def _official_table(rows: int, names: list[str] | dict | None, path: Path) -> Cl
     if rows == classes.COCO_ROWS and names in ((), tuple(classes.COCO_NAMES.values())):
         return classes.coco_table()
     if not 0 < len(names) <= rows:
-        raise UserError(f"{path} has {rows} class rows, and its args.class_names names {len(names)} classes")
+        raise UserError(
+            f"{path} has {rows} class rows, and its args.class_names names {len(names)} classes"
+        )
     labels = tuple(range(len(names)))
-    return ClassTable(names, labels, labels, rows, None)  # no background: the package ranks proposals by every row
+    return ClassTable(
+        names, labels, labels, rows, None
+    )  # no background: the package ranks proposals by every row
 
 
 def _official_size(model: dict[str, Tensor], model_name: str | None, path: Path) -> ModelSize:
@@ -307,7 +359,10 @@ def _official_size(model: dict[str, Tensor], model_name: str | None, path: Path)
     grid = math.isqrt(model[convert.POSITIONS].shape[1] - 1) if convert.POSITIONS in model else 0
     queries = len(model.get("query_feat.weight", ())) // max(convert.groups_of(model), 1)
     differences = {}
-    sizes = sorted(SIZES.values(), key=lambda s: (convert.package_class(s.name) != model_name, s.position_grid != grid))
+    sizes = sorted(
+        SIZES.values(),
+        key=lambda s: (convert.package_class(s.name) != model_name, s.position_grid != grid),
+    )
     for size in sizes:
         size = replace(size, position_grid=grid, queries=queries)
         differences[size.name] = shape_differences(size, model)
@@ -327,7 +382,14 @@ def shape_differences(size: ModelSize, state: dict[str, Tensor]) -> list[str]:
     """
     with torch.device("meta"):
         expected = Detector(size, rows=2, groups=1).state_dict()
-    free = ("class_embed.", "transformer.enc_o", "refpoint_embed.", "query_feat.", "mask_head.", "segmentation_head.")
+    free = (
+        "class_embed.",
+        "transformer.enc_o",
+        "refpoint_embed.",
+        "query_feat.",
+        "mask_head.",
+        "segmentation_head.",
+    )
     differences = []
     for name in sorted(expected.keys() | state.keys()):
         if name.startswith(free):
@@ -372,10 +434,16 @@ def build_model(content: dict, groups: int | None = 1) -> tuple[Detector, ClassT
     size, table = size_from_dict(content["size"]), table_of(content)
     model = Detector(size, table.rows_total, table.background_last, content["mask_head"], groups)
     report = convert.load_pretrained(model, content["model"], [])
-    problems = report.missing + [f"{name}: {why}" for name, why in report.skipped.items()] + report.unexpected
+    problems = (
+        report.missing
+        + [f"{name}: {why}" for name, why in report.skipped.items()]
+        + report.unexpected
+    )
     if problems:
         shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
-        raise UserError(f"the checkpoint does not fit the model, {len(problems)} tensors differ: {shown}")
+        raise UserError(
+            f"the checkpoint does not fit the model, {len(problems)} tensors differ: {shown}"
+        )
     return model.eval(), table
 
 
@@ -393,7 +461,12 @@ def file_sha256(path: Path) -> str:
 
 
 def make_content(
-    stage: str, size: ModelSize, resolution: int, table: ClassTable, mask_head: str | None, state: dict
+    stage: str,
+    size: ModelSize,
+    resolution: int,
+    table: ClassTable,
+    mask_head: str | None,
+    state: dict,
 ) -> dict:
     """What every checkpoint of ours holds; a run adds its args."""
     return {

@@ -43,7 +43,9 @@ def find_weights(spec: str, size: ModelSize) -> Path | None:
     if distributed.is_main():
         try:
             answer = _find(spec, size)
-        except UserError as error:  # the other ranks have to hear of it, or they would wait for ever
+        except (
+            UserError
+        ) as error:  # the other ranks have to hear of it, or they would wait for ever
             answer = error
     answer = distributed.from_main(answer)
     if isinstance(answer, UserError):
@@ -52,18 +54,28 @@ def find_weights(spec: str, size: ModelSize) -> Path | None:
 
 
 def _find(spec: str, size: ModelSize) -> Path | None:
-    official = size if spec == "auto" else next((known for known in SIZES.values() if known.weights_url == spec), None)
+    official = (
+        size
+        if spec == "auto"
+        else next((known for known in SIZES.values() if known.weights_url == spec), None)
+    )
     if spec == "none" or (official is not None and official.weights_url is None):
         return None
     if official is not None:
-        return _cached(official.weights_url, cache_dir() / official.weights_file, official.weights_md5)
+        return _cached(
+            official.weights_url, cache_dir() / official.weights_file, official.weights_md5
+        )
     if spec.startswith(("http://", "https://")):
         name = re.sub(r"[^\w.-]", "_", spec.split("?")[0].split("#")[0].rsplit("/", 1)[-1])[-100:]
-        tag = hashlib.sha256(spec.encode()).hexdigest()[:8]  # many files out there are called best.pth
+        tag = hashlib.sha256(spec.encode()).hexdigest()[
+            :8
+        ]  # many files out there are called best.pth
         return _cached(spec, cache_dir() / f"{tag}-{name}", None)
     if (path := Path(spec).expanduser()).is_file():
         return path
-    raise UserError(f"--pretrain_weights {spec}: there is no such file. Give auto, none, a file or a URL")
+    raise UserError(
+        f"--pretrain_weights {spec}: there is no such file. Give auto, none, a file or a URL"
+    )
 
 
 def _md5(path: Path) -> str:
@@ -102,7 +114,11 @@ def download(url: str, path: Path, md5: str | None = None) -> None:
         if md5 is not None and (found := _md5(part)) != md5:
             raise ValueError(f"its md5 is {found}, expected {md5}")
         part.replace(path)
-    except (OSError, http.client.HTTPException, ValueError) as error:  # OSError: no network, HTTP 4xx, a full disk
+    except (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+    ) as error:  # OSError: no network, HTTP 4xx, a full disk
         if part.exists():  # where the folder is a file, unlink itself would fail
             part.unlink()
         raise UserError(
@@ -128,7 +144,9 @@ def _transfer(url: str, part: Path, label: str) -> bool:
         total = start + int(length) if length else None
         with (
             open(part, "ab" if start else "wb") as file,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=label, disable=None) as bar,
+            tqdm(
+                total=total, initial=start, unit="B", unit_scale=True, desc=label, disable=None
+            ) as bar,
         ):
             while True:
                 try:
@@ -142,10 +160,14 @@ def _transfer(url: str, part: Path, label: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m rfdetr.weights.download", description="The official weight files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rfdetr.weights.download", description="The official weight files."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="sizes, addresses, checksums and what is here already")
-    get = commands.add_parser("get", help="download a size's file into the cache, or check the one that is there")
+    get = commands.add_parser(
+        "get", help="download a size's file into the cache, or check the one that is there"
+    )
     get.add_argument("size", choices=[name for name, size in SIZES.items() if size.weights_url])
     args = parser.parse_args(argv)
     if args.command == "get":

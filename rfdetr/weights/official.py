@@ -129,22 +129,35 @@ def to_package(content: dict) -> dict:
     head, and the background also in the proposals' heads, where it ranks nothing here. `mask_head.` is left out.
     """
     size, table = content["size"], ClassTable.from_dict(content["classes"])
-    model = {name: tensor for name, tensor in content["model"].items() if not name.startswith("mask_head.")}
+    model = {
+        name: tensor
+        for name, tensor in content["model"].items()
+        if not name.startswith("mask_head.")
+    }
     coco, count, groups = table.rows == tuple(COCO_NAMES), len(table.names), groups_of(model)
     if not coco:
-        order = torch.tensor([*table.rows, *(row for row in range(table.rows_total) if row not in table.rows)])
+        order = torch.tensor(
+            [*table.rows, *(row for row in range(table.rows_total) if row not in table.rows)]
+        )
         for name in filter(is_class_head, list(model)):
             model[name] = model[name][order]
-            if table.background is not None and (name.startswith("class_embed.") or table.background_last):
+            if table.background is not None and (
+                name.startswith("class_embed.") or table.background_last
+            ):
                 model[name][count:] = SILENT if name.endswith("bias") else 0.0
-    shared = {"num_classes": table.rows_total - 1, "num_queries": size["queries"], "group_detr": groups}
+    shared = {
+        "num_classes": table.rows_total - 1,
+        "num_queries": size["queries"],
+        "group_detr": groups,
+    }
     shared |= {"resolution": content["resolution"], "patch_size": size["patch"]}
     shared["segmentation_head"] = content["mask_head"] == "official"
     return {
         "model": to_official(model),
         "args": shared if coco else shared | {"class_names": list(table.names)},
         "model_name": package_class(size["name"]),
-        "model_config": shared | {"positional_encoding_size": size["position_grid"], "num_select": size["select"]},
+        "model_config": shared
+        | {"positional_encoding_size": size["position_grid"], "num_select": size["select"]},
     }
 
 
@@ -167,7 +180,9 @@ class LoadReport:
     def summary(self) -> str:
         """A line of counts, then a line a kind with its names, cut to three parts where several begin alike."""
         initial = len(self.excluded) + len(self.skipped) + len(self.missing)
-        lines = [f"Pretrained weights: {len(self.loaded)} tensors loaded, {initial} left at their initial value"]
+        lines = [
+            f"Pretrained weights: {len(self.loaded)} tensors loaded, {initial} left at their initial value"
+        ]
         reasons = self.adapted | self.skipped
         for text, names in (
             ("loaded after a change", self.adapted),
@@ -197,18 +212,28 @@ def _adapt(file: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, str]:
     groups, wanted = groups_of(file), groups_of(model)
     for name in ("refpoint_embed.weight", "query_feat.weight", POSITIONS):
         theirs, ours = file.get(name), model.get(name)
-        if theirs is None or ours is None or theirs.shape == ours.shape or theirs.shape[-1] != ours.shape[-1]:
+        if (
+            theirs is None
+            or ours is None
+            or theirs.shape == ours.shape
+            or theirs.shape[-1] != ours.shape[-1]
+        ):
             continue
         if name == POSITIONS:
             old, new = (math.isqrt(tensor.shape[1] - 1) for tensor in (theirs, ours))
             file[name] = resample_abs_pos_embed(theirs.float(), [new, new])
             adapted[name] = f"resampled from {old}x{old} to {new}x{new} patches, bicubic"
         elif groups and wanted and len(theirs) % groups == 0:
-            theirs, ours = theirs.unflatten(0, (groups, -1)), ours.clone().unflatten(0, (wanted, -1))
+            theirs, ours = (
+                theirs.unflatten(0, (groups, -1)),
+                ours.clone().unflatten(0, (wanted, -1)),
+            )
             g, q = min(groups, wanted), min(theirs.shape[1], ours.shape[1])
             ours[:g, :q] = theirs[:g, :q]
             file[name] = ours.flatten(0, 1)
-            adapted[name] = f"the first {g} of {groups} groups, {q} of {theirs.shape[1]} queries of each"
+            adapted[name] = (
+                f"the first {g} of {groups} groups, {q} of {theirs.shape[1]} queries of each"
+            )
     for name in [name for name in file if (m := _GROUP.match(name)) and int(m[1]) >= wanted > 0]:
         del file[name]
     return adapted
@@ -234,7 +259,9 @@ def load_pretrained(model: nn.Module, state: dict[str, Tensor], exclude: list[st
         elif hits:
             report.excluded.append(name)
         elif tensor.shape != initial[name].shape:
-            report.skipped[name] = f"the file has {tuple(tensor.shape)}, the model {tuple(initial[name].shape)}"
+            report.skipped[name] = (
+                f"the file has {tuple(tensor.shape)}, the model {tuple(initial[name].shape)}"
+            )
         else:
             chosen[name] = tensor
     report.loaded = list(chosen)

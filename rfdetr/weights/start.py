@@ -15,7 +15,11 @@ from rfdetr.weights.official import load_pretrained
 
 
 def start_from(
-    model: Detector, table: ClassTable, weights: Path | None, exclude: list[str], backbone: Path | None = None
+    model: Detector,
+    table: ClassTable,
+    weights: Path | None,
+    exclude: list[str],
+    backbone: Path | None = None,
 ) -> Tensor | None:
     """Load pretrained weights into a new model and print what was loaded, skipped and left as it was.
 
@@ -27,13 +31,19 @@ def start_from(
         if distributed.is_main():
             tick("Weights: none, training from scratch")
         return None
-    content = checkpoint.load_backbone(backbone, model.size.patch) if backbone else checkpoint.load(weights)
+    content = (
+        checkpoint.load_backbone(backbone, model.size.patch)
+        if backbone
+        else checkpoint.load(weights)
+    )
     source, state = checkpoint.table_of(content), content["model"]
     if source.is_coco and table.background == 0:
         pairs = {row: row for row in range(source.rows_total)}
     else:
         pairs = {
-            row: source.rows[source.names.index(n)] for n, row in zip(table.names, table.rows) if n in source.names
+            row: source.rows[source.names.index(n)]
+            for n, row in zip(table.names, table.rows)
+            if n in source.names
         }
     for name, own in model.state_dict().items():
         if is_class_head(name) and name in state:
