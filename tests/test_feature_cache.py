@@ -397,7 +397,7 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
     keys.append(key(precision=Precision(torch.device("cpu"), torch.bfloat16)))
     for name in ("FORMAT", "GRID", "ENLARGE", "MATCH_IOU"):
         with monkeypatch.context() as patched:
-            patched.setattr(frozen, name, 7)
+            patched.setattr(frozen if name == "MATCH_IOU" else feature_cache, name, 7)
             keys.append(key())
     image = next(annotations.parent.glob("*.png"), None) or next(annotations.parent.glob("*.jpg"))
     os.utime(image, ns=(1, 1))

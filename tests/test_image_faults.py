@@ -129,7 +129,8 @@ def test_a_run_with_an_unreadable_image_resumes_exactly(few, tmp_path, call, mon
 @pytest.mark.parametrize(
     "caches", [["off"], ["disk", "disk"]]
 )  # the second finds what the first has computed
-def test_stage_2_skips_them_too(few, tmp_path, call, capsys, caches):
+def test_stage_2_skips_them_too(few, tmp_path, call, capsys, caches, monkeypatch):
+    monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0)  # the detector is hardly trained
     (bad,) = truncated(few, tmp_path / "data", {"train": 1})
     call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "stage1")
     flags = [*quick_flags(tmp_path / "data"), "--stage1_run", "stage1", "--auto_shrink", 1]
