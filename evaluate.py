@@ -15,7 +15,7 @@ from rfdetr.data.faults import CocoSplit, find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.device import compile_in_place, pick_device, pick_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
-from rfdetr.inference.evaluation import Judge
+from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.weights import checkpoint
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(precision.device)
     if args.compile:
         compile_in_place(model.encoder, precision.device)
-    judge = Judge(loader, table, precision, masks)
+    judge = SplitEvaluator(loader, table, precision, masks)
     evaluator = judge.evaluator(model)
     check_unread(judge.unread, split)
     summary = evaluator.summary()

@@ -24,7 +24,7 @@ from rfdetr.console import UserError, is_special_file, number, run_script, tick,
 from rfdetr.detr import RFDETR, read_image
 from rfdetr.device import compile_in_place
 from rfdetr.files import make_folder, write_json, writing_to
-from rfdetr.inference.detections import Found
+from rfdetr.inference.detections import Prediction
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
@@ -178,19 +178,19 @@ def read(path: Path, turn: bool) -> np.ndarray | None:
         return None
 
 
-def find(model: RFDETR, images: list[np.ndarray], args: argparse.Namespace) -> list[Found]:
+def find(model: RFDETR, images: list[np.ndarray], args: argparse.Namespace) -> list[Prediction]:
     """Predictions of a few images or frames."""
     found = model.predict(images, args.threshold)
     return found if args.nms is None else [one.without_duplicates(args.nms) for one in found]
 
 
-def save_picture(found: Found, class_names: list[str], file: Path) -> None:
+def save_picture(found: Prediction, class_names: list[str], file: Path) -> None:
     with writing_to(file.parent, "--output"):
         file.unlink(missing_ok=True)  # a link would be written through
         found.picture(class_names).save(file, compress_level=1)
 
 
-def as_records(file: str, found: Found, frame: int | None = None) -> list[dict]:
+def as_records(file: str, found: Prediction, frame: int | None = None) -> list[dict]:
     """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null."""
     masks = found.masks or [None] * len(found.names)
     rows = zip(found.boxes.tolist(), found.names, found.scores.tolist(), masks)

@@ -13,8 +13,8 @@ from rfdetr import main as shared
 from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import keep_flags, number, run_script
 from rfdetr.data.loaders import training_loader
-from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
+from rfdetr.sizes import LossWeights
 from rfdetr.training.auto_batch import resolve_batch
 from rfdetr.training.objective import Objective, input_sides
 from rfdetr.training.optim import make_trainer, parameter_groups
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
     groups = parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
     trainer = make_trainer(session, model, objective, groups, sampler.steps)
-    judge = shared.judge_of(session, "valid", table, masks=False)
+    judge = shared.split_evaluator(session, "valid", table, masks=False)
 
     pack = partial(make_content, "detector", size, args.resolution, table, None)
     with shared.open_run(session, "detector", "STAGE 1: DETECTOR TRAINING", model, judge):

@@ -6,6 +6,7 @@ python train_seg_single_stage.py --size nano --epochs 50 --batch 4 --accum 4
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,8 @@ from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import boolean, number, run_script
 from rfdetr.data.faults import require_masks
 from rfdetr.data.loaders import training_loader
-from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
-from rfdetr.sizes import with_queries
+from rfdetr.sizes import LossWeights, with_queries
 from rfdetr.training.auto_batch import resolve_batch
 from rfdetr.training.objective import Objective, input_sides
 from rfdetr.training.optim import make_trainer, parameter_groups
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     count = number(int, 1, 10_000)
     add("--num_queries", type=count, help="queries per image (default: the size's own)")
     add("--num_select", type=count, help="detections kept per image (default: as many as queries)")
-    for name, default in LossWeights.flag_defaults().items():
+    for name, default in asdict(LossWeights()).items():
         default = None if name in ("mask", "dice") else default  # the size's own
         add(f"--{name}_loss_coef", type=share, default=default, help=f"weight of the {name} loss")
     add("--lr_scheduler", choices=["cosine", "step", "constant"], default="cosine")
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     shared.adapt_encoder(session, model)
 
     weights = LossWeights(
-        **{name: getattr(args, f"{name}_loss_coef") for name in LossWeights.flag_defaults()}
+        **{name: getattr(args, f"{name}_loss_coef") for name in asdict(LossWeights())}
     )
     sides, progress = input_sides(args), session.progress
     objective = Objective(table, weights, session.precision, sides, args.seed, progress)
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
     groups = parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
     trainer = make_trainer(session, model, objective, groups, sampler.steps)
-    judge = shared.judge_of(session, "valid", table, masks=True)
+    judge = shared.split_evaluator(session, "valid", table, masks=True)
 
     pack = partial(make_content, "single", size, args.resolution, table, size.mask_head)
     with shared.open_run(session, "single", "STAGE 1+2: SINGLE-STAGE TRAINING", model, judge):

@@ -20,9 +20,8 @@ from rfdetr.data.faults import require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.device import free_memory_mb
 from rfdetr.files import write_json
-from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.segmentation import MASK_HEADS
-from rfdetr.sizes import SIZES
+from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.auto_batch import resolve_batch
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache
 from rfdetr.training.frozen import MaskObjective
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parent = (args.output_dir.parent if args.output_dir else Path("runs")) / "feature_cache"
     cache = FeatureCache(objective, plain, args.cache_views, parent)
     where, why = distributed.from_main(choose_cache(args.cache, cache, args.multi_scale))
-    judge = shared.judge_of(session, "valid", table, masks=True, frozen=detector)
+    judge = shared.split_evaluator(session, "valid", table, masks=True, frozen=detector)
     # of each valid image: features and queries in fp32, and its pixels
     kept = 2 * cache.record_bytes(0) + 4 * size.hidden * size.select + 3 * args.resolution**2
     judge.keep = len(judge.split.images) * kept < free_memory_mb() * 2**20 / 4

@@ -55,7 +55,7 @@ CASES = [
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.classes import ClassTable
     from rfdetr.device import compile_in_place, pick_precision
-    from rfdetr.inference.detections import Finder, draw_masks
+    from rfdetr.inference.detections import DetectionRunner, draw_masks
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import MASK_HEADS
     from rfdetr.sizes import SIZES
@@ -70,7 +70,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
         compile_in_place(model.encoder, device)
     images = torch.randint(0, 256, (1, 3, size.resolution, size.resolution), dtype=torch.uint8)
     table = ClassTable(tuple(map(str, range(90))), tuple(range(1, 91)), tuple(range(1, 91)), 91, 0)
-    finder, boxes = Finder(table, precision), some_objects(KEPT, 8)[0][None].to(device)
+    finder, boxes = DetectionRunner(table, precision), some_objects(KEPT, 8)[0][None].to(device)
 
     def step() -> float:
         found = next(finder(model, images, [0]))

@@ -268,7 +268,8 @@ def own_values(
     model, resolution: int, order: dict[str, Tensor], nudge: float = 0.0
 ) -> dict[str, Tensor]:
     """Our numbers under the same names; `order` holds "order eval" and, to train as well, "order train"."""
-    from rfdetr.losses.criterion import LossWeights, detection_losses
+    from rfdetr.losses.criterion import detection_losses
+    from rfdetr.sizes import LossWeights
 
     images, targets = made_up_batch(resolution)
     images, agreement, values = images * (1 + nudge), [], {}

@@ -60,10 +60,9 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.data.coco import read_dataset
     from rfdetr.data.loaders import EpochSampler, SplitDataset
     from rfdetr.device import pick_precision
-    from rfdetr.losses.criterion import LossWeights
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import MASK_HEADS
-    from rfdetr.sizes import SIZES
+    from rfdetr.sizes import SIZES, LossWeights
     from rfdetr.training import feature_cache
     from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 

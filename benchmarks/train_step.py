@@ -29,9 +29,8 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.classes import coco_table
     from rfdetr.data.loaders import Batch
     from rfdetr.device import pick_precision
-    from rfdetr.losses.criterion import LossWeights
     from rfdetr.models.detector import Detector
-    from rfdetr.sizes import SIZES
+    from rfdetr.sizes import SIZES, LossWeights
     from rfdetr.training.engine import Progress, Trainer, optimise
     from rfdetr.training.objective import Objective
     from rfdetr.training.optim import parameter_groups

@@ -18,7 +18,7 @@ from rfdetr.console import UserError
 from rfdetr.data.coco import oriented, read_pixels, to_rgb_array
 from rfdetr.data.image_cache import is_regular_file
 from rfdetr.device import pick_device, pick_precision
-from rfdetr.inference.detections import Finder, Found, in_originals
+from rfdetr.inference.detections import DetectionRunner, Prediction, in_originals
 from rfdetr.sizes import SIZES
 from rfdetr.weights.checkpoint import build_model, input_side, load, require_size
 from rfdetr.weights.download import find_weights
@@ -56,7 +56,7 @@ class RFDETR:
         self.resolution = input_side(content, resolution, path)
         model, self.table = build_model(content)
         self.model = model.to(self.precision.device)
-        self.finder = Finder(self.table, self.precision)
+        self.finder = DetectionRunner(self.table, self.precision)
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
 
     @classmethod
@@ -72,10 +72,10 @@ class RFDETR:
 
     def predict(
         self, images: ImageInput | list[ImageInput], threshold: float = 0.5
-    ) -> Found | list[Found]:
+    ) -> Prediction | list[Prediction]:
         """Find objects with a score of at least `threshold` in a path, PIL image, array (H, W, 3) uint8 RGB, or a list.
 
-        Returns one Found, or a list of them for a list. Raises UserError for what cannot be read, and where the model
+        Returns one Prediction, or a list of them for a list. Raises UserError for what cannot be read, and where the model
         gives NaN.
         """
         if not isinstance(images, list):

@@ -29,7 +29,7 @@ from rfdetr.data.loaders import (
     naming_workers,
 )
 from rfdetr.device import Precision, compile_in_place, pick_device, pick_precision
-from rfdetr.inference.evaluation import Judge
+from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.models.detector import Detector
 from rfdetr.runs.environment import environment
@@ -37,7 +37,7 @@ from rfdetr.runs.folder import check_free_disk, given_run, new_run
 from rfdetr.runs.record import Run, test_is_scored
 from rfdetr.sizes import SIZES, ModelSize
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
-from rfdetr.training.keeper import Awaited, Keeper
+from rfdetr.training.keeper import Awaited, CheckpointKeeper
 from rfdetr.weights import checkpoint
 
 PATIENCE = 10  # evaluations without gain, where --early_stopping 1 names none
@@ -146,7 +146,7 @@ def class_table(session: Session, head: str) -> ClassTable:
 
 
 def open_run(
-    session: Session, stage: str, title: str, model: nn.Module, judge: Judge
+    session: Session, stage: str, title: str, model: nn.Module, judge: SplitEvaluator
 ) -> AbstractContextManager:
     """Make the run's folder, start its log and print the banner; from here on everything is kept.
 
@@ -238,9 +238,9 @@ def adapt_encoder(session: Session, model: Detector) -> None:
         compile_in_place(model.encoder, session.device)
 
 
-def judge_of(
+def split_evaluator(
     session: Session, name: str, table: ClassTable, masks: bool, frozen: Detector | None = None
-) -> Judge:
+) -> SplitEvaluator:
     """The judge of one split."""
     args, split = session.args, session.splits[name]
     batch = min(16, args.effective_batch)
@@ -250,19 +250,23 @@ def judge_of(
     dataset = SplitDataset(split, args.resolution, None, masks=False)
     rank, world = distributed.rank(), distributed.world_size()
     loader = evaluation_loader(dataset, batch, args.workers, rank, world)
-    return Judge(loader, table, session.precision, masks, frozen)
+    return SplitEvaluator(loader, table, session.precision, masks, frozen)
 
 
 # ---------------------------------------------------------------- fit
 
 
 def fit(
-    session: Session, trainer: Trainer, loader: Iterable, judge: Judge, pack: Callable[[dict], dict]
+    session: Session,
+    trainer: Trainer,
+    loader: Iterable,
+    judge: SplitEvaluator,
+    pack: Callable[[dict], dict],
 ) -> dict | None:
     """Train to the last epoch; after each, evaluate, save and write metrics.json.  Returns the best epoch's entry.
 
     loader: batches in the order of its `batch_sampler`, an EpochSampler; judge scores the trained module; `pack` as in
-    Keeper. The best is chosen by valid bbox/mAP for a detector, by segm/mAP where masks are trained.
+    CheckpointKeeper. The best is chosen by valid bbox/mAP for a detector, by segm/mAP where masks are trained.
     """
     args, progress = session.args, trainer.progress
     patience = args.patience or (PATIENCE if getattr(args, "early_stopping", False) else 0)
@@ -273,7 +277,7 @@ def fit(
         "exif": train.exif,
         "trained_on": trained_on(session),
     }
-    keeper = Keeper(session, trainer, lambda state: pack(state) | own)
+    keeper = CheckpointKeeper(session, trainer, lambda state: pack(state) | own)
     if args.resume_from:
         keeper.restore(args.resume_from)
         keeper.take_newer_best()
@@ -300,7 +304,7 @@ def trained_on(session: Session) -> Tensor:
     return torch.cat([hashes, *before]).unique()
 
 
-def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
+def train_and_judge(keeper: CheckpointKeeper, loader: Iterable, judge: SplitEvaluator) -> None:
     """One epoch, or what is left of it, with its entry in metrics.json and TensorBoard, its checkpoints and pictures.
 
     Raises UserError where the first epoch has taught nothing.
@@ -341,7 +345,7 @@ def train_and_judge(keeper: Keeper, loader: Iterable, judge: Judge) -> None:
             draw_pictures(session, judge, trainer, keeper.best, epoch)
 
 
-def check_matches(keeper: Keeper, record: dict) -> None:
+def check_matches(keeper: CheckpointKeeper, record: dict) -> None:
     """Stage 2 learns from the objects that its detector finds: a warning where an epoch had none, and where that was
     the first one, a UserError."""
     train, args = record["train"], keeper.session.args
@@ -362,7 +366,9 @@ def check_matches(keeper: Keeper, record: dict) -> None:
     )
 
 
-def evaluate_epoch(keeper: Keeper, judge: Judge, record: dict, metric: str) -> bool:
+def evaluate_epoch(
+    keeper: CheckpointKeeper, judge: SplitEvaluator, record: dict, metric: str
+) -> bool:
     """Score regular and averaged weights into `record`, print the table, keep the best; True for a new best."""
     trainer, epoch = keeper.trainer, record["epoch"]
     begin = time.perf_counter()
@@ -384,7 +390,9 @@ def evaluate_epoch(keeper: Keeper, judge: Judge, record: dict, metric: str) -> b
     return gained
 
 
-def draw_pictures(session: Session, judge: Judge, trainer: Trainer, best: dict, epoch: int) -> None:
+def draw_pictures(
+    session: Session, judge: SplitEvaluator, trainer: Trainer, best: dict, epoch: int
+) -> None:
     """Draw a few validation images with the best weights, into predictions/ and TensorBoard."""
     model = trainer.model if best["weights"] == "regular" else trainer.ema.module
     folder = session.folder / "predictions"
@@ -416,7 +424,7 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
             checkpoint.load(session.folder / "best.pt") if distributed.is_main() else None
         )
         model, _ = checkpoint.build_model(best)
-        scores = judge_of(session, "test", table, masks)(model.to(session.device))
+        scores = split_evaluator(session, "test", table, masks)(model.to(session.device))
         if distributed.is_main():
             print(f"test split\n{format_table(scores)}")
             session.run.set(test=scores)

@@ -10,6 +10,17 @@ MOST_PIXELS = 4096  # side of an input, beyond which no memory suffices
 
 
 @dataclass(frozen=True)
+class LossWeights:
+    """What each loss counts in the sum; the mask's belong to whichever head is trained."""
+
+    cls: float = 1.0
+    bbox: float = 5.0
+    giou: float = 2.0
+    mask: float = 1.0
+    dice: float = 1.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Training defaults of a size; each is a flag's default or documented beside it."""
 
@@ -48,8 +59,8 @@ class Recipe:
     # single stage, both at once
     single_lr: float = 5e-5
     single_lr_encoder: float = 1e-4
-    single_mask_loss_coef: float = 1.0
-    single_dice_loss_coef: float = 1.0
+    single_mask_loss_coef: float = LossWeights.mask
+    single_dice_loss_coef: float = LossWeights.dice
 
 
 @dataclass(frozen=True)

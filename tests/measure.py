@@ -101,7 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--all", action="store_true", help="every file, not the evening's path alone")
+    parser.add_argument(
+        "--all", action="store_true", help="every file, not the evening's path alone"
+    )
     args = parser.parse_args()
     total = Measures()
     print(f"{'file':<44}{'lines':>7}{'tokens a line':>15}{'wide':>6}{'a, b = x, y':>13}")

@@ -184,7 +184,9 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     RFDETR(best, "cpu").predict(file)
     splits = []
     monkeypatch.setattr(
-        evaluate, "Judge", lambda loader, *rest: splits.append(loader.dataset.split) or 1 / 0
+        evaluate,
+        "SplitEvaluator",
+        lambda loader, *rest: splits.append(loader.dataset.split) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         call(evaluate.main, "--checkpoint", best, "--dataset", data, "--device", "cpu")

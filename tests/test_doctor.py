@@ -37,7 +37,7 @@ from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.repair import fix_dataset
 from rfdetr.device import Precision
-from rfdetr.training import estimate
+from rfdetr.training.estimate import estimate
 
 FILE = "_annotations.coco.json"
 ANN = {"id": 900, "image_id": 1, "category_id": 1, "bbox": [4, 15, 10, 8], "area": 80, "iscrowd": 0}
@@ -545,10 +545,10 @@ def test_checks_work_where_nothing_can_be_remembered(dataset, opened, tmp_path, 
 
 def test_who_writes_last_leaves_a_whole_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("RFDETR_CACHE", str(tmp_path / "cache"))
-    with seen.SeenImages(tmp_path) as one, seen.SeenImages(tmp_path) as other:
+    with seen.ImageCache(tmp_path) as one, seen.ImageCache(tmp_path) as other:
         one.put("a", (1, 2), ["x"])
         other.put("b", (1, 2), ["y"])
-    last = seen.SeenImages(tmp_path)
+    last = seen.ImageCache(tmp_path)
     assert (
         last.get("a", (1, 2)) == ["x"]
         and last.get("a", (1, 3)) is None

@@ -482,7 +482,7 @@ def test_a_folder_that_is_read_only(run, few, tmp_path):
 
 def signal_at_detection(monkeypatch, call: int, number: int) -> list[int]:
     """The process gets a signal in its `call`-th detection; the list grows with every one that begins."""
-    detect, calls = rfdetr.inference.detections.Finder._detect, []
+    detect, calls = rfdetr.inference.detections.DetectionRunner._detect, []
 
     def interrupted(*args):
         calls.append(1)
@@ -490,7 +490,7 @@ def signal_at_detection(monkeypatch, call: int, number: int) -> list[int]:
             signal.raise_signal(number)
         return detect(*args)
 
-    monkeypatch.setattr(rfdetr.inference.detections.Finder, "_detect", interrupted)
+    monkeypatch.setattr(rfdetr.inference.detections.DetectionRunner, "_detect", interrupted)
     return calls
 
 

@@ -25,10 +25,9 @@ from rfdetr.console import Stopped, UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
 from rfdetr.device import Precision
-from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS
-from rfdetr.sizes import SIZES
+from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training import feature_cache, frozen
 from rfdetr.training.engine import Progress
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache

@@ -20,7 +20,7 @@ import evaluate
 import predict
 from rfdetr.console import UserError
 from rfdetr.detr import RFDETR, RFDETRNano
-from rfdetr.inference.detections import Finder
+from rfdetr.inference.detections import DetectionRunner
 
 pytestmark = pytest.mark.slow
 
@@ -112,7 +112,7 @@ def test_evaluate_repeats_the_scores_of_the_run(demo, stage2, call):
 def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
     demo, stage2, call, capsys, monkeypatch
 ):
-    given, original = [], Finder._detect
+    given, original = [], DetectionRunner._detect
 
     def detect(self, model, images, index):
         given.append(len(images))
@@ -131,13 +131,13 @@ def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
         "cpu",
     ]
     call(evaluate.main, *flags, "--batch", 2, "--json", "plenty.json")
-    monkeypatch.setattr(Finder, "_detect", detect)
+    monkeypatch.setattr(DetectionRunner, "_detect", detect)
     call(evaluate.main, *flags, "--json", "little.json")
     assert given == [5, 3, 2, 2, 1, 1]  # halved twice, which the second batch remembers
     assert "out of memory: detecting in 2 images at a time" in capsys.readouterr().out
     assert Path("little.json").read_text() == Path("plenty.json").read_text()
 
-    monkeypatch.setattr(Finder, "_detect", lambda *_: detect(*_[:2], [0] * 9, _[3]))
+    monkeypatch.setattr(DetectionRunner, "_detect", lambda *_: detect(*_[:2], [0] * 9, _[3]))
     with pytest.raises(UserError, match="out of memory with a single image"):
         call(evaluate.main, *flags)
 

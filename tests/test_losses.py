@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from rfdetr.losses.criterion import LossWeights, class_loss, detection_losses, mask_losses
+from rfdetr.losses.criterion import class_loss, detection_losses, mask_losses
 from rfdetr.losses.matcher import match
 from rfdetr.models.detector import Detector
+from rfdetr.sizes import LossWeights
 
 
 def random_boxes(count: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from rfdetr.classes import assign_rows
 from rfdetr.data.loaders import SplitDataset, evaluation_loader
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import in_originals
-from rfdetr.inference.evaluation import Judge
+from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.masks import encode, to_rle
 from rfdetr.metrics import coco_eval
 from rfdetr.metrics.coco_eval import CocoEvaluator, format_table
@@ -599,10 +599,10 @@ def trained(crowded):
     return Trained(crowded, table), table
 
 
-def judge_of(crowded, table, masks=True, frozen=None):
+def split_evaluator(crowded, table, masks=True, frozen=None):
     dataset = SplitDataset(crowded, 32, None, masks=False)
     precision = pick_precision("off", pick_device("cpu"))
-    return Judge(evaluation_loader(dataset, 2, 0), table, precision, masks, frozen)
+    return SplitEvaluator(evaluation_loader(dataset, 2, 0), table, precision, masks, frozen)
 
 
 def all_results(crowded, model, table):
@@ -631,9 +631,9 @@ def all_results(crowded, model, table):
 def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
     model, table = trained
     if stage == "stage 2":
-        judge, scored = judge_of(crowded, table, frozen=model), model.head
+        judge, scored = split_evaluator(crowded, table, frozen=model), model.head
     else:
-        judge, scored = judge_of(crowded, table), model
+        judge, scored = split_evaluator(crowded, table), model
     evaluator = judge.evaluator(scored)
     summary = evaluator.summary()
     results = all_results(crowded, model, table)
@@ -643,24 +643,24 @@ def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
         saved = evaluator.results(kind)
         assert 2 * 225 < len(saved) < 600  # what no figure looks at has no mask drawn
         assert_equal_to_pycocotools(summary[kind], crowded.ground_truth, saved, kind)
-    assert judge_of(crowded, table, masks=False)(model)["bbox"] == summary["bbox"]
+    assert split_evaluator(crowded, table, masks=False)(model)["bbox"] == summary["bbox"]
 
 
 def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypatch):
     model, table = trained
     model.outputs["pred_logits"] += 3  # every object is found with 0.5 or more
-    found = next(iter(judge_of(crowded, table).detections(model)))
-    summary = judge_of(crowded, table)(model)
+    found = next(iter(split_evaluator(crowded, table).detections(model)))
+    summary = split_evaluator(crowded, table)(model)
     assert (found.labels == 0).sum(1).min() > 100
     monkeypatch.setattr(
         "rfdetr.inference.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool)
     )
-    assert judge_of(crowded, table)(model) == summary
+    assert split_evaluator(crowded, table)(model) == summary
 
 
 def test_the_boxes_that_are_scored_are_those_that_are_delivered(crowded, trained):
     model, table = trained
-    judge = judge_of(crowded, table, masks=False)
+    judge = split_evaluator(crowded, table, masks=False)
     images = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 2
     (batch,) = judge.detections(model)
     delivered = in_originals(batch, images, 0.0, None, list(crowded.class_names), judge.precision)

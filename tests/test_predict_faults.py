@@ -210,16 +210,16 @@ def test_pipes_are_left_out_before_they_are_opened(find, tmp_path):
 
 
 def test_a_model_that_gives_nan_is_an_error_and_no_prediction(find, tmp_path, monkeypatch):
-    from rfdetr.inference.detections import Finder
+    from rfdetr.inference.detections import DetectionRunner
 
-    detect = Finder._detect
+    detect = DetectionRunner._detect
 
     def overflown(self, *values):
         found = detect(self, *values)
         found.boxes = found.boxes.clone().fill_(float("nan"))
         return found
 
-    monkeypatch.setattr(Finder, "_detect", overflown)
+    monkeypatch.setattr(DetectionRunner, "_detect", overflown)
     status, _, err = find("--input", photo(tmp_path / "a.png"))
     assert status == 2 and "NaN" in err and "--amp off" in err
     assert not Path("found/predictions.json").exists()

@@ -271,9 +271,9 @@ def test_a_changed_dataset_is_said_and_its_unread_images_are_forgotten(few, call
 
 def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monkeypatch):
     """Killed between best.pt and last.pt, and worse when the epoch is run again."""
-    scores, save = iter([0.1, 0.5, 0.2, 0.6]), rfdetr.training.keeper.Keeper.save
+    scores, save = iter([0.1, 0.5, 0.2, 0.6]), rfdetr.training.keeper.CheckpointKeeper.save
     monkeypatch.setattr(
-        rfdetr.main.Judge, "__call__", lambda *args: {"bbox": {"mAP": next(scores)}}
+        rfdetr.main.SplitEvaluator, "__call__", lambda *args: {"bbox": {"mAP": next(scores)}}
     )
     monkeypatch.setattr(rfdetr.main, "format_table", lambda scores: "")
     run = Path("run")
@@ -290,7 +290,7 @@ def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monke
         assert told[-1] == (metrics["best"]["epoch"], metrics["best"]["value"])
         save(keeper, names)
 
-    monkeypatch.setattr(rfdetr.training.keeper.Keeper, "save", killed)
+    monkeypatch.setattr(rfdetr.training.keeper.CheckpointKeeper, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         call(
             train_detector_stage1.main,
@@ -302,7 +302,7 @@ def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monke
             "--output_dir",
             "run",
         )
-    monkeypatch.setattr(rfdetr.training.keeper.Keeper, "save", compared)
+    monkeypatch.setattr(rfdetr.training.keeper.CheckpointKeeper, "save", compared)
     call(train_detector_stage1.main, "--resume", run, "--save_minutes", 0)
     assert told == [(2, 0.5)] * 5 + [(3, 0.6)]  # two steps and an epoch's end, twice
     assert load(run / "checkpoint_best_regular.pth")["epoch"] == 3
@@ -316,9 +316,11 @@ def test_pictures_that_fail_end_no_run_and_come_after_last_pt(few, call, monkeyp
         raise ValueError("x1 must be greater than or equal to x0")
 
     gains = iter([0.1, 0.2])
-    monkeypatch.setattr(rfdetr.main.Judge, "__call__", lambda *args: {"bbox": {"mAP": next(gains)}})
+    monkeypatch.setattr(
+        rfdetr.main.SplitEvaluator, "__call__", lambda *args: {"bbox": {"mAP": next(gains)}}
+    )
     monkeypatch.setattr(rfdetr.main, "format_table", lambda scores: "")
-    monkeypatch.setattr(rfdetr.main.Judge, "pictures", pictures)
+    monkeypatch.setattr(rfdetr.main.SplitEvaluator, "pictures", pictures)
     call(train_detector_stage1.main, *quick_flags(few), "--epochs", 2, "--ema", 0)
     assert found == [1, 2]
     assert capsys.readouterr().out.count("predictions failed (ValueError: x1 must be") == 1

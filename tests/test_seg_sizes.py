@@ -19,11 +19,11 @@ import train_seg_stage2
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.detr import RFDETR, RFDETRSegNano
-from rfdetr.losses.criterion import LossWeights, detection_losses
+from rfdetr.losses.criterion import detection_losses
 from rfdetr.losses.points import at_points, mask_costs, true_at, uncertain_points
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import OfficialMaskHead
-from rfdetr.sizes import SIZES, ModelSize
+from rfdetr.sizes import SIZES, LossWeights, ModelSize
 from rfdetr.weights import checkpoint
 from rfdetr.weights.official import to_official
 

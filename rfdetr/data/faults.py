@@ -24,7 +24,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from rfdetr.console import UserError, is_control, printable, tick, warn
 from rfdetr.data.image_cache import (
-    SeenImages,
+    ImageCache,
     content_hash,
     find_image,
     is_passing,
@@ -459,7 +459,7 @@ class CocoSplit:
             "leave": False,
             "disable": None if decode else True,
         }
-        with SeenImages(folder) as seen:
+        with ImageCache(folder) as seen:
             found = thread_map(
                 lambda image: _look(image, folder, decode, seen, self.exif), images, **bar
             )
@@ -681,7 +681,7 @@ def is_whole(value: object) -> bool:
 
 
 def _look(
-    image: ImageRecord, folder: Path, decode: bool, seen: SeenImages, exif: str
+    image: ImageRecord, folder: Path, decode: bool, seen: ImageCache, exif: str
 ) -> dict[str, str]:
     """Find the image's file and fill in what it tells, as it was seen before where it is still the same file.
 

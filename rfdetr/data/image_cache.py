@@ -93,7 +93,7 @@ def stamp_of(path: Path) -> Stamp:
         return None
 
 
-class SeenImages(contextlib.AbstractContextManager):
+class ImageCache(contextlib.AbstractContextManager):
     """The findings in one folder of images, by name; new ones are written at the end of the `with` block.
 
     They are kept in the folder RFDETR_CACHE, else in the user's cache. Nothing fails where that cannot be read or

@@ -60,7 +60,7 @@ class Detections:
         return (boxes * sides).clip(0, sides)
 
 
-class Finder:
+class DetectionRunner:
     """Runs detectors on batches; where memory runs out, on smaller parts of them from then on."""
 
     def __init__(self, table: ClassTable, precision: Precision):
@@ -139,7 +139,7 @@ def draw_masks(
 
 
 @dataclass
-class Found:
+class Prediction:
     """What was found in one image, best first.
 
     boxes (n, 4) xyxy and masks (COCO RLE dicts, or None without a mask head) in pixels of the original, scores (n,)
@@ -153,7 +153,7 @@ class Found:
     names: list[str]
     masks: list[dict] | None
 
-    def without_duplicates(self, iou: float = 0.7) -> Found:
+    def without_duplicates(self, iou: float = 0.7) -> Prediction:
         """The same without lower-scored boxes of one class that overlap a better one by more than `iou`.
 
         For pictures: DETR's figures are computed without it.
@@ -162,7 +162,7 @@ class Found:
         chosen = batched_nms(boxes.float(), scores.float(), labels, iou).numpy()
         masks = None if self.masks is None else [self.masks[i] for i in chosen]
         names = [self.names[i] for i in chosen]
-        return Found(
+        return Prediction(
             self.image, self.boxes[chosen], self.scores[chosen], self.labels[chosen], names, masks
         )
 
@@ -179,7 +179,7 @@ def in_originals(
     head: AnyMaskHead | None,
     names: list[str],
     precision: Precision,
-) -> list[Found]:
+) -> list[Prediction]:
     """What scores `threshold` or more, in pixels of the original images (H, W, 3); `names` of the classes by label."""
     sizes = [image.shape[:2] for image in images]
     chosen = [np.flatnonzero(scores >= threshold) for scores in found.scores.cpu().numpy()]
@@ -193,6 +193,6 @@ def in_originals(
         boxes = found.pixel_boxes(i, height, width)[own]
         scores, labels = (values[i].cpu().numpy()[own] for values in (found.scores, found.labels))
         answer.append(
-            Found(image, boxes, scores, labels, [names[label] for label in labels], masks[i])
+            Prediction(image, boxes, scores, labels, [names[label] for label in labels], masks[i])
         )
     return answer

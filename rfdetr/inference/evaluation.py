@@ -17,7 +17,13 @@ from rfdetr.data.coco import load_image
 from rfdetr.data.faults import CocoSplit
 from rfdetr.data.loaders import naming_workers, note_unread
 from rfdetr.device import Precision
-from rfdetr.inference.detections import AnyMaskHead, Detections, Finder, draw_masks, in_originals
+from rfdetr.inference.detections import (
+    AnyMaskHead,
+    DetectionRunner,
+    Detections,
+    draw_masks,
+    in_originals,
+)
 from rfdetr.inference.visualise import class_colours, draw, side_by_side
 from rfdetr.masks import to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator, counting
@@ -26,7 +32,7 @@ from rfdetr.models.detector import Detector
 DRAW_THRESHOLD = 0.5
 
 
-class Judge:
+class SplitEvaluator:
     """Scores a model on a split and draws what it finds.
 
     With `frozen`, the trained module is a mask head on that detector, whose detections are computed once where `keep`.
@@ -40,7 +46,11 @@ class Judge:
         masks: bool,
         frozen: Detector | None = None,
     ):
-        self.loader, self.finder, self.precision = loader, Finder(table, precision), precision
+        self.loader, self.finder, self.precision = (
+            loader,
+            DetectionRunner(table, precision),
+            precision,
+        )
         self.masks, self.frozen = masks, frozen
         self.split: CocoSplit = loader.dataset.split
         self.keep, self.kept = frozen is not None, None

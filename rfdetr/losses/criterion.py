@@ -7,8 +7,6 @@ batch 1 x accum 4 gives the same gradient as batch 4 x accum 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,22 +14,9 @@ from torch import Tensor
 from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
 from rfdetr.losses.matcher import match
 from rfdetr.losses.points import at_points, mask_costs
+from rfdetr.sizes import LossWeights
 
 ALPHA = 0.25
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    cls: float = 1.0
-    bbox: float = 5.0
-    giou: float = 2.0
-    mask: float = 1.0
-    dice: float = 1.0
-
-    @classmethod
-    def flag_defaults(cls) -> dict[str, float]:
-        """{name: default}, for flags called --NAME_loss_coef."""
-        return {field.name: field.default for field in fields(cls)}
 
 
 def class_loss(logits: Tensor, at: tuple[Tensor, Tensor], rows: Tensor, iou: Tensor) -> Tensor:

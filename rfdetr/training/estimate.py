@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rfdetr.classes import COCO_ROWS, assign_rows
 from rfdetr.console import UserError, is_out_of_memory
 from rfdetr.device import Precision, memory_mb
-from rfdetr.losses.criterion import LossWeights
 from rfdetr.models.detector import Detector
-from rfdetr.sizes import SIZES
+from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.auto_batch import OBJECTS, random_batch
 from rfdetr.training.engine import Progress
 from rfdetr.training.objective import Objective

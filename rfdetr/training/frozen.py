@@ -12,10 +12,11 @@ from rfdetr.classes import ClassTable
 from rfdetr.data.augment import draw_side, to_model_input
 from rfdetr.data.loaders import Batch
 from rfdetr.device import Precision
-from rfdetr.losses.criterion import LossWeights, mask_losses
+from rfdetr.losses.criterion import mask_losses
 from rfdetr.losses.matcher import match
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MaskHead, sample_in_boxes
+from rfdetr.sizes import LossWeights
 from rfdetr.training.engine import Progress
 
 MATCH_IOU = 0.5  # a query that misses its object by more teaches the mask head nothing

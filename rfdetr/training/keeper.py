@@ -21,7 +21,7 @@ from rfdetr.weights import checkpoint
 NAN_STEPS = 10  # steps in a row without a finite loss end the run
 
 
-class Keeper:
+class CheckpointKeeper:
     """Writes a run's checkpoints: after epochs, every few minutes inside them, and on a signal.
 
     `pack(state)` turns the trained module's state dict into a self-contained checkpoint's content.
@@ -263,7 +263,7 @@ class Keeper:
 
 
 def check_history(state: dict) -> None:
-    """Raise ValueError where a checkpoint's `training` has no history of scores as Keeper.state() writes it."""
+    """Raise ValueError where a checkpoint's `training` has no history of scores as CheckpointKeeper.state() writes it."""
     best, each = state["best"], state["each"]
     problems = state.get("nan_batches", [])
     if best is not None and not is_story(best):
@@ -282,7 +282,7 @@ def check_history(state: dict) -> None:
 
 
 def is_story(best: object) -> bool:
-    """Whether this is what Keeper.best holds: {"epoch", "metric", "value", "weights"}."""
+    """Whether this is what CheckpointKeeper.best holds: {"epoch", "metric", "value", "weights"}."""
     if type(best) is not dict or best.keys() != {"epoch", "metric", "value", "weights"}:
         return False
     value, epoch = best["value"], best["epoch"]
@@ -292,7 +292,7 @@ def is_story(best: object) -> bool:
 
 
 def best_story(file: Path, metric: str, epoch: int) -> dict | None:
-    """What a best file says of itself, in the form of Keeper.best; None where it is of epoch `epoch` or before, is
+    """What a best file says of itself, in the form of CheckpointKeeper.best; None where it is of epoch `epoch` or before, is
     missing, or tells nothing."""
     if not file.exists():
         return None
@@ -317,7 +317,7 @@ class Awaited:
     """A loader that lets its run's keeper know while a batch is waited for."""
 
     loader: Iterable
-    keeper: Keeper
+    keeper: CheckpointKeeper
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -12,10 +12,10 @@ from rfdetr.classes import ClassTable
 from rfdetr.data.augment import draw_side, multi_scale_sides, to_model_input
 from rfdetr.data.loaders import Batch
 from rfdetr.device import Precision
-from rfdetr.losses.criterion import LossWeights, detection_losses, mask_losses
+from rfdetr.losses.criterion import detection_losses, mask_losses
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import sample_in_boxes
-from rfdetr.sizes import SIZES
+from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.engine import Progress
 
 

@@ -1,0 +1,129 @@
+"""Kinds of settings: how a value is written on the command line or in YAML, and what it may be.
+
+`settings.py` declares its dataclasses with these, so that a default, its bounds and its help stand in one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+MOST = 10**9  # the largest number a setting takes: more is a slip, and no library takes it
+OF_SIZE = "the size's own"  # a default that `sizes.py` has
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting's form: `read` turns what a user wrote into its checked value.
+
+    `several`: a list of such values. `none`: None is a value too, it means what `help` says of the default.
+    `words`: texts taken as they are beside the kind's own values ("auto"). `of_size`: the default is the size's.
+    `kept`: False for what belongs to one command and not to the run that it starts. `bare`: the value of a flag that
+    is given without one.
+    """
+
+    read_one: Callable[[str], object]
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    several: bool = False
+    none: bool = False
+    of_size: bool = False
+    kept: bool = True
+    bare: object = None
+
+    def read(self, value: object) -> object:
+        """The checked value of a text, or of a plain value from YAML or a checkpoint; ValueError says what fits."""
+        if value is None and self.none:
+            return None
+        if self.several:
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"expected a list, got {value!r}")
+            return tuple(self._read_one(one) for one in value)
+        return self._read_one(value)
+
+    def _read_one(self, value: object) -> object:
+        if not isinstance(value, (str, int, float, Path)):  # bool is an int
+            raise ValueError(f"expected one value, got {value!r}")
+        text = str(int(value)) if isinstance(value, bool) else str(value)
+        if text in self.words:
+            return text
+        if self.choices and text not in self.choices:
+            raise ValueError(f"invalid choice: {text!r} (choose from {', '.join(self.choices)})")
+        return self.read_one(text)
+
+
+def _field(default: object, setting: Setting) -> dataclasses.Field:
+    of_size = default is OF_SIZE
+    setting = dataclasses.replace(setting, none=default is None, of_size=of_size)
+    default = MISSING if of_size or default is REQUIRED else default
+    return dataclasses.field(default=default, metadata={"setting": setting})
+
+
+class _Required:
+    """The default of a setting that must be given."""
+
+
+REQUIRED = _Required()
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """A reader of an int or float within [low, high]; its ValueError names the range."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high:  # never true of nan
+                return value
+        raise ValueError(f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}")
+
+    return read
+
+
+def integer(default, help: str, low: int = 1, high: int = MOST, words: tuple[str, ...] = ()):
+    """A whole number within [low, high], or one of `words`."""
+    return _field(default, Setting(number(int, low, high), help, words=words))
+
+
+def decimal(default, help: str, low: float = 0.0, high: float = MOST):
+    return _field(default, Setting(number(float, low, high), help))
+
+
+def read_switch(text: str) -> bool:
+    value = text.strip().lower()
+    if value in ("1", "true", "yes"):
+        return True
+    if value in ("0", "false", "no"):
+        return False
+    raise ValueError(f"expected 0, 1, true, false, yes or no, got {text!r}")
+
+
+def switch(default, help: str):
+    """The guide's 0|1 flags; true, false, yes and no do as well."""
+    return _field(default, Setting(read_switch, help, metavar="0|1"))
+
+
+def choice(default, help: str, choices: tuple[str, ...]):
+    return _field(default, Setting(str, help, choices=tuple(choices)))
+
+
+def text(default, help: str, metavar: str | None = None):
+    return _field(default, Setting(str, help, metavar=metavar))
+
+
+def texts(default, help: str, metavar: str | None = None):
+    return _field(default, Setting(str, help, metavar=metavar, several=True))
+
+
+def path(default, help: str, metavar: str | None = None):
+    return _field(default, Setting(Path, help, metavar=metavar))
+
+
+def for_this_command(field: dataclasses.Field, bare: object = None) -> dataclasses.Field:
+    """A setting that is no part of the run it starts; `bare`: its value where the flag is given without one."""
+    setting = dataclasses.replace(field.metadata["setting"], kept=False, bare=bare)
+    return dataclasses.field(default=field.default, metadata={"setting": setting})

@@ -1,0 +1,405 @@
+"""Every setting of every script, once: default, bounds, unit and help.
+
+Flags, `--config FILE.yaml`, a run's config.yaml and what a checkpoint keeps are made from these fields. They are
+resolved once (`resolve`): the size's recipe < the file < a resumed run's own < the command line. Afterwards nothing
+changes them: what a run finds out (how many images fit at once, where its cache lies) is the run's state.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from rfdetr.console import UserError
+from rfdetr.fields import (
+    OF_SIZE,
+    REQUIRED,
+    Setting,
+    choice,
+    decimal,
+    for_this_command,
+    integer,
+    path,
+    switch,
+    text,
+    texts,
+)
+from rfdetr.sizes import SIZES, LossWeights, ModelSize, check_resolution, with_queries
+
+EXIF = ("apply", "ignore")
+AMP = ("auto", "bf16", "fp16", "off")
+TWO_STARTS = "--backbone_weights is a start without a detector: leave out the other file of weights"
+EARLY_STOPPING_PATIENCE = (
+    10  # evaluations without gain, where --early_stopping 1 names no --patience
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which images."""
+
+    dataset: Path = path(Path("dataset"), "COCO-format folder")
+    val_fraction: float | None = decimal(
+        None, "without valid/: split this share off train/", low=0.001, high=0.9
+    )
+    exif: str | None = choice(
+        None, "orientation of images whose size does not tell (default: apply)", EXIF
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(DataSettings):
+    """What the three training scripts have in common."""
+
+    stage: ClassVar[str]  # "detector", "segmentation" or "single"
+    script: ClassVar[str]
+    run_stem: ClassVar[str]  # the run folder's first words
+    title: ClassVar[str]
+    metric: ClassVar[str]  # the best epoch is chosen by it
+    recipe_prefix: ClassVar[str] = ""  # of the fields of Recipe that this stage has of its own
+
+    size: str = choice("nano", "model size", SIZES)
+    output_dir: Path | None = for_this_command(
+        path(None, "run folder (default: the next free number under runs/)")
+    )
+    device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
+    resolution: int | None = integer(None, "input side in pixels (default: the size's own)")
+    epochs: int = integer(OF_SIZE, "passes over the training images")
+    batch: int | str = integer(
+        OF_SIZE, "images in one forward pass, or auto", high=65536, words=("auto",)
+    )
+    accum: int = integer(OF_SIZE, "forward passes per optimizer step", high=65536)
+    workers: int = integer(OF_SIZE, "loader processes", low=0, high=256)
+    weight_decay: float = decimal(OF_SIZE, "AdamW's weight decay")
+    multi_scale: bool = switch(OF_SIZE, "draw the input side anew for each step")
+    expanded_scales: bool = switch(False, "a wider range of sides")
+    lr_scheduler: str = choice(
+        "cosine", "how the learning rates fall", ("cosine", "step", "constant")
+    )
+    warmup_epochs: float | None = decimal(
+        None, "epochs of linear warm-up (default: the size's steps, at most a tenth of all)"
+    )
+    amp: str = choice(OF_SIZE, "mixed precision (auto: the size's own)", AMP)
+    ema: bool = switch(True, "keep an average of the weights, scored as well")
+    patience: int = integer(0, "stop after this many evaluations without gain (0: never)", low=0)
+    early_stopping: bool = switch(
+        False, f"stop after {EARLY_STOPPING_PATIENCE} evaluations without gain, or --patience"
+    )
+    min_steps: int = integer(
+        OF_SIZE, "repeat small datasets until an epoch has this many steps", high=10**6
+    )
+    eval_every: int = integer(1, "epochs between evaluations (the last is always evaluated)")
+    save_minutes: float = decimal(5.0, "minutes between saves inside an epoch")
+    seed: int = integer(0, "of every random number", low=0)
+    tensorboard: bool = switch(True, "write tb/")
+    run_test: bool = switch(False, "score the test split at the end")
+    resume: str | None = for_this_command(
+        text(None, "go on with a run folder, or the newest (auto)", metavar="RUN"), bare="auto"
+    )
+    fast_dev_run: int | None = for_this_command(
+        integer(None, "one epoch of N steps: does it run?"), bare=2
+    )
+
+    @property
+    def model_size(self) -> ModelSize:
+        """The one object of the model's numbers in a run."""
+        return SIZES[self.size]
+
+    @property
+    def effective_batch(self) -> int:
+        """Images of an optimizer step, on one rank."""
+        if self.batch != "auto":
+            return self.accum * self.batch
+        recipe = asdict(self.model_size.recipe)
+        return self.accum * recipe.get(self.recipe_prefix + "batch", recipe["batch"])
+
+    @property
+    def stop_after(self) -> int:
+        """Evaluations without gain that end the run; 0: none do."""
+        return self.patience or (EARLY_STOPPING_PATIENCE if self.early_stopping else 0)
+
+    @property
+    def last_epoch(self) -> int:
+        return 1 if self.fast_dev_run else self.epochs
+
+    def checked(self) -> TrainingSettings:
+        """Itself, if its values fit each other; raises UserError."""
+        return replace(self, resolution=check_resolution(self.model_size, self.resolution))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorTraining(TrainingSettings):
+    """What trains a detector has in common: stage 1 and the single stage."""
+
+    lr: float = decimal(OF_SIZE, "learning rate")
+    lr_encoder: float = decimal(OF_SIZE, "the encoder's learning rate")
+    grad_checkpoint: bool = switch(False, "less memory, more time")
+    freeze_encoder: bool = switch(False, "train what is behind it")
+    compile: bool = switch(False, "torch.compile the encoder: slow start, then fast")
+    pretrain_weights: str = text(
+        "auto", "where to start: the size's official file (auto)", metavar="auto|none|PATH|URL"
+    )
+    backbone_weights: Path | None = path(
+        None, "instead: DINOv2 alone, in the Hugging Face layout", metavar="PATH"
+    )
+    pretrain_exclude_keys: tuple[str, ...] = texts((), "tensors not to load", metavar="GLOB")
+
+    def checked(self) -> DetectorTraining:
+        if self.backbone_weights and self.pretrain_weights not in ("auto", "none"):
+            raise UserError(TWO_STARTS)
+        return super().checked()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSettings(DetectorTraining):
+    """train_detector_stage1.py"""
+
+    stage = "detector"
+    script = "train_detector_stage1.py"
+    run_stem = "detector"
+    title = "STAGE 1: DETECTOR TRAINING"
+    metric = "bbox/mAP"
+
+    drop_path: float = decimal(OF_SIZE, "encoder: share of blocks skipped at random", high=0.9)
+    head: str = choice("coco91", "rows of the class head", ("coco91", "dataset"))
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        return LossWeights()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSettings(TrainingSettings):
+    """train_seg_stage2.py"""
+
+    stage = "segmentation"
+    script = "train_seg_stage2.py"
+    run_stem = "segmentation"
+    title = "STAGE 2: SEGMENTATION HEAD TRAINING"
+    metric = "segm/mAP"
+    recipe_prefix = "seg_"
+
+    resolution: int | None = integer(None, "input side in pixels (default: the detector's)")
+    stage1_run: Path | None = path(None, "run folder of stage 1")
+    checkpoint: Path | None = path(
+        None, "detector to freeze (default: the run's best.pt, else last.pt)"
+    )
+    seg_lr: float = decimal(OF_SIZE, "learning rate of the mask head")
+    mask_loss_coef: float = decimal(LossWeights.mask, "weight of the mask's BCE")
+    dice_loss_coef: float = decimal(LossWeights.dice, "weight of the mask's dice loss")
+    mask_head: str = choice("auto", "auto: the size's own", ("auto", "nano", "standard"))
+    cache: str = choice("auto", "where the frozen features go", ("auto", "ram", "disk", "off"))
+    cache_views: int = integer(OF_SIZE, "flips of each image that are cached", high=4)
+    keep_cache: bool = switch(True, "on disk, for later runs")
+    auto_shrink: bool = switch(False, "cut the class head here")
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        return LossWeights(mask=self.mask_loss_coef, dice=self.dice_loss_coef)
+
+    def checked(self) -> SegmentationSettings:
+        return super().checked() if self.resolution else self
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleSettings(DetectorTraining):
+    """train_seg_single_stage.py"""
+
+    stage = "single"
+    script = "train_seg_single_stage.py"
+    run_stem = "seg_single"
+    title = "STAGE 1+2: SINGLE-STAGE TRAINING"
+    metric = "segm/mAP"
+    recipe_prefix = "single_"
+
+    warmup_epochs: float = decimal(0.0, "epochs of linear warm-up")
+    init_ckpt: Path | None = path(None, "start from this checkpoint instead of --pretrain_weights")
+    num_queries: int | None = integer(
+        None, "queries per image (default: the size's own)", high=10_000
+    )
+    num_select: int | None = integer(
+        None, "detections kept per image (default: as many as queries)", high=10_000
+    )
+    cls_loss_coef: float = decimal(LossWeights.cls, "weight of the classes' loss")
+    bbox_loss_coef: float = decimal(LossWeights.bbox, "weight of the boxes' L1 loss")
+    giou_loss_coef: float = decimal(LossWeights.giou, "weight of the boxes' GIoU loss")
+    mask_loss_coef: float = decimal(OF_SIZE, "weight of the mask's BCE")
+    dice_loss_coef: float = decimal(OF_SIZE, "weight of the mask's dice loss")
+
+    def checked(self) -> SingleSettings:
+        if self.backbone_weights and self.init_ckpt:
+            raise UserError(TWO_STARTS)
+        return super().checked()
+
+    @property
+    def model_size(self) -> ModelSize:
+        return with_queries(SIZES[self.size], self.num_queries, self.num_select)
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        return LossWeights(
+            cls=self.cls_loss_coef,
+            bbox=self.bbox_loss_coef,
+            giou=self.giou_loss_coef,
+            mask=self.mask_loss_coef,
+            dice=self.dice_loss_coef,
+        )
+
+
+STAGES: dict[str, type[TrainingSettings]] = {
+    kind.stage: kind for kind in (DetectorSettings, SegmentationSettings, SingleSettings)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceSettings:
+    """What evaluate.py and predict.py have in common."""
+
+    checkpoint: Path = path(REQUIRED, "a file of this repository, or an official one")
+    resolution: int | None = integer(None, "input side in pixels (default: the checkpoint's)")
+    batch: int = integer(8, "images in one forward pass")
+    device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
+    amp: str = choice("off", "mixed precision", AMP)
+    compile: bool = switch(False, "torch.compile the encoder: slow start, then fast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(InferenceSettings, DataSettings):
+    """evaluate.py"""
+
+    val_fraction: float | None = decimal(
+        None, "without valid/: the share of train/ (default: training's)", low=0.001, high=0.9
+    )
+    exif: str | None = choice(
+        None, "orientation of images whose size does not tell (default: as in training)", EXIF
+    )
+    split: str = choice("valid", "which images", ("train", "valid", "test"))
+    workers: int = integer(0, "loader processes", low=0, high=256)
+    json: Path | None = path(None, "write the figures here", metavar="FILE")
+    results: Path | None = path(
+        None, "write COCO results here: bbox.json, segm.json", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionSettings(InferenceSettings):
+    """predict.py"""
+
+    input: tuple[str, ...] = texts(REQUIRED, "images, folders, globs, videos", metavar="PATH")
+    output: Path = path(REQUIRED, "folder for pictures and JSON", metavar="DIR")
+    threshold: float = decimal(0.5, "lowest score", high=1.0)
+    nms: float | None = decimal(None, "drop a class's boxes that overlap more", high=1.0)
+    exif: str | None = choice(
+        None, "orientation of the images (default: as the training images were read)", EXIF
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkSettings:
+    """shrink_head.py"""
+
+    in_ckpt: Path = path(REQUIRED, "a stage-1 checkpoint, or an official file")
+    out_ckpt: Path = path(REQUIRED, "where to write the shrunk one")
+    keep: tuple[str, ...] = texts(
+        (),
+        "classes in their new order (default: all it has); --keep=-NAME for a name with a dash",
+        metavar="CLASS",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """export.py"""
+
+    checkpoint: Path = path(REQUIRED, "a file of this repository")
+    format: str = choice("rfdetr", "rfdetr: the package on PyPI, 1.11", ("rfdetr",))
+    out: Path = path(REQUIRED, "where to write it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings(DataSettings):
+    """validate_setup.py"""
+
+    size: str = choice("nano", "model size to be trained", SIZES)
+    resolution: int | None = integer(None, "its input side (default: the size's own)")
+    device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
+    check_images: bool = switch(True, "decode every image")
+    need_masks: bool = switch(False, "missing masks are an error")
+    fix: Path | None = path(
+        None, "write a cleaned copy of the annotations there, and check the copy", metavar="DIR"
+    )
+    preview: Path | None = path(
+        None, "draw objects of each class: a .webp, .png or .jpg, or a folder", metavar="PATH"
+    )
+    estimate: bool = switch(False, "measure a step: memory and time of each size")
+    json: Path | None = path(None, "write all that is said here too", metavar="FILE")
+
+
+S = TypeVar("S")
+
+
+def settings_of(kind: type) -> dict[str, Setting]:
+    """Name -> form of every setting of a script, in the order of its --help."""
+    return {field.name: field.metadata["setting"] for field in fields(kind)}
+
+
+def resolve(kind: type[S], given: dict, stored: dict | None = None, file: dict | None = None) -> S:
+    """The settings of a script: the size's recipe < `file` < `stored` (a resumed run's) < `given`.
+
+    Each maps names to values as `read_layer` returns them. Raises UserError where one is missing or two do not fit.
+    """
+    layers = (file or {}) | (stored or {}) | given
+    values = {field.name: layers.get(field.name, field.default) for field in fields(kind)}
+    if issubclass(kind, TrainingSettings):
+        fill_in_from_size(kind, values)
+    missing = [f"--{name}" for name, value in values.items() if value is MISSING]
+    if missing:
+        raise UserError(f"error: these settings are missing: {', '.join(missing)}")
+    settings = kind(**values)
+    return settings.checked() if isinstance(settings, TrainingSettings) else settings
+
+
+def fill_in_from_size(kind: type[TrainingSettings], values: dict) -> None:
+    """Give what is left open (or "auto" mixed precision) the value of the size's recipe."""
+    recipe = asdict(SIZES[values["size"]].recipe)
+    for name, setting in settings_of(kind).items():
+        own = recipe.get(kind.recipe_prefix + name, recipe.get(name))
+        left_open = values[name] is MISSING or (name == "amp" and values[name] == "auto")
+        if setting.of_size and left_open:
+            values[name] = own
+
+
+def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dict:
+    """The checked values of a --config file or a stored run, by name.
+
+    Unknown names are errors with the near match where `strict`, else passed over: an earlier version's run may have
+    had more. Raises UserError naming `where`, the setting and what it takes.
+    """
+    known = settings_of(kind)
+    unknown = [name for name in values if name not in known]
+    if unknown and strict:
+        near = difflib.get_close_matches(str(unknown[0]), known, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(
+            f"{where} has no setting {unknown[0]!r}{meant}. It may have: {', '.join(known)}"
+        )
+    checked = {}
+    for name in known.keys() & values.keys():
+        try:
+            checked[name] = known[name].read(values[name])
+        except ValueError as error:
+            raise UserError(f"{where}: {name}: {error}") from error
+    return checked
+
+
+def plain(settings: object) -> dict:
+    """The settings that belong to a run as plain values, for YAML, JSON and checkpoints; `read_layer` reads them."""
+    kept = {}
+    for name, setting in settings_of(type(settings)).items():
+        value = getattr(settings, name)
+        if setting.kept:
+            value = list(map(str, value)) if isinstance(value, tuple) else value
+            kept[name] = str(value) if isinstance(value, Path) else value
+    return kept
