@@ -15,6 +15,7 @@ from rfdetr.models.deformable_attention import DeformableAttention
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import GRID, MASK_HEADS, OfficialMaskHead, enlarged, sample_in_boxes
 from rfdetr.sizes import SIZES, Recipe, check_resolution, size_from_dict
+from rfdetr.training.optim import parameter_groups
 
 OFFICIAL = [name for name, size in SIZES.items() if size.weights_url]
 
@@ -76,6 +77,68 @@ def test_official_sizes_have_the_published_shape(name):
         len({key.split(".layer.")[1].split(".")[0] for key in shapes if ".encoder.layer." in key})
         == 12
     )
+
+
+def groups_by_name(model: Detector) -> dict[tuple, list[str]]:
+    """What stored optimizer states were grouped by: {(part, depth, without decay): names}."""
+    top = model.size.used_depth + 2
+    groups: dict[tuple, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key = ("other", 0, False)
+        if name.startswith("backbone.0.encoder."):
+            layer = top
+            if "embeddings" in name:
+                layer = 0
+            elif ".layer." in name:
+                layer = int(name.split(".layer.")[1].split(".")[0]) + 1
+            words = ("bias", "norm", "embeddings", "gamma")
+            key = ("encoder", top - layer, any(word in name for word in words))
+        elif name.startswith("transformer.decoder."):
+            key = ("decoder", 0, False)
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+@pytest.mark.parametrize("mask_head", [None, "own"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", list(SIZES))
+def test_parts_have_the_order_and_members_of_stored_optimizer_states(name, frozen, mask_head):
+    size = SIZES[name]
+    with torch.device("meta"):
+        model = Detector(size, rows=91, mask_head=mask_head and size.mask_head, groups=2)
+    if frozen:
+        model.encoder.requires_grad_(False)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    parts = [
+        (
+            (part.name, part.depth_from_top, part.without_decay),
+            [name_of[id(parameter)] for parameter in part.parameters],
+        )
+        for part in model.parts()
+    ]
+    assert parts == list(groups_by_name(model).items())
+
+
+def test_rates_and_decay_follow_the_parts():
+    model = Detector(SIZES["nano"], rows=3, groups=1)
+    groups = parameter_groups(model, 1e-4, 1.5e-4, 0.1, model.size)
+    rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(rate_of) == sum(parameter.requires_grad for parameter in model.parameters())
+    first_block, last_block = (model.encoder.encoder["layer"][i] for i in (0, 11))
+    assert rate_of[id(model.encoder.layernorm.weight)] == pytest.approx(1.5e-4 * 0.7**2)
+    assert rate_of[id(last_block.attn.qkv.weight)] == pytest.approx(1.5e-4 * 0.7**2 * 0.8**2)
+    assert rate_of[id(first_block.norm1.weight)] == pytest.approx(1.5e-4 * 0.7**2 * 0.8**13)
+    assert rate_of[id(model.encoder.embeddings.cls_token)] == pytest.approx(
+        1.5e-4 * 0.7**2 * 0.8**14
+    )
+    assert rate_of[id(model.transformer.decoder.norm.weight)] == pytest.approx(0.7e-4)
+    assert rate_of[id(model.class_embed[0].weight)] == 1e-4
+    assert decay_of[id(last_block.attn.qkv.weight)] == 0.1
+    assert decay_of[id(last_block.attn.qkv.bias)] == 0.0
+    assert decay_of[id(model.class_embed[0].bias)] == 0.1
 
 
 def test_a_size_survives_its_dict():

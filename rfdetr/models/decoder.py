@@ -1,8 +1,8 @@
 """Two-stage query selection and the DETR decoder.
 
-Sources: DETR (arXiv:2005.12872), Deformable DETR's two stages (arXiv:2010.04159), Group DETR (arXiv:2207.13085),
-LW-DETR (arXiv:2406.03459).  Boxes are cxcywh in 0..1 of the image.  Letters: B batch, G groups, Q queries per group,
-C channels, S tokens of all levels, K class rows.
+Sources: DETR (arXiv:2005.12872), Deformable DETR's two stages (arXiv:2010.04159), Group DETR
+(arXiv:2207.13085), LW-DETR (arXiv:2406.03459). Boxes are cxcywh in 0..1 of the image. Letters: B
+images, G groups, Q queries per group, C channels, S tokens of all levels, K class rows.
 """
 
 from __future__ import annotations
@@ -34,45 +34,54 @@ class MLP(nn.Module):
 
 
 def move_boxes(boxes: Tensor, delta: Tensor) -> Tensor:
-    """Boxes shifted by `delta` in units of their own size, sizes scaled by exp(delta); both (..., 4) cxcywh."""
-    return torch.cat(
-        (boxes[..., :2] + delta[..., :2] * boxes[..., 2:], delta[..., 2:].exp() * boxes[..., 2:]),
-        dim=-1,
-    )
+    """Shift boxes by `delta` in units of their own size and scale their size by exp(delta).
+
+    boxes (..., 4) cxcywh, delta (..., 4) -> (..., 4) cxcywh.
+    """
+    centre = boxes[..., :2] + delta[..., :2] * boxes[..., 2:]
+    size = delta[..., 2:].exp() * boxes[..., 2:]
+    return torch.cat((centre, size), dim=-1)
 
 
 def sine_embedding(boxes: Tensor, dim: int) -> Tensor:
     """Sines and cosines of cxcywh boxes, (..., 4) -> (..., 4 * dim), in the order y, x, w, h."""
-    frequency = 10000 ** (
-        -2 * torch.div(torch.arange(dim, device=boxes.device), 2, rounding_mode="floor") / dim
-    )
-    angle = boxes[..., [1, 0, 2, 3], None] * (2 * math.pi) * frequency  # (..., 4, dim)
-    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-3)
+    channels = torch.arange(dim, device=boxes.device)
+    pairs = torch.div(channels, 2, rounding_mode="floor")
+    frequency = 10000 ** (-2 * pairs / dim)  # (dim,)
+    yxwh = boxes[..., [1, 0, 2, 3], None]  # (..., 4, 1)
+    angle = yxwh * (2 * math.pi) * frequency  # (..., 4, dim)
+    sines = angle[..., 0::2].sin()
+    cosines = angle[..., 1::2].cos()
+    return torch.stack((sines, cosines), dim=-1).flatten(-3)
 
 
 def grid_proposals(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """One box per token, centred on it, 5 % of the image wide, twice that on each further level: (S, 4)."""
+    """One box per token, centred on it: (S, 4) cxcywh 0..1.
+
+    Boxes are 5 % of the image wide and high on the first level, and twice that on each further
+    level.
+    """
     levels = []
     for i, (h, w) in enumerate(shapes):
-        y, x = torch.meshgrid(
-            torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij"
-        )
+        rows = torch.arange(h, device=device)
+        columns = torch.arange(w, device=device)
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
         side = torch.full((h, w), 0.05 * 2.0**i, device=device)
-        levels.append(torch.stack(((x + 0.5) / w, (y + 0.5) / h, side, side), dim=-1).flatten(0, 1))
+        boxes = torch.stack(((x + 0.5) / w, (y + 0.5) / h, side, side), dim=-1)  # (h, w, 4)
+        levels.append(boxes.flatten(0, 1))
     return torch.cat(levels)
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention inside each group, deformable cross-attention, feed-forward; norms after each."""
+    """Self-attention inside each group, deformable cross-attention, feed-forward."""
 
     def __init__(self, size: ModelSize):
         super().__init__()
         hidden = size.hidden
+        levels = len(size.levels)
         self.self_attn = nn.MultiheadAttention(hidden, size.self_heads, batch_first=True)
         self.norm1 = nn.LayerNorm(hidden)
-        self.cross_attn = DeformableAttention(
-            hidden, size.cross_heads, len(size.levels), size.points
-        )
+        self.cross_attn = DeformableAttention(hidden, size.cross_heads, levels, size.points)
         self.norm2 = nn.LayerNorm(hidden)
         self.linear1 = nn.Linear(hidden, size.feedforward)
         self.linear2 = nn.Linear(size.feedforward, hidden)
@@ -87,23 +96,26 @@ class DecoderLayer(nn.Module):
         shapes: list[tuple[int, int]],
         groups: int,
     ) -> Tensor:
-        # x, position (B, G*Q, C); groups never see each other
+        """One layer on all queries; groups never see each other.
+
+        x, position (B, G*Q, C), boxes (B, G*Q, 4), memory (B, S, C), shapes [(h, w)] per level ->
+        (B, G*Q, C).
+        """
         B, _, C = x.shape
-        query = (x + position).reshape(B * groups, -1, C)
-        apart = not fused_attention_pays(
-            x.device
-        )  # asked for its weights, the module computes them by themselves
+        query = (x + position).reshape(B * groups, -1, C)  # (B*G, Q, C)
         value = x.reshape(B * groups, -1, C)
-        attended = self.self_attn(
-            query, query, value, need_weights=apart, average_attn_weights=False
-        )[0]
+        # asked for its weights, the module takes torch's plain attention instead of the fused one
+        plain = not fused_attention_pays(x.device)
+        attended, _ = self.self_attn(
+            query, query, value, need_weights=plain, average_attn_weights=False
+        )
         x = self.norm1(x + attended.reshape(B, -1, C))
         x = self.norm2(x + self.cross_attn(x + position, boxes, memory, shapes))
         return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
 
 
 class Decoder(nn.Module):
-    """Decoder layers around fixed reference boxes ("lite" refinement: boxes are refined once, at the end)."""
+    """Decoder layers around fixed reference boxes: boxes are refined once, at the end."""
 
     def __init__(self, size: ModelSize):
         super().__init__()
@@ -114,21 +126,26 @@ class Decoder(nn.Module):
     def forward(
         self, x: Tensor, boxes: Tensor, memory: Tensor, shapes: list[tuple[int, int]], groups: int
     ) -> list[Tensor]:
-        position = self.ref_point_head(sine_embedding(boxes, x.shape[-1] // 2))
+        """x (B, G*Q, C), boxes (B, G*Q, 4), memory (B, S, C) -> (B, G*Q, C) after each layer."""
+        position = self.ref_point_head(sine_embedding(boxes, x.shape[-1] // 2))  # (B, G*Q, C)
         outputs = []
         for layer in self.layers:
             x = layer(x, position, boxes, memory, shapes, groups)
             outputs.append(self.norm(x))
-        return outputs  # per layer (B, G*Q, C)
+        return outputs
 
 
 class Transformer(nn.Module):
-    """Ranks every token as a proposal, turns the best Q into queries, decodes them; G groups while training."""
+    """Ranks every token as a proposal, turns the best Q into queries and decodes them.
+
+    While training this is done in G groups, each with heads and queries of its own.
+    """
 
     def __init__(self, size: ModelSize, groups: int, class_head: nn.Linear, box_head: MLP):
         super().__init__()
         hidden = size.hidden
-        self.queries, self.groups = size.queries, groups
+        self.queries = size.queries
+        self.groups = groups
         self.decoder = Decoder(size)
         self.enc_output = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(groups))
         self.enc_output_norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(groups))
@@ -143,49 +160,57 @@ class Transformer(nn.Module):
     def propose(
         self, memory: Tensor, shapes: list[tuple[int, int]], group: int, ranked_rows: int
     ) -> dict[str, Tensor]:
-        """The group's best proposals by the highest of the first `ranked_rows` class rows.
+        """The group's best proposals by the highest of the first `ranked_rows` class rows, best
+        first.
 
-        memory (B, S, C) -> pred_logits (B, q, K), pred_boxes (B, q, 4) and their tokens as queries (B, q, C), best
-        first; q = min(Q, S).
+        memory (B, S, C) -> pred_logits (B, q, K), pred_boxes (B, q, 4) and their tokens as queries
+        (B, q, C), where q = min(Q, S).
         """
-        anchors = grid_proposals(shapes, memory.device)
-        inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
-        anchors, tokens = anchors * inside, memory * inside
-        tokens = self.enc_output_norm[group](self.enc_output[group](tokens))
-        logits = self.enc_out_class_embed[group](tokens)
-        best = (
-            logits[..., :ranked_rows]
-            .amax(-1)
-            .topk(min(self.queries, logits.shape[1]), dim=1)
-            .indices
-        )
-        row = torch.arange(len(memory), device=memory.device)[:, None]
-        tokens = tokens[row, best]
-        boxes = move_boxes(anchors[best], self.enc_out_bbox_embed[group](tokens).float())
-        return {"pred_logits": logits[row, best], "pred_boxes": boxes, "queries": tokens}
+        anchors = grid_proposals(shapes, memory.device)  # (S, 4)
+        inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)  # (S, 1)
+        anchors = anchors * inside
+        tokens = self.enc_output_norm[group](self.enc_output[group](memory * inside))  # (B, S, C)
+        logits = self.enc_out_class_embed[group](tokens)  # (B, S, K)
+        scores = logits[..., :ranked_rows].amax(-1)  # (B, S)
+        count = min(self.queries, scores.shape[1])
+        best = scores.topk(count, dim=1).indices  # (B, q)
+        image = torch.arange(len(memory), device=memory.device)[:, None]
+        tokens = tokens[image, best]  # (B, q, C)
+        delta = self.enc_out_bbox_embed[group](tokens).float()
+        boxes = move_boxes(anchors[best], delta)
+        return {"pred_logits": logits[image, best], "pred_boxes": boxes, "queries": tokens}
 
     def forward(
-        self, levels: list[Tensor], references: Tensor, query_feat: Tensor, ranked_rows: int
+        self, levels: list[Tensor], learned_deltas: Tensor, query_feat: Tensor, ranked_rows: int
     ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        """levels: (B, C, h, w) each; references (G*Q, 4) learned box deltas; query_feat (G*Q, C).
+        """levels: (B, C, h, w) each; learned_deltas (G*Q, 4) move the proposals' boxes; query_feat
+        (G*Q, C).
 
-        Returns the layers' queries (B, G*Q, C), their reference boxes (B, G*Q, 4), and the proposals of all groups.
+        Returns the queries after each layer (B, G*Q, C), their reference boxes (B, G*Q, 4), and the
+        proposals of all groups. In eval mode there is one group.
         """
         shapes = [tuple(level.shape[-2:]) for level in levels]
-        memory = torch.cat(
-            [level.flatten(2).transpose(1, 2) for level in levels], dim=1
-        )  # (B, S, C)
+        tokens = [level.flatten(2).transpose(1, 2) for level in levels]
+        memory = torch.cat(tokens, dim=1)  # (B, S, C)
         groups = self.groups if self.training else 1
-        B, Q = len(memory), self.queries
-        proposals, starts = [], []
+        B = len(memory)
+        Q = self.queries
+        proposals = []
+        references = []
         for group in range(groups):
-            proposals.append(self.propose(memory, shapes, group, ranked_rows))
-            boxes = proposals[-1]["pred_boxes"].detach()
-            delta = references[group * Q : (group + 1) * Q].expand(B, -1, -1)
-            found = boxes.shape[1]
-            # with fewer tokens than queries the rest start from their learned box, as in the official model
-            starts += [move_boxes(boxes, delta[:, :found]), delta[:, found:]]
-        starts = torch.cat(starts, dim=1)
-        queries = query_feat[: groups * Q].expand(B, -1, -1)
-        together = {key: torch.cat([p[key] for p in proposals], dim=1) for key in proposals[0]}
-        return self.decoder(queries, starts, memory, shapes, groups), starts, together
+            proposal = self.propose(memory, shapes, group, ranked_rows)
+            proposals.append(proposal)
+            boxes = proposal["pred_boxes"].detach()  # (B, q, 4)
+            count = boxes.shape[1]
+            delta = learned_deltas[group * Q : (group + 1) * Q].expand(B, -1, -1)  # (B, Q, 4)
+            references.append(move_boxes(boxes, delta[:, :count]))
+            # with fewer tokens than queries the rest start from their learned box, as in the
+            # official model
+            references.append(delta[:, count:])
+        references = torch.cat(references, dim=1)  # (B, G*Q, 4)
+        queries = query_feat[: groups * Q].expand(B, -1, -1)  # (B, G*Q, C)
+        all_proposals = {}
+        for key in proposals[0]:
+            all_proposals[key] = torch.cat([proposal[key] for proposal in proposals], dim=1)
+        layers = self.decoder(queries, references, memory, shapes, groups)
+        return layers, references, all_proposals

@@ -1,4 +1,8 @@
-"""From the encoder's feature maps to the decoder's levels.  Source: LW-DETR, arXiv:2406.03459 (after YOLOv8's C2f)."""
+"""From the encoder's feature maps to the decoder's levels.
+
+Source: LW-DETR, arXiv:2406.03459 (after YOLOv8's C2f).  Letters: B images, D encoder channels,
+C channels, h w side of the patch grid.
+"""
 
 from __future__ import annotations
 
@@ -33,27 +37,27 @@ class ConvNorm(nn.Module):
 
 
 class C2f(nn.Module):
-    """Split the channels in two, run one half through bottlenecks, fuse everything seen on the way."""
+    """Split the channels in two, run one half through bottlenecks, fuse all that comes out."""
 
     def __init__(self, inputs: int, outputs: int, bottlenecks: int = 3):
         super().__init__()
         half = outputs // 2
         self.cv1 = ConvNorm(inputs, 2 * half, 1)
         self.cv2 = ConvNorm((2 + bottlenecks) * half, outputs, 1)
-        pairs = [
-            {name: ConvNorm(half, half, 3) for name in ("cv1", "cv2")} for _ in range(bottlenecks)
-        ]
-        self.m = nn.ModuleList(nn.Sequential(OrderedDict(pair)) for pair in pairs)
+        self.m = nn.ModuleList()
+        for _ in range(bottlenecks):
+            convolutions = OrderedDict(cv1=ConvNorm(half, half, 3), cv2=ConvNorm(half, half, 3))
+            self.m.append(nn.Sequential(convolutions))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = list(self.cv1(x).chunk(2, dim=1))
+        parts = list(self.cv1(x).chunk(2, dim=1))  # (B, outputs/2, h, w) each
         for bottleneck in self.m:
             parts.append(bottleneck(parts[-1]))
         return self.cv2(torch.cat(parts, dim=1))
 
 
 class Projector(nn.Module):
-    """Feature maps, each (B, D, h, w), -> one (B, hidden, h*s, w*s) map per level, s = LEVEL_SCALE."""
+    """Feature maps, each (B, D, h, w), -> one (B, C, h*s, w*s) map per level, s = LEVEL_SCALE."""
 
     def __init__(self, dim: int, features: int, hidden: int, levels: tuple[str, ...]):
         super().__init__()
@@ -69,6 +73,7 @@ class Projector(nn.Module):
 
     @staticmethod
     def _resample(dim: int, scale: float) -> nn.Sequential:
+        # (B, D, h, w) -> (B, D/2, 2h, 2w), (B, D, h/2, w/2) or the same
         if scale == 2.0:
             return nn.Sequential(nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2))
         if scale == 0.5:
@@ -76,7 +81,8 @@ class Projector(nn.Module):
         return nn.Sequential()
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [
-            stage(torch.cat([resample(x) for resample, x in zip(resamplers, features)], dim=1))
-            for resamplers, stage in zip(self.stages_sampling, self.stages)
-        ]
+        levels = []
+        for resamplers, stage in zip(self.stages_sampling, self.stages):
+            resampled = [resample(x) for resample, x in zip(resamplers, features)]
+            levels.append(stage(torch.cat(resampled, dim=1)))
+        return levels

@@ -10,6 +10,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from rfdetr.models.detector import Detector
 from rfdetr.sizes import ModelSize
 from rfdetr.training.engine import Trainer
 
@@ -45,32 +46,31 @@ class Schedule:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, lr_encoder: float, weight_decay: float, size: ModelSize
+    model: Detector, lr: float, lr_encoder: float, weight_decay: float, size: ModelSize
 ) -> list[dict]:
     """AdamW groups with RF-DETR's rates: layer-wise decay on the encoder, a factor on the decoder's layers.
 
     Encoder biases, norms, embeddings and layer scales get no weight decay, everything else does, as published. Groups
     are parts of the model, not rates, so that a run resumed with other rates has the same ones.
     """
-    recipe, top = size.recipe, size.used_depth + 2
-    groups: dict[str, dict] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part, rate, decay = "other", lr, weight_decay
-        if name.startswith("backbone.0.encoder."):
-            layer = int(name.split(".layer.")[1].split(".")[0]) + 1 if ".layer." in name else top
-            layer = 0 if "embeddings" in name else layer
-            rate = lr_encoder * recipe.lr_layer_decay ** (top - layer) * recipe.lr_decoder_factor**2
-            plain = any(word in name for word in ("bias", "norm", "embeddings", "gamma"))
-            part, decay = f"encoder {layer} {plain}", 0.0 if plain else weight_decay
-        elif name.startswith("transformer.decoder."):
-            part, rate = "decoder", lr * recipe.lr_decoder_factor
-        group = groups.setdefault(
-            part, {"params": [], "base_lr": rate, "lr": rate, "weight_decay": decay}
+    recipe = size.recipe
+    groups = []
+    for part in model.parts():
+        rate = lr
+        if part.name == "encoder":
+            layer_factor = recipe.lr_layer_decay**part.depth_from_top
+            rate = lr_encoder * layer_factor * recipe.lr_decoder_factor**2
+        elif part.name == "decoder":
+            rate = lr * recipe.lr_decoder_factor
+        groups.append(
+            {
+                "params": part.parameters,
+                "base_lr": rate,
+                "lr": rate,
+                "weight_decay": 0.0 if part.without_decay else weight_decay,
+            }
         )
-        group["params"].append(parameter)
-    return list(groups.values())
+    return groups
 
 
 def make_trainer(
