@@ -20,7 +20,7 @@ from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.detr import RFDETR, RFDETRSegNano
 from rfdetr.losses.criterion import detection_losses
-from rfdetr.losses.points import at_points, mask_costs, true_at, uncertain_points
+from rfdetr.losses.points import mask_costs, sample_matched_masks, true_at, uncertain_points
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import OfficialMaskHead
 from rfdetr.sizes import SIZES, LossWeights, ModelSize
@@ -138,7 +138,7 @@ def test_mask_costs_are_the_explicit_pairs():
         torch.tensor([True, True, False]),
     )
     state = torch.get_rng_state()
-    costs = mask_costs(prediction, masks, has_mask, [1, 2], bce=3.0, dice=2.0)
+    costs = mask_costs(prediction, masks, has_mask, [1, 2], LossWeights(mask=3.0, dice=2.0))
     torch.set_rng_state(state)
     points = torch.rand(1, 4, 2)
     assert costs.shape == (3, 5) and (costs[2] == 0).all()
@@ -164,7 +164,7 @@ def test_logits_and_truth_are_those_of_the_matched_pairs():
     prediction = {"pixels": ones, "kernels": kernels, "mask_bias": torch.tensor([0.5])}
     masks = torch.tensor([0, 1, 1]).reshape(3, 1, 1).expand(3, 16, 16)
     image, query, obj = torch.tensor([0, 0, 1]), torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2])
-    logits, truth = at_points(prediction, image, query, obj, masks)
+    logits, truth = sample_matched_masks(prediction, (image, query, obj), masks)
     torch.testing.assert_close(logits, torch.tensor([2.5, 0.5, 4.5])[:, None].expand_as(logits))
     assert truth.equal(torch.tensor([0.0, 1.0, 1.0])[:, None].expand_as(truth))
 

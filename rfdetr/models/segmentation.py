@@ -1,10 +1,13 @@
 """Mask heads on top of a detector.
 
-A mask is a query's kernel dotted with every pixel's embedding (MaskFormer, arXiv:2107.06278; CondInst,
-arXiv:2003.05664) plus a quadratic in the position inside the query's own box. Training looks inside the predicted box
-only, on a fixed grid, so that a small object weighs as much as a large one.  The official head of RF-DETR's mask models
-(arXiv:2511.09554) sees the whole image, and is trained at points.
-Letters: B images, M chosen queries of all images, C channels, P pixel-embedding channels, G grid side.
+A mask is a query's kernel dotted with every pixel's embedding (MaskFormer, arXiv:2107.06278;
+CondInst, arXiv:2003.05664) plus a quadratic in the position inside the query's own box. Training
+looks inside the predicted box only, on a fixed grid, so that a small object weighs as much as a
+large one. The official head of RF-DETR's mask models (arXiv:2511.09554) sees the whole image and is
+trained at points.
+
+Letters: B images, M chosen queries of all images, Q queries of one image, C channels, P channels of
+the pixel embeddings, h w side of the feature map or of the pixel embeddings, H W of the image.
 """
 
 from __future__ import annotations
@@ -21,12 +24,18 @@ from rfdetr.boxes import cxcywh_to_xyxy
 
 GRID = 28  # samples per side inside a box
 ENLARGE = 1.15  # masks may reach a little over the predicted box
-AT_ONCE = 64  # queries whose logits are computed together: what bounds a drawing's memory
+AT_ONCE = 64  # masks whose logits are computed together: it bounds the memory of many masks
+WIDE = 128  # hidden channels from which on a head has its full width
 
 
 def enlarged(boxes: Tensor) -> Tensor:
-    """The region a mask lives in: cxcywh boxes 0..1 enlarged by ENLARGE, as xyxy 0..1 (not clipped)."""
-    return cxcywh_to_xyxy(torch.cat((boxes[..., :2], boxes[..., 2:] * ENLARGE), dim=-1))
+    """The regions that masks lie in: boxes enlarged by ENLARGE, not clipped to the image.
+
+    boxes (..., 4) cxcywh 0..1 -> (..., 4) xyxy 0..1.
+    """
+    centre = boxes[..., :2]
+    size = boxes[..., 2:] * ENLARGE
+    return cxcywh_to_xyxy(torch.cat((centre, size), dim=-1))
 
 
 def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
@@ -35,11 +44,10 @@ def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
     maps (B, P, h, w), boxes (M, 4) cxcywh 0..1, image_index (M,) -> (M, P, GRID, GRID) fp32.
     """
     h, w = maps.shape[-2:]
-    regions = enlarged(boxes.float()) * torch.tensor([w, h, w, h], device=boxes.device)
-    regions = regions.nan_to_num(
-        0, 0, 0
-    )  # a diverged model's: roi_align reads beyond its maps for what is not finite
-    regions = torch.cat((image_index[:, None].to(regions.dtype), regions), dim=1)
+    regions = enlarged(boxes.float()) * torch.tensor([w, h, w, h], device=boxes.device)  # (M, 4)
+    # boxes of a diverged model: roi_align reads beyond its maps for what is not finite
+    regions = regions.nan_to_num(0, 0, 0)
+    regions = torch.cat((image_index[:, None].to(regions.dtype), regions), dim=1)  # (M, 5)
     return roi_align(maps.float(), regions, output_size=GRID, sampling_ratio=1, aligned=True)
 
 
@@ -51,24 +59,34 @@ def between(places: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def box_quadratic(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """weights (M, 6) times (x, y, x2, y2, xy, 1); x and y, in -1..1 over the enlarged box, broadcast to (M, h, w)."""
-    a, b, c, d, e, f = weights[..., None, None].unbind(1)
+    """weights (M, 6) times (x, y, x2, y2, xy, 1) -> (M, h, w).
+
+    x and y, in -1..1 over the enlarged box, broadcast to (M, h, w).
+    """
+    a, b, c, d, e, f = weights[..., None, None].unbind(1)  # (M, 1, 1) each
     return a * x + b * y + c * x * x + d * y * y + e * x * y + f
 
 
 def maps_in_parts(kernels: Tensor, pixels: Tensor) -> Iterator[Tensor]:
-    """Each kernel's dot product with every pixel, (h, w) fp32: kernels (M, P), pixels (P, h, w)."""
-    flat = pixels.float().flatten(1)
+    """Each kernel's dot product with every pixel.
+
+    kernels (M, P), pixels (P, h, w) -> M times (h, w) fp32, AT_ONCE of them computed together.
+    """
+    flat = pixels.float().flatten(1)  # (P, h*w)
     for part in kernels.float().split(AT_ONCE):
         yield from (part @ flat).unflatten(1, pixels.shape[1:])
 
 
 class MaskHead(nn.Module):
-    """Pixel embeddings at 4x the feature map's side from features and image, and a kernel for each chosen query."""
+    """Pixel embeddings from features and image, and a kernel for each chosen query."""
 
     def __init__(self, hidden: int, trunk: int, fuse: int, pixel: int, context: int, query: int):
-        """`trunk` 3x3 convolutions at `context` channels on the features, `fuse` of them on the sum with the image's
-        own 4x4 patches, `pixel` embedding channels, `query` width."""
+        """`hidden`: channels of the features and of the queries.
+        `trunk`: 3x3 convolutions on the features, at `context` channels.
+        `fuse`: 3x3 convolutions on the sum with the image's own 4x4 patches.
+        `pixel`: channels of the pixel embeddings.
+        `query`: width of the perceptron that makes a kernel.
+        """
         super().__init__()
         layers: list[nn.Module] = [conv_norm_act(hidden, context, kernel=1)]
         layers += [conv_norm_act(context, context) for _ in range(trunk)]
@@ -82,34 +100,40 @@ class MaskHead(nn.Module):
         )
 
     def pixels(self, features: Tensor, images: Tensor) -> Tensor:
-        """features (B, C, h, w), images (B, 3, H, W) normalised -> pixel embeddings (B, P, H/4, W/4)."""
-        detail = self.detail(images)
+        """features (B, C, h, w), images (B, 3, H, W) normalised -> (B, P, H/4, W/4)."""
+        detail = self.detail(images)  # (B, P, H/4, W/4)
+        context = self.context(features)  # (B, P, h, w)
         context = F.interpolate(
-            self.context(features), size=detail.shape[-2:], mode="bilinear", align_corners=False
+            context, size=detail.shape[-2:], mode="bilinear", align_corners=False
         )
         return self.fuse(context + detail)
 
     def kernels(self, queries: Tensor, boxes: Tensor) -> Tensor:
-        """queries (M, C), boxes (M, 4) cxcywh 0..1 -> (M, P + 6): dot-product weights, then the quadratic's six."""
-        return self.query(torch.cat((queries, boxes.to(queries.dtype)), dim=-1)).float()
+        """queries (M, C), boxes (M, 4) cxcywh 0..1 -> (M, P + 6) fp32.
+
+        A kernel is P weights for a pixel's embedding and then the quadratic's six.
+        """
+        queries_and_boxes = torch.cat((queries, boxes.to(queries.dtype)), dim=-1)  # (M, C + 4)
+        return self.query(queries_and_boxes).float()
 
     def grid_logits(
         self, pixels: Tensor, queries: Tensor, boxes: Tensor, image_index: Tensor
     ) -> Tensor:
         """Mask logits (M, GRID, GRID) on the grid of each query's enlarged box: what the loss sees.
 
-        image_index (M,) ascending.
+        pixels (B, P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1, image_index (M,) ascending.
         """
-        kernels = self.kernels(queries, boxes)
+        kernels = self.kernels(queries, boxes)  # (M, P + 6)
         counts = torch.bincount(image_index, minlength=len(pixels)).tolist()
-        # the product first: sampling one channel afterwards gives the same and costs a tenth of sampling all P
-        maps = [
-            own @ image
-            for own, image in zip(kernels[:, :-6].split(counts), pixels.float().flatten(2))
-        ]
+        kernels_of_images = kernels[:, :-6].split(counts)
+        flat_pixels = pixels.float().flatten(2)  # (B, P, h*w)
+        # the product first: sampling its one channel gives the same as the product of P sampled
+        # channels, and costs a tenth
+        maps = [own @ image for own, image in zip(kernels_of_images, flat_pixels)]
         maps = torch.cat(maps).view(-1, 1, *pixels.shape[-2:])  # (M, 1, h, w)
-        samples = sample_in_boxes(maps, boxes, torch.arange(len(maps), device=boxes.device))[:, 0]
-        axis = (torch.arange(GRID, device=boxes.device) + 0.5) / GRID * 2 - 1
+        map_index = torch.arange(len(maps), device=boxes.device)
+        samples = sample_in_boxes(maps, boxes, map_index)[:, 0]  # (M, GRID, GRID)
+        axis = (torch.arange(GRID, device=boxes.device) + 0.5) / GRID * 2 - 1  # -1..1
         quadratic = box_quadratic(kernels[:, -6:], axis[None, None, :], axis[None, :, None])
         return samples + quadratic
 
@@ -152,31 +176,28 @@ class MaskHeadNano(MaskHead):
     """The light head of the family, at most a quarter of the standard one."""
 
     def __init__(self, hidden: int):
-        super().__init__(
-            hidden, trunk=0, fuse=1, pixel=32, context=32, query=40 if hidden < 128 else 128
-        )
+        query = 128 if hidden >= WIDE else 40
+        super().__init__(hidden, trunk=0, fuse=1, pixel=32, context=32, query=query)
 
 
 class MaskHeadStandard(MaskHead):
-    """The roomier head: context convolutions at the features' stride, wider pixel embeddings and kernels."""
+    """The larger head: convolutions on the features, wider pixel embeddings and kernels."""
 
     def __init__(self, hidden: int):
-        wide = hidden >= 128
-        super().__init__(
-            hidden,
-            trunk=2 if wide else 1,
-            fuse=2,
-            pixel=64 if wide else 48,
-            context=128 if wide else 56,
-            query=256 if wide else 104,
-        )
+        if hidden >= WIDE:
+            super().__init__(hidden, trunk=2, fuse=2, pixel=64, context=128, query=256)
+        else:
+            super().__init__(hidden, trunk=1, fuse=2, pixel=48, context=56, query=104)
 
 
 MASK_HEADS = {"nano": MaskHeadNano, "standard": MaskHeadStandard}
 
 
 class PixelBlock(nn.Module):
-    """Depthwise 3x3 convolution, LayerNorm, linear, GELU, added to the input (after ConvNeXt, arXiv:2201.03545)."""
+    """Depthwise 3x3 convolution, LayerNorm, linear, GELU, added to the input.
+
+    After ConvNeXt, arXiv:2201.03545.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -185,7 +206,8 @@ class PixelBlock(nn.Module):
         self.pwconv1 = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        change = F.gelu(self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1))))
+        change = self.dwconv(x).permute(0, 2, 3, 1)  # (B, h, w, C)
+        change = F.gelu(self.pwconv1(self.norm(change)))
         return x + change.permute(0, 3, 1, 2)
 
 
@@ -204,11 +226,11 @@ class QueryBlock(nn.Module):
 
 
 class OfficialMaskHead(nn.Module):
-    """The head of the published mask models (PyPI rfdetr 1.11), parameter for parameter; stands where a MaskHead does.
+    """The head of the published mask models (PyPI rfdetr 1.11), parameter for parameter.
 
-    The features, enlarged to a quarter of the image's side, pass one block per decoder layer; a layer's masks are its
-    queries dotted with the pixels after its block, the proposals' with those before the first.  Inference needs the
-    last alone.
+    The features, enlarged to a quarter of the image's side, pass one block per decoder layer. A
+    layer's masks are its queries dotted with the pixels after its block; the proposals' masks are
+    made of the pixels before the first block. Inference needs the last block's alone.
     """
 
     def __init__(self, hidden: int, decoder_layers: int):
@@ -220,25 +242,31 @@ class OfficialMaskHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def upsampled(self, features: Tensor, images: Tensor) -> Tensor:
-        side = (images.shape[-2] // 4, images.shape[-1] // 4)
-        return F.interpolate(features, size=side, mode="bilinear", align_corners=False)
+        """features (B, C, h, w) at a quarter of the images' side: (B, C, H/4, W/4)."""
+        quarter = (images.shape[-2] // 4, images.shape[-1] // 4)
+        return F.interpolate(features, size=quarter, mode="bilinear", align_corners=False)
 
     def pixels(self, features: Tensor, images: Tensor) -> Tensor:
-        """features (B, C, h, w), images (B, 3, H, W), for their size -> pixel embeddings (B, C, H/4, W/4)."""
+        """features (B, C, h, w), images (B, 3, H, W) for their size alone -> (B, C, H/4, W/4)."""
         x = self.upsampled(features, images)
         for block in self.blocks:
             x = block(x)
         return self.spatial_features_proj(x)
 
     def kernels(self, queries: Tensor) -> Tensor:
-        """queries (..., C) -> what their pixels are dotted with (..., C)."""
+        """queries (..., C) -> what the pixel embeddings are dotted with, (..., C)."""
         return self.query_features_proj(self.query_features_block(queries))
 
     def supervise(self, features: Tensor, images: Tensor, predictions: list[dict]) -> None:
-        """Add `pixels` (B, C, H/4, W/4), `kernels` (B, Q, C), `mask_bias` to the proposals and then each layer's."""
+        """Add to each prediction what its masks are made of.
+
+        predictions: the proposals', then each layer's. Each gets `pixels` (B, C, H/4, W/4),
+        `kernels` (B, Q, C) and `mask_bias` (1,).
+        """
         x = self.upsampled(features, images)
         for i, prediction in enumerate(predictions):
-            x = self.blocks[i - 1](x) if i else x
+            if i > 0:
+                x = self.blocks[i - 1](x)
             prediction["pixels"] = self.spatial_features_proj(x)
             prediction["kernels"] = self.kernels(prediction["queries"])
             prediction["mask_bias"] = self.bias
