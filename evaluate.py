@@ -5,11 +5,8 @@ python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --split val
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from rfdetr.cli import add_compile_flag, add_exif_flag
-from rfdetr.console import UserError, number, run_script, tick, warn
+from rfdetr.cli import script_settings
+from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.faults import CocoSplit, find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
@@ -17,92 +14,76 @@ from rfdetr.device import compile_in_place, pick_device, pick_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
+from rfdetr.settings import EvaluationSettings
 from rfdetr.weights import checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="a file of this repository, or an official one",
-    )
-    parser.add_argument(
-        "--dataset",
-        type=Path,
-        default=Path("dataset"),
-        help="COCO-format folder (default: dataset)",
-    )
-    parser.add_argument("--split", choices=["train", "valid", "test"], default="valid")
-    parser.add_argument(
-        "--val_fraction",
-        type=number(float, 0.001, 0.9),
-        help="without valid/ (default: training's)",
-    )
-    add_exif_flag(parser, "as the checkpoint's training images were read")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument(
-        "--results", type=Path, metavar="DIR", help="write COCO results here: bbox.json, segm.json"
-    )
-    parser.add_argument(
-        "--resolution", type=number(int, 1), help="input side (default: the checkpoint's)"
-    )
-    parser.add_argument("--batch", type=number(int, 1), default=8)
-    parser.add_argument("--workers", type=number(int, 0, 256), default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="off")
-    add_compile_flag(parser)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+    settings = script_settings(EvaluationSettings, __doc__, argv)
+    precision = pick_precision(settings.amp, pick_device(settings.device))
+    content = checkpoint.load(settings.checkpoint)
+    if settings.json:
+        make_place(settings.json, "--json")
+    if settings.results:
+        make_folder(settings.results, "--results")
+    split = read_split(settings, content)
 
-    precision = pick_precision(args.amp, pick_device(args.device))
-    content = checkpoint.load(args.checkpoint)
-    if args.json:
-        make_place(args.json, "--json")
-    if args.results:
-        make_folder(args.results, "--results")
-    fraction = division(content, args)
-    splits = read_dataset(args.dataset, fraction, exif=args.exif or content.get("exif"))
-    require_same_division(content, splits, args)
-    if args.split not in splits:
-        raise UserError(
-            f"{args.dataset} has no {args.split} split, it has {', '.join(splits)}: choose with --split"
+    model, table = checkpoint.build_model(content)
+    where = f"{settings.dataset} ({settings.split})"
+    table = table.in_order_of(split.class_names, split.category_ids, where)
+    model.to(precision.device)
+    if settings.compile:
+        compile_in_place(model.encoder, precision.device)
+    resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
+    dataset = SplitDataset(split, resolution, None, masks=False)
+    loader = evaluation_loader(dataset, settings.batch, settings.workers)
+    masks = model.head is not None and split.mask_count > 0
+    evaluator = SplitEvaluator(loader, table, precision, masks)
+
+    coco = evaluator.evaluator(model)
+    check_unread(evaluator.unread, split)
+    summary = coco.summary()
+    place = f"{settings.dataset} ({settings.split}, {len(split.images)} images, {resolution} px)"
+    print(f"{settings.checkpoint} on {place}")
+    print(format_table(summary))
+    if settings.json:
+        write_json(settings.json, summary)
+        tick(f"Scores: {settings.json}")
+    if settings.results:
+        with writing_to(settings.results, "--results"):
+            coco.save(settings.results)
+        tick(f"COCO results: {settings.results}")
+
+
+def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
+    """The split to score, with its warnings printed.  Raises UserError.
+
+    Without a valid split, train/ is divided as in the checkpoint's training.
+    """
+    fraction = settings.val_fraction
+    trained = trained_fraction(content)
+    is_divided = "valid" not in find_splits(settings.dataset)
+    if is_divided and trained and not fraction:
+        fraction = trained
+        tick(
+            f"--val_fraction {trained}: {settings.dataset} has no valid split, "
+            "it is divided as in the checkpoint's training"
         )
-    split = splits[args.split]
+    exif = settings.exif or content.get("exif")
+    splits = read_dataset(settings.dataset, fraction, exif=exif)
+    trained_on = set(checkpoint.trained_on(content).tolist())
+    if is_divided and trained and fraction != trained and settings.split == "valid":
+        refuse_other_division(settings, trained, trained_on, splits)
+    if settings.split not in splits:
+        raise UserError(
+            f"{settings.dataset} has no {settings.split} split, it has {', '.join(splits)}: "
+            "choose with --split"
+        )
+    split = splits[settings.split]
     for message in split.warnings:
         warn(message)
-    tell_trained_images(checkpoint.trained_on(content).tolist(), split, args.split)
-    model, table = checkpoint.build_model(content)
-    table = table.in_order_of(
-        split.class_names, split.category_ids, f"{args.dataset} ({args.split})"
-    )
-    resolution = checkpoint.input_side(content, args.resolution, args.checkpoint)
-
-    loader = evaluation_loader(
-        SplitDataset(split, resolution, None, masks=False), args.batch, args.workers
-    )
-    masks = model.head is not None and split.mask_count > 0
-    model.to(precision.device)
-    if args.compile:
-        compile_in_place(model.encoder, precision.device)
-    judge = SplitEvaluator(loader, table, precision, masks)
-    evaluator = judge.evaluator(model)
-    check_unread(judge.unread, split)
-    summary = evaluator.summary()
-    print(
-        f"{args.checkpoint} on {args.dataset} ({args.split}, {len(split.images)} images, {resolution} px)"
-    )
-    print(format_table(summary))
-    if args.json:
-        write_json(args.json, summary)
-        tick(f"Scores: {args.json}")
-    if args.results:
-        with writing_to(args.results, "--results"):
-            evaluator.save(args.results)
-        tick(f"COCO results: {args.results}")
+    tell_trained_images(trained_on, split, settings.split)
+    return split
 
 
 def trained_fraction(content: dict) -> float | None:
@@ -111,55 +92,38 @@ def trained_fraction(content: dict) -> float | None:
     return fraction if isinstance(fraction, float) else None
 
 
-def division(content: dict, args: argparse.Namespace) -> float | None:
-    """--val_fraction, or where it is left out and the dataset has no valid split, that of the checkpoint's training."""
-    own = trained_fraction(content)
-    if args.val_fraction or not own or "valid" in find_splits(args.dataset):
-        return args.val_fraction
-    tick(
-        f"--val_fraction {own}: {args.dataset} has no valid split, it is divided as in the checkpoint's training"
-    )
-    return own
-
-
-def require_same_division(
-    content: dict, splits: dict[str, CocoSplit], args: argparse.Namespace
+def refuse_other_division(
+    settings: EvaluationSettings, trained: float, trained_on: set[int], splits: dict[str, CocoSplit]
 ) -> None:
-    """Raise UserError where train/ is divided otherwise than in training: images that were trained on would be scored.
+    """UserError where train/ is divided otherwise than in training: images that were trained on would be scored.
 
     Another dataset, none of whose images the checkpoint was trained on, may be divided as one likes.
     """
-    own, given = trained_fraction(content), args.val_fraction
-    if (
-        args.split != "valid"
-        or not own
-        or not given
-        or own == given
-        or "valid" in find_splits(args.dataset)
-    ):
-        return
-    trained = set(checkpoint.trained_on(content).tolist())
-    if trained and not trained & {*splits["train"].samples, *splits["valid"].samples}:
+    here = {*splits["train"].samples, *splits["valid"].samples}
+    if trained_on and not trained_on & here:
         return
     raise UserError(
-        f"--val_fraction {given}: {args.checkpoint} was trained with --val_fraction {own}, so that images it was "
-        f"trained on would be scored. Leave the flag out, or give --val_fraction {own}"
+        f"--val_fraction {settings.val_fraction}: {settings.checkpoint} was trained with "
+        f"--val_fraction {trained}, so that images it was trained on would be scored. Leave the flag "
+        f"out, or give --val_fraction {trained}"
     )
 
 
-def tell_trained_images(trained: list[int], split: CocoSplit, name: str) -> None:
+def tell_trained_images(trained_on: set[int], split: CocoSplit, name: str) -> None:
     """Warn where images of a split, by their content, are among those that the checkpoint was trained on."""
-    known = set(trained)
-    files = [image.file_name for image in split.images if image.sample in known]
+    files = [image.file_name for image in split.images if image.sample in trained_on]
     if not files:
         return
     count = f"{len(files)} of the {len(split.images)} images"
     if name == "train":
         tick(f"--split train: the checkpoint was trained on {count}")
         return
-    examples = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    examples = ", ".join(files[:3])
+    if len(files) > 3:
+        examples += ", ..."
     warn(
-        f"{count} of {name} were trained on, by their content ({examples}): scores on them say little"
+        f"{count} of {name} were trained on, by their content ({examples}): "
+        "scores on them say little"
     )
 
 

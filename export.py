@@ -5,51 +5,44 @@ python export.py --checkpoint runs/detector_nano_384_1/best.pt --format rfdetr -
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
+from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place
+from rfdetr.settings import ExportSettings
 from rfdetr.weights import checkpoint
 from rfdetr.weights.official import to_package
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of this repository")
-    parser.add_argument(
-        "--format", choices=["rfdetr"], default="rfdetr", help="rfdetr: the package on PyPI, 1.11"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="where to write it")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
-    if args.out.exists() and args.out.samefile(args.checkpoint):
+    settings = script_settings(ExportSettings, __doc__, argv)
+    source = settings.checkpoint
+    target = settings.out
+    if target.exists() and target.samefile(source):
         raise UserError(
-            f"--out is --checkpoint ({args.out}): name another file, the input is never overwritten"
+            f"--out is --checkpoint ({target}): name another file, the input is never overwritten"
         )
-
-    content = checkpoint.load(args.checkpoint)
+    content = checkpoint.load(source)
     size = content["size"]["name"]
     if size == "tiny":
         raise UserError(
-            f"{args.checkpoint} is of size tiny, which the package does not have: train an official size"
+            f"{source} is of size tiny, which the package does not have: train an official size"
         )
     if content["mask_head"] not in (None, "official"):
         warn(
-            f"the mask head ({content['mask_head']}) is not one of the package's: only the detector is written"
+            f"the mask head ({content['mask_head']}) is not one of the package's: "
+            "only the detector is written"
         )
     exported = to_package(content)
-    make_place(args.out, "--out")
-    checkpoint.save(args.out, exported)
+    make_place(target, "--out")
+    checkpoint.save(target, exported)
 
     names = exported["args"].get("class_names")
     classes = f"{len(names)} classes ({', '.join(names)})" if names else "COCO's classes"
     tick(
-        f"Written: {args.out}, {len(exported['model'])} tensors, {size}, {content['resolution']} px, {classes}"
+        f"Written: {target}, {len(exported['model'])} tensors, {size}, "
+        f"{content['resolution']} px, {classes}"
     )
-    path = str(args.out.resolve())  # the package takes a bare file name for one of its cache
+    path = str(target.resolve())  # the package takes a bare file name for one of its cache
     print(f"Load it with rfdetr 1.11:  rfdetr.{exported['model_name']}.from_checkpoint({path!r})")
 
 

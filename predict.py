@@ -5,7 +5,6 @@ python predict.py --checkpoint runs/segmentation_nano_384_1/best.pt --input phot
 
 from __future__ import annotations
 
-import argparse
 import glob
 import itertools
 import os
@@ -19,12 +18,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from rfdetr.cli import add_compile_flag, add_exif_flag
-from rfdetr.console import UserError, is_special_file, number, run_script, tick, warn
+from rfdetr.cli import script_settings
+from rfdetr.console import UserError, is_special_file, run_script, tick, warn
 from rfdetr.detr import RFDETR, read_image
 from rfdetr.device import compile_in_place
 from rfdetr.files import make_folder, write_json, writing_to
 from rfdetr.inference.detections import Prediction
+from rfdetr.settings import PredictionSettings
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
@@ -32,40 +32,7 @@ WHOLE = 0.95  # of a video's announced frames; a video with fewer is damaged
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="a file of this repository, or an official one",
-    )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="images, folders, globs, videos"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for pictures and JSON"
-    )
-    parser.add_argument(
-        "--threshold", type=number(float, 0, 1), default=0.5, help="lowest score (default: 0.5)"
-    )
-    parser.add_argument(
-        "--nms",
-        type=number(float, 0, 1),
-        metavar="IOU",
-        help="drop a class's boxes that overlap more",
-    )
-    add_exif_flag(parser, "as the checkpoint's training images were read")
-    parser.add_argument(
-        "--resolution", type=number(int, 1), help="input side (default: the checkpoint's)"
-    )
-    parser.add_argument("--batch", type=number(int, 1), default=8)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="off")
-    add_compile_flag(parser)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+    args = script_settings(PredictionSettings, __doc__, argv)
 
     files = collect(args.input)
     model = RFDETR.from_checkpoint(args.checkpoint, args.device, args.amp, args.resolution)
@@ -178,7 +145,7 @@ def read(path: Path, turn: bool) -> np.ndarray | None:
         return None
 
 
-def find(model: RFDETR, images: list[np.ndarray], args: argparse.Namespace) -> list[Prediction]:
+def find(model: RFDETR, images: list[np.ndarray], args: PredictionSettings) -> list[Prediction]:
     """Predictions of a few images or frames."""
     found = model.predict(images, args.threshold)
     return found if args.nms is None else [one.without_duplicates(args.nms) for one in found]
@@ -215,7 +182,7 @@ def read_video(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 
 def predict_video(
-    model: RFDETR, path: Path, target: Path, args: argparse.Namespace
+    model: RFDETR, path: Path, target: Path, args: PredictionSettings
 ) -> tuple[list[dict] | None, bool]:
     """Write a copy of a video with everything drawn in to `target`.
 

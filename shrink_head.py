@@ -6,87 +6,83 @@ python shrink_head.py --in_ckpt RUN/checkpoint_best_regular.pth --out_ckpt RUN/c
 
 from __future__ import annotations
 
-import argparse
-import json
 import shlex
 from pathlib import Path
 
-from rfdetr.classes import background_row, is_class_head
+from rfdetr.classes import ClassTable, background_row, is_class_head
+from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place
+from rfdetr.runs.record import best_of_each
+from rfdetr.settings import ShrinkSettings
 from rfdetr.weights import checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--in_ckpt", type=Path, required=True, help="a stage-1 checkpoint, or an official file"
-    )
-    parser.add_argument(
-        "--out_ckpt", type=Path, required=True, help="where to write the shrunk one"
-    )
-    order = "classes in their new order (default: all it has); --keep=-NAME for a name with a dash"
-    parser.add_argument("--keep", nargs="+", action="extend", metavar="CLASS", help=order)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
-    if args.out_ckpt.exists() and args.out_ckpt.samefile(args.in_ckpt):
+    settings = script_settings(ShrinkSettings, __doc__, argv)
+    source = settings.in_ckpt
+    target = settings.out_ckpt
+    if target.exists() and target.samefile(source):
         raise UserError(
-            f"--out_ckpt is --in_ckpt ({args.in_ckpt}): name another file, the input is never overwritten"
+            f"--out_ckpt is --in_ckpt ({source}): name another file, the input is never overwritten"
         )
-
-    content = checkpoint.load(args.in_ckpt)
+    content = checkpoint.load(source)
     table = checkpoint.table_of(content)
-    placeholders = [
-        name
-        for name in args.keep or []
-        if name in content.get("left_out", []) and name not in table.names
-    ]
-    for name in placeholders:
-        warn(f"{name!r} is a placeholder category without objects that was never trained: left out")
-    keep = [name for name in args.keep or table.names if name not in placeholders]
-    small = checkpoint.shrink(content, keep)
-    make_place(args.out_ckpt, "--out_ckpt")
-    checkpoint.save(args.out_ckpt, small)
+    keep = list(table.names)
+    if settings.keep:
+        keep = without_placeholders(settings.keep, content, table)
+    shrunk = checkpoint.shrink(content, keep)
+    make_place(target, "--out_ckpt")
+    checkpoint.save(target, shrunk)
 
-    new = checkpoint.table_of(small)
+    new_table = checkpoint.table_of(shrunk)
+    print_rows(table, new_table)
+    heads = 0
+    for name in shrunk["model"]:
+        heads += is_class_head(name) and name.endswith("weight")
+    ema = ", EMA too" if shrunk.get("ema") else ""
+    tick(f"{heads} class heads cut from {table.rows_total} to {new_table.rows_total} rows{ema}")
+    if len(new_table.names) < len(table.names) or table.rows_total > len(table.names) + 1:
+        print(
+            "Kept logits are unchanged while the ranking of proposals is. A dropped row that had "
+            "claimed a proposal no longer does, and query i keeps its own embedding, so that scores "
+            "may then move a little."
+        )
+    say_which_weights_are_better(source)
+    tick(f"Written: {target}")
+    print(f"Output dim: {new_table.rows_total}")
+    size = content["size"]["name"]
+    run = shlex.quote(str(source.parent))
+    command = f"python train_seg_stage2.py --size {size} --stage1_run {run}"
+    print(f"Next:  {command} --checkpoint {shlex.quote(str(target))}")
+
+
+def without_placeholders(keep: tuple[str, ...], content: dict, table: ClassTable) -> list[str]:
+    """The classes to keep but for placeholder categories, which are named."""
+    kept = []
+    for name in keep:
+        if name in content.get("left_out", []) and name not in table.names:
+            warn(
+                f"{name!r} is a placeholder category without objects that was never trained: left out"
+            )
+        else:
+            kept.append(name)
+    return kept
+
+
+def print_rows(table: ClassTable, new_table: ClassTable) -> None:
+    """Which row of the head each class had, and has."""
     rows = dict(zip(table.names, table.rows))
     print(f"{'class':<24} {'row':>5} {'new row':>8}")
-    for name, row in zip(new.names, new.rows):
+    for name, row in zip(new_table.names, new_table.rows):
         print(f"{name:<24} {rows[name]:>5} {row:>8}")
-    print(f"{'(background)':<24} {background_row(table):>5} {new.background:>8}")
-    heads = sum(is_class_head(name) and name.endswith("weight") for name in small["model"])
-    ema = ", EMA too" if small.get("ema") else ""
-    tick(f"{heads} class heads cut from {table.rows_total} to {new.rows_total} rows{ema}")
-    if len(new.names) < len(table.names) or table.rows_total > len(table.names) + 1:
-        print(
-            "Kept logits are unchanged while the ranking of proposals is. A dropped row that had claimed a proposal no "
-            "longer does, and query i keeps its own embedding, so that scores may then move a little."
-        )
-    say_which_weights_are_better(args.in_ckpt)
-    tick(f"Written: {args.out_ckpt}")
-    run, out = shlex.quote(str(args.in_ckpt.parent)), shlex.quote(str(args.out_ckpt))
-    print(f"Output dim: {new.rows_total}")
-    print(
-        f"Next:  python train_seg_stage2.py --size {content['size']['name']} --stage1_run {run} --checkpoint {out}"
-    )
+    print(f"{'(background)':<24} {background_row(table):>5} {new_table.background:>8}")
 
 
 def say_which_weights_are_better(path: Path) -> None:
-    """Tell from the run's metrics.json whether its regular or its EMA weights scored higher."""
-    try:
-        epochs = json.loads((path.parent / "metrics.json").read_text(encoding="utf-8"))["epochs"]
-        best = {}
-        for name, key in (("regular", "valid"), ("ema", "valid_ema")):
-            scores = [epoch[key]["bbox"]["mAP"] for epoch in epochs if epoch.get(key)]
-            best[name] = max(score for score in scores if score is not None)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # no such file, another one, or a run without these scores
+    """Whether the run's regular or its EMA weights scored higher, as far as its metrics.json tells."""
+    best = best_of_each(path.parent)
+    if best is None:
         return
     better, other = sorted(best, key=best.get, reverse=True)
     scores = f"valid bbox/mAP {best[better]:.3f}, {other} {best[other]:.3f}"

@@ -5,76 +5,72 @@ python train_detector_stage1.py --size nano --epochs 50 --batch 4 --accum 4 --wo
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from functools import partial
 
-from rfdetr import main as shared
-from rfdetr.cli import add_common_flags, add_detector_flags, parse
-from rfdetr.console import keep_flags, number, run_script
+from rfdetr.classes import ClassTable
+from rfdetr.cli import training_settings
+from rfdetr.console import keep_flags, run_script
 from rfdetr.data.loaders import training_loader
+from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
-from rfdetr.sizes import LossWeights
-from rfdetr.training.auto_batch import resolve_batch
-from rfdetr.training.objective import Objective, input_sides
-from rfdetr.training.optim import make_trainer, parameter_groups
+from rfdetr.settings import DetectorSettings
+from rfdetr.training.objective import DetectorObjective, input_sides
+from rfdetr.training.optim import parameter_groups
+from rfdetr.training.session import (
+    Session,
+    adapt_encoder,
+    class_table,
+    make_trainer,
+    split_evaluator,
+    training_data,
+)
 from rfdetr.weights.checkpoint import make_content
-from rfdetr.weights.download import find_weights
-from rfdetr.weights.start import start_from
+from rfdetr.weights.start import start_detector
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_flags(parser)
-    add_detector_flags(parser)
-    parser.add_argument(
-        "--lr", type=number(float, 0), help="learning rate (default: the size's own)"
-    )
-    parser.add_argument(
-        "--lr_encoder", type=number(float, 0), help="the encoder's (default: the size's own)"
-    )
-    parser.add_argument(
-        "--drop_path", type=number(float, 0, 0.9), help="encoder: share of blocks skipped at random"
-    )
-    parser.add_argument(
-        "--head", choices=["coco91", "dataset"], default="coco91", help="rows of the class head"
-    )
-    args = parse(parser, argv, "detector")
-
-    session = shared.begin(args, "detector")
-    size = session.size
-    table = shared.class_table(session, args.head)
+    settings, resumed = training_settings(DetectorSettings, __doc__, argv)
+    session = begin(settings, resumed)
+    table = class_table(session, settings.head)
     model = Detector(
-        size,
+        session.size,
         table.rows_total,
         table.background_last,
-        drop_path=args.drop_path,
-        grad_checkpoint=args.grad_checkpoint,
+        drop_path=settings.drop_path,
+        grad_checkpoint=settings.grad_checkpoint,
     ).to(session.device)
-    if not args.resume_from:
-        source = find_weights(args.pretrain_weights, size)
-        excluded = args.pretrain_exclude_keys
-        session.trained_on = start_from(model, table, source, excluded, args.backbone_weights)
-    shared.adapt_encoder(session, model)
+    if not resumed:
+        session.trained_on = start_detector(model, table, settings)
+    adapt_encoder(session, model)
 
-    sides, progress = input_sides(args), session.progress
-    objective = Objective(table, LossWeights(), session.precision, sides, args.seed, progress)
-    resolve_batch(args, model, objective)
-    dataset, sampler = shared.training_data(session, masks=False)
-    loader = training_loader(dataset, sampler, args.workers, pin=session.device.type == "cuda")
-    groups = parameter_groups(model, args.lr, args.lr_encoder, args.weight_decay, size)
-    trainer = make_trainer(session, model, objective, groups, sampler.steps)
-    judge = shared.split_evaluator(session, "valid", table, masks=False)
+    dataset, sampler = training_data(session, masks=False)
+    pin = session.device.type == "cuda"
+    loader = training_loader(dataset, sampler, settings.workers, pin)
+    losses = DetectorObjective(
+        table=table,
+        weights=settings.loss_weights,
+        precision=session.precision,
+        sides=input_sides(settings, session.size, session.resolution),
+        seed=settings.seed,
+        progress=session.progress,
+    )
+    groups = parameter_groups(model, settings.lr, settings.lr_encoder, settings.weight_decay)
+    trainer = make_trainer(session, model, losses, groups, sampler.steps)
+    evaluator = split_evaluator(session, "valid", table, masks=False)
+    pack = partial(make_content, "detector", session.size, session.resolution, table, None)
 
-    pack = partial(make_content, "detector", size, args.resolution, table, None)
-    with shared.open_run(session, "detector", "STAGE 1: DETECTOR TRAINING", model, judge):
-        best = shared.fit(session, trainer, loader, judge, pack)
-        weights = session.folder / f"checkpoint_best_{best['weights']}.pth"
-        command = ["python", "shrink_head.py", "--in_ckpt", str(weights)]
-        command += ["--out_ckpt", str(session.folder / "checkpoint_mydata.pth")]
-        shared.finish(session, table, False, f"{shlex.join(command)} {keep_flags(table.names)}")
+    with open_run(session, model):
+        best = fit(session, trainer, loader, evaluator, pack)
+        finish(session, table, masks=False, next_command=shrink_command(session, table, best))
+
+
+def shrink_command(session: Session, table: ClassTable, best: dict) -> str:
+    """What to type next: the shrink of the better weights."""
+    trained = session.folder / f"checkpoint_best_{best['weights']}.pth"
+    shrunk = session.folder / "checkpoint_mydata.pth"
+    words = ["python", "shrink_head.py", "--in_ckpt", str(trained), "--out_ckpt", str(shrunk)]
+    return f"{shlex.join(words)} {keep_flags(table.names)}"
 
 
 if __name__ == "__main__":

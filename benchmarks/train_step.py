@@ -32,17 +32,17 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.models.detector import Detector
     from rfdetr.sizes import SIZES, LossWeights
     from rfdetr.training.engine import Progress, Trainer, optimise
-    from rfdetr.training.objective import Objective
+    from rfdetr.training.objective import DetectorObjective
     from rfdetr.training.optim import parameter_groups
 
     size, batch = SIZES["nano"], settings["batch"]
     recipe, progress = size.recipe, Progress(micro_batch=batch)
     model = Detector(size, rows=91).to(device).train()
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
-    objective = Objective(
+    objective = DetectorObjective(
         coco_table(), LossWeights(), precision, sides=(), seed=0, progress=progress
     )
-    groups = parameter_groups(model, recipe.lr, recipe.lr_encoder, recipe.weight_decay, size)
+    groups = parameter_groups(model, recipe.lr, recipe.lr_encoder, recipe.weight_decay)
     trainer = Trainer(
         model=model,
         losses=objective,

@@ -168,6 +168,12 @@ def warn(message: str) -> None:
         print(f"{WARN} {printable(message)}", flush=True)
 
 
+def say(text: str) -> None:
+    """Print once for all processes of a run."""
+    if first_to_say(text):
+        print(text, flush=True)
+
+
 def banner(title: str, rows: dict[str, object]) -> None:
     """Print a stage's banner and its `Name: value` rows."""
     width = max(len(title) + 4, 60)

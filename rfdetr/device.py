@@ -20,6 +20,11 @@ class Precision:
     device: torch.device
     dtype: torch.dtype | None = None  # None: fp32
 
+    @property
+    def name(self) -> str:
+        """fp32, bfloat16 or float16."""
+        return "fp32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype is None:
             return contextlib.nullcontext()

@@ -47,9 +47,16 @@ class Setting:
         return self._read_one(value)
 
     def _read_one(self, value: object) -> object:
-        if not isinstance(value, (str, int, float, Path)):  # bool is an int
+        if isinstance(value, bool):
+            if self.read_one is not read_switch:
+                raise ValueError(f"expected no true or false, got {value}")
+            return value
+        if not isinstance(value, (str, int, float, Path)):
             raise ValueError(f"expected one value, got {value!r}")
-        text = str(int(value)) if isinstance(value, bool) else str(value)
+        return self.read_text(str(value))
+
+    def read_text(self, text: str) -> object:
+        """The checked value of one text; ValueError says what fits."""
         if text in self.words:
             return text
         if self.choices and text not in self.choices:

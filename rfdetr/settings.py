@@ -387,6 +387,8 @@ def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dic
         )
     checked = {}
     for name in known.keys() & values.keys():
+        if values[name] is None and not known[name].none and not strict:
+            continue  # left open by an earlier version
         try:
             checked[name] = known[name].read(values[name])
         except ValueError as error:
@@ -403,3 +405,11 @@ def plain(settings: object) -> dict:
             value = list(map(str, value)) if isinstance(value, tuple) else value
             kept[name] = str(value) if isinstance(value, Path) else value
     return kept
+
+
+def write_yaml(path: Path, settings: object) -> None:
+    """A run's config.yaml: `--config` with it repeats the run."""
+    import yaml  # here: validate_setup.py reads this module where packages are missing
+
+    text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+    path.write_text(f"# repeat this run: python {settings.script} --config FILE\n{text}", "utf-8")

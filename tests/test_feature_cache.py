@@ -272,7 +272,7 @@ def test_a_second_run_computes_nothing(cache_of, computed, capsys):
     first.close(keep=True)
     assert f"{first.path.parent}, 6 of 6 views" in capsys.readouterr().out
     second = cache_of(on_disk=True)
-    assert choose_cache("disk", second, False)[1].startswith(
+    assert choose_cache("disk", second, False).why.startswith(
         f"on disk, as asked, {first.path.parent}, 6 of 6 views there"
     )
     assert_same(batch, read(second, *ALL))
@@ -447,9 +447,9 @@ def test_where_the_cache_goes(mode, ram_mb, disk_mb, expected, monkeypatch, cach
     monkeypatch.setattr(
         feature_cache, "free_disk", lambda folder: disk_mb * 1e6 + feature_cache.SPARE_DISK
     )
-    chosen, why = choose_cache(mode, cache_of(), multi_scale=False)
-    assert chosen == expected
-    assert ("as asked" in why) == (mode != "auto") and ("MB free" in why) == (disk_mb == 0.1)
+    choice = choose_cache(mode, cache_of(), multi_scale=False)
+    assert choice.where == expected
+    assert ("as asked" in choice.why) == (mode != "auto") and ("MB free" in choice.why) == (disk_mb == 0.1)
 
 
 def test_a_full_folder_is_used_whatever_the_disk_has_free(cache_of, monkeypatch):
@@ -459,12 +459,12 @@ def test_a_full_folder_is_used_whatever_the_disk_has_free(cache_of, monkeypatch)
         choose_cache("disk", cache, multi_scale=False)
     read(cache, *ALL)
     monkeypatch.setattr(feature_cache, "free_disk", lambda folder: feature_cache.SPARE_DISK + 1)
-    assert choose_cache("auto", cache, multi_scale=False)[0] == "disk"
+    assert choose_cache("auto", cache, multi_scale=False).where == "disk"
 
 
 def test_one_cache_cannot_hold_many_scales(cache_of):
-    assert choose_cache("auto", cache_of(), multi_scale=True)[0] == "off"
-    assert choose_cache("off", cache_of(), multi_scale=True)[0] == "off"
+    assert choose_cache("auto", cache_of(), multi_scale=True).where == "off"
+    assert choose_cache("off", cache_of(), multi_scale=True).where == "off"
     with pytest.raises(UserError, match="--multi_scale 0"):
         choose_cache("ram", cache_of(), multi_scale=True)
 

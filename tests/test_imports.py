@@ -10,11 +10,11 @@ from conftest import ROOT
 
 # A room may import from lower layers, and within its own as long as nothing goes round in a circle.
 LAYERS = [
-    ["console", "files", "fields", "settings", "sizes", "boxes", "masks", "distributed", "classes"],
+    ["console", "fields", "sizes", "settings", "boxes", "masks", "files", "distributed", "classes"],
     ["device", "models", "data", "metrics", "losses"],
     ["runs", "weights", "inference"],
     ["training"],
-    ["main", "cli", "detr"],
+    ["main", "cli", "detr", "setup_check"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGE = sorted((ROOT / "rfdetr").rglob("*.py"))

@@ -123,7 +123,7 @@ def test_parts_have_the_order_and_members_of_stored_optimizer_states(name, froze
 
 def test_rates_and_decay_follow_the_parts():
     model = Detector(SIZES["nano"], rows=3, groups=1)
-    groups = parameter_groups(model, 1e-4, 1.5e-4, 0.1, model.size)
+    groups = parameter_groups(model, 1e-4, 1.5e-4, 0.1)
     rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
     decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert len(rate_of) == sum(parameter.requires_grad for parameter in model.parameters())

@@ -35,6 +35,19 @@ def test_is_scored(folder: Path) -> bool:
     return False
 
 
+def best_of_each(run: Path) -> dict[str, float] | None:
+    """The best valid bbox/mAP of a run's regular and of its averaged weights; None where its file does not tell."""
+    best = {}
+    try:
+        epochs = json.loads((run / "metrics.json").read_bytes())["epochs"]
+        for weights, key in (("regular", "valid"), ("ema", "valid_ema")):
+            scores = [epoch[key]["bbox"]["mAP"] for epoch in epochs if epoch.get(key)]
+            best[weights] = max(score for score in scores if score is not None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return best
+
+
 def _whole(events: Path) -> bool:
     """Whether TensorBoard can read a file's records (of pictures, whether it finds them); the last may be cut short."""
     with open(events, "rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,39 +26,42 @@ def random_batch(images: int, resolution: int) -> Batch:
         "masks": torch.zeros(OBJECTS, resolution, resolution, dtype=torch.uint8),
         "index": 0,
     }
-    return Batch(
-        torch.zeros(images, 3, resolution, resolution, dtype=torch.uint8), [target] * images
-    )
+    pixels = torch.zeros(images, 3, resolution, resolution, dtype=torch.uint8)
+    return Batch(pixels, [target] * images)
 
 
-def resolve_batch(
-    args: argparse.Namespace,
+def find_micro_batch(
     model: nn.Module,
     losses: Callable[[nn.Module, Batch, float], dict[str, Tensor]],
-) -> None:
-    """Turn `args.batch` "auto" into a number, trying a step on the worst case; the effective batch is kept."""
-    if args.batch != "auto":
-        return
-    effective = args.effective_batch
-    losses = replace(
-        losses, sides=losses.sides and (max(losses.sides),)
-    )  # the worst of multi-scale's
-    fits = [b for b in range(effective, 0, -1) if effective % b == 0]
+    effective: int,
+    resolution: int,
+) -> int:
+    """How many images fit into one forward and backward pass on the worst case: a divisor of `effective`.
+
+    A GPU is tried with ever fewer; a CPU, which does not refuse, by what one image takes.
+    """
+    if losses.sides:
+        losses = replace(losses, sides=(max(losses.sides),))  # the worst of multi-scale's
+    divisors = [images for images in range(effective, 0, -1) if effective % images == 0]
     device = next(model.parameters()).device
+    largest = 1
     if device.type == "cuda":
-        args.batch = next((b for b in fits if _step_fits(model, losses, b, args.resolution)), 1)
+        for images in divisors:
+            if _step_fits(model, losses, images, resolution):
+                largest = images
+                break
     else:
-        before, free = memory_mb(device), free_memory_mb()
-        _step_fits(model, losses, 1, args.resolution)
-        each = (
-            max(memory_mb(device) - before, 1.0) * distributed.world_size()
-        )  # on this machine, perhaps
-        args.batch = next((b for b in fits if b * each < HEADROOM * free), 1)
-    args.accum = effective // args.batch
-    if distributed.is_main():
-        tick(
-            f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times (effective {effective})"
-        )
+        free = free_memory_mb()
+        before = memory_mb(device)
+        _step_fits(model, losses, 1, resolution)
+        one = max(memory_mb(device) - before, 1.0) * distributed.world_size()  # on this machine
+        fitting = [images for images in divisors if images * one < HEADROOM * free]
+        largest = fitting[0] if fitting else 1
+    tick(
+        f"--batch auto: {largest} images at a time, accumulated {effective // largest} times "
+        f"(effective {effective})"
+    )
+    return largest
 
 
 def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int) -> bool:

@@ -17,10 +17,8 @@ from rfdetr.console import OUT_OF_MEMORY_ADVICE, UserError, is_out_of_memory, wa
 from rfdetr.data.loaders import Batch
 from rfdetr.device import memory_mb, release_memory
 
-COUNTS = (
-    "objects",
-    "matched_objects",
-)  # what an objective counts beside its losses: summed, not averaged
+# what an objective counts beside its losses: summed, not averaged
+COUNTS = ("objects", "matched_objects")
 SHOWN = ("loss_class", "loss_box", "loss_giou", "loss_mask", "loss_dice")  # in the progress bar
 
 
@@ -59,6 +57,11 @@ class Progress:
     def position(self) -> int:
         """Where the schedule stands: the optimizer steps done, had every epoch had as many as now."""
         return self.epoch * self.steps + self.step_in_epoch
+
+    def finish_epoch(self) -> None:
+        self.epoch += 1
+        self.step_in_epoch = 0
+        self.sums = {}
 
     def count_epochs_in(self, steps: int) -> None:
         """Give an epoch `steps` optimizer steps from now on; the running one keeps the share that is done."""

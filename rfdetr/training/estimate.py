@@ -18,7 +18,7 @@ from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.auto_batch import OBJECTS, random_batch
 from rfdetr.training.engine import Progress
-from rfdetr.training.objective import Objective
+from rfdetr.training.objective import DetectorObjective
 
 STATE_BYTES = 20  # a parameter's: its weight, gradient, two moments of AdamW, and its average
 PATIENCE = 8.0  # seconds: a first step that took longer is not repeated, though it warmed up
@@ -56,7 +56,7 @@ def measure(name: str, resolution: int, precision: Precision) -> tuple[float, fl
     model = Detector(size, COCO_ROWS).to(device).train()
     optimizer, ema = torch.optim.AdamW(model.parameters(), lr=1e-6), ModelEmaV3(model)
     table = assign_rows(["object"], [1], "coco91")
-    losses = Objective(table, LossWeights(), precision, (), 0, Progress())
+    losses = DetectorObjective(table, LossWeights(), precision, (), 0, Progress())
     for _ in range(2):
         begin = time.perf_counter()
         sum(losses(model, random_batch(1, resolution), float(OBJECTS)).values()).backward()

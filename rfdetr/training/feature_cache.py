@@ -26,20 +26,20 @@ from torch.utils.data import Dataset
 
 from rfdetr import distributed
 from rfdetr.console import UserError, tick, warn
+from rfdetr.data.faults import CocoSplit
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate, make_loader
 from rfdetr.device import free_memory_mb
 from rfdetr.files import free_disk
 from rfdetr.models.projector import LEVEL_SCALE
 from rfdetr.models.segmentation import ENLARGE, GRID
+from rfdetr.sizes import ModelSize
 from rfdetr.training import frozen
 from rfdetr.training.frozen import FrozenBatch, MaskObjective, apply_view, flipped, freeze
 from rfdetr.weights import checkpoint
 
 FORMAT = 1  # of the cache's file, and of how its content is computed
-SAMPLES, BLOCK = (
-    8,
-    8 << 10,
-)  # what is read of an image's file to know it again: blocks, and bytes of each
+SAMPLES = 8  # blocks that are read of an image's file to know it again
+BLOCK = 8 << 10  # bytes
 SPARE_DISK = 64 << 20  # bytes to leave free
 
 
@@ -67,37 +67,65 @@ def in_mb(size: int) -> str:
     return f"{math.ceil(size / 1e6):,} MB"
 
 
-def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> tuple[str, str]:
-    """What becomes of `--cache`: ("ram" | "disk" | "off", why, for the user).
+@dataclass(frozen=True)
+class CacheChoice:
+    """Where the features go, "ram", "disk" or "off", and why, for the user."""
 
-    auto: disk while it has twice what is missing there (the system keeps in memory what fits), else RAM while half of
-    what is free suffices for every rank, else off.  Raises UserError where what was asked for cannot be.
+    where: str
+    why: str
+
+
+def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> CacheChoice:
+    """What becomes of `--cache`.
+
+    auto: disk while it has twice what is missing there (the system keeps in memory what fits), else
+    RAM while half of what is free suffices for every rank, else off.  Raises UserError where what
+    was asked for cannot be.
     """
     if multi_scale:
         if mode in ("ram", "disk"):
             raise UserError(
-                f"--cache {mode} keeps features of one scale: use it with --multi_scale 0, or --cache off"
+                f"--cache {mode} keeps features of one scale: use it with --multi_scale 0, "
+                "or --cache off"
             )
-        return "off", "off, since --multi_scale 1 asks for new features at every step"
-    (views, _, missing), folder = cache.there(), cache.path.parent
-    needed = cache.bytes * distributed.world_size()
-    ram, disk = free_memory_mb(), free_disk(folder)
+        return CacheChoice("off", "off, since --multi_scale 1 asks for new features at every step")
+    if mode == "off":
+        return CacheChoice("off", "off, as asked")
+    views, _, missing = cache.there()
+    folder = cache.path.parent
+    disk = free_disk(folder)
     short = f"the disk of {folder.parent} has {in_mb(disk)} free, {in_mb(missing)} are missing"
     if mode == "disk" and disk < missing + SPARE_DISK:
         raise UserError(
             f"--cache disk: {short}. Free some space there, or use --cache ram or --cache off"
         )
-    asked = ", as asked" if mode != "auto" else ""
-    if mode == "disk" or mode == "auto" and 2 * missing + SPARE_DISK < disk:
-        total = f"{views:,} of {len(cache.table):,} views there, about {in_mb(cache.bytes)} in all"
-        return "disk", f"on disk{asked}, {folder}, {total}"
-    size = f"about {in_mb(needed)}"
-    if mode == "ram" or mode == "auto" and needed < ram * 2**20 / 2:
-        return "ram", f"in RAM{asked}, {size}" + ("" if asked else f": {short}")
-    return (
-        "off",
-        "off, as asked" if asked else f"off: half of the free RAM is less than {size}, and {short}",
+    if mode == "disk" or (mode == "auto" and 2 * missing + SPARE_DISK < disk):
+        asked = ", as asked" if mode == "disk" else ""
+        whole = in_mb(cache.bytes)
+        total = f"{views:,} of {len(cache.table):,} views there, about {whole} in all"
+        return CacheChoice("disk", f"on disk{asked}, {folder}, {total}")
+    needed = cache.bytes * distributed.world_size()
+    if mode == "ram":
+        return CacheChoice("ram", f"in RAM, as asked, about {in_mb(needed)}")
+    if needed < free_memory_mb() * 2**20 / 2:
+        return CacheChoice("ram", f"in RAM, about {in_mb(needed)}: {short}")
+    return CacheChoice(
+        "off", f"off: half of the free RAM is less than about {in_mb(needed)}, and {short}"
     )
+
+
+def feature_shape(size: ModelSize, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of the finest feature map, which mask heads read."""
+    side = int(resolution // size.patch * LEVEL_SCALE[size.levels[0]])
+    return size.hidden, side, side
+
+
+def fits_in_memory(split: CocoSplit, size: ModelSize, resolution: int) -> bool:
+    """Whether a frozen detector's outputs on a whole split may be kept: a quarter of the free memory."""
+    features = 4 * math.prod(feature_shape(size, resolution))  # fp32
+    queries = 4 * size.hidden * size.select
+    pixels = 3 * resolution**2
+    return len(split.images) * (features + queries + pixels) < free_memory_mb() * 2**20 / 4
 
 
 class FeatureCache:
@@ -113,8 +141,7 @@ class FeatureCache:
     def __init__(self, objective: MaskObjective, dataset: SplitDataset, views: int, parent: Path):
         self.objective, self.dataset, self.views = objective, dataset, views
         size = objective.detector.size
-        side = dataset.resolution // size.patch * LEVEL_SCALE[size.levels[0]]
-        self.shape = (size.hidden, int(side), int(side))
+        self.shape = feature_shape(size, dataset.resolution)
         self.item = np.dtype(
             [("box", "<f4", 4), ("query", "<f2", size.hidden), ("grid", "u1", -(-(GRID**2) // 8))]
         )

@@ -1,8 +1,7 @@
-"""What a detector is trained for: its losses on a batch, and its mask head's where it has one."""
+"""What a detector is trained for: its losses on a batch of images, and its mask head's where it has one."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +14,19 @@ from rfdetr.device import Precision
 from rfdetr.losses.criterion import detection_losses, mask_losses
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import sample_in_boxes
-from rfdetr.sizes import SIZES, LossWeights
+from rfdetr.settings import TrainingSettings
+from rfdetr.sizes import LossWeights, ModelSize
 from rfdetr.training.engine import Progress
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The detector's losses on a batch of images, and its mask head's, where it has one, on the matched queries."""
+class DetectorObjective:
+    """losses(model, batch, objects) -> {name: weighted scalar}; a mask head learns on the matched queries."""
 
     table: ClassTable
     weights: LossWeights
     precision: Precision
-    sides: tuple[int, ...]  # multi-scale: the input sides to draw from
+    sides: tuple[int, ...]  # multi-scale: the input sides to draw from; empty: the images' own
     seed: int
     progress: Progress
 
@@ -34,32 +34,46 @@ class Objective:
         device = self.precision.device
         side = draw_side(self.sides, self.seed, self.progress.step) if self.sides else None
         images = to_model_input(batch.images, device, side)
-        rows = torch.tensor(self.table.rows, device=device)
-        targets = [{k: v.to(device) for k, v in t.items() if k != "index"} for t in batch.targets]
-        targets = [target | {"rows": rows[target["labels"]]} for target in targets]
+        targets = self.targets_on(device, batch)
         with self.precision.autocast():
             outputs = model(images)
         groups = model.transformer.groups
-        losses, (image, query, obj) = detection_losses(
-            outputs, targets, groups, objects * groups, self.weights
-        )
+        losses, matches = detection_losses(outputs, targets, groups, objects * groups, self.weights)
         if model.mask_head is not None:
-            has_mask = torch.cat([t["has_mask"] for t in targets])[obj]
-            image, query, obj = image[has_mask], query[has_mask], obj[has_mask]
-            truth = torch.cat([t["masks"] for t in targets])
-            boxes = outputs["pred_boxes"].detach()[image, query]
-            target = sample_in_boxes(truth[:, None], boxes, obj)[:, 0]
-            with self.precision.autocast():
-                pixels = model.mask_head.pixels(outputs["features"], images)
-                logits = model.mask_head.grid_logits(
-                    pixels, outputs["queries"][image, query], boxes, image
-                )
-            losses |= mask_losses(logits, target, objects * groups, self.weights)
+            logits, truth = self.matched_masks(model, images, outputs, targets, matches)
+            losses |= mask_losses(logits, truth, objects * groups, self.weights)
         return losses
 
+    def targets_on(self, device: torch.device, batch: Batch) -> list[dict[str, Tensor]]:
+        """The batch's targets with the class head's row of each object."""
+        rows = torch.tensor(self.table.rows, device=device)
+        targets = []
+        for target in batch.targets:
+            tensors = {key: value.to(device) for key, value in target.items() if key != "index"}
+            targets.append(tensors | {"rows": rows[tensors["labels"]]})
+        return targets
 
-def input_sides(args: argparse.Namespace) -> tuple[int, ...]:
+    def matched_masks(
+        self, model: Detector, images: Tensor, outputs: dict, targets: list[dict], matches: tuple
+    ) -> tuple[Tensor, Tensor]:
+        """Mask logits and true masks (M, GRID, GRID) of the matched queries whose objects have a mask."""
+        image, query, obj = matches
+        has_mask = torch.cat([target["has_mask"] for target in targets])[obj]
+        image = image[has_mask]
+        query = query[has_mask]
+        obj = obj[has_mask]
+        masks = torch.cat([target["masks"] for target in targets])
+        boxes = outputs["pred_boxes"].detach()[image, query]
+        truth = sample_in_boxes(masks[:, None], boxes, obj)[:, 0]
+        with self.precision.autocast():
+            pixels = model.mask_head.pixels(outputs["features"], images)
+            queries = outputs["queries"][image, query]
+            logits = model.mask_head.grid_logits(pixels, queries, boxes, image)
+        return logits, truth
+
+
+def input_sides(settings: TrainingSettings, size: ModelSize, resolution: int) -> tuple[int, ...]:
     """What multi-scale training draws each step's side from; empty where the side stays the same."""
-    if not args.multi_scale:
+    if not settings.multi_scale:
         return ()
-    return tuple(multi_scale_sides(SIZES[args.size], args.resolution, args.expanded_scales))
+    return tuple(multi_scale_sides(size, resolution, settings.expanded_scales))

@@ -1,57 +1,103 @@
-"""The state that a run goes on from."""
+"""The state that a run goes on from, and what has changed since it was saved."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from rfdetr.console import UserError, warn
+from rfdetr.data.faults import CocoSplit
 from rfdetr.runs.folder import start_command
+from rfdetr.settings import STAGES
 from rfdetr.training.engine import Progress
 from rfdetr.weights import checkpoint
 
+STATES = ("last.pt", "checkpoint.pt")
 
-def newest_run(kind: str) -> Path:
-    folders = [
-        p
-        for p in Path("runs").glob(f"{kind}_*")
-        if (p / "last.pt").exists() or (p / "checkpoint.pt").exists()
-    ]
-    if not folders:
+
+def newest_run(stem: str) -> Path:
+    """The run under runs/ that was changed last, its folder beginning with `stem`; UserError where there is none."""
+    runs = []
+    for folder in Path("runs").glob(f"{stem}_*"):
+        if any((folder / name).exists() for name in STATES):
+            runs.append(folder)
+    if not runs:
         raise UserError(
-            f"--resume auto: no run under runs/{kind}_* has a last.pt or checkpoint.pt. Name the run's folder."
+            f"--resume auto: no run under runs/{stem}_* has a last.pt or checkpoint.pt. "
+            "Name the run's folder."
         )
-    return max(folders, key=lambda p: p.stat().st_mtime)
+    return max(runs, key=lambda folder: folder.stat().st_mtime)
 
 
-def latest_state(folder: Path) -> dict:
-    """The furthest of a run's last.pt and checkpoint.pt; a damaged one is named and passed over.  Raises UserError."""
-    found, problems = [], []
-    for path in (folder / "last.pt", folder / "checkpoint.pt"):
-        if path.exists():
-            try:
-                content = checkpoint.load(path)
-                progress = Progress(**content["training"]["progress"])
-                found.append(
-                    (
-                        (progress.epoch, progress.step),
-                        path,
-                        content | {"args": dict(content["args"])},
-                    )
-                )
-            except UserError as error:
-                problems.append(str(error))
-            except (KeyError, TypeError, ValueError, AttributeError):
-                problems.append(f"{path} holds nothing that a run can go on with")
-    if not found:
-        command = start_command(folder)
-        why = "; ".join(problems) or f"there is no last.pt or checkpoint.pt in {folder}"
-        if command and not problems:
-            why += ": the run ended before its first save"
-        raise UserError(
-            f"--resume: {why}"
-            + (f". Start anew, in another folder:\n  {command}" if command else "")
-        )
-    _, path, content = max(found, key=lambda one: one[0])
+def latest_state(folder: Path, stage: str) -> dict:
+    """The content of whichever of a run's last.pt and checkpoint.pt is further; a damaged one is named, the other taken.
+
+    Raises UserError where neither can be used, or the run is of another stage.
+    """
+    states = []
+    problems = []
+    for path in (folder / name for name in STATES):
+        if not path.exists():
+            continue
+        try:
+            content = checkpoint.load(path)
+            progress = Progress(**content["training"]["progress"])
+            content["args"] = dict(content["args"])
+            states.append((progress.epoch, progress.step, path, content))
+        except UserError as error:
+            problems.append(str(error))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            problems.append(f"{path} holds nothing that a run can go on with")
+    if not states:
+        raise UserError(no_state_message(folder, problems))
+    _, _, path, content = max(states, key=lambda state: state[:2])
     for problem in problems:
         warn(f"{problem}: going on from the other one, {path}")
+    if content["stage"] != stage:
+        script = STAGES[content["stage"]].script
+        raise UserError(f"{folder} is another script's: python {script} --resume {folder}")
     return content
+
+
+def no_state_message(folder: Path, problems: list[str]) -> str:
+    command = start_command(folder)
+    why = "; ".join(problems) or f"there is no last.pt or checkpoint.pt in {folder}"
+    if command and not problems:
+        why += ": the run ended before its first save"
+    message = f"--resume: {why}"
+    if command:
+        message += f". Start anew, in another folder:\n  {command}"
+    return message
+
+
+def data_digest(split: CocoSplit) -> str:
+    """sha256 of a split's annotations and of which images it has."""
+    digest = hashlib.sha256(checkpoint.file_sha256(split.annotation_file).encode())
+    for image in split.images:
+        digest.update(f"{image.file_name}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def resumed_progress(
+    resumed: dict, splits: dict[str, CocoSplit], digests: dict[str, str], dataset: Path
+) -> Progress:
+    """Where a resumed run stands.  Splits that are no longer what it saw are said.
+
+    digests: as `data_digest` gives them now. Numbers of unread images are forgotten where train is another.
+    Checkpoints of earlier versions hold no digests: there the numbers that exist are kept.
+    """
+    progress = Progress(**resumed["training"]["progress"])
+    before = resumed["training"].get("data")
+    if not isinstance(before, dict):
+        before = {}
+    changed = [name for name in digests if before.get(name, digests[name]) != digests[name]]
+    if changed:
+        warn(
+            f"--resume: {' and '.join(changed)} of {dataset} have other images or annotations than "
+            f"epochs 1-{max(progress.epoch, 1)} saw: their scores cannot be compared with what follows"
+        )
+    images = len(splits["train"].images)
+    if "train" in changed:
+        progress.unread = []
+    progress.unread = [index for index in progress.unread if index < images]
+    return progress

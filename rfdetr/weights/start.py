@@ -10,7 +10,9 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable, is_class_head
 from rfdetr.console import tick
 from rfdetr.models.detector import Detector
+from rfdetr.settings import DetectorTraining
 from rfdetr.weights import checkpoint
+from rfdetr.weights.download import find_weights
 from rfdetr.weights.official import load_pretrained
 
 
@@ -56,3 +58,17 @@ def start_from(
         tick(f"Weights: {backbone or weights}")
         print(report.summary(), flush=True)
     return checkpoint.trained_on(content)
+
+
+def start_detector(
+    model: Detector, table: ClassTable, settings: DetectorTraining, init_ckpt: Path | None = None
+) -> Tensor | None:
+    """Give a new detector the weights that the settings name; `init_ckpt` goes before --pretrain_weights.
+
+    Returns as start_from; raises UserError for files that cannot be had or read.
+    """
+    source = init_ckpt
+    if source is None and settings.backbone_weights is None:
+        source = find_weights(settings.pretrain_weights, model.size)
+    exclude = list(settings.pretrain_exclude_keys)
+    return start_from(model, table, source, exclude, settings.backbone_weights)

@@ -1,0 +1,237 @@
+"""What validate_setup.py says: the machine, every problem of the dataset, and what is possible with it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rfdetr.console import UserError, banner, printable, tick, warn
+from rfdetr.data.coco import COCO_SIDES, exif_note, inspect_dataset, object_sides, small_objects
+from rfdetr.data.faults import CocoSplit, Problem
+from rfdetr.data.repair import fix_dataset
+from rfdetr.device import Precision, free_memory_mb, pick_device, pick_precision
+from rfdetr.files import make_place, write_json, writing_to
+from rfdetr.inference.visualise import class_sheet
+from rfdetr.runs.environment import environment
+from rfdetr.settings import ValidationSettings
+from rfdetr.sizes import SIZES, check_resolution
+from rfdetr.training.auto_batch import HEADROOM
+from rfdetr.training.estimate import estimate
+
+PICTURES = (".webp", ".png", ".jpg")
+
+
+def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
+    """Print all of it, and write it where --json asks for it; UserError where the dataset has errors."""
+    refuse_files_of_dataset(settings)
+    size = SIZES[settings.size]
+    resolution = check_resolution(size, settings.resolution)
+    precision = pick_precision(size.recipe.amp, pick_device(settings.device))
+    machine = describe_machine(versions, precision)
+    banner("SETUP CHECK", {"size": f"{size.name}, {resolution} px", **machine})
+    repaired = None
+    if settings.fix:
+        repaired = write_cleaned_copy(settings)
+        settings = replace(settings, dataset=settings.fix)
+
+    splits, problems = inspect_dataset(
+        settings.dataset,
+        settings.val_fraction,
+        settings.need_masks,
+        settings.check_images,
+        size.queries,
+        settings.exif,
+    )
+    train = splits.get("train")
+    if train:
+        problems += small_objects(train, resolution, size.block)
+    problems.sort(key=lambda problem: problem.severity)
+    counts = {name: describe_split(split, resolution) for name, split in splits.items()}
+    if counts:
+        print_splits(counts)
+    note = exif_note(splits, settings.exif)
+    if note:
+        tick(note)
+    print_problems(problems)
+    if settings.preview and train:
+        draw_classes(train, settings.preview)
+
+    errors = [problem for problem in problems if problem.severity == "error"]
+    masks = not errors and train.mask_count > 0
+    report = {
+        "format": 1,
+        "ok": not errors,
+        "environment": machine,
+        "repaired": repaired,
+        "exif": train.exif if train else None,
+        "splits": counts,
+        "stages": {"detector": not errors, "segmentation": masks, "single": masks},
+        "problems": [asdict(problem) for problem in problems],
+    }
+    if settings.estimate and not errors:
+        images = counts["train"]["images"]
+        report["estimate"] = estimate_sizes(size.name, resolution, precision, images)
+    if settings.json:
+        write_json(settings.json, report)
+    if errors:
+        raise UserError(errors_message(errors, settings))
+    say_what_is_possible(settings, train, sum(row["images"] for row in counts.values()), masks)
+
+
+def refuse_files_of_dataset(settings: ValidationSettings) -> None:
+    """UserError where --json or --preview would overwrite a file of the dataset, or cannot be written."""
+    dataset = settings.dataset.resolve()
+    for path in (settings.json, settings.preview):
+        if path and path.is_file() and dataset in path.resolve().parents:
+            raise UserError(f"{path} is a file of the dataset, which is only read: name another")
+    if settings.json:
+        make_place(settings.json, "--json")
+
+
+def describe_machine(versions: dict[str, str], precision: Precision) -> dict:
+    device = precision.device
+    machine = {**versions, **environment(device)}
+    machine["free_disk_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
+    if device.type == "cuda":
+        machine["gpu_memory_gib"] = round(torch.cuda.mem_get_info(device)[1] / 2**30, 1)
+    machine["precision"] = precision.name
+    return machine
+
+
+def write_cleaned_copy(settings: ValidationSettings) -> dict[str, dict[str, int]]:
+    """Write --fix's copy and say what was done: split -> what -> how often."""
+    with writing_to(settings.fix, "--fix"):
+        done = fix_dataset(settings.dataset, settings.fix, settings.check_images, settings.exif)
+    for split, counts in done.items():
+        print(f"{split + ':':<7}" + ("repaired" if counts else "nothing to repair"))
+        for what, count in counts.items():
+            print(f"{count:>9}  {what}")
+    tick(
+        f"Written: {settings.fix}; its images are links to those of {settings.dataset}. "
+        "The rest is about the copy"
+    )
+    return done
+
+
+def describe_split(split: CocoSplit, resolution: int) -> dict:
+    """What the report says of a split; its classes by label."""
+    sides = object_sides(split, resolution)
+    size_classes = np.searchsorted(list(COCO_SIDES.values()), sides, side="right")
+    classes = []
+    for name, key, count in zip(split.class_names, split.category_ids, split.per_class):
+        classes.append({"name": name, "category_id": key, "objects": count})
+    return {
+        "file": str(split.annotation_file),
+        "images": len(split.images),
+        "negatives": split.per_image.count(0),
+        "objects": split.object_count,
+        "masks": split.mask_count,
+        "most_in_an_image": max(split.per_image, default=0),
+        "sizes": {name: int((size_classes == i).sum()) for i, name in enumerate(COCO_SIDES)},
+        "classes": classes,
+        "left_out": split.left_out,
+    }
+
+
+def print_splits(splits: dict[str, dict]) -> None:
+    """One line a split, then one row a class: label, category id in the first split, name, objects per split."""
+    for name, row in splits.items():
+        sizes = ", ".join(f"{count} {size}" for size, count in row["sizes"].items())
+        print(
+            f"{name + ':':<7}{row['images']} images ({row['negatives']} without objects), "
+            f"{row['objects']} objects, {row['masks']} with masks, "
+            f"at most {row['most_in_an_image']} in an image ({sizes})"
+        )
+    print(f"{'label':>5} {'id':>8}  {'name':<24}" + "".join(f"{split:>9}" for split in splits))
+    for label, rows in enumerate(zip(*(row["classes"] for row in splits.values()))):
+        counts = "".join(f"{row['objects']:>9}" for row in rows)
+        name = printable(rows[0]["name"])[:24]
+        print(f"{label:>5} {rows[0]['category_id']:>8}  {name:<24}{counts}")
+    first = next(iter(splits.values()))
+    for name in first["left_out"]:
+        print(f"Left out (placeholder, parent of other classes): {printable(name)}")
+
+
+def print_problems(problems: list[Problem]) -> None:
+    for problem in problems:
+        print(f"[{problem.severity}] {problem.code}: {printable(problem.message)}")
+        for place in problem.places[3:]:  # the sentence has the first three
+            print(f"    {place}")
+        more = problem.count - len(problem.places)
+        if more:
+            print(f"    ... and {more} more")
+
+
+def draw_classes(split: CocoSplit, path: Path) -> None:
+    """Write the sheet of classes of a split, as preview.webp where `path` is a folder."""
+    if path.suffix.lower() not in PICTURES:
+        path = path / "preview.webp"
+    with writing_to(path.parent, "--preview"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        class_sheet(split).save(path)
+    tick(f"Some objects of each class: {path}")
+
+
+def estimate_sizes(name: str, resolution: int, precision: Precision, images: int) -> list[dict]:
+    """Print and return what stage 1 takes by size."""
+    rows = estimate(name, resolution, precision, images)
+    if precision.device.type == "cuda":
+        free = torch.cuda.mem_get_info(precision.device)[0] / 2**20
+    else:
+        free = free_memory_mb()
+    print(
+        f"Stage 1 here, {images} images a pass, small sets repeated "
+        "(*: a step was measured, ~: from its shape)"
+    )
+    columns = f"{'parameters':>13}{'MB, batch 1':>13}{'batch 4':>10}{'s an epoch':>12}"
+    print(f"  {'size':<13}{'px':>5}{columns}")
+    for row in rows:
+        sign = "*" if row["measured"] else "~"
+        one, four = row["memory_mb"].values()
+        line = f"{sign} {row['size']:<13}{row['resolution']:>5}{row['parameters']:>13,}"
+        line += f"{one:>13,}{four:>10,}{row['epoch_s']:>12,.0f}"
+        if one > HEADROOM * free:
+            line += "  more than is free"
+        print(line)
+    own = next(row for row in rows if row["size"] == name)
+    fits = [batch for batch, needed in own["memory_mb"].items() if needed < HEADROOM * free]
+    advice = "even --batch 1 is tight: try --grad_checkpoint 1"
+    if fits:
+        advice = f"--batch {fits[-1]} fits"
+    print(f"{free:,.0f} MB are free: for {name}, {advice}; --batch auto finds the largest")
+    return rows
+
+
+def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
+    kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
+    then = "Correct and run this again, or have --fix DIR try"
+    if settings.fix:
+        then = "This is left to you"
+    return f"{errors[0].message.rstrip('.')}. All errors: {kinds}. {then}"
+
+
+def say_what_is_possible(
+    settings: ValidationSettings, train: CocoSplit, images: int, masks: bool
+) -> None:
+    """... and the next command."""
+    how = "images were opened, not decoded (--check_images)"
+    if settings.check_images:
+        how = "every image could be decoded"
+    tick(f"{len(train.class_names)} classes, {images} images; {how}")
+    tick("Stage 1 (boxes) is possible")
+    if masks:
+        tick("Stage 2 and single stage (masks) are possible")
+    else:
+        warn("Stage 2 and single stage are not possible: the annotations have no masks")
+    command = f"python train_detector_stage1.py --dataset {shlex.quote(str(settings.dataset))}"
+    usual = ValidationSettings()
+    for name in ("val_fraction", "exif", "size", "resolution", "device"):
+        value = getattr(settings, name)
+        if value != getattr(usual, name):
+            command += f" --{name} {value}"
+    print(f"Next: {command}")

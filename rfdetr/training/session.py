@@ -1,0 +1,144 @@
+"""One run: its settings, what it finds out, and what it is trained with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from rfdetr import distributed
+from rfdetr.classes import ClassTable, assign_rows
+from rfdetr.console import tick
+from rfdetr.data.faults import CocoSplit
+from rfdetr.data.loaders import EpochSampler, SplitDataset, evaluation_loader
+from rfdetr.device import Precision, compile_in_place
+from rfdetr.inference.evaluation import SplitEvaluator
+from rfdetr.models.detector import Detector
+from rfdetr.runs.record import Run
+from rfdetr.settings import TrainingSettings
+from rfdetr.sizes import ModelSize
+from rfdetr.training.auto_batch import find_micro_batch
+from rfdetr.training.engine import Progress, Trainer
+from rfdetr.training.optim import make_schedule
+from rfdetr.weights import checkpoint
+
+EVALUATION_BATCH = 16  # images, at most
+
+
+@dataclass
+class Session:
+    """One run of a training script: its settings, and what the run finds out."""
+
+    settings: TrainingSettings
+    resumed: dict | None  # the content of the checkpoint that it goes on from
+    size: ModelSize
+    precision: Precision
+    splits: dict[str, CocoSplit]
+    digests: dict[str, str]  # split -> what its images and annotations are told by
+    progress: Progress
+    resolution: int | None  # side of the model's input; stage 2 takes its detector's
+    trained_on: Tensor | None  # content hashes of the images that its start was trained on
+    folder: Path | None = None
+    run: Run | None = None  # open on rank 0 alone
+
+    @property
+    def device(self) -> torch.device:
+        return self.precision.device
+
+    @property
+    def train(self) -> CocoSplit:
+        return self.splits["train"]
+
+
+def class_table(session: Session, head: str) -> ClassTable:
+    """The class head's rows: new ones (`head` as in assign_rows), or a resumed run's, in the dataset's order of now.
+
+    Raises UserError where the dataset's classes are no longer the run's.
+    """
+    train = session.train
+    if not session.resumed:
+        return assign_rows(train.class_names, train.category_ids, head)
+    table = checkpoint.table_of(session.resumed)
+    where = f"{session.settings.dataset} (train)"
+    return table.in_order_of(train.class_names, train.category_ids, where)
+
+
+def adapt_encoder(session: Session, model: Detector) -> None:
+    """What --freeze_encoder and --compile ask for."""
+    if session.settings.freeze_encoder:
+        model.encoder.requires_grad_(False)
+        frozen = sum(parameter.numel() for parameter in model.encoder.parameters())
+        tick(f"Encoder frozen: {frozen:,} parameters")
+    if session.settings.compile:
+        compile_in_place(model.encoder, session.device)
+
+
+def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSampler]:
+    """The training images and their order; each list of the sampler is one optimizer step of this rank."""
+    settings = session.settings
+    augment = session.size.recipe.augment
+    dataset = SplitDataset(session.train, session.resolution, augment, masks)
+    sampler = EpochSampler(
+        len(dataset),
+        settings.effective_batch,
+        settings.seed,
+        settings.min_steps,
+        distributed.rank(),
+        distributed.world_size(),
+    )
+    if settings.fast_dev_run:
+        sampler.steps = min(sampler.steps, settings.fast_dev_run)
+    return dataset, sampler
+
+
+def make_trainer(
+    session: Session, model: nn.Module, losses: Callable, groups: list[dict], steps: int
+) -> Trainer:
+    """AdamW (fused where torch has it), a gradient scaler for fp16 alone, an average of the weights, the schedule.
+
+    `steps`: optimizer steps in an epoch. `losses` as in Trainer.
+    """
+    settings = session.settings
+    recipe = session.size.recipe
+    device = session.device
+    progress = session.progress
+    progress.count_epochs_in(steps)
+    if not progress.micro_batch:
+        progress.micro_batch = settings.batch
+        if settings.batch == "auto":
+            progress.micro_batch = find_micro_batch(
+                model, losses, settings.effective_batch, session.resolution
+            )
+    is_half = session.precision.dtype is torch.float16
+    return Trainer(
+        model=model,
+        losses=losses,
+        optimizer=torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu")),
+        schedule=make_schedule(settings, recipe, steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=is_half),
+        ema=ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if settings.ema else None,
+        clip=recipe.seg_clip if settings.stage == "segmentation" else recipe.clip,
+        device=device,
+        progress=progress,
+    )
+
+
+def split_evaluator(
+    session: Session, name: str, table: ClassTable, masks: bool, frozen: Detector | None = None
+) -> SplitEvaluator:
+    """What scores the trained module on one split; `frozen`: the detector behind a mask head."""
+    settings = session.settings
+    split = session.splits[name]
+    batch = min(EVALUATION_BATCH, settings.effective_batch)
+    if settings.fast_dev_run:
+        split = copy.copy(split)
+        split.images = split.images[: batch * settings.fast_dev_run]
+    dataset = SplitDataset(split, session.resolution, None, masks=False)
+    rank = distributed.rank()
+    loader = evaluation_loader(dataset, batch, settings.workers, rank, distributed.world_size())
+    return SplitEvaluator(loader, table, session.precision, masks, frozen)
