@@ -92,7 +92,7 @@ def computed(monkeypatch) -> list[int]:
 
 def read(cache: FeatureCache, *keys: tuple[int, int]) -> FrozenBatch:
     """The batch of (image index, any number) as a loader makes it."""
-    views = feature_cache.Views(cache.dataset, cache.views, cache.table)
+    views = feature_cache.Views(cache.dataset, cache.views, cache.states)
     return cache.batch([views[key] for key in keys])
 
 
@@ -297,7 +297,7 @@ def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             read(cache, (0, 1))
     resumed = cache_of(on_disk=True)
-    assert resumed.there()[0] == 1
+    assert resumed.saved()[0] == 1
     assert_same(whole, read(resumed, *ALL))
     assert computed == [1, 0, 0, 0, 1, 2, 2]
 
@@ -307,7 +307,7 @@ def test_a_damaged_view_is_computed_again(cache_of, computed, place):
     whole = read(cache := cache_of(on_disk=True), *ALL)
     with open(cache.path, "r+b") as file:
         file.seek(
-            {"record": int(cache.places[3]) + 20, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place]
+            {"record": int(cache.offsets[3]) + 20, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place]
         )
         file.write(b"\xff")
     del computed[:]
@@ -321,7 +321,7 @@ def test_a_file_of_the_wrong_size_is_made_anew_and_said(cache_of, capsys):
     again = cache_of(on_disk=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert f"{cache.path} is damaged (1,000 bytes" in line and "made anew" in line
-    assert again.there()[0] == 0
+    assert again.saved()[0] == 0
     assert_same(whole, read(again, *ALL))
 
 
@@ -357,9 +357,9 @@ def test_two_processes_fill_one_folder_at_once_and_one_killed_spoils_nothing(
         process.join(timeout=120)
         assert process.exitcode == 0
     assert len(list(parent.iterdir())) == 1
-    assert (cache := cache_of(on_disk=True)).there()[0] == 4
+    assert (cache := cache_of(on_disk=True)).saved()[0] == 4
     endless.start()
-    while cache.there()[0] < 5:  # the first of its own
+    while cache.saved()[0] < 5:  # the first of its own
         assert endless.is_alive()
         time.sleep(0.001)
     endless.kill()
@@ -486,13 +486,13 @@ def test_a_disk_that_cannot_hold_it_is_a_user_error_and_takes_no_space(
         cache_of(on_disk=True)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) == 0
     file_limit(10**6)
-    assert cache_of(on_disk=True).there()[0] == 0
+    assert cache_of(on_disk=True).saved()[0] == 0
 
 
 def test_a_disk_that_fills_up_ends_no_run(cache_of, file_limit, computed, capsys):
     whole = read(cache_of(), *ALL)
     cache = cache_of(on_disk=True)
-    file_limit(int(cache.places[2]) + 100)  # in the middle of the third view
+    file_limit(int(cache.offsets[2]) + 100)  # in the middle of the third view
     del computed[:]
     assert_same(whole, read(cache, *ALL))
     assert_same(whole, read(cache, *ALL))
@@ -585,14 +585,15 @@ def test_two_ranks_fill_one_folder_and_train_like_one_process(few, shrunk, tmp_p
 @pytest.mark.slow
 def test_validation_is_kept_between_epochs_where_memory_holds_it(few, shrunk, call, monkeypatch):
     kept = []
-    fit = train_seg_stage2.shared.fit
-    monkeypatch.setattr(
-        train_seg_stage2.shared,
-        "fit",
-        lambda *args: (fit(*args), kept.append(args[3].kept is not None)),
-    )
+    fit = train_seg_stage2.fit
+
+    def noted(session, trainer, loader, evaluator, pack):
+        fit(session, trainer, loader, evaluator, pack)
+        kept.append(evaluator.kept is not None)
+
+    monkeypatch.setattr(train_seg_stage2, "fit", noted)
     for ram in (1e6, 0.1):
-        monkeypatch.setattr(train_seg_stage2, "free_memory_mb", lambda ram=ram: ram)
+        monkeypatch.setattr(feature_cache, "free_memory_mb", lambda ram=ram: ram)
         call(train_seg_stage2.main, *quick_flags(few), "--checkpoint", shrunk.folder)
     assert kept == [True, False]
 
@@ -622,7 +623,7 @@ def test_a_detector_that_finds_nothing_ends_stage_2_after_its_first_epoch(
         monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0 if len(batches) <= 2 else 1.1)
         return freeze(model, batch, *rest)
 
-    monkeypatch.setattr(feature_cache, "freeze", in_the_first_epoch)
+    monkeypatch.setattr(frozen, "freeze", in_the_first_epoch)
     call(train_seg_stage2.main, *flags, "--output_dir", "later")
     epochs = json.loads(Path("later/metrics.json").read_text(encoding="utf-8"))["epochs"]
     assert [epoch["train"]["matched_objects"] > 0 for epoch in epochs] == [True, False, False]

@@ -91,7 +91,7 @@ def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> CacheChoi
         return CacheChoice("off", "off, since --multi_scale 1 asks for new features at every step")
     if mode == "off":
         return CacheChoice("off", "off, as asked")
-    views, _, missing = cache.there()
+    views, _, missing = cache.saved()
     folder = cache.path.parent
     disk = free_disk(folder)
     short = f"the disk of {folder.parent} has {in_mb(disk)} free, {in_mb(missing)} are missing"
@@ -102,7 +102,7 @@ def choose_cache(mode: str, cache: FeatureCache, multi_scale: bool) -> CacheChoi
     if mode == "disk" or (mode == "auto" and 2 * missing + SPARE_DISK < disk):
         asked = ", as asked" if mode == "disk" else ""
         whole = in_mb(cache.bytes)
-        total = f"{views:,} of {len(cache.table):,} views there, about {whole} in all"
+        total = f"{views:,} of {len(cache.states):,} views there, about {whole} in all"
         return CacheChoice("disk", f"on disk{asked}, {folder}, {total}")
     needed = cache.bytes * distributed.world_size()
     if mode == "ram":
@@ -131,51 +131,53 @@ def fits_in_memory(split: CocoSplit, size: ModelSize, resolution: int) -> bool:
 class FeatureCache:
     """`views` fixed views of every image of a dataset (unaugmented, with masks), as the mask head learns from them.
 
-    They lie in memory, or in a file in a folder of `parent` that is named after all that they depend on.  First an
-    int64 a view: 0 until it is there, then (objects + 1) << 32 | crc32.  Then the views, each at its own place:
-    features fp16 (C, h, w), matched objects (`item`), and room for more, up to all that have a mask.  The int64 is
-    written last, so that a kill costs no more than one view, and processes that fill a file at once only do the same
-    work twice.  The file is read, not mapped: writing to a full disk is an error then, and no crash.
+    They lie in memory, or in a file in a folder of `parent` that is named after all that they depend
+    on. First comes a state (int64) a view: 0 until it is there, then (objects + 1) << 32 | crc32.
+    Then the records, each at its own offset: features fp16 (C, h, w), matched objects (`item`), and
+    room for more, up to all that have a mask. The state is written last, so that a kill costs no
+    more than one view, and processes that fill a file at once only do the same work twice. The file
+    is read, not mapped: writing to a full disk is an error then, and no crash.
     """
 
     def __init__(self, objective: MaskObjective, dataset: SplitDataset, views: int, parent: Path):
-        self.objective, self.dataset, self.views = objective, dataset, views
+        self.objective = objective
+        self.dataset = dataset
+        self.views = views
         size = objective.detector.size
         self.shape = feature_shape(size, dataset.resolution)
+        packed_grid = math.ceil(GRID**2 / 8)  # bytes
         self.item = np.dtype(
-            [("box", "<f4", 4), ("query", "<f2", size.hidden), ("grid", "u1", -(-(GRID**2) // 8))]
+            [("box", "<f4", 4), ("query", "<f2", size.hidden), ("grid", "u1", packed_grid)]
         )
-        masks = [
-            sum(s is not None for s in record.segmentations) for record in dataset.split.images
-        ]
-        rooms = [
-            self.record_bytes(min(count, size.queries)) for count in masks for _ in range(views)
-        ]
-        self.places = np.cumsum([8 * len(rooms), *rooms])  # where each view begins, and the end
-        self.bytes = int(self.places[-1])
-        self.contents = distributed.from_main(self._contents() if distributed.is_main() else None)
-        key = hashlib.sha256(json.dumps(self.contents).encode()).hexdigest()[:16]
-        self.path = parent / key / "views.bin"
-        self.full = False
-        self.checked = np.zeros(
-            len(rooms), dtype=bool
-        )  # views that this process has written, or read and compared
-        self.table = torch.from_numpy(self._saved())
+        rooms = []  # bytes of each view's place
+        for image in dataset.split.images:
+            masks = sum(segmentation is not None for segmentation in image.segmentations)
+            rooms += [self.record_bytes(min(masks, size.queries))] * views
+        self.offsets = np.cumsum([8 * len(rooms), *rooms])  # where each view begins, and the end
+        self.bytes = int(self.offsets[-1])
+        self.key = distributed.from_main(self._key() if distributed.is_main() else None)
+        name = hashlib.sha256(json.dumps(self.key).encode()).hexdigest()[:16]
+        self.path = parent / name / "views.bin"
+        self.full = False  # the disk
+        # views that this process has written, or read and compared
+        self.checked = np.zeros(len(rooms), dtype=bool)
+        self.states = torch.from_numpy(self._saved_states())
 
     def record_bytes(self, objects: int) -> int:
         return 2 * math.prod(self.shape) + objects * self.item.itemsize
 
-    def _contents(self) -> dict:
+    def _key(self) -> dict:
         """What the views depend on, as plain values."""
-        split, precision, images = self.dataset.split, self.objective.precision, hashlib.sha256()
+        split = self.dataset.split
+        precision = self.objective.precision
+        images = hashlib.sha256()
         with ThreadPoolExecutor(16) as threads:  # they wait for the disk
-            samples = threads.map(sample_of_file, [record.path for record in split.images])
-            for record, sample in zip(split.images, samples):
-                file = record.path.stat()
-                images.update(
-                    repr((record.file_name, file.st_size, file.st_mtime_ns, record.exif)).encode()
-                )
-                images.update(sample + record.boxes.tobytes() + record.labels.tobytes())
+            samples = threads.map(sample_of_file, [image.path for image in split.images])
+            for image, sample in zip(split.images, samples):
+                file = image.path.stat()
+                told_by = (image.file_name, file.st_size, file.st_mtime_ns, image.exif)
+                images.update(repr(told_by).encode())
+                images.update(sample + image.boxes.tobytes() + image.labels.tobytes())
         return {
             "what": "a frozen detector's features for train_seg_stage2.py; the folder may be deleted",
             "format": FORMAT,
@@ -190,20 +192,20 @@ class FeatureCache:
             "computed in": [str(precision.dtype), precision.device.type],
         }
 
-    def there(self) -> tuple[int, int, int]:
+    def saved(self) -> tuple[int, int, int]:
         """How many views are in the folder, their bytes, and the bytes that the others may take."""
-        table = self._saved()
-        objects = (table[table != 0] >> 32) - 1
+        states = self._saved_states()
+        there = states != 0
+        objects = (states[there] >> 32) - 1
         size = len(objects) * self.record_bytes(0) + int(objects.sum()) * self.item.itemsize
-        return len(objects), size, int(np.diff(self.places)[table == 0].sum())
+        return len(objects), size, int(np.diff(self.offsets)[~there].sum())
 
-    def _saved(self) -> np.ndarray:
-        """The table of the folder's file; all zero where there is none of the right size."""
-        count, sound = (
-            len(self.checked),
-            self.path.is_file() and self.path.stat().st_size == self.bytes,
-        )
-        return np.fromfile(self.path, "<i8", count) if sound else np.zeros(count, "<i8")
+    def _saved_states(self) -> np.ndarray:
+        """The states in the folder's file; all zero where there is none of the right size."""
+        views = len(self.checked)
+        if self.path.is_file() and self.path.stat().st_size == self.bytes:
+            return np.fromfile(self.path, "<i8", views)
+        return np.zeros(views, "<i8")
 
     def open(self, on_disk: bool) -> FeatureCache:
         """Get ready to read and fill memory, or the folder's file, which all ranks of a machine share.
@@ -212,64 +214,72 @@ class FeatureCache:
         """
         if not on_disk:
             self.file = mmap.mmap(-1, self.bytes)
-            self.table.zero_()
+            self.states.zero_()
             return self
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if distributed.local_rank() == 0 and self.path.exists():
-                if (size := self.path.stat().st_size) not in (0, self.bytes):
-                    warn(
-                        f"Feature cache {self.path} is damaged ({size:,} bytes, not {self.bytes:,}): made anew"
-                    )
-                    self.path.unlink()
+            if distributed.local_rank() == 0:
+                self._remove_damaged_file()
             distributed.gather_objects(None)  # the others take the new file
             with open(self.path, "ab") as file:
                 file.truncate(self.bytes)  # zeros, where it is new: no view is there
             self.file = open(self.path, "r+b", buffering=0)
-            self.path.with_name("key.json").write_text(
-                json.dumps(self.contents, indent=1), encoding="utf-8"
-            )
+            key_file = self.path.with_name("key.json")
+            key_file.write_text(json.dumps(self.key, indent=1), encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"cannot make the feature cache {self.path}, {in_mb(self.bytes)} ({error.strerror}): free some space "
-                "there, or use --cache ram or --cache off"
+                f"cannot make the feature cache {self.path}, {in_mb(self.bytes)} "
+                f"({error.strerror}): free some space there, or use --cache ram or --cache off"
             ) from error
         return self
+
+    def _remove_damaged_file(self) -> None:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size not in (0, self.bytes):
+            warn(
+                f"Feature cache {self.path} is damaged ({size:,} bytes, not {self.bytes:,}): "
+                "made anew"
+            )
+            self.path.unlink()
 
     def close(self, keep: bool) -> None:
         """Be done with the file: say what is in it, or remove it with its folder."""
         self.file.close()
         distributed.gather_objects(None)  # every rank is done
-        if distributed.local_rank() == 0 and not keep:
-            shutil.rmtree(
-                self.path.parent, ignore_errors=True
-            )  # Windows forbids it while another run reads
-        elif distributed.is_main():
-            views, size, _ = self.there()
-            tick(
-                f"Feature cache kept for later runs: {self.path.parent}, {views:,} of {len(self.table):,} views, "
-                f"{in_mb(size)}. The folder may be deleted; --keep_cache 0 does it at the end of a run"
-            )
+        if not keep:
+            if distributed.local_rank() == 0:
+                # Windows forbids it while another run reads
+                shutil.rmtree(self.path.parent, ignore_errors=True)
+            return
+        views, size, _ = self.saved()
+        tick(
+            f"Feature cache kept for later runs: {self.path.parent}, {views:,} of "
+            f"{len(self.states):,} views, {in_mb(size)}. The folder may be deleted; --keep_cache 0 "
+            "does it at the end of a run"
+        )
 
-    def _read(self, place: int, size: int) -> bytes:
-        self.file.seek(place)
+    def _read(self, offset: int, size: int) -> bytes:
+        self.file.seek(offset)
         return self.file.read(size)
 
-    def _write(self, place: int, data: bytes) -> None:
-        self.file.seek(place)
+    def _write(self, offset: int, data: bytes) -> None:
+        self.file.seek(offset)
         if self.file.write(data) != len(data):
             raise OSError("no space left")
 
     def _load(self, number: int) -> bytes | None:
         """A view's record; None where it is not there or not what was written."""
-        if not self.table[number]:  # another run may have computed it
-            self.table[number] = int.from_bytes(self._read(8 * number, 8), "little")
-        count, crc = divmod(int(self.table[number]), 1 << 32)
-        place, end = self.places[number : number + 2].tolist()
+        if not self.states[number]:  # another run may have computed it
+            self.states[number] = int.from_bytes(self._read(8 * number, 8), "little")
+        count, checksum = divmod(int(self.states[number]), 1 << 32)
+        begin, end = self.offsets[number : number + 2].tolist()
         size = self.record_bytes(count - 1)
-        record = self._read(place, size) if count > 0 and size <= end - place else b""
-        if not record or not self.checked[number] and zlib.crc32(record) != crc:
-            self.table[number] = 0
+        record = b""
+        if count > 0 and size <= end - begin:
+            record = self._read(begin, size)
+        is_sound = self.checked[number] or zlib.crc32(record) == checksum
+        if not record or not is_sound:
+            self.states[number] = 0
             return None
         self.checked[number] = True
         return record
@@ -277,68 +287,87 @@ class FeatureCache:
     def _compute(self, number: int, sample: dict) -> bytes:
         """Run the detector on one view, keep its record and return it.
 
-        One at a time, so that no bit depends on which views were computed together: a CPU is as fast that way.
+        One at a time, so that no bit depends on which views were computed together: a CPU is as
+        fast that way.
         """
-        model, precision = self.objective.detector.eval(), self.objective.precision
-        frozen = freeze(model, collate([sample]), self.objective.table, precision, None)
-        objects = np.empty(len(frozen.boxes[0]), self.item)
-        objects["box"], objects["query"] = frozen.boxes[0].cpu(), frozen.queries[0].half().cpu()
-        objects["grid"] = np.packbits(frozen.grids[0].flatten(1).cpu(), axis=1)
-        record = frozen.features.half().cpu().numpy().tobytes() + objects.tobytes()
-        state = (len(objects) + 1) << 32 | zlib.crc32(record)
+        objective = self.objective
+        model = objective.detector.eval()
+        view = freeze(model, collate([sample]), objective.table, objective.precision, None)
+        objects = np.empty(len(view.boxes[0]), self.item)
+        objects["box"] = view.boxes[0].cpu()
+        objects["query"] = view.queries[0].half().cpu()
+        objects["grid"] = np.packbits(view.grids[0].flatten(1).cpu(), axis=1)
+        record = view.features.half().cpu().numpy().tobytes() + objects.tobytes()
+        if not self.full:
+            self._keep(number, record, len(objects))
+        return record
+
+    def _keep(self, number: int, record: bytes, objects: int) -> None:
+        """Write a view's record, then its state; a full disk is said once."""
+        state = (objects + 1) << 32 | zlib.crc32(record)
         try:
-            if not self.full:
-                self._write(int(self.places[number]), record)
-                self._write(8 * number, state.to_bytes(8, "little"))
-                self.table[number], self.checked[number] = state, True
+            self._write(int(self.offsets[number]), record)
+            self._write(8 * number, state.to_bytes(8, "little"))
         except OSError as error:
             self.full = True
             warn(
-                f"Feature cache {self.path} takes no more ({error}): the missing views are computed every time"
+                f"Feature cache {self.path} takes no more ({error}): "
+                "the missing views are computed every time"
             )
-        return record
+            return
+        self.states[number] = state
+        self.checked[number] = True
 
     def batch(self, items: list[tuple[int, dict]]) -> FrozenBatch:
         """The batch of what Views gave; the detector runs on the views that are missing."""
-        samples, features, objects = [], [], []
+        samples = []
+        features = []
+        objects = []
         for view, sample in items:
-            record = self._load(sample["target"]["index"] * self.views + view)
+            index = sample["target"]["index"]
+            number = index * self.views + view
+            record = self._load(number)
             if record is None:
                 if "masks" not in sample["target"]:  # its record is damaged
-                    sample = flipped(self.dataset[sample["target"]["index"], None], view)
-                record = self._compute(sample["target"]["index"] * self.views + view, sample)
+                    sample = flipped(self.dataset[index, None], view)
+                record = self._compute(number, sample)
             samples.append(sample)
-            features.append(np.frombuffer(record, "<f2", math.prod(self.shape)).reshape(self.shape))
+            values = np.frombuffer(record, "<f2", math.prod(self.shape))
+            features.append(values.reshape(self.shape))
             objects.append(np.frombuffer(record, self.item, offset=self.record_bytes(0)))
-        images, targets, unread = vars(collate(samples)).values()
-        indices = [target["index"] for target in targets]
-        grids = [
-            np.unpackbits(o["grid"], axis=1, count=GRID**2).reshape(-1, GRID, GRID) for o in objects
-        ]
+        batch = collate(samples)
+        images = self.dataset.split.images
         return FrozenBatch(
-            images=images,
+            images=batch.images,
             features=torch.from_numpy(np.stack(features)),
-            queries=[torch.from_numpy(o["query"].copy()) for o in objects],
-            boxes=[torch.from_numpy(o["box"].copy()) for o in objects],
-            grids=[torch.from_numpy(grid) for grid in grids],
-            counts=[len(self.dataset.split.images[index].labels) for index in indices],
-            indices=indices,
-            unread=unread,
+            queries=[torch.from_numpy(one["query"].copy()) for one in objects],
+            boxes=[torch.from_numpy(one["box"].copy()) for one in objects],
+            grids=[unpack_grids(one["grid"]) for one in objects],
+            counts=[len(images[index].labels) for index in batch.indices],
+            indices=batch.indices,
+            unread=batch.unread,
         )
+
+
+def unpack_grids(packed: np.ndarray) -> Tensor:
+    """Bits (m, bytes) -> uint8 (m, GRID, GRID)."""
+    bits = np.unpackbits(packed, axis=1, count=GRID**2)
+    return torch.from_numpy(bits.reshape(-1, GRID, GRID))
 
 
 @dataclass
 class Views(Dataset):
-    """What the loader's processes read: views with their samples, without objects where `table` has the view."""
+    """What the loader's processes read: views with their samples, without objects where the cache has the view."""
 
     dataset: SplitDataset
     views: int
-    table: Tensor
+    states: Tensor  # of the cache's views: 0 where one is missing
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, dict]:
         """`key`: image index and any number, whose remainder chooses the view."""
-        index, view = key[0], key[1] % self.views
-        if not self.table[index * self.views + view]:
+        index, number = key
+        view = number % self.views
+        if not self.states[index * self.views + view]:
             return view, flipped(self.dataset[index, None], view)
         index, image, unread = self.dataset.image(index)
         return view, {
@@ -352,13 +381,22 @@ class CachedLoader:
     """FrozenBatches in a sampler's order. Where memory does not hold the images, `workers` processes read them."""
 
     def __init__(self, cache: FeatureCache, sampler: EpochSampler, workers: int = 0):
-        workers = workers if cache.dataset.cache is None else 0
+        if cache.dataset.cache is not None:
+            workers = 0
         if workers:
-            cache.table.share_memory_()  # they see what has been computed since
-        self.cache, self.dataset, self.batch_sampler = cache, cache.dataset, sampler
-        self.reader = Views(cache.dataset, cache.views, cache.table)
-        options = {"collate_fn": list, "persistent_workers": workers > 0}
-        self.items = make_loader(cache.dataset, sampler, workers, self.reader, **options)
+            cache.states.share_memory_()  # they see what has been computed since
+        self.cache = cache
+        self.dataset = cache.dataset
+        self.batch_sampler = sampler
+        self.reader = Views(cache.dataset, cache.views, cache.states)
+        self.items = make_loader(
+            cache.dataset,
+            sampler,
+            workers,
+            self.reader,
+            collate_fn=list,
+            persistent_workers=workers > 0,
+        )
 
     def __len__(self) -> int:
         return len(self.batch_sampler)

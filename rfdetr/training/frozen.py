@@ -45,7 +45,13 @@ class FrozenBatch:
 
     def __getitem__(self, part: slice) -> FrozenBatch:
         return FrozenBatch(
-            **{name: value[part] for name, value in vars(self).items() if name != "unread"}
+            images=self.images[part],
+            features=self.features[part],
+            queries=self.queries[part],
+            boxes=self.boxes[part],
+            grids=self.grids[part],
+            counts=self.counts[part],
+            indices=self.indices[part],
         )
 
     @property
@@ -65,38 +71,58 @@ def freeze(
     with precision.autocast():
         outputs = model(to_model_input(batch.images, device, side))
     rows = torch.tensor(table.rows, device=device)
-    labels, truth, has_mask, masks = (
-        torch.cat([t[key] for t in batch.targets]).to(device)
-        for key in ("labels", "boxes", "has_mask", "masks")
-    )
-    counts = [len(t["labels"]) for t in batch.targets]
-    ((image, query, obj),) = match([outputs], rows[labels], truth, counts, groups=1)
+    labels = torch.cat([target["labels"] for target in batch.targets]).to(device)
+    true_boxes = torch.cat([target["boxes"] for target in batch.targets]).to(device)
+    has_mask = torch.cat([target["has_mask"] for target in batch.targets]).to(device)
+    masks = torch.cat([target["masks"] for target in batch.targets]).to(device)
+    counts = [len(target["labels"]) for target in batch.targets]
+    matches = match([outputs], rows[labels], true_boxes, counts, groups=1)
+    image, query, obj = matches[0]
     boxes = outputs["pred_boxes"].float()[image, query]
-    iou, _ = box_iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth[obj]))
-    good = (iou > MATCH_IOU) & has_mask[obj]
-    image, query, obj, boxes = image[good], query[good], obj[good], boxes[good]
-    grids = (sample_in_boxes(masks[:, None], boxes, obj)[:, 0] > 0.5).to(torch.uint8)
+    iou, _ = box_iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes[obj]))
+    kept = (iou > MATCH_IOU) & has_mask[obj]
+    image = image[kept]
+    boxes = boxes[kept]
+    grids = sample_in_boxes(masks[:, None], boxes, obj[kept])[:, 0] > 0.5  # (m, GRID, GRID)
+    queries = outputs["queries"].float()[image, query[kept]]
     per_image = torch.bincount(image, minlength=len(batch)).tolist()
-    queries = outputs["queries"].float()[image, query]
-    lists = (list(values.split(per_image)) for values in (queries, boxes, grids))
-    return FrozenBatch(batch.images, outputs["features"].float(), *lists, counts, batch.indices)
+    return FrozenBatch(
+        images=batch.images,
+        features=outputs["features"].float(),
+        queries=list(queries.split(per_image)),
+        boxes=list(boxes.split(per_image)),
+        grids=list(grids.to(torch.uint8).split(per_image)),
+        counts=counts,
+        indices=batch.indices,
+    )
+
+
+LEFT_RIGHT = 1  # bits of a view's number
+UP_DOWN = 2
 
 
 def apply_view(images: Tensor, view: int) -> Tensor:
-    """Flip (..., H, W) images: bit 0 of `view` left-right, bit 1 up-down."""
-    axes = [axis for bit, axis in ((1, -1), (2, -2)) if view & bit]
+    """Flip (..., H, W) images as the bits of `view` say."""
+    axes = []
+    if view & LEFT_RIGHT:
+        axes.append(-1)
+    if view & UP_DOWN:
+        axes.append(-2)
     return images.flip(axes) if axes else images
 
 
 def flipped(sample: dict, view: int) -> dict:
     """A dataset's sample with masks under one of the views; boxes are cxcywh 0..1."""
-    target, (x, y, *sides) = sample["target"], sample["target"]["boxes"].unbind(1)
-    boxes = torch.stack([1 - x if view & 1 else x, 1 - y if view & 2 else y, *sides], dim=1)
+    target = sample["target"]
+    x, y, width, height = target["boxes"].unbind(1)
+    if view & LEFT_RIGHT:
+        x = 1 - x
+    if view & UP_DOWN:
+        y = 1 - y
+    boxes = torch.stack([x, y, width, height], dim=1)
     masks = apply_view(target["masks"], view)
-    return sample | {
-        "image": apply_view(sample["image"], view),
-        "target": target | {"boxes": boxes, "masks": masks},
-    }
+    image = apply_view(sample["image"], view)
+    return sample | {"image": image, "target": target | {"boxes": boxes, "masks": masks}}
 
 
 @dataclass(frozen=True)
@@ -125,13 +151,13 @@ class MaskObjective:
         image_index = torch.repeat_interleave(torch.arange(len(batch)), counts).to(device)
         queries = torch.cat(batch.queries).to(device).float()
         boxes = torch.cat(batch.boxes).to(device)
+        truth = torch.cat(batch.grids).to(device)
+        features = batch.features.to(device).float()
+        images = to_model_input(batch.images, device)
         with self.precision.autocast():
-            pixels = head.pixels(
-                batch.features.to(device).float(), to_model_input(batch.images, device)
-            )
+            pixels = head.pixels(features, images)
             logits = head.grid_logits(pixels, queries, boxes, image_index)
-        losses = mask_losses(logits, torch.cat(batch.grids).to(device), objects, self.weights)
-        found = {"objects": sum(batch.counts), "matched_objects": len(queries)}
-        return losses | {
-            name: torch.tensor(float(count), device=device) for name, count in found.items()
-        }
+        losses = mask_losses(logits, truth, objects, self.weights)
+        losses["objects"] = torch.tensor(float(batch.objects), device=device)
+        losses["matched_objects"] = torch.tensor(float(len(queries)), device=device)
+        return losses
