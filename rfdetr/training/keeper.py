@@ -17,6 +17,7 @@ from rfdetr.data.loaders import STOP_SIGNALS, Batch, check_unread, note_unread
 from rfdetr.files import write_json
 from rfdetr.training.engine import Trainer, random_states, set_random_states
 from rfdetr.weights import checkpoint
+from rfdetr.weights.archive import require_plain
 
 NAN_STEPS = 10  # steps in a row without a finite loss end the run
 
@@ -119,7 +120,7 @@ class CheckpointKeeper:
             if trainer.ema:  # an average that begins now begins at the weights
                 trainer.ema.module.load_state_dict(state["trained_ema"] or state["trained"])
             for moments in state["optimizer"]["state"].values():
-                checkpoint.require_plain(moments)
+                require_plain(moments)
             trainer.optimizer.load_state_dict(state["optimizer"])
             if not all(
                 type(group["lr"]) in (int, float) for group in trainer.optimizer.param_groups

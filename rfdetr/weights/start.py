@@ -11,7 +11,7 @@ from rfdetr.classes import ClassTable, is_class_head
 from rfdetr.console import tick
 from rfdetr.models.detector import Detector
 from rfdetr.weights import checkpoint
-from rfdetr.weights.official import load_pretrained
+from rfdetr.weights.fitting import load_pretrained
 
 
 def start_from(
