@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from rfdetr.console import UserError, boolean, number, warn
 from rfdetr.runs.lock import lock_run
+from rfdetr.settings import STAGES
 from rfdetr.sizes import SIZES, check_resolution
 from rfdetr.training.resume import latest_state, newest_run
 from rfdetr.weights import checkpoint
@@ -195,7 +196,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) ->
             lock_run(folder)  # before it is read, so that nobody trains it on meanwhile
         content = latest_state(folder)
         if content["stage"] != kind.removeprefix("seg_"):
-            script = checkpoint.SCRIPTS[content["stage"]]
+            script = STAGES[content["stage"]].script
             raise UserError(f"{folder} is another script's: python {script} --resume {folder}")
         parser.set_defaults(**stored_flags(parser, content["args"], folder))
         args = parser.parse_args(argv)

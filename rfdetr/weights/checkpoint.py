@@ -1,9 +1,10 @@
 """Checkpoints: written atomically, loaded safely, self-contained.
 
-A checkpoint is a plain dict of tensors and Python values: format, stage, size (every field of ModelSize), resolution,
-classes (a ClassTable), mask_head (name or None), args, model (state dict), exif ("apply" or "ignore": how its images
-were read), trained_on (int64: the content hashes of its training images), and in last.pt and checkpoint.pt ema and
-training (all that --resume needs). Files of earlier versions lack exif and trained_on.
+A checkpoint is a plain dict of tensors and Python values: format, stage, size (every field of
+ModelSize), resolution, classes (a ClassTable), mask_head (name or None), args, model (state dict),
+exif ("apply" or "ignore": how its images were read), trained_on (int64: the content hashes of its
+training images), and in last.pt and checkpoint.pt ema and training (all that --resume needs).
+Files of earlier versions lack exif and trained_on.
 """
 
 from __future__ import annotations
@@ -22,21 +23,17 @@ from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
 from rfdetr.files import atomic_write
 from rfdetr.models.detector import Detector
+from rfdetr.settings import EXIF, STAGES
 from rfdetr.sizes import ModelSize, check_resolution, size_from_dict
 from rfdetr.weights.archive import read_file, require_file, require_finite, require_plain
 from rfdetr.weights.fitting import load_pretrained, shape_differences
 from rfdetr.weights.official import from_dinov2
-from rfdetr.weights.package import from_package, package_weights
+from rfdetr.weights.package import from_lightning, from_package
 
 FORMAT = 1
-MOST_ENLARGED = (
-    4  # times the side that a file's position grid stands for: more is asked for with --resolution
-)
-SCRIPTS = {  # of each stage
-    "detector": "train_detector_stage1.py",
-    "segmentation": "train_seg_stage2.py",
-    "single": "train_seg_single_stage.py",
-}
+MASK_HEADS = (None, "nano", "standard", "official")
+MOST_QUERIES = 100_000  # of all groups: more would cost all memory
+MOST_ENLARGED = 4  # times the side of a file's position grid; more has to be asked for
 
 
 def save(path: Path, content: dict) -> None:
@@ -48,17 +45,18 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """Read one of our checkpoints or a file of the official package onto the CPU, with torch's safe loading.
+    """Read one of our checkpoints or a file of the official package onto the CPU.
 
-    The package's files, published or fine-tuned ({"model", "args", ...}, or Lightning's {"state_dict", ...}), come back
-    with our parameter names and a class table. Raises UserError for a file that is missing, damaged, asks for
-    anything but tensors and plain values, or has NaN or infinite weights.
+    Torch's safe loading reads it. The package's files, published or fine-tuned ({"model", "args",
+    ...}, or Lightning's {"state_dict", ...}), come back with our parameter names and a class table.
+    Raises UserError for a file that is missing, damaged, asks for anything but tensors and plain
+    values, or has NaN or infinite weights.
     """
     path = Path(path)
     content = read_file(path)
     try:
         if isinstance(content.get("state_dict"), dict):
-            content = package_weights(content)
+            content = from_lightning(content)
         if not isinstance(content.get("model"), dict):
             raise UserError(f"{path} is no checkpoint: it has no 'model' with weights")
         require_plain(content["model"])
@@ -70,7 +68,9 @@ def load(path: Path) -> dict:
         require_finite(content, path)
     except UserError:
         raise
-    except Exception as error:  # whatever a stranger's file does to code that expects one of ours
+    except (
+        Exception
+    ) as error:  # a foreign file can make code that expects one of ours raise anything
         raise UserError(
             f"{path} is no checkpoint of this program ({type(error).__name__}: {error})"
         ) from error
@@ -78,67 +78,66 @@ def load(path: Path) -> dict:
 
 
 def _check(content: dict) -> None:
-    """Raise some error where a file says that it is ours and has not what ours have, before memory is taken for it."""
-    kinds = dict(
-        stage=str, size=dict, resolution=int, classes=dict, args=dict, ema=dict, left_out=list
-    )
-    content = {"args": {}, "ema": {}, "left_out": []} | {
-        key: value for key, value in content.items() if value is not None
-    }
-    if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
-        raise ValueError(f"it lacks {', '.join(wrong)}")
-    require_plain(content["ema"])
-    if content.get("exif", "apply") not in ("apply", "ignore"):
-        raise ValueError("its exif is neither apply nor ignore")
+    """Raise an error where the content is not what `make_content` and a run write.
+
+    This comes before a model is built, so that a damaged file cannot take all memory.
+    """
+    required = {"stage": str, "size": dict, "resolution": int, "classes": dict}
+    optional = {"args": dict, "ema": dict, "left_out": list}
+    wrong = [key for key, kind in required.items() if not isinstance(content.get(key), kind)]
+    for key, kind in optional.items():
+        value = content.get(key)
+        if value is not None and not isinstance(value, kind):
+            wrong.append(key)
+    if wrong:
+        raise ValueError(f"missing or of another type: {', '.join(wrong)}")
+    model = content["model"]
+    ema = content.get("ema") or {}
+    require_plain(ema)
     require_plain({"trained_on": trained_on(content)})
-    model, size, table = content["model"], size_from_dict(content["size"]), table_of(content)
-    if content["stage"] not in SCRIPTS or content.get("mask_head") not in (
-        None,
-        "nano",
-        "standard",
-        "official",
-    ):
+    if content.get("exif") not in (None, *EXIF):
+        raise ValueError(f"exif is neither {' nor '.join(EXIF)}")
+    if content["stage"] not in STAGES or content.get("mask_head") not in MASK_HEADS:
         raise ValueError("its stage or mask head is unknown")
-    if (
-        size.depth + size.decoder_layers > len(model)
-        or size.queries * size.recipe.group_detr > 100_000
-    ):
+    size = size_from_dict(content["size"])
+    too_many_layers = size.depth + size.decoder_layers > len(model)
+    if too_many_layers or size.queries * size.recipe.group_detr > MOST_QUERIES:
         raise ValueError("its size is absurd")
-    if differences := shape_differences(size, model):
+    differences = shape_differences(size, model)
+    if differences:
         raise ValueError(
             f"{len(differences)} tensors are not of its size: {'; '.join(differences[:3])}"
         )
-    heads = [
-        head
-        for state in (model, content["ema"])
-        for name, head in state.items()
-        if classes.is_class_head(name)
-    ]
-    if any(len(head) != table.rows_total for head in heads):
-        raise ValueError(f"its class heads have not the {table.rows_total} rows of its class table")
+    rows_total = table_of(content).rows_total
+    for name, tensor in [*model.items(), *ema.items()]:
+        if classes.is_class_head(name) and len(tensor) != rows_total:
+            raise ValueError(f"{name} has {len(tensor)} rows, its class table has {rows_total}")
     check_resolution(size, content["resolution"])
 
 
 def input_side(content: dict, resolution: int | None, path: Path) -> int:
     """The input side in pixels: `resolution` where it was asked for, else the checkpoint's own.
 
-    Raises UserError where it does not fit the size, and for a file that by itself asks for a side that is far beyond
-    its position grid: a few changed bytes would cost all memory.
+    Raises UserError where it does not fit the size, and for a file that by itself asks for a side
+    far beyond its position grid: a few changed bytes would cost all memory.
     """
     size = size_from_dict(content["size"])
-    own, native = content["resolution"], max(size.position_grid * size.patch, size.block)
-    if resolution is None and own > MOST_ENLARGED * native:
+    own = content["resolution"]
+    grid_side = max(size.position_grid * size.patch, size.block)
+    if resolution is None and own > MOST_ENLARGED * grid_side:
         raise UserError(
-            f"{path} asks for {own} x {own} pixels, and its position grid is for {native} x {native}: that takes much "
-            f"memory and time. If it was trained so, add --resolution {own}"
+            f"{path} asks for {own} x {own} pixels, and its position grid is for {grid_side} x "
+            f"{grid_side}: that takes much memory and time. If it was trained at this resolution, "
+            f"add --resolution {own}"
         )
     return check_resolution(size, resolution or own)
 
 
 def load_backbone(path: Path, patch: int) -> dict:
-    """DINOv2's weights alone, in the Hugging Face layout (.safetensors, or torch's .bin), as a file without classes.
+    """DINOv2's weights alone, in the Hugging Face layout, as a checkpoint without classes.
 
-    Patch kernels are resampled to `patch` pixels. Raises UserError for another layout.
+    Reads .safetensors, or torch's .bin. Patch kernels are resampled to `patch` pixels.
+    Raises UserError for another layout.
     """
     require_file(path)
     try:
@@ -150,25 +149,29 @@ def load_backbone(path: Path, patch: int) -> dict:
         raise UserError(f"cannot read the backbone weights {path}: {error}") from error
     if not own:
         raise UserError(
-            f"{path} does not hold DINOv2 in the Hugging Face layout (encoder.layer.0.norm1.weight ...), but "
-            f"{', '.join(list(state)[:3])} ... Take model.safetensors of facebook/dinov2-small (large: dinov2-base)"
+            f"{path} does not hold DINOv2 in the Hugging Face layout (encoder.layer.0.norm1.weight "
+            f"...), but {', '.join(list(state)[:3])} ... Take model.safetensors of "
+            "facebook/dinov2-small (large: dinov2-base)"
         )
     return {"model": own, "classes": ClassTable((), (), (), 0, None).to_dict()}
 
 
 def require_size(content: dict, size: ModelSize, path: Path) -> None:
     """Raise UserError where the checkpoint is of another size, naming the one that fits."""
-    found = content["size"]["name"]
-    if found != size.name:
+    own = content["size"]["name"]
+    if own != size.name:
         differences = shape_differences(size, content["model"])
         raise UserError(
-            f"{path} is a {found} checkpoint, --size is {size.name}: {len(differences)} tensors differ, the first "
-            f"{'; '.join(differences[:3])}. Run again with --size {found}"
+            f"{path} is a {own} checkpoint, --size is {size.name}: {len(differences)} tensors "
+            f"differ, the first {'; '.join(differences[:3])}. Run again with --size {own}"
         )
 
 
 def trained_on(content: dict) -> Tensor:
-    """Sorted content hashes (seen.content_hash), int64, of the images a checkpoint was trained on, as far as known."""
+    """Sorted content hashes (image_cache.content_hash), int64, of the images of its training.
+
+    Empty where they are not known.
+    """
     hashes = content.get("trained_on")
     if hashes is None:
         return torch.empty(0, dtype=torch.int64)
@@ -178,22 +181,22 @@ def trained_on(content: dict) -> Tensor:
 
 
 def table_of(content: dict) -> ClassTable:
+    """The checkpoint's class table.  Raises ValueError or TypeError where it is damaged."""
     return ClassTable.from_dict(content["classes"])
 
 
 def build_model(content: dict, groups: int | None = 1) -> tuple[Detector, ClassTable]:
-    """The model of a checkpoint, in eval mode with all its weights, and its class table.  UserError if a tensor misses.
+    """The model of a checkpoint, in eval mode with all its weights, and its class table.
 
-    `groups`: query groups to keep, the first ones (1 is all that inference needs); None keeps the size's own number.
+    `groups`: query groups to keep, the first ones (1 is all that inference needs); None keeps the
+    size's own number. Raises UserError where a tensor is missing, unknown or misshapen.
     """
-    size, table = size_from_dict(content["size"]), table_of(content)
+    size = size_from_dict(content["size"])
+    table = table_of(content)
     model = Detector(size, table.rows_total, table.background_last, content["mask_head"], groups)
     report = load_pretrained(model, content["model"], [])
-    problems = (
-        report.missing
-        + [f"{name}: {why}" for name, why in report.skipped.items()]
-        + report.unexpected
-    )
+    misshapen = [f"{name}: {reason}" for name, reason in report.skipped.items()]
+    problems = report.missing + misshapen + report.unexpected
     if problems:
         shown = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise UserError(
@@ -236,14 +239,16 @@ def make_content(
 
 
 def shrink(content: dict, keep: list[str]) -> dict:
-    """A checkpoint with every class head, and that of its EMA weights, cut to the classes `keep` and a background row.
+    """A checkpoint with class heads that have a row for each class of `keep` and a background row.
 
-    Rows are copied bit for bit in the order of `keep`, the background's last. Raises UserError for unknown names.
+    EMA weights are cut like the others. Rows are copied bit for bit in the order of `keep`, the
+    background's last. Raises UserError for unknown names.
     """
     kept = classes.keep_classes(table_of(content), keep)
     rows = [*kept.rows, classes.background_row(table_of(content))]
-    small = {key: value for key, value in content.items() if key not in ("training", "official")}
+    shrunk = {key: value for key, value in content.items() if key not in ("training", "official")}
     for key in ("model", "ema"):
         if content.get(key):
-            small[key] = classes.keep_class_rows(content[key], rows)
-    return small | {"classes": classes.assign_rows(keep, list(kept.ids), "dataset").to_dict()}
+            shrunk[key] = classes.keep_class_rows(content[key], rows)
+    table = classes.assign_rows(keep, list(kept.ids), "dataset")
+    return shrunk | {"classes": table.to_dict()}
