@@ -10,7 +10,7 @@ from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place
 from rfdetr.settings import ExportSettings
 from rfdetr.weights import checkpoint
-from rfdetr.weights.official import to_package
+from rfdetr.weights.package import to_package
 
 
 def main(argv: list[str] | None = None) -> None:

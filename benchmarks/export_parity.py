@@ -128,7 +128,7 @@ def own_features(size: str, backbone: Path, images: Tensor) -> list[Tensor]:
     from rfdetr.models.detector import Detector
     from rfdetr.sizes import SIZES
     from rfdetr.weights.checkpoint import load_backbone
-    from rfdetr.weights.official import load_pretrained
+    from rfdetr.weights.fitting import load_pretrained
 
     model = Detector(SIZES[size], rows=91, groups=1).eval()
     load_pretrained(model, load_backbone(backbone, SIZES[size].patch)["model"], [])
@@ -193,7 +193,7 @@ def ask_peer(python: str, folder: Path) -> None:
 
 
 def compare_exports(python: str, size: str, resolution: int, record: bool) -> None:
-    from rfdetr.weights.official import to_package
+    from rfdetr.weights.package import to_package
 
     answers = {}
     with tempfile.TemporaryDirectory() as name:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Setting:
     read_one: Callable[[str], object]
     help: str
     metavar: str | None = None
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     words: tuple[str, ...] = ()
     several: bool = False
     none: bool = False
@@ -114,8 +114,8 @@ def switch(default, help: str):
     return _field(default, Setting(read_switch, help, metavar="0|1"))
 
 
-def choice(default, help: str, choices: tuple[str, ...]):
-    return _field(default, Setting(str, help, choices=tuple(choices)))
+def choice(default, help: str, choices: Collection[str]):
+    return _field(default, Setting(str, help, choices=choices))
 
 
 def text(default, help: str, metavar: str | None = None):

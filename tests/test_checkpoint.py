@@ -15,7 +15,7 @@ import torch
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.sizes import SIZES
-from rfdetr.weights import checkpoint
+from rfdetr.weights import archive, checkpoint
 
 
 @pytest.fixture
@@ -295,14 +295,14 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(saved, monkeypat
         calls.append(1)
         return load(*args, **named)
 
-    require = checkpoint._require_stored
+    require = archive._require_stored
 
     def judge(file):
         if other.exists():
             os.replace(other, saved)
         require(file)
 
-    monkeypatch.setattr(checkpoint, "_require_stored", judge)
+    monkeypatch.setattr(archive, "_require_stored", judge)
     monkeypatch.setattr(torch, "load", replaced)
     assert checkpoint.load(saved)["format"] == 1 and len(calls) == 1
 

@@ -387,7 +387,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(
         words += [more, few if more == "--dataset" else tmp_path / "out"]
         words += ["--input", few / "valid"] if script is predict else []
     code, text = exit_of(script.main, *words)
-    assert code == 2 and "was refused, nothing of it was run" in text
+    assert code == 2 and "was refused" in text
     assert not marker.exists() and not (tmp_path / "runs").exists()
 
 

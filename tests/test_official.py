@@ -37,7 +37,9 @@ from rfdetr.console import UserError
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.sizes import SIZES, ModelSize
 from rfdetr.weights import checkpoint
-from rfdetr.weights.official import load_pretrained, package_class, to_official, to_package
+from rfdetr.weights.fitting import load_pretrained
+from rfdetr.weights.official import to_official
+from rfdetr.weights.package import package_class, to_package
 
 TINY = SIZES["tiny"]
 ROWS = ["transformer.enc_out_class_embed", "class_embed"]

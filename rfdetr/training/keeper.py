@@ -13,6 +13,7 @@ from rfdetr import distributed
 from rfdetr.console import UserError, warn
 from rfdetr.training.engine import Trainer, random_states, set_random_states
 from rfdetr.weights import checkpoint
+from rfdetr.weights.archive import require_plain
 
 WEIGHTS = ("regular", "ema")
 METRICS = ("bbox/mAP", "segm/mAP")
@@ -210,7 +211,7 @@ def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
         own = {key: value for key, value in group.items() if key not in ("params", "lr")}
         own_settings.append(own)
     for moments in state["state"].values():
-        checkpoint.require_plain(moments)
+        require_plain(moments)
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         if type(group["lr"]) not in (int, float):

@@ -34,48 +34,49 @@ def cache_dir() -> Path:
 
 
 def find_weights(spec: str, size: ModelSize) -> Path | None:
-    """The file that `--pretrain_weights` means, downloaded where need be: auto, none, a path or a URL.
+    """The file that `--pretrain_weights` means (auto, none, path or URL), downloaded if need be.
 
-    `auto` is the size's official file (None for a size that has none), `none` is None. Under torchrun the main process
-    downloads for all. A file of the user's is only ever read. Raises UserError.
+    `auto` is the size's official file (None for a size that has none), `none` is None. Under
+    torchrun the main process downloads for all. A file of the user's is only ever read.
+    Raises UserError for a file that is missing or cannot be downloaded.
     """
-    answer: Path | UserError | None = None
+    result: Path | UserError | None = None
     if distributed.is_main():
         try:
-            answer = _find(spec, size)
-        except (
-            UserError
-        ) as error:  # the other ranks have to hear of it, or they would wait for ever
-            answer = error
-    answer = distributed.from_main(answer)
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
+            result = _find(spec, size)
+        except UserError as error:  # sent to the other ranks too, which would wait forever
+            result = error
+    result = distributed.from_main(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def _find(spec: str, size: ModelSize) -> Path | None:
-    official = (
-        size
-        if spec == "auto"
-        else next((known for known in SIZES.values() if known.weights_url == spec), None)
-    )
-    if spec == "none" or (official is not None and official.weights_url is None):
+    if spec == "none":
         return None
-    if official is not None:
-        return _cached(
-            official.weights_url, cache_dir() / official.weights_file, official.weights_md5
-        )
+    if spec == "auto":
+        return _official_file(size)
+    for known in SIZES.values():
+        if known.weights_url == spec:
+            return _official_file(known)
     if spec.startswith(("http://", "https://")):
-        name = re.sub(r"[^\w.-]", "_", spec.split("?")[0].split("#")[0].rsplit("/", 1)[-1])[-100:]
-        tag = hashlib.sha256(spec.encode()).hexdigest()[
-            :8
-        ]  # many files out there are called best.pth
+        last_part = spec.split("?")[0].split("#")[0].rsplit("/", 1)[-1]
+        name = re.sub(r"[^\w.-]", "_", last_part)[-100:]
+        tag = hashlib.sha256(spec.encode()).hexdigest()[:8]  # many files are called best.pth
         return _cached(spec, cache_dir() / f"{tag}-{name}", None)
-    if (path := Path(spec).expanduser()).is_file():
+    path = Path(spec).expanduser()
+    if path.is_file():
         return path
     raise UserError(
         f"--pretrain_weights {spec}: there is no such file. Give auto, none, a file or a URL"
     )
+
+
+def _official_file(size: ModelSize) -> Path | None:
+    if size.weights_url is None:
+        return None
+    return _cached(size.weights_url, cache_dir() / size.weights_file, size.weights_md5)
 
 
 def _md5(path: Path) -> str:
@@ -85,19 +86,23 @@ def _md5(path: Path) -> str:
 def _cached(url: str, path: Path, md5: str | None) -> Path:
     if not path.exists():
         download(url, path, md5)
-    elif md5 is not None and (found := _md5(path)) != md5:
-        raise UserError(
-            f"{path} is not the official file: its md5 is {found}, expected {md5}. Move it away and run again to "
-            f"download {url}, or use it as it is with --pretrain_weights {path}"
-        )
+    elif md5 is not None:
+        actual = _md5(path)
+        if actual != md5:
+            raise UserError(
+                f"{path} is not the official file: its md5 is {actual}, expected {md5}. Move it "
+                f"away and run again to download {url}, or use it as it is with "
+                f"--pretrain_weights {path}"
+            )
     return path
 
 
 def download(url: str, path: Path, md5: str | None = None) -> None:
     """Fetch `url` into `path` by way of PATH.part, checked by its length and, where given, its md5.
 
-    A transfer that breaks goes on where it stopped; so does the .part file of a run that was killed, if an md5 can
-    tell that both halves belong together. Raises UserError with the URL and the place; then no .part file is left.
+    A transfer that breaks goes on where it stopped; so does the .part file of a run that was
+    killed, if an md5 can tell that both halves belong together. Raises UserError with the URL and
+    the path; then no .part file is left.
     """
     part = path.with_name(path.name + ".part")
     print(f"Downloading {url} to {path}", flush=True)
@@ -105,32 +110,34 @@ def download(url: str, path: Path, md5: str | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if md5 is None:
             part.unlink(missing_ok=True)
-        so_far = -1
+        size_before = None
         while not _transfer(url, part, path.name):
-            if part.stat().st_size <= so_far:
-                raise ConnectionError(f"the transfer breaks off at {so_far} bytes again and again")
-            so_far = part.stat().st_size
+            size = part.stat().st_size
+            if size_before is not None and size <= size_before:
+                raise ConnectionError(f"the transfer breaks off at {size_before} bytes every time")
+            size_before = size
             time.sleep(PAUSE)
-        if md5 is not None and (found := _md5(part)) != md5:
-            raise ValueError(f"its md5 is {found}, expected {md5}")
+        if md5 is not None:
+            actual = _md5(part)
+            if actual != md5:
+                raise ValueError(f"its md5 is {actual}, expected {md5}")
         part.replace(path)
-    except (
-        OSError,
-        http.client.HTTPException,
-        ValueError,
-    ) as error:  # OSError: no network, HTTP 4xx, a full disk
+    # OSError: no network, HTTP 4xx, a full disk
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if part.exists():  # where the folder is a file, unlink itself would fail
             part.unlink()
         raise UserError(
-            f"could not download {url} ({error}). Run again, or download it in another way and put it here: {path} "
-            "(or anywhere, with --pretrain_weights PATH)"
+            f"could not download {url} ({error}). Run again, or download it in another way and put "
+            f"it here: {path} (or anywhere, with --pretrain_weights PATH)"
         ) from error
 
 
 def _transfer(url: str, part: Path, label: str) -> bool:
-    """One request for what `part` has not yet; whether it is whole now."""
+    """Request what is missing in `part` and append it; returns whether it is complete now."""
     start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(url)
+    if start:
+        request.add_header("Range", f"bytes={start}-")
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -142,12 +149,10 @@ def _transfer(url: str, part: Path, label: str) -> bool:
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        with (
-            open(part, "ab" if start else "wb") as file,
-            tqdm(
-                total=total, initial=start, unit="B", unit_scale=True, desc=label, disable=None
-            ) as bar,
-        ):
+        progress = tqdm(
+            total=total, initial=start, unit="B", unit_scale=True, desc=label, disable=None
+        )
+        with open(part, "ab" if start else "wb") as file, progress:
             while True:
                 try:
                     chunk = response.read1(CHUNK)
@@ -156,7 +161,7 @@ def _transfer(url: str, part: Path, label: str) -> bool:
                 if not chunk:
                     return total is None or file.tell() >= total
                 file.write(chunk)
-                bar.update(len(chunk))
+                progress.update(len(chunk))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -176,9 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, size in SIZES.items():
         if size.weights_url:
             path = cache_dir() / size.weights_file
-            print(
-                f"{name:<11} {size.weights_url}  md5 {size.weights_md5}  {'in' if path.exists() else 'not in'} {path}"
-            )
+            state = "in" if path.exists() else "not in"
+            print(f"{name:<11} {size.weights_url}  md5 {size.weights_md5}  {state} {path}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rfdetr.models.detector import Detector
 from rfdetr.settings import DetectorTraining
 from rfdetr.weights import checkpoint
 from rfdetr.weights.download import find_weights
-from rfdetr.weights.official import load_pretrained
+from rfdetr.weights.fitting import load_pretrained
 
 
 def start_from(
@@ -23,36 +23,29 @@ def start_from(
     exclude: list[str],
     backbone: Path | None = None,
 ) -> Tensor | None:
-    """Load pretrained weights into a new model and print what was loaded, skipped and left as it was.
+    """Load pretrained weights into a new model; print what was loaded, skipped and left as it was.
 
-    Class rows go to the class of the same name; from COCO's head to COCO's, every row goes to itself. `backbone`: a
-    file with DINOv2's weights alone, taken instead of `weights`.  Returns the content hashes of the images that the
-    weights were trained on, as far as known.
+    Class rows go to the class of the same name; from COCO's head to COCO's, every row goes to
+    itself. `backbone`: a file with DINOv2's weights alone, taken instead of `weights`.
+    Returns the content hashes of the images that the weights were trained on, as far as known;
+    None without weights.
     """
     if weights is None and backbone is None:
         if distributed.is_main():
             tick("Weights: none, training from scratch")
         return None
-    content = (
-        checkpoint.load_backbone(backbone, model.size.patch)
-        if backbone
-        else checkpoint.load(weights)
-    )
-    source, state = checkpoint.table_of(content), content["model"]
-    if source.is_coco and table.background == 0:
-        pairs = {row: row for row in range(source.rows_total)}
+    if backbone is not None:
+        content = checkpoint.load_backbone(backbone, model.size.patch)
     else:
-        pairs = {
-            row: source.rows[source.names.index(n)]
-            for n, row in zip(table.names, table.rows)
-            if n in source.names
-        }
-    for name, own in model.state_dict().items():
+        content = checkpoint.load(weights)
+    state = content["model"]
+    source_row = _source_rows(checkpoint.table_of(content), table)
+    for name, head in model.state_dict().items():
         if is_class_head(name) and name in state:
-            rows = own.cpu().clone()
-            for row, other in pairs.items():
-                rows[row] = state[name][other]
-            state[name] = rows
+            prepared = head.cpu().clone()
+            for row, other in source_row.items():
+                prepared[row] = state[name][other]
+            state[name] = prepared
     report = load_pretrained(model, state, exclude)
     if distributed.is_main():
         tick(f"Weights: {backbone or weights}")
@@ -72,3 +65,12 @@ def start_detector(
         source = find_weights(settings.pretrain_weights, model.size)
     exclude = list(settings.pretrain_exclude_keys)
     return start_from(model, table, source, exclude, settings.backbone_weights)
+
+
+def _source_rows(source: ClassTable, table: ClassTable) -> dict[int, int]:
+    """{row of the new head: row of the pretrained one that it starts from}."""
+    if source.is_coco and table.background == 0:
+        return {row: row for row in range(source.rows_total)}
+    row_of = dict(zip(source.names, source.rows))
+    rows = zip(table.names, table.rows)
+    return {row: row_of[name] for name, row in rows if name in row_of}

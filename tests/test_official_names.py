@@ -26,7 +26,8 @@ from benchmarks.parity import (
 from rfdetr.console import UserError
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
-from rfdetr.weights.official import from_official, load_pretrained, official_names, to_official
+from rfdetr.weights.fitting import load_pretrained
+from rfdetr.weights.official import from_official, official_names, to_official
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OFFICIAL = [name for name, size in SIZES.items() if size.weights_url]
