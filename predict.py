@@ -20,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from rfdetr.cli import add_compile_flag, add_exif_flag
-from rfdetr.console import UserError, is_special_file, number, run_script, tick, warn
+from rfdetr.console import UserError, number, run_script, tick, warn
 from rfdetr.detr import RFDETR, read_image
 from rfdetr.device import compile_in_place
-from rfdetr.files import make_folder, write_json, writing_to
+from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.detections import Prediction
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}

@@ -33,7 +33,7 @@ class Stop(Exception):
 
 def set_up(argv):
     """None where this Python has what requirements.txt asks for; else the exit code of `argv` run inside .venv."""
-    from rfdetr.console import packages  # standard library only too
+    from rfdetr.requirements import packages  # standard library only too
 
     missing = packages(REQUIREMENTS)[1]
     if not missing:
@@ -208,7 +208,7 @@ def main(argv):
                          "from your system's packages, and start this with it: python3.12 quickstart.py\n"
                          % sys.version_info[:2])
         return 2
-    from rfdetr.console import lasting_output  # standard library only too
+    from rfdetr.streams import lasting_output  # standard library only too
 
     with lasting_output():
         try:

@@ -11,10 +11,11 @@ from functools import partial
 
 from rfdetr import main as shared
 from rfdetr.cli import add_common_flags, add_detector_flags, parse
-from rfdetr.console import keep_flags, number, run_script
+from rfdetr.console import number, run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import LossWeights
+from rfdetr.text import keep_flags
 from rfdetr.training.auto_batch import resolve_batch
 from rfdetr.training.objective import Objective, input_sides
 from rfdetr.training.optim import make_trainer, parameter_groups

@@ -15,13 +15,14 @@ from rfdetr import distributed
 from rfdetr import main as shared
 from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
-from rfdetr.console import UserError, boolean, keep_flags, number, run_script, tick, warn
+from rfdetr.console import UserError, boolean, number, run_script, tick, warn
 from rfdetr.data.faults import require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.device import free_memory_mb
 from rfdetr.files import write_json
 from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.sizes import SIZES, LossWeights
+from rfdetr.text import keep_flags
 from rfdetr.training.auto_batch import resolve_batch
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache
 from rfdetr.training.frozen import MaskObjective

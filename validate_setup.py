@@ -11,18 +11,10 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from rfdetr.console import (
-    UserError,
-    banner,
-    boolean,
-    number,
-    packages,
-    printable,
-    run_script,
-    tick,
-    warn,
-)
+from rfdetr.console import UserError, banner, boolean, number, run_script, tick, warn
+from rfdetr.requirements import packages
 from rfdetr.sizes import SIZES, check_resolution
+from rfdetr.text import printable
 
 TEST_ONLY = {"pytest", "hypothesis"}
 PICTURES = (".webp", ".png", ".jpg")

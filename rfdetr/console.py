@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import multiprocessing
 import os
-import platform
-import re
-import shlex
 import signal
-import stat
 import sys
-import threading
-import time
 import traceback
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from importlib import metadata
-from pathlib import Path
-from typing import TextIO
+
+from rfdetr.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
+from rfdetr.sigterm import kill_loaders, leave, watch_sigterm
+from rfdetr.streams import lasting_output
+from rfdetr.text import printable
 
 TICK, WARN = "✓", "⚠"
 MOST = 10**9  # that a flag may say: what is larger is a slip, and no library takes it
-GRACE = 8.0  # seconds from SIGTERM to the end of a script that hangs
-
-OUT_OF_MEMORY_ADVICE = (
-    "What is left: a smaller --batch, --resolution or --size, --grad_checkpoint 1, --multi_scale 0, --amp bf16 where "
-    "the hardware has it, or --device cpu"
-)
 
 
 class UserError(Exception):
@@ -46,16 +33,6 @@ class Stopped(BaseException):
     def __init__(self, code: int):
         super().__init__(f"stopped with exit status {code}")
         self.code = code
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the main memory had no more: CUDA, cuBLAS, MPS, torch on Linux and Windows, NumPy."""
-    texts = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    return (
-        isinstance(error, MemoryError)
-        or isinstance(error, RuntimeError)
-        and any(t in str(error) for t in texts)
-    )
 
 
 def boolean(text: str) -> bool:
@@ -82,56 +59,6 @@ def number(kind: type, low: float = -MOST, high: float = MOST) -> Callable[[str]
     return parse
 
 
-def packages(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
-    """({name: installed version} of this Python and each line "name>=version" of that file, {name: the least that it
-    needs} of those that are missing or older)."""
-
-    def release(
-        version: str,
-    ) -> list[int]:  # the leading numbers, padded: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]
-        numbers = [int(number or 0) for number in re.match(r"[\d.]*", version).group().split(".")]
-        return numbers + [0] * (6 - len(numbers))
-
-    lines = Path(requirements).read_text(encoding="utf-8")
-    needed, found = dict(re.findall(r"^([\w-]+)>=([\d.]+)", lines, re.MULTILINE)), {}
-    for name in needed:
-        try:
-            found[name] = metadata.version(name) or "damaged"  # None for a package half removed
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    found, needed = {"python": platform.python_version(), **found}, {"python": "3.10", **needed}
-    return found, {
-        name: least for name, least in needed.items() if release(found[name]) < release(least)
-    }
-
-
-def is_special_file(path: str | Path) -> bool:
-    """Whether a pipe, a socket or a device is there: opening or reading one may wait for ever."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # nothing there, no rights, no path
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def keep_flags(names: list[str]) -> str:
-    """shrink_head.py's --keep for these classes in this order, to be pasted into a shell.
-
-    A name that looks like a flag is given with an =, which argparse takes for a value.
-    """
-    words, listing = [], False
-    for name in names:
-        if name.startswith("-"):
-            words.append(shlex.quote(f"--keep={name}"))
-            listing = False
-            continue
-        if not listing:
-            words.append("--keep")
-        words.append(f'"{name}"' if re.fullmatch(r"[\w .-]+", name) else shlex.quote(name))
-        listing = True
-    return " ".join(words)
-
-
 def first_to_say(what: str) -> bool:
     """Whether no other process of the run has said this yet; True where it cannot be told."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -143,19 +70,6 @@ def first_to_say(what: str) -> bool:
         store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"said {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {what}", 1) == 1
     return True
-
-
-def is_control(character: str) -> bool:
-    """Whether a character moves a cursor, breaks a line or cannot be written at all (half a surrogate pair)."""
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-
-
-def printable(text: object) -> str:
-    """As text on one line, control characters as escapes: names in a dataset or on a disk may hold anything."""
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(repr(c)[1:-1] if is_control(c) else c for c in text)
 
 
 def tick(message: str) -> None:
@@ -177,99 +91,6 @@ def banner(title: str, rows: dict[str, object]) -> None:
     print(flush=True)
 
 
-class _LastingStream:
-    """A text stream whose words go nowhere once nobody reads them: a closed pipe or terminal, a full disk."""
-
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        self._attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._attempt(self.stream.flush)
-
-    def _attempt(self, method: Callable, *values: str) -> None:
-        try:
-            method(*values)
-        except UnicodeError:
-            raise
-        except (OSError, ValueError):  # a stream that Python has closed gives ValueError
-            # what it still holds would fail once more when the interpreter ends
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
-
-
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Inside, a console that is or goes away (`>&-`, `| head`, a closed terminal) ends nothing."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except (
-            OSError
-        ):  # closed: the next file that is opened would get what is meant for the console
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    streams = sys.stdout, sys.stderr
-    lasting = [
-        _LastingStream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams
-    ]
-    for one in lasting:
-        if hasattr(one.stream, "reconfigure"):  # a Windows console's code page may lack the tick
-            one.stream.reconfigure(errors="replace")
-    sys.stdout, sys.stderr = lasting
-    try:
-        yield
-    finally:
-        for one in lasting:
-            one.flush()
-        sys.stdout, sys.stderr = streams
-
-
-def _leave(number: int, frame: object) -> None:
-    sys.exit(128 + number)  # files are closed on the way
-
-
-def _kill_loaders() -> None:
-    """End the processes that load data, which have nothing to keep: one that hangs would hold up the end."""
-    children = multiprocessing.active_children()
-    if children and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an error
-    for child in children:
-        child.kill()
-
-
-@functools.cache
-def _watch_sigterm() -> None:
-    """Have a thread end the process GRACE seconds after a SIGTERM that _leave has not ended it by.
-
-    The main thread may be in a C call, where no handler runs, or wait for another thread on its way out.
-    """
-    if not hasattr(os, "fork"):  # on Windows a process is ended from outside, at once
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(
-        after_in_child=lambda: signal.set_wakeup_fd(-1)
-    )  # the loader's processes get signals, too
-
-    def watch() -> None:
-        while number := os.read(reader, 1):
-            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _leave:
-                time.sleep(GRACE)
-                if signal.getsignal(signal.SIGTERM) is _leave:
-                    for child in multiprocessing.active_children():
-                        child.kill()
-                    os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script's main(argv) and leave with its exit status.
 
@@ -277,12 +98,12 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     own code. `--debug` shows tracebacks. A console that goes away changes nothing.
     """
     with lasting_output():  # first: a pipe of ours is no console
-        signal.signal(signal.SIGTERM, _leave)
-        _watch_sigterm()
+        signal.signal(signal.SIGTERM, leave)
+        watch_sigterm()
         try:
             _run(main, argv)
         except SystemExit:
-            _kill_loaders()
+            kill_loaders()
             raise
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,15 @@ import numpy as np
 import torch
 
 from rfdetr.console import UserError
+
+
+def is_special_file(path: str | Path) -> bool:
+    """Whether a pipe, a socket or a device is there: opening or reading one may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing there, no rights, no path
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 @contextlib.contextmanager

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 import shrink_head
 from rfdetr.classes import assign_rows
-from rfdetr.console import keep_flags, lasting_output
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
+from rfdetr.streams import lasting_output
+from rfdetr.text import keep_flags
 from rfdetr.weights import checkpoint
 from train_seg_stage2 import unshrunk_message
 
@@ -156,7 +157,7 @@ WAITS = {
 @pytest.mark.parametrize("what", WAITS)
 def test_sigterm_ends_a_script_whatever_it_waits_for(what, tmp_path):
     body = (
-        "import os, rfdetr.console\nrfdetr.console.GRACE = 0.5\nprint('waits', flush=True)\n"
+        "import os, rfdetr.sigterm\nrfdetr.sigterm.GRACE = 0.5\nprint('waits', flush=True)\n"
         + WAITS[what]
     )
     words = script(body)
@@ -174,8 +175,8 @@ def test_sigterm_ends_a_script_whatever_it_waits_for(what, tmp_path):
 def test_a_workers_sigterm_is_not_its_parents(tmp_path):
     """A loader ends its processes by SIGTERM; they were forked with the parent's handlers."""
     body = """
-import multiprocessing, time, rfdetr.console
-rfdetr.console.GRACE = 0.2
+import multiprocessing, time, rfdetr.sigterm
+rfdetr.sigterm.GRACE = 0.2
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
 worker.start()
 time.sleep(0.3)

@@ -21,9 +21,9 @@ from PIL import Image
 from rfdetr.console import UserError
 from rfdetr.files import atomic_write, write_json
 from rfdetr.metrics.coco_eval import CocoEvaluator
+from rfdetr.runs import environment as environment_module
 from rfdetr.runs import log, record
 from rfdetr.runs.environment import environment
-from rfdetr.runs.environment import environment as environment_module
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
 from rfdetr.runs.lock import LOCK, lock_run, unlock_run
 from rfdetr.runs.record import Run

@@ -13,11 +13,12 @@ from torchvision.ops import batched_nms
 
 from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
-from rfdetr.console import UserError, is_out_of_memory, warn
+from rfdetr.console import UserError, warn
 from rfdetr.data.augment import to_model_input
 from rfdetr.device import Precision, release_memory
 from rfdetr.inference.visualise import class_colours, draw
 from rfdetr.masks import encode
+from rfdetr.memory import is_out_of_memory
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
 

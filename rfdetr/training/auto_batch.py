@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rfdetr import distributed
-from rfdetr.console import is_out_of_memory, tick
+from rfdetr.console import tick
 from rfdetr.data.loaders import Batch
 from rfdetr.device import free_memory_mb, memory_mb, release_memory
+from rfdetr.memory import is_out_of_memory
 
 OBJECTS = 30  # an image full of objects: the worst case that is tried
 HEADROOM = 0.8  # of the memory that is free, since a CPU does not refuse but swaps

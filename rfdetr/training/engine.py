@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rfdetr import distributed
-from rfdetr.console import OUT_OF_MEMORY_ADVICE, UserError, is_out_of_memory, warn
+from rfdetr.console import UserError, warn
 from rfdetr.data.loaders import Batch
 from rfdetr.device import memory_mb, release_memory
+from rfdetr.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 
 COUNTS = (
     "objects",

@@ -12,8 +12,9 @@ from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
 from rfdetr.classes import COCO_ROWS, assign_rows
-from rfdetr.console import UserError, is_out_of_memory
+from rfdetr.console import UserError
 from rfdetr.device import Precision, memory_mb
+from rfdetr.memory import is_out_of_memory
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.auto_batch import OBJECTS, random_batch

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rfdetr import distributed
-from rfdetr.console import GRACE, Stopped, UserError, warn
+from rfdetr.console import Stopped, UserError, warn
 from rfdetr.data.loaders import STOP_SIGNALS, Batch, check_unread, note_unread
 from rfdetr.files import write_json
+from rfdetr.sigterm import GRACE
 from rfdetr.training.engine import Trainer, random_states, set_random_states
 from rfdetr.weights import checkpoint
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from rfdetr import classes
 from rfdetr.classes import ClassTable
-from rfdetr.console import UserError, is_special_file
-from rfdetr.files import atomic_write
+from rfdetr.console import UserError
+from rfdetr.files import atomic_write, is_special_file
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, ModelSize, check_resolution, size_from_dict
 from rfdetr.weights import official as convert
