@@ -33,9 +33,9 @@ class Stop(Exception):
 
 def set_up(argv):
     """None where this Python has what requirements.txt asks for; else the exit code of `argv` run inside .venv."""
-    from rfdetr.requirements import packages  # standard library only too
+    from rfdetr.requirements import installed_and_missing  # standard library only too
 
-    missing = packages(REQUIREMENTS)[1]
+    missing = installed_and_missing(REQUIREMENTS)[1]
     if not missing:
         return None
     print("This Python lacks %s. They are kept in %s; PyTorch is large." % (", ".join(missing), VENV))

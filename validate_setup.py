@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rfdetr.console import UserError, banner, boolean, number, run_script, tick, warn
-from rfdetr.requirements import packages
+from rfdetr.requirements import installed_and_missing
 from rfdetr.sizes import SIZES, check_resolution
 from rfdetr.text import printable
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         if path and path.is_file() and args.dataset.resolve() in path.resolve().parents:
             raise UserError(f"{path} is a file of the dataset, which is only read: name another")
 
-    found, needed = packages(Path(__file__).with_name("requirements.txt"))
+    found, needed = installed_and_missing(Path(__file__).with_name("requirements.txt"))
     lacking = [
         f"{name} is {found[name]}, {needed[name]} or newer is needed"
         for name in needed

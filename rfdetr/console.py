@@ -1,23 +1,32 @@
-"""What the scripts share about the command line: errors, flags, packages and printing."""
+"""What the scripts say and how they end: messages, exit codes, types of flags.
+
+One voice under torchrun, where every process runs the same code: `say`, `tick`, `banner` and
+`progress_bar` are the main process's. What `warn` and an error say may concern one process alone:
+the first process to say it prints it, and no other repeats it. No caller asks who it is.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
 
 from rfdetr.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from rfdetr.sigterm import kill_loaders, leave, watch_sigterm
 from rfdetr.streams import lasting_output
 from rfdetr.text import printable
 
-TICK, WARN = "✓", "⚠"
-MOST = 10**9  # that a flag may say: what is larger is a slip, and no library takes it
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+TICK = "✓"
+WARN = "⚠"
+LARGEST = 10**9  # of a flag's value: what is larger is a slip, and no library takes it
 
 
 class UserError(Exception):
@@ -25,9 +34,9 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved its state; `code` is the exit status.
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved its state; `code`: exit status.
 
-    It may be raised anywhere by a signal, so that no `except Exception` on the way may take it for an error.
+    A BaseException: a signal may raise it anywhere, and no `except Exception` may swallow it.
     """
 
     def __init__(self, code: int):
@@ -45,59 +54,95 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected 0, 1, true, false, yes or no, got {text!r}")
 
 
-def number(kind: type, low: float = -MOST, high: float = MOST) -> Callable[[str], float]:
+def number(kind: type, low: float = -LARGEST, high: float = LARGEST) -> Callable[[str], float]:
     """argparse type: an int or float within [low, high]; the error names the accepted range."""
 
     def parse(text: str):
-        with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:  # never true of nan
-                return value
-        raise argparse.ArgumentTypeError(
-            f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}"
-        )
+        expected = f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(expected) from None
+        if not low <= value <= high:  # true of nan, too
+            raise argparse.ArgumentTypeError(expected)
+        return value
 
     return parse
 
 
-def first_to_say(what: str) -> bool:
-    """Whether no other process of the run has said this yet; True where it cannot be told."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return True
-    from torch.distributed import TCPStore  # this module is read where torch is missing, too
+# ---------------------------------------------------------------- messages
 
-    with contextlib.suppress(KeyError, ValueError, RuntimeError):
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"said {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {what}", 1) == 1
-    return True
+
+def say(text: str = "") -> None:
+    """Print text of one or several lines as it is."""
+    if _is_main_process():
+        print(text, flush=True)
 
 
 def tick(message: str) -> None:
-    if first_to_say(message):
-        print(f"{TICK} {printable(message)}", flush=True)
+    """Print `message` after a tick, on one line."""
+    say(f"{TICK} {printable(message)}")
 
 
 def warn(message: str) -> None:
-    if first_to_say(message):
+    """Print `message` after a warning sign, on one line."""
+    if _is_first_to_say(message):
         print(f"{WARN} {printable(message)}", flush=True)
 
 
 def banner(title: str, rows: dict[str, object]) -> None:
-    """Print a stage's banner and its `Name: value` rows."""
-    width = max(len(title) + 4, 60)
-    print("=" * width + f"\n  {title}\n" + "=" * width)
+    """Print a stage's title and its `Name: value` rows."""
+    line = "=" * max(len(title) + 4, 60)
+    say(f"{line}\n  {title}\n{line}")
     for name, value in rows.items():
-        print(f"{name + ':':<13} {printable(value)}")
-    print(flush=True)
+        say(f"{name + ':':<13} {printable(value)}")
+    say()
+
+
+def progress_bar(items: Iterable, title: str) -> tqdm:
+    """A tqdm bar over `items`, which leaves no line behind."""
+    from tqdm import tqdm  # here: this module has to load where packages are missing
+
+    return tqdm(items, desc=title, leave=False, disable=not _is_main_process())
+
+
+def _is_only_process() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _is_main_process() -> bool:
+    # torchrun's variables: there is something to say before torch.distributed has started
+    return _is_only_process() or os.environ.get("RANK", "0") == "0"
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other process of the run has said this yet; True where that is unknown."""
+    if _is_only_process():
+        return True
+    from torch.distributed import TCPStore  # here: this module has to load without torch
+
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    try:
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        times = store.add(f"said {restart} {message}", 1)
+    except (KeyError, ValueError, RuntimeError):  # the agent that keeps the store has gone
+        return True
+    return times == 1
+
+
+# ---------------------------------------------------------------- the end of a script
 
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script's main(argv) and leave with its exit status.
 
-    UserError: one paragraph on stderr, 2. Ctrl-C: 130, SIGTERM: 143, after GRACE seconds at the latest. Stopped: its
-    own code. `--debug` shows tracebacks. A console that goes away changes nothing.
+    UserError and OSError: one paragraph on stderr, 2. Ctrl-C: 130. SIGTERM: 143, after GRACE
+    seconds at the latest. Stopped: its own code. Any other error: 1. `--debug` shows tracebacks.
+    A console that goes away changes nothing.
     """
-    with lasting_output():  # first: a pipe of ours is no console
+    with lasting_output():  # first: the pipe of watch_sigterm is no console
         signal.signal(signal.SIGTERM, leave)
         watch_sigterm()
         try:
@@ -111,32 +156,30 @@ def _run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> No
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         main(argv)
-    except (UserError, OSError) as error:  # the system's refusals name their file
+    except (UserError, OSError) as error:  # an OSError names its file
         if debug:
             traceback.print_exc()
-        if first_to_say("why it ends"):
-            # one paragraph, whatever names hold
-            lines = [printable(line) for line in str(error).splitlines() if line.strip()]
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
-        sys.exit(2)
+        lines = [printable(line) for line in str(error).splitlines() if line.strip()]
+        _end("\n".join(lines), 2)
     except Stopped as stopped:
         sys.exit(stopped.code)
     except KeyboardInterrupt:
-        if first_to_say("why it ends"):
-            print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _end("interrupted", 130)
     except Exception as error:
         if debug:
             raise
-        reason, status = " ".join(str(error).split()), 1
-        message = f"error: unexpected {type(error).__name__}: {reason}"
-        advice = "This is a defect of the program. Run the command again with --debug to see where it happened."
+        reason = " ".join(str(error).split())
         if is_out_of_memory(error):
-            message, advice, status = (
-                f"out of memory ({reason or 'main memory'})",
-                OUT_OF_MEMORY_ADVICE,
-                2,
-            )
-        if first_to_say("why it ends"):
-            print(message, advice, sep="\n", file=sys.stderr, flush=True)
-        sys.exit(status)
+            _end(f"out of memory ({reason or 'main memory'})\n{OUT_OF_MEMORY_ADVICE}", 2)
+        _end(
+            f"error: unexpected {type(error).__name__}: {reason}\nThis is a defect of the program. "
+            "Run the command again with --debug to see where it happened.",
+            1,
+        )
+
+
+def _end(reason: str, status: int) -> NoReturn:
+    """Exit; of several processes that end, each for a reason of its own, the first one tells it."""
+    if _is_first_to_say("why it ends"):
+        print(reason, file=sys.stderr, flush=True)
+    sys.exit(status)

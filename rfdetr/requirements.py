@@ -1,4 +1,4 @@
-"""What requirements.txt asks for and what is there; standard library only."""
+"""Which packages requirements.txt asks for, and which are installed; standard library only."""
 
 from __future__ import annotations
 
@@ -7,25 +7,37 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+LEAST_PYTHON = "3.10"
 
-def packages(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
-    """({name: installed version} of this Python and each line "name>=version" of that file, {name: the least that it
-    needs} of those that are missing or older)."""
 
-    def release(
-        version: str,
-    ) -> list[int]:  # the leading numbers, padded: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]
-        numbers = [int(number or 0) for number in re.match(r"[\d.]*", version).group().split(".")]
-        return numbers + [0] * (6 - len(numbers))
+def installed_and_missing(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Compare this Python's packages with a file of lines "name>=version".
 
-    lines = Path(requirements).read_text(encoding="utf-8")
-    needed, found = dict(re.findall(r"^([\w-]+)>=([\d.]+)", lines, re.MULTILINE)), {}
-    for name in needed:
-        try:
-            found[name] = metadata.version(name) or "damaged"  # None for a package half removed
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    found, needed = {"python": platform.python_version(), **found}, {"python": "3.10", **needed}
-    return found, {
-        name: least for name, least in needed.items() if release(found[name]) < release(least)
-    }
+    Returns {name: installed version, or "missing" or "damaged"} of "python" and every line, and
+    {name: least version} of those that are missing or older.
+    """
+    text = Path(requirements).read_text(encoding="utf-8")
+    least = {"python": LEAST_PYTHON}
+    least.update(re.findall(r"^([\w-]+)>=([\d.]+)", text, re.MULTILINE))
+    installed = {name: _installed_version(name) for name in least}
+    missing = {}
+    for name, version in least.items():
+        if _numbers(installed[name]) < _numbers(version):
+            missing[name] = version
+    return installed, missing
+
+
+def _installed_version(name: str) -> str:
+    if name == "python":
+        return platform.python_version()
+    try:
+        return metadata.version(name) or "damaged"  # None for a package half removed
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _numbers(version: str) -> list[int]:
+    """The leading numbers of a version, padded with zeros: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]."""
+    leading = re.match(r"[\d.]*", version).group()
+    numbers = [int(number or 0) for number in leading.split(".")]
+    return numbers + [0] * (6 - len(numbers))

@@ -14,11 +14,12 @@ GRACE = 8.0  # seconds from SIGTERM to the end of a script that hangs
 
 
 def leave(number: int, frame: object) -> None:
-    sys.exit(128 + number)  # files are closed on the way
+    """Signal handler: end with exit status 128 + number; open files are closed on the way."""
+    sys.exit(128 + number)
 
 
 def kill_loaders() -> None:
-    """End the processes that load data, which have nothing to keep: one that hangs would hold up the end."""
+    """Kill the processes that load data: they have nothing to save, and one may hang."""
     children = multiprocessing.active_children()
     if children and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an error
@@ -28,26 +29,34 @@ def kill_loaders() -> None:
 
 @functools.cache
 def watch_sigterm() -> None:
-    """Have a thread end the process GRACE seconds after a SIGTERM that leave has not ended it by.
+    """Start a thread that ends the process GRACE seconds after a SIGTERM, if `leave` has not.
 
-    The main thread may be in a C call, where no handler runs, or wait for another thread on its way out.
+    `leave` runs in the main thread, which may be in a C call or wait for another thread.
     """
     if not hasattr(os, "fork"):  # on Windows a process is ended from outside, at once
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(
-        after_in_child=lambda: signal.set_wakeup_fd(-1)
-    )  # the loader's processes get signals, too
+    # a forked loader process gets signals of its own, which must not reach our pipe
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_end_after_sigterm, args=(reader,), daemon=True).start()
 
-    def watch() -> None:
-        while number := os.read(reader, 1):
-            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is leave:
-                time.sleep(GRACE)
-                if signal.getsignal(signal.SIGTERM) is leave:
-                    for child in multiprocessing.active_children():
-                        child.kill()
-                    os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _end_after_sigterm(reader: int) -> None:
+    """Read signal numbers from a pipe, for ever."""
+    while True:
+        number = os.read(reader, 1)
+        if not number:
+            return
+        if number[0] != signal.SIGTERM or not _leaves_on_sigterm():
+            continue
+        time.sleep(GRACE)
+        if _leaves_on_sigterm():  # a run may have begun to save its state meanwhile
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + signal.SIGTERM)
+
+
+def _leaves_on_sigterm() -> bool:
+    return signal.getsignal(signal.SIGTERM) is leave

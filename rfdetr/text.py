@@ -1,4 +1,4 @@
-"""Names that may hold anything, on a console and in a shell; standard library only."""
+"""Names that may hold anything, made safe for a console and for a shell; standard library only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import unicodedata
 
 
 def is_control(character: str) -> bool:
-    """Whether a character moves a cursor, breaks a line or cannot be written at all (half a surrogate pair)."""
+    """Whether a character moves a cursor, breaks a line or cannot be encoded (half a surrogate)."""
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def printable(text: object) -> str:
-    """As text on one line, control characters as escapes: names in a dataset or on a disk may hold anything."""
+    """`text` on one line, with control characters as escapes."""
     text = str(text)
     if text.isprintable():
         return text
@@ -21,18 +21,20 @@ def printable(text: object) -> str:
 
 
 def keep_flags(names: list[str]) -> str:
-    """shrink_head.py's --keep for these classes in this order, to be pasted into a shell.
+    """shrink_head.py's --keep flags for these classes in this order, to be pasted into a shell.
 
-    A name that looks like a flag is given with an =, which argparse takes for a value.
+    A name that begins with a dash is written as --keep=NAME: argparse would take it for a flag.
     """
-    words, listing = [], False
+    words = []
+    after_keep = False  # whether another name may follow without a new --keep
     for name in names:
         if name.startswith("-"):
             words.append(shlex.quote(f"--keep={name}"))
-            listing = False
+            after_keep = False
             continue
-        if not listing:
+        if not after_keep:
             words.append("--keep")
-        words.append(f'"{name}"' if re.fullmatch(r"[\w .-]+", name) else shlex.quote(name))
-        listing = True
+            after_keep = True
+        is_plain = re.fullmatch(r"[\w .-]+", name)
+        words.append(f'"{name}"' if is_plain else shlex.quote(name))
     return " ".join(words)

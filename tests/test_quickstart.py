@@ -79,7 +79,7 @@ def bare(tmp_path, monkeypatch):
     Bare.venv.mkdir(parents=True)
     (Bare.venv / "pyvenv.cfg").touch()
     monkeypatch.setattr(quickstart, "VENV", str(Bare.venv))
-    monkeypatch.setattr(requirements, "packages", lambda file: ({}, {"torch": "2.10"}))
+    monkeypatch.setattr(requirements, "installed_and_missing", lambda file: ({}, {"torch": "2.10"}))
     monkeypatch.setattr(quickstart, "run", run)
     monkeypatch.setattr(quickstart, "runs", lambda python, *arguments: arguments[1] in Bare.working)
     return Bare
@@ -125,12 +125,16 @@ def test_every_line_of_requirements_has_the_form_that_is_read():
 def test_versions_are_compared_as_numbers(tmp_path, monkeypatch, installed, least, fits):
     (tmp_path / "needs.txt").write_text(f"# a comment\n\nthing>={least}  # why\n")
     monkeypatch.setattr(metadata, "version", lambda name: installed)
-    assert requirements.packages(tmp_path / "needs.txt")[1] == ({} if fits else {"thing": least})
+    assert requirements.installed_and_missing(tmp_path / "needs.txt")[1] == (
+        {} if fits else {"thing": least}
+    )
 
 
 def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "needs.txt").write_text("pytest>=1.0\nno-such-package-anywhere>=1.0\n")
-    assert requirements.packages(tmp_path / "needs.txt")[1] == {"no-such-package-anywhere": "1.0"}
+    assert requirements.installed_and_missing(tmp_path / "needs.txt")[1] == {
+        "no-such-package-anywhere": "1.0"
+    }
 
 
 def test_this_environment_is_used_as_it_is(monkeypatch):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from rfdetr import distributed
 from rfdetr.console import tick
 from rfdetr.data.loaders import Batch
-from rfdetr.device import free_memory_mb, memory_mb, release_memory
-from rfdetr.memory import is_out_of_memory
+from rfdetr.device import free_memory_mb, memory_mb, release_memory, unless_out_of_memory
 
 OBJECTS = 30  # an image full of objects: the worst case that is tried
 HEADROOM = 0.8  # of the memory that is free, since a CPU does not refuse but swaps
@@ -57,23 +56,25 @@ def resolve_batch(
         )  # on this machine, perhaps
         args.batch = next((b for b in fits if b * each < HEADROOM * free), 1)
     args.accum = effective // args.batch
-    if distributed.is_main():
-        tick(
-            f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times (effective {effective})"
-        )
+    tick(
+        f"--batch auto: {args.batch} images at a time, accumulated {args.accum} times "
+        f"(effective {effective})"
+    )
 
 
 def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int) -> bool:
-    state = torch.get_rng_state()
-    model.train()
-    try:
+    """Whether a training step on so many images fits; weights and random states stay as they are."""
+
+    def step() -> bool:
         sum(losses(model, random_batch(images, resolution), float(OBJECTS)).values()).backward()
         return True
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
+
+    state = torch.get_rng_state()
+    device = next(model.parameters()).device
+    model.train()
+    try:
+        return unless_out_of_memory(step, device) is not None
     finally:
         model.zero_grad(set_to_none=True)
         torch.set_rng_state(state)
-        release_memory(next(model.parameters()).device)
+        release_memory(device)  # of a step that did fit, too: the training's own sizes differ

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rfdetr import distributed
-from rfdetr.console import Stopped, UserError, warn
+from rfdetr.console import Stopped, UserError, say, warn
 from rfdetr.data.loaders import STOP_SIGNALS, Batch, check_unread, note_unread
 from rfdetr.files import write_json
 from rfdetr.sigterm import GRACE
@@ -203,13 +203,10 @@ class CheckpointKeeper:
         """Save, say how to go on, and leave."""
         self.busy = True
         self.save(("checkpoint.pt",))
-        if distributed.is_main():
-            print(
-                f"\nstopped: the state is in {self.session.folder / 'checkpoint.pt'}. Go on with:"
-            )
-            # the run's own flags come back with it
-            words = [*distributed.launcher(), sys.argv[0], "--resume", str(self.session.folder)]
-            print("  " + shlex.join(words), flush=True)
+        # the run's own flags come back with it
+        words = [*distributed.launcher(), sys.argv[0], "--resume", str(self.session.folder)]
+        file = self.session.folder / "checkpoint.pt"
+        say(f"\nstopped: the state is in {file}. Go on with:\n  {shlex.join(words)}")
         raise Stopped(128 + (self.signal or signal.SIGTERM))
 
     def note_nan(self, images: list[int]) -> None:
@@ -223,9 +220,10 @@ class CheckpointKeeper:
             file = self.session.folder / "nan_batches.json"
             with self.session.run.optional(f"writing {file}"):
                 write_json(file, self.nan_batches)
-            warn(
-                f"the loss of step {progress.step} is not finite: skipped, its images are in nan_batches.json"
-            )
+        warn(
+            f"the loss of step {progress.step} is not finite: skipped, its images are in "
+            "nan_batches.json"
+        )
         if progress.nan_steps >= NAN_STEPS:
             raise UserError(
                 f"{NAN_STEPS} steps in a row had no finite loss. The best checkpoints so far are kept in "

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rfdetr import distributed
 from rfdetr.classes import ClassTable, is_class_head
-from rfdetr.console import tick
+from rfdetr.console import say, tick
 from rfdetr.models.detector import Detector
 from rfdetr.weights import checkpoint
 from rfdetr.weights.official import load_pretrained
@@ -28,8 +27,7 @@ def start_from(
     weights were trained on, as far as known.
     """
     if weights is None and backbone is None:
-        if distributed.is_main():
-            tick("Weights: none, training from scratch")
+        tick("Weights: none, training from scratch")
         return None
     content = (
         checkpoint.load_backbone(backbone, model.size.patch)
@@ -52,7 +50,6 @@ def start_from(
                 rows[row] = state[name][other]
             state[name] = rows
     report = load_pretrained(model, state, exclude)
-    if distributed.is_main():
-        tick(f"Weights: {backbone or weights}")
-        print(report.summary(), flush=True)
+    tick(f"Weights: {backbone or weights}")
+    say(report.summary())
     return checkpoint.trained_on(content)
