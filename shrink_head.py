@@ -7,13 +7,13 @@ python shrink_head.py --in_ckpt RUN/checkpoint_best_regular.pth --out_ckpt RUN/c
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 
 from rfdetr.classes import background_row, is_class_head
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place
+from rfdetr.runs.metrics_file import highest_box_map
 from rfdetr.weights import checkpoint
 
 
@@ -75,18 +75,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def say_which_weights_are_better(path: Path) -> None:
     """Tell from the run's metrics.json whether its regular or its EMA weights scored higher."""
-    try:
-        epochs = json.loads((path.parent / "metrics.json").read_text(encoding="utf-8"))["epochs"]
-        best = {}
-        for name, key in (("regular", "valid"), ("ema", "valid_ema")):
-            scores = [epoch[key]["bbox"]["mAP"] for epoch in epochs if epoch.get(key)]
-            best[name] = max(score for score in scores if score is not None)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # no such file, another one, or a run without these scores
+    best = highest_box_map(path.parent)
+    if len(best) < 2:  # no such file, or a run without these scores
         return
     better, other = sorted(best, key=best.get, reverse=True)
     scores = f"valid bbox/mAP {best[better]:.3f}, {other} {best[other]:.3f}"

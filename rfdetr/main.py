@@ -34,7 +34,8 @@ from rfdetr.metrics.coco_eval import format_table
 from rfdetr.models.detector import Detector
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
-from rfdetr.runs.record import Run, test_is_scored
+from rfdetr.runs.metrics_file import test_is_scored
+from rfdetr.runs.record import Run
 from rfdetr.sizes import SIZES, ModelSize
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.keeper import Awaited, CheckpointKeeper

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rfdetr.console import UserError, warn
-from rfdetr.runs.folder import start_command
+from rfdetr.runs.log import start_command
 from rfdetr.training.engine import Progress
 from rfdetr.weights import checkpoint
 
