@@ -4,8 +4,7 @@
     python quickstart.py --dataset DIR        on your own images
     python quickstart.py --test [PYTEST ...]  runs the tests instead
 
-Standard library only, and no syntax that an old Python cannot parse: it has to tell such a Python
-what is needed.
+Standard library only, and no syntax that an old Python cannot parse: it tells it what is needed.
 """
 
 import argparse
@@ -66,9 +65,9 @@ def install_requirements():
     code = run(["-m", "pip", "install", "--disable-pip-version-check", "-r", REQUIREMENTS])
     if code:
         raise Stop(
-            stop_code(code),
-            "pip could not install requirements.txt; above it says why, mostly the network, a full "
-            "disk or a Python too new for PyTorch. Mend that and start this again.",
+            130 if code == 130 else 2,
+            "pip could not install requirements.txt: see above; mostly the network, a full disk or "
+            "a Python too new for PyTorch. Mend that and start this again.",
         )
 
 
@@ -85,31 +84,22 @@ def make_venv(python):
 
     is_venv = os.path.exists(os.path.join(VENV, "pyvenv.cfg"))
     if os.path.lexists(VENV) and not is_venv:
-        raise Stop(
-            2,
-            "%s is in the way: it is no virtual environment. Move it elsewhere and start this "
-            "again." % VENV,
-        )
+        message = "%s is in the way: it is no virtual environment. Move it and start this again."
+        raise Stop(2, message % VENV)
     lacking = [module for module in ("venv", "ensurepip") if find_spec(module) is None]
     if lacking:
-        raise Stop(
-            2,
+        message = (
             "This Python (%s) lacks %s, which virtual environments need. On Debian and Ubuntu: "
             "sudo apt install python3-venv. Then start this again."
-            % (sys.executable, " and ".join(lacking)),
         )
+        raise Stop(2, message % (sys.executable, " and ".join(lacking)))
     command = ["-m", "venv", VENV]
     if not succeeds(python, "-c", ""):
         command.append("--clear")  # its Python has gone: nothing in it can be used any more
     code = run(command)
     if code:
-        message = "Making %s failed: see above. Mend that and start this again." % VENV
-        raise Stop(stop_code(code), message)
-
-
-def stop_code(code):
-    """Our exit code after a failed step of the set-up: 130 after Ctrl-C, else 2."""
-    return 130 if code == 130 else 2
+        message = "Making %s failed: see above. Mend that and start this again."
+        raise Stop(130 if code == 130 else 2, message % VENV)
 
 
 # ---------------------------------------------------------------- commands
@@ -167,14 +157,12 @@ def run_job(args):
     checkpoint = job.shrink(detector, weights)
     masks = job.train_masks(detector, checkpoint)
     job.evaluate(masks)
-    job.predict(masks)
-    stands = ";\n".join(job.stands)
-    use = ("--checkpoint", os.path.join(masks, "best.pt")) + job.flags("device")
-    own = shown(("predict.py",) + use + ("--input", "IMAGES", "--output", "found"))
+    pictures = os.path.join(masks, "predictions")
+    job.step(*job.predict_command(masks, job.annotated_images(), pictures))
     print("\n" + "=" * 60)
-    print("Done in %.0f s. On the valid split, %s;" % (time.time() - begin, stands))
-    print("Pictures: %s" % os.path.join(masks, "predictions"))
-    print("Your own images: %s" % own)
+    print("Done in %.0f s. On the valid split, %s;" % (time.time() - begin, ";\n".join(job.stands)))
+    print("Pictures: %s" % pictures)
+    print("Your own images: %s" % shown(job.predict_command(masks, "IMAGES", "found")))
 
 
 class Job(object):
@@ -288,15 +276,15 @@ class Job(object):
         command += self.flags("device", *DATA_FLAGS)
         self.step(*(command + ("--split", "valid", "--results", os.path.join(masks, "results"))))
 
-    def predict(self, masks):
-        """Draw what is found in the valid images, or in the training images."""
+    def predict_command(self, masks, images, output):
+        command = ("predict.py", "--checkpoint", os.path.join(masks, "best.pt"))
+        return command + self.flags("device") + ("--input", images, "--output", output)
+
+    def annotated_images(self):
+        """A folder of images to draw in: of the valid split where it has its own."""
         names = ("valid", "val2017", "train", "train2017")
         folders = [os.path.join(self.args.dataset, name) for name in names]
-        folder = next(filter(os.path.isdir, folders), self.args.dataset)
-        command = ("predict.py", "--checkpoint", os.path.join(masks, "best.pt"))
-        command += self.flags("device")
-        pictures = os.path.join(masks, "predictions")
-        self.step(*(command + ("--input", folder, "--output", pictures)))
+        return next(filter(os.path.isdir, folders), self.args.dataset)
 
 
 def default_size(device):

@@ -34,7 +34,7 @@ from rfdetr.metrics.coco_eval import format_table
 from rfdetr.models.detector import Detector
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
-from rfdetr.runs.metrics_file import test_is_scored
+from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.record import Run
 from rfdetr.sizes import SIZES, ModelSize
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
@@ -94,7 +94,7 @@ def begin(args: argparse.Namespace, kind: str) -> Session:
         if args.batch != args.resume_from["args"].get("batch"):
             progress.micro_batch = 0  # asked for anew
         if args.epochs <= progress.epoch and (
-            "test" not in splits or test_is_scored(args.output_dir)
+            "test" not in splits or has_test_scores(args.output_dir)
         ):
             raise UserError(
                 f"{args.output_dir} has finished its {progress.epoch} epochs. To train longer, give more: "

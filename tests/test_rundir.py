@@ -28,6 +28,7 @@ from rfdetr.runs import log, tensorboard
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
 from rfdetr.runs.lock import HOLDER, LOCK, lock_run, unlock_run
+from rfdetr.runs.metrics_file import best_scores, first_epochs, has_test_scores, highest_box_map
 from rfdetr.runs.record import Run
 
 with warnings.catch_warnings():
@@ -387,6 +388,34 @@ def test_a_damaged_metrics_file_is_set_aside(tmp_path, capsys, content):
     assert note in capsys.readouterr().out and note in (tmp_path / "log.txt").read_text(
         encoding="utf-8"
     )
+
+
+def epoch(number: int, regular: float | None, ema: float | None) -> dict:
+    return {
+        "epoch": number,
+        "valid": {"bbox": {"mAP": regular}},
+        "valid_ema": {"bbox": {"mAP": ema}},
+    }
+
+
+def test_what_others_ask_metrics_json_for(tmp_path):
+    assert not has_test_scores(tmp_path) and highest_box_map(tmp_path) == {}
+    with Run(tmp_path, HEADER) as run:
+        assert best_scores(tmp_path) == ("regular", {})
+        run.add_epoch(epoch(1, 0.25, None))
+        assert highest_box_map(tmp_path) == {"regular": 0.25}
+        run.add_epoch(epoch(2, 0.5, 0.75))
+        run.add_epoch({"epoch": 3})  # with --eval_every 2
+        run.set(best={"epoch": 2, "metric": "bbox/mAP", "value": 0.75, "weights": "ema"})
+        assert best_scores(tmp_path) == ("ema", {"bbox": {"mAP": 0.75}})
+        assert highest_box_map(tmp_path) == {"regular": 0.5, "ema": 0.75}
+        assert not has_test_scores(tmp_path)
+        run.set(test={"bbox": {"mAP": 0.5}})
+    assert has_test_scores(tmp_path)
+    epochs, best = first_epochs(tmp_path, 1)
+    assert [record["epoch"] for record in epochs] == [1] and best is None
+    (tmp_path / "metrics.json").write_text("[1]")
+    assert not has_test_scores(tmp_path) and highest_box_map(tmp_path) == {}
 
 
 def test_events_that_a_kill_cut_short_stay_readable(tmp_path, capsys):

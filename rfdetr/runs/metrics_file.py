@@ -22,7 +22,7 @@ def read_metrics(folder: str | Path) -> dict:
     return metrics
 
 
-def test_is_scored(folder: Path) -> bool:
+def has_test_scores(folder: Path) -> bool:
     """Whether a run has scored its test split, which is the last thing that it does."""
     try:
         return "test" in read_metrics(folder)
