@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -257,7 +259,7 @@ def test_a_run_belongs_to_one_process_until_it_ends(tmp_path, capsys):
     other.kill()
     other.join()
     with Run(tmp_path, HEADER):
-        lock_run(tmp_path)  # by the same process: nothing
+        lock_run(tmp_path / "tb" / "..")  # by the same process: nothing
         assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
     assert not list(tmp_path.glob("run.lock*")) and not list(tmp_path.glob("*.tmp"))
     said = capsys.readouterr().out
@@ -311,6 +313,21 @@ def test_a_lock_whose_number_another_process_has_now_is_taken_over(tmp_path, cap
     lock_run(tmp_path)
     unlock_run(tmp_path)
     assert "taken over" in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, capsys, monkeypatch):
+    def refuse(self, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    (tmp_path / HOLDER).write_text(json.dumps({"pid": os.getppid(), "host": platform.node()}))
+    with pytest.raises(UserError, match=f"process {os.getppid()} on"):
+        lock_run(tmp_path)
+    (tmp_path / HOLDER).unlink()
+    lock_run(tmp_path)
+    assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+    unlock_run(tmp_path)
+    assert "has no locks" in capsys.readouterr().out and os.listdir(tmp_path) == []
 
 
 def test_two_locks_in_turn_leave_nothing(tmp_path):
