@@ -19,10 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from rfdetr.cli import script_settings
-from rfdetr.console import UserError, is_special_file, run_script, tick, warn
+from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.detr import RFDETR, read_image
 from rfdetr.device import compile_in_place
-from rfdetr.files import make_folder, write_json, writing_to
+from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.detections import Prediction
 from rfdetr.settings import PredictionSettings
 

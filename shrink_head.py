@@ -13,7 +13,7 @@ from rfdetr.classes import ClassTable, background_row, is_class_head
 from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place
-from rfdetr.runs.record import best_of_each
+from rfdetr.runs.metrics_file import highest_box_map
 from rfdetr.settings import ShrinkSettings
 from rfdetr.weights import checkpoint
 
@@ -81,8 +81,8 @@ def print_rows(table: ClassTable, new_table: ClassTable) -> None:
 
 def say_which_weights_are_better(path: Path) -> None:
     """Whether the run's regular or its EMA weights scored higher, as far as its metrics.json tells."""
-    best = best_of_each(path.parent)
-    if best is None:
+    best = highest_box_map(path.parent)
+    if len(best) < 2:
         return
     better, other = sorted(best, key=best.get, reverse=True)
     scores = f"valid bbox/mAP {best[better]:.3f}, {other} {best[other]:.3f}"

@@ -10,11 +10,12 @@ from functools import partial
 
 from rfdetr.classes import ClassTable
 from rfdetr.cli import training_settings
-from rfdetr.console import keep_flags, run_script
+from rfdetr.console import run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
 from rfdetr.settings import DetectorSettings
+from rfdetr.text import keep_flags
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
 from rfdetr.training.session import (

@@ -16,7 +16,7 @@ from torch import nn
 from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
 from rfdetr.cli import training_settings
-from rfdetr.console import UserError, keep_flags, run_script, tick, warn
+from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.faults import CocoSplit, require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.files import write_json
@@ -24,6 +24,7 @@ from rfdetr.main import begin, finish, fit, open_run, predict_command
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.settings import SegmentationSettings, plain
+from rfdetr.text import keep_flags
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache, fits_in_memory
 from rfdetr.training.frozen import MaskObjective
 from rfdetr.training.objective import input_sides

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rfdetr.cli import script_settings
-from rfdetr.console import UserError, packages, run_script
+from rfdetr.console import UserError, run_script
+from rfdetr.requirements import installed_and_missing
 from rfdetr.settings import ValidationSettings
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_packages() -> dict[str, str]:
     """The installed versions by name; UserError where requirements.txt asks for others."""
-    installed, needed = packages(REQUIREMENTS)
+    installed, needed = installed_and_missing(REQUIREMENTS)
     lacking = []
     for name, least in needed.items():
         if name not in TEST_ONLY:

@@ -14,7 +14,6 @@ reading included, evaluation not); `epoch` is the best of valid segm/mAP, `after
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -74,7 +73,9 @@ def one_run(args: argparse.Namespace, head: str, views: str) -> list[str]:
             f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}"
         )
     whole = time.perf_counter() - begin
-    result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    from rfdetr.runs.metrics_file import read_metrics
+
+    result = read_metrics(folder)
     best, epochs = result["best"], result["epochs"]
     scores = epochs[best["epoch"] - 1]["valid_ema" if best["weights"] == "ema" else "valid"]
     mask, box = scores["segm"], scores["bbox"]["mAP"]

@@ -14,7 +14,6 @@ Random weights match no object, so every object keeps the query that fits it lea
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -126,6 +125,7 @@ def whole_process(device: str) -> None:
     """Run the script at batch 4 on a few images and print its peak memory."""
     from rfdetr.classes import ClassTable
     from rfdetr.models.detector import Detector
+    from rfdetr.runs.metrics_file import read_metrics
     from rfdetr.sizes import SIZES
     from rfdetr.weights import checkpoint
 
@@ -156,7 +156,7 @@ def whole_process(device: str) -> None:
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         # the second epoch's peak covers the first one's evaluation
-        epochs = json.loads((folder / cache / "metrics.json").read_text(encoding="utf-8"))["epochs"]
+        epochs = read_metrics(folder / cache)["epochs"]
         peak, what = (
             epochs[-1]["train"]["peak_memory_mb"],
             "allocated" if device == "cuda" else "resident",

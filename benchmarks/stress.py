@@ -35,6 +35,7 @@ from benchmarks.fuzz import KINDS as KINDS_OF_INPUT  # noqa: E402
 from benchmarks.fuzz import run_cases  # noqa: E402
 from rfdetr.console import run_script  # noqa: E402
 from rfdetr.data.demo import make_demo  # noqa: E402
+from rfdetr.runs.metrics_file import read_metrics  # noqa: E402
 from rfdetr.weights import checkpoint  # noqa: E402
 
 FLAGS = "--size tiny --resolution 32 --device cpu --batch 2 --min_steps 5 --epochs 2 --save_minutes 0 --run_test 1"
@@ -92,7 +93,7 @@ def plain(value):
 
 def figures(run: Path) -> dict:
     """metrics.json without the command, and without what is measured: times, rates and memory."""
-    metrics = json.loads((run / "metrics.json").read_bytes())
+    metrics = read_metrics(run)
     for record in metrics["epochs"]:
         record["train"] = {
             name: value for name, value in record["train"].items() if name not in MEASURED

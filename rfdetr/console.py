@@ -1,36 +1,32 @@
-"""What the scripts share about the command line: errors, flags, packages and printing."""
+"""What the scripts say and how they end: messages, exit codes, types of flags.
+
+One voice under torchrun, where every process runs the same code: `say`, `tick`, `banner` and
+`progress_bar` are the main process's. What `warn` and an error say may concern one process alone:
+the first process to say it prints it, and no other repeats it. No caller asks who it is.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import multiprocessing
 import os
-import platform
-import re
-import shlex
 import signal
-import stat
 import sys
-import threading
-import time
 import traceback
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from importlib import metadata
-from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, NoReturn
 
-TICK, WARN = "✓", "⚠"
-MOST = 10**9  # that a flag may say: what is larger is a slip, and no library takes it
-GRACE = 8.0  # seconds from SIGTERM to the end of a script that hangs
+from rfdetr.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
+from rfdetr.sigterm import kill_loaders, leave, watch_sigterm
+from rfdetr.streams import lasting_output
+from rfdetr.text import printable
 
-OUT_OF_MEMORY_ADVICE = (
-    "What is left: a smaller --batch, --resolution or --size, --grad_checkpoint 1, --multi_scale 0, --amp bf16 where "
-    "the hardware has it, or --device cpu"
-)
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+TICK = "✓"
+WARN = "⚠"
+LARGEST = 10**9  # of a flag's value: what is larger is a slip, and no library takes it
 
 
 class UserError(Exception):
@@ -38,24 +34,14 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved its state; `code` is the exit status.
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved its state; `code`: exit status.
 
-    It may be raised anywhere by a signal, so that no `except Exception` on the way may take it for an error.
+    A BaseException: a signal may raise it anywhere, and no `except Exception` may swallow it.
     """
 
     def __init__(self, code: int):
         super().__init__(f"stopped with exit status {code}")
         self.code = code
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the main memory had no more: CUDA, cuBLAS, MPS, torch on Linux and Windows, NumPy."""
-    texts = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    return (
-        isinstance(error, MemoryError)
-        or isinstance(error, RuntimeError)
-        and any(t in str(error) for t in texts)
-    )
 
 
 def boolean(text: str) -> bool:
@@ -68,227 +54,101 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected 0, 1, true, false, yes or no, got {text!r}")
 
 
-def number(kind: type, low: float = -MOST, high: float = MOST) -> Callable[[str], float]:
+def number(kind: type, low: float = -LARGEST, high: float = LARGEST) -> Callable[[str], float]:
     """argparse type: an int or float within [low, high]; the error names the accepted range."""
 
     def parse(text: str):
-        with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:  # never true of nan
-                return value
-        raise argparse.ArgumentTypeError(
-            f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}"
-        )
+        expected = f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(expected) from None
+        if not low <= value <= high:  # true of nan, too
+            raise argparse.ArgumentTypeError(expected)
+        return value
 
     return parse
 
 
-def packages(requirements: str | Path) -> tuple[dict[str, str], dict[str, str]]:
-    """({name: installed version} of this Python and each line "name>=version" of that file, {name: the least that it
-    needs} of those that are missing or older)."""
-
-    def release(
-        version: str,
-    ) -> list[int]:  # the leading numbers, padded: "2.10.0+cpu" -> [2, 10, 0, 0, 0, 0]
-        numbers = [int(number or 0) for number in re.match(r"[\d.]*", version).group().split(".")]
-        return numbers + [0] * (6 - len(numbers))
-
-    lines = Path(requirements).read_text(encoding="utf-8")
-    needed, found = dict(re.findall(r"^([\w-]+)>=([\d.]+)", lines, re.MULTILINE)), {}
-    for name in needed:
-        try:
-            found[name] = metadata.version(name) or "damaged"  # None for a package half removed
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    found, needed = {"python": platform.python_version(), **found}, {"python": "3.10", **needed}
-    return found, {
-        name: least for name, least in needed.items() if release(found[name]) < release(least)
-    }
+# ---------------------------------------------------------------- messages
 
 
-def is_special_file(path: str | Path) -> bool:
-    """Whether a pipe, a socket or a device is there: opening or reading one may wait for ever."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # nothing there, no rights, no path
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def keep_flags(names: list[str]) -> str:
-    """shrink_head.py's --keep for these classes in this order, to be pasted into a shell.
-
-    A name that looks like a flag is given with an =, which argparse takes for a value.
-    """
-    words, listing = [], False
-    for name in names:
-        if name.startswith("-"):
-            words.append(shlex.quote(f"--keep={name}"))
-            listing = False
-            continue
-        if not listing:
-            words.append("--keep")
-        words.append(f'"{name}"' if re.fullmatch(r"[\w .-]+", name) else shlex.quote(name))
-        listing = True
-    return " ".join(words)
-
-
-def first_to_say(what: str) -> bool:
-    """Whether no other process of the run has said this yet; True where it cannot be told."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return True
-    from torch.distributed import TCPStore  # this module is read where torch is missing, too
-
-    with contextlib.suppress(KeyError, ValueError, RuntimeError):
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"said {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {what}", 1) == 1
-    return True
-
-
-def is_control(character: str) -> bool:
-    """Whether a character moves a cursor, breaks a line or cannot be written at all (half a surrogate pair)."""
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-
-
-def printable(text: object) -> str:
-    """As text on one line, control characters as escapes: names in a dataset or on a disk may hold anything."""
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(repr(c)[1:-1] if is_control(c) else c for c in text)
-
-
-def tick(message: str) -> None:
-    if first_to_say(message):
-        print(f"{TICK} {printable(message)}", flush=True)
-
-
-def warn(message: str) -> None:
-    if first_to_say(message):
-        print(f"{WARN} {printable(message)}", flush=True)
-
-
-def say(text: str) -> None:
-    """Print once for all processes of a run."""
-    if first_to_say(text):
+def say(text: str = "") -> None:
+    """Print text of one or several lines as it is."""
+    if _is_main_process():
         print(text, flush=True)
 
 
+def tick(message: str) -> None:
+    """Print `message` after a tick, on one line."""
+    say(f"{TICK} {printable(message)}")
+
+
+def warn(message: str) -> None:
+    """Print `message` after a warning sign, on one line."""
+    if _is_first_to_say(message):
+        print(f"{WARN} {printable(message)}", flush=True)
+
+
 def banner(title: str, rows: dict[str, object]) -> None:
-    """Print a stage's banner and its `Name: value` rows."""
-    width = max(len(title) + 4, 60)
-    print("=" * width + f"\n  {title}\n" + "=" * width)
+    """Print a stage's title and its `Name: value` rows."""
+    line = "=" * max(len(title) + 4, 60)
+    say(f"{line}\n  {title}\n{line}")
     for name, value in rows.items():
-        print(f"{name + ':':<13} {printable(value)}")
-    print(flush=True)
+        say(f"{name + ':':<13} {printable(value)}")
+    say()
 
 
-class _LastingStream:
-    """A text stream whose words go nowhere once nobody reads them: a closed pipe or terminal, a full disk."""
+def progress_bar(items: Iterable, title: str) -> tqdm:
+    """A tqdm bar over `items`, which leaves no line behind."""
+    from tqdm import tqdm  # here: this module has to load where packages are missing
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        self._attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._attempt(self.stream.flush)
-
-    def _attempt(self, method: Callable, *values: str) -> None:
-        try:
-            method(*values)
-        except UnicodeError:
-            raise
-        except (OSError, ValueError):  # a stream that Python has closed gives ValueError
-            # what it still holds would fail once more when the interpreter ends
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
+    return tqdm(items, desc=title, leave=False, disable=not _is_main_process())
 
 
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Inside, a console that is or goes away (`>&-`, `| head`, a closed terminal) ends nothing."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except (
-            OSError
-        ):  # closed: the next file that is opened would get what is meant for the console
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    streams = sys.stdout, sys.stderr
-    lasting = [
-        _LastingStream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams
-    ]
-    for one in lasting:
-        if hasattr(one.stream, "reconfigure"):  # a Windows console's code page may lack the tick
-            one.stream.reconfigure(errors="replace")
-    sys.stdout, sys.stderr = lasting
+def _is_only_process() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _is_main_process() -> bool:
+    # torchrun's variables: there is something to say before torch.distributed has started
+    return _is_only_process() or os.environ.get("RANK", "0") == "0"
+
+
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other process of the run has said this yet; True where that is unknown."""
+    if _is_only_process():
+        return True
+    from torch.distributed import TCPStore  # here: this module has to load without torch
+
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     try:
-        yield
-    finally:
-        for one in lasting:
-            one.flush()
-        sys.stdout, sys.stderr = streams
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        times = store.add(f"said {restart} {message}", 1)
+    except (KeyError, ValueError, RuntimeError):  # the agent that keeps the store has gone
+        return True
+    return times == 1
 
 
-def _leave(number: int, frame: object) -> None:
-    sys.exit(128 + number)  # files are closed on the way
-
-
-def _kill_loaders() -> None:
-    """End the processes that load data, which have nothing to keep: one that hangs would hold up the end."""
-    children = multiprocessing.active_children()
-    if children and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an error
-    for child in children:
-        child.kill()
-
-
-@functools.cache
-def _watch_sigterm() -> None:
-    """Have a thread end the process GRACE seconds after a SIGTERM that _leave has not ended it by.
-
-    The main thread may be in a C call, where no handler runs, or wait for another thread on its way out.
-    """
-    if not hasattr(os, "fork"):  # on Windows a process is ended from outside, at once
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(
-        after_in_child=lambda: signal.set_wakeup_fd(-1)
-    )  # the loader's processes get signals, too
-
-    def watch() -> None:
-        while number := os.read(reader, 1):
-            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _leave:
-                time.sleep(GRACE)
-                if signal.getsignal(signal.SIGTERM) is _leave:
-                    for child in multiprocessing.active_children():
-                        child.kill()
-                    os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+# ---------------------------------------------------------------- the end of a script
 
 
 def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a script's main(argv) and leave with its exit status.
 
-    UserError: one paragraph on stderr, 2. Ctrl-C: 130, SIGTERM: 143, after GRACE seconds at the latest. Stopped: its
-    own code. `--debug` shows tracebacks. A console that goes away changes nothing.
+    UserError and OSError: one paragraph on stderr, 2. Ctrl-C: 130. SIGTERM: 143, after GRACE
+    seconds at the latest. Stopped: its own code. Any other error: 1. `--debug` shows tracebacks.
+    A console that goes away changes nothing.
     """
-    with lasting_output():  # first: a pipe of ours is no console
-        signal.signal(signal.SIGTERM, _leave)
-        _watch_sigterm()
+    with lasting_output():  # first: the pipe of watch_sigterm is no console
+        signal.signal(signal.SIGTERM, leave)
+        watch_sigterm()
         try:
             _run(main, argv)
         except SystemExit:
-            _kill_loaders()
+            kill_loaders()
             raise
 
 
@@ -296,32 +156,30 @@ def _run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> No
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         main(argv)
-    except (UserError, OSError) as error:  # the system's refusals name their file
+    except (UserError, OSError) as error:  # an OSError names its file
         if debug:
             traceback.print_exc()
-        if first_to_say("why it ends"):
-            # one paragraph, whatever names hold
-            lines = [printable(line) for line in str(error).splitlines() if line.strip()]
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
-        sys.exit(2)
+        lines = [printable(line) for line in str(error).splitlines() if line.strip()]
+        _end("\n".join(lines), 2)
     except Stopped as stopped:
         sys.exit(stopped.code)
     except KeyboardInterrupt:
-        if first_to_say("why it ends"):
-            print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _end("interrupted", 130)
     except Exception as error:
         if debug:
             raise
-        reason, status = " ".join(str(error).split()), 1
-        message = f"error: unexpected {type(error).__name__}: {reason}"
-        advice = "This is a defect of the program. Run the command again with --debug to see where it happened."
+        reason = " ".join(str(error).split())
         if is_out_of_memory(error):
-            message, advice, status = (
-                f"out of memory ({reason or 'main memory'})",
-                OUT_OF_MEMORY_ADVICE,
-                2,
-            )
-        if first_to_say("why it ends"):
-            print(message, advice, sep="\n", file=sys.stderr, flush=True)
-        sys.exit(status)
+            _end(f"out of memory ({reason or 'main memory'})\n{OUT_OF_MEMORY_ADVICE}", 2)
+        _end(
+            f"error: unexpected {type(error).__name__}: {reason}\nThis is a defect of the program. "
+            "Run the command again with --debug to see where it happened.",
+            1,
+        )
+
+
+def _end(reason: str, status: int) -> NoReturn:
+    """Exit; of several processes that end, each for a reason of its own, the first one tells it."""
+    if _is_first_to_say("why it ends"):
+        print(reason, file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,9 +1,11 @@
-"""What a forward pass computes in, and on which device."""
+"""The device: its precision, its memory, and what happens when that runs out."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import psutil
 import torch
@@ -11,6 +13,9 @@ from torch import nn
 
 from rfdetr import distributed
 from rfdetr.console import UserError
+from rfdetr.memory import is_out_of_memory
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -32,21 +37,18 @@ class Precision:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else MPS, else CPU.  Raises UserError for a device this machine has not."""
+    """The device of this name; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises UserError for a device that this machine does not have.
+    """
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = _best_device()
     try:
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", device.index or distributed.local_rank())
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()  # of "meta" there is none
+        torch.zeros(1, device=device).item()  # fails where it does not work; "meta" has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -55,61 +57,107 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
 def fused_attention_pays(device: torch.device) -> bool:
-    """Whether torch's fused attention is to be used: in bf16 on a CPU its backward pass takes 1.7 to 4 times the time
-    of two matrix products and a softmax (torch 2.15, avx512_bf16, 145 to 580 tokens)."""
+    """Whether torch's fused attention is to be used.
+
+    In bf16 on a CPU its backward pass takes 1.7 to 4 times as long as two matrix products and a
+    softmax (torch 2.15, avx512_bf16, 145 to 580 tokens).
+    """
     return device.type != "cpu" or not torch.is_autocast_enabled("cpu")
 
 
 def compile_in_place(module: nn.Module, device: torch.device) -> None:
-    """torch.compile a module; its parameters and their names stay.  Raises UserError where this machine cannot."""
+    """torch.compile a module; its parameters and their names stay.
+
+    Raises UserError where this machine cannot compile.
+    """
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except Exception as error:  # whatever the compiler behind it raises
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--compile 1 does not work here ({reason}): it needs a C++ compiler, and Triton on a GPU. Leave it out"
+            f"--compile 1 does not work here ({reason}): it needs a C++ compiler, and Triton on a "
+            "GPU. Leave it out"
         ) from error
     module.compile()
 
 
 def pick_precision(amp: str, device: torch.device) -> Precision:
-    """auto: bf16 where the hardware computes in it, fp16 on older GPUs, else fp32."""
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = (
-            device.type == "cpu"
-            and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        )
+    """The precision that --amp names: "bf16", "fp16", "off", or "auto".
+
+    "auto" is bf16 where the hardware computes in it, fp16 on older GPUs, else fp32.  Raises
+    UserError for fp16 on a CPU.
+    """
     if amp == "fp16" and device.type == "cpu":
         raise UserError(
-            "--amp fp16 needs a GPU (a CPU computes fp16 many times slower): use --amp auto, bf16 or off"
+            "--amp fp16 needs a GPU (a CPU computes fp16 many times slower): use --amp auto, "
+            "bf16 or off"
         )
     if amp == "auto":
-        amp = "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "off"
-    return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
+        if _has_bf16(device):
+            amp = "bf16"
+        elif device.type == "cuda":
+            amp = "fp16"
+        else:
+            amp = "off"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+    return Precision(device, dtypes[amp])
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+# ---------------------------------------------------------------- memory
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory so far, MB: allocated on a GPU, resident of the process elsewhere."""
+    """Peak memory so far in MB: allocated on a GPU, resident of this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if psutil.WINDOWS:
         return psutil.Process().memory_info().peak_wset / 2**20
-    import resource  # not on Windows
+    import resource  # Windows does not have it
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if psutil.MACOS else peak / 2**10
+    unit = 1 if psutil.MACOS else 2**10  # bytes
+    return peak * unit / 2**20
 
 
 def free_memory_mb() -> float:
-    """Main memory that can be taken without swapping, MB."""
+    """Main memory that can be taken without swapping, in MB."""
     return psutil.virtual_memory().available / 2**20
 
 
+def unless_out_of_memory(attempt: Callable[[], Result], device: torch.device) -> Result | None:
+    """What `attempt()` returns; None where memory ran out: the caller tries something smaller.
+
+    Other errors pass.  The one place where the error is caught: a handler's exception keeps the
+    failed attempt's tensors alive, so memory is released, and the caller goes on, after it.
+    """
+    try:
+        return attempt()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory(device)
+    return None
+
+
 def release_memory(device: torch.device) -> None:
-    """Give back what torch's allocator holds unused, before a smaller try."""
+    """Give back what torch's allocator holds unused."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

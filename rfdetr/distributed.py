@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from rfdetr.console import UserError
 
-# Not for a process that has died, which the others notice at once, but for one that hangs; rank 0 downloads weights
-# while the others wait.
+# For a process that hangs; one that has died is noticed at once. Rank 0 downloads weights while the
+# others wait.
 TIMEOUT = datetime.timedelta(hours=1)
 
 
@@ -24,17 +25,19 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise UserError(
-            "another process of this run has ended or does not answer, and so this one ends. Which one, and how, is in "
-            "torchrun's summary below (exit code -9: killed, mostly for want of memory). What was saved is kept: run "
-            "the same command again with --resume RUN"
+            "another process of this run has ended or does not answer, and so this one ends. "
+            "Which one, and how, is in torchrun's summary below (exit code -9: killed, mostly for "
+            "want of memory). What was saved is kept: run the same command again with --resume RUN"
         ) from error
 
 
 def start(device: torch.device) -> None:
-    """Join the process group that torchrun describes in the environment; nothing on a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        with _together():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    """Join the process group that torchrun's variables describe; nothing on a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with _together():
+        dist.init_process_group(backend, timeout=TIMEOUT)
 
 
 def stop() -> None:
@@ -59,7 +62,7 @@ def local_rank() -> int:
 
 
 def launcher() -> list[str]:
-    """What a command begins with that starts a script as this one was started, on this machine."""
+    """The first words of a command that starts a script as this one was started."""
     if world_size() == 1:
         return ["python"]
     return ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))]
@@ -69,7 +72,7 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     """The sum of `value` over all ranks."""
     if world_size() == 1:
         return value
-    dtype = torch.float64 if device.type != "mps" else torch.float32
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     return sum_tensor(torch.tensor(value, dtype=dtype, device=device)).item()
 
 
@@ -81,18 +84,21 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_gradients(parameters) -> None:
-    """Add the gradients of all ranks in place; the losses are already divided by the global number of boxes."""
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the gradients of all ranks, in place.
+
+    A sum, not a mean: the losses are already divided by the number of boxes of all ranks.
+    """
     if world_size() == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         if parameter.grad is None:  # no object on this rank
             parameter.grad = torch.zeros_like(parameter)
-    flat = sum_tensor(
-        torch.cat([parameter.grad.flatten() for parameter in trained])
-    )  # one transfer for all
-    for parameter, part in zip(trained, flat.split([parameter.numel() for parameter in trained])):
+    # one transfer for all
+    flat = sum_tensor(torch.cat([parameter.grad.flatten() for parameter in trained]))
+    parts = flat.split([parameter.numel() for parameter in trained])
+    for parameter, part in zip(trained, parts):
         parameter.grad.copy_(part.view_as(parameter))
 
 

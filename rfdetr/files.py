@@ -1,4 +1,4 @@
-"""Files and folders to be written: whole or not at all."""
+"""Files and folders: written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from rfdetr.console import UserError
 
 @contextlib.contextmanager
 def writing_to(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Turn an OSError into the UserError that names the folder, the reason and the flag to change it with."""
+    """Turn an OSError into a UserError with the folder, the reason and the flag to change it."""
     try:
         yield
     except OSError as error:
@@ -32,14 +33,17 @@ def writing_to(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 
 def make_folder(folder: Path, flag: str = "--output_dir") -> None:
-    """Make a folder where it is missing, and see whether a file can be written there.  UserError as writing_to."""
+    """Make a folder, if missing, and try to write a file there.  UserError as writing_to."""
     with writing_to(folder, flag):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
 def make_place(file: Path, flag: str) -> None:
-    """Make the folder of a file to be written at the end.  UserError as make_folder, or where it is a folder itself."""
+    """Make the folder of a file to be written later.
+
+    UserError as make_folder, or where `file` is a folder itself.
+    """
     make_folder(file.parent, flag)
     if file.is_dir():
         raise UserError(f"{flag} {file} is a folder: name a file in it")
@@ -48,56 +52,71 @@ def make_place(file: Path, flag: str) -> None:
 def free_disk(folder: Path) -> int:
     """Bytes free on the disk of `folder`, which may not exist yet."""
     folder = Path(folder).absolute()
-    return shutil.disk_usage(
-        next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    ).free
+    for path in (folder, *folder.parents):
+        if path.exists():
+            return shutil.disk_usage(path).free
+    return shutil.disk_usage(folder).free  # a drive that is missing: raises the system's error
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Put what `write(file)` writes in the place of `path`, whole or not at all.  Raises UserError for a full disk."""
-    temporary = (
-        path.parent / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    )  # no other writer has it
+    """Replace `path` by what `write(file)` writes, whole or not at all.
+
+    Raises UserError where the disk is full or the folder cannot be written.
+    """
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"  # two processes may write the same file
+    temporary = path.with_name(f"{path.name}.{unique}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        for wait in (
-            0.1,
-            0.4,
-            2,
-            10,
-            60,
-        ):  # seconds: on Windows another program may be reading the old file
-            with contextlib.suppress(PermissionError if os.name == "nt" else ()):
-                os.replace(temporary, path)
-                break
-            time.sleep(wait)
-        else:
-            os.replace(temporary, path)
+        _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise UserError(
-            f"could not write {path} ({error}); an earlier file is kept. Free some space there, or name another place"
+            f"could not write {path} ({error}); an earlier file is kept. Free some space there, "
+            "or name another place"
         ) from error
     finally:
         with contextlib.suppress(OSError):  # where the folder is a file
             temporary.unlink(missing_ok=True)
 
 
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename over `path`; Windows forbids it while another program reads the old file."""
+    if os.name == "nt":
+        for seconds in (0.1, 0.4, 2, 10, 60):
+            with contextlib.suppress(PermissionError):
+                os.replace(temporary, path)
+                return
+            time.sleep(seconds)
+    os.replace(temporary, path)
+
+
 def write_json(path: Path, data: dict | list) -> None:
-    """Write `data` atomically as strict JSON; TypeError for a value that it has no form for, else as atomic_write."""
-    finite = json.loads(
-        json.dumps(data, default=_plain), parse_constant=lambda name: None
-    )  # NaN, Infinity
+    """Write `data` atomically as strict JSON: NaN and infinite numbers become null.
+
+    Raises TypeError for a value that JSON has no form for, else as atomic_write.
+    """
+    not_strict = json.dumps(data, default=_plain)
+    finite = json.loads(not_strict, parse_constant=lambda name: None)
     text = json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
-    atomic_write(Path(path), lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    content = text.encode("utf-8", "backslashreplace")
+    atomic_write(Path(path), lambda file: file.write(content))
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     """Tensors, arrays and NumPy scalars as plain numbers; paths and torch names as text."""
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, (Path, torch.device, torch.dtype)):
         return str(value)
     raise TypeError(f"{value!r} has no form in JSON")
+
+
+def is_special_file(path: str | Path) -> bool:
+    """Whether a pipe, a socket or a device is there: to open or read one may take for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing there, no rights, no path
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

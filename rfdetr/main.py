@@ -23,7 +23,8 @@ from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
-from rfdetr.runs.record import Run, test_is_scored
+from rfdetr.runs.metrics_file import has_test_scores
+from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings, plain, write_yaml
 from rfdetr.sizes import ModelSize
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
@@ -87,7 +88,7 @@ def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test
     """UserError where a resumed run has nothing left to do."""
     if settings.last_epoch > progress.epoch:
         return
-    if has_test and not test_is_scored(settings.output_dir):
+    if has_test and not has_test_scores(settings.output_dir):
         return
     raise UserError(
         f"{settings.output_dir} has finished its {progress.epoch} epochs. To train longer, give "
@@ -231,8 +232,8 @@ def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
     """Save a run that is asked to stop, and say how to go on; its own settings come back with it."""
     keeper.save("checkpoint.pt")
     words = [*distributed.launcher(), sys.argv[0], "--resume", str(session.folder)]
-    say(f"\nstopped: the state is in {session.folder / 'checkpoint.pt'}. Go on with:")
-    say(f"  {shlex.join(words)}")
+    file = session.folder / "checkpoint.pt"
+    say(f"\nstopped: the state is in {file}. Go on with:\n  {shlex.join(words)}")
 
 
 def evaluate(trainer: Trainer, evaluator: SplitEvaluator, record: dict) -> dict[str, dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfdetr.console import UserError, banner, printable, tick, warn
+from rfdetr.console import UserError, banner, tick, warn
 from rfdetr.data.coco import COCO_SIDES, exif_note, inspect_dataset, object_sides, small_objects
 from rfdetr.data.faults import CocoSplit, Problem
 from rfdetr.data.repair import fix_dataset
@@ -20,6 +20,7 @@ from rfdetr.inference.visualise import class_sheet
 from rfdetr.runs.environment import environment
 from rfdetr.settings import ValidationSettings
 from rfdetr.sizes import SIZES, check_resolution
+from rfdetr.text import printable
 from rfdetr.training.auto_batch import HEADROOM
 from rfdetr.training.estimate import estimate
 

@@ -11,18 +11,22 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, environment, quick_flags
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import shrink_head
 from rfdetr.classes import assign_rows
-from rfdetr.console import keep_flags, lasting_output
+from rfdetr.device import unless_out_of_memory
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
+from rfdetr.streams import lasting_output
+from rfdetr.text import keep_flags
 from rfdetr.weights import checkpoint
 from train_seg_stage2 import unshrunk_message
 
@@ -130,6 +134,57 @@ def test_a_run_whose_reader_and_terminal_are_gone_saves_and_ends(few, tmp_path):
     assert "--resume run" in log and "Traceback" not in log
 
 
+# ---------------------------------------------------------------- one voice
+
+SPEAKS = """
+from rfdetr.console import banner, progress_bar, say
+say("said")
+tick("ticked")
+banner("TITLE", {"Name": 1})
+list(progress_bar([1], "a bar"))
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_of_several_speaks(rank, tmp_path):
+    ours = {"WORLD_SIZE": "2", "RANK": rank}
+    done = subprocess.run(
+        script(SPEAKS), cwd=tmp_path, capture_output=True, text=True, env=environment() | ours
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("said", "ticked", "TITLE", "Name:"):
+        assert (words in done.stdout) == (rank == "0")
+    assert ("a bar" in done.stderr) == (rank == "0")
+
+
+def test_a_warning_is_said_where_nobody_can_tell_who_else_has_said_it(tmp_path):
+    lost = {"WORLD_SIZE": "2", "RANK": "1"}  # no address of the other process
+    command = script("from rfdetr.console import warn\nwarn('careful')")
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment() | lost
+    )
+    assert done.returncode == 0 and done.stdout.count("careful") == 1
+
+
+# ---------------------------------------------------------------- memory that runs out
+
+
+def test_an_attempt_that_runs_out_of_memory_leaves_nothing_behind():
+    cpu = torch.device("cpu")
+    tensors = []
+
+    def attempt():
+        large = torch.zeros(10)
+        tensors.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert unless_out_of_memory(attempt, cpu) is None
+    assert tensors[0]() is None  # else the smaller attempt would have less memory
+    assert unless_out_of_memory(lambda: 5, cpu) == 5
+    with pytest.raises(RuntimeError, match="shape"):
+        unless_out_of_memory(lambda: torch.zeros(2).view(3), cpu)
+
+
 # ---------------------------------------------------------------- SIGTERM
 
 WAITS = {
@@ -156,7 +211,7 @@ WAITS = {
 @pytest.mark.parametrize("what", WAITS)
 def test_sigterm_ends_a_script_whatever_it_waits_for(what, tmp_path):
     body = (
-        "import os, rfdetr.console\nrfdetr.console.GRACE = 0.5\nprint('waits', flush=True)\n"
+        "import os, rfdetr.sigterm\nrfdetr.sigterm.GRACE = 0.5\nprint('waits', flush=True)\n"
         + WAITS[what]
     )
     words = script(body)
@@ -174,8 +229,8 @@ def test_sigterm_ends_a_script_whatever_it_waits_for(what, tmp_path):
 def test_a_workers_sigterm_is_not_its_parents(tmp_path):
     """A loader ends its processes by SIGTERM; they were forked with the parent's handlers."""
     body = """
-import multiprocessing, time, rfdetr.console
-rfdetr.console.GRACE = 0.2
+import multiprocessing, time, rfdetr.sigterm
+rfdetr.sigterm.GRACE = 0.2
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
 worker.start()
 time.sleep(0.3)

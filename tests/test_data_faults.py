@@ -32,6 +32,7 @@ from rfdetr.data.demo import make_demo
 from rfdetr.data.faults import CocoSplit, rle_extents
 from rfdetr.data.repair import fix_dataset
 from rfdetr.detr import RFDETR, read_image
+from rfdetr.text import is_control
 from rfdetr.weights import checkpoint
 
 FILE = "_annotations.coco.json"
@@ -469,7 +470,7 @@ def test_no_control_character_reaches_the_console(dataset, tmp_path, monkeypatch
     console.banner("TITLE", {"Dataset": bad})
     said = capsys.readouterr()
     for text in (said.out, said.err):
-        assert all(character == "\n" or not console.is_control(character) for character in text)
+        assert all(character == "\n" or not is_control(character) for character in text)
         assert "\n✓ Done" not in text
     assert "\\x1b]0;title" in said.out
 

@@ -449,7 +449,9 @@ def test_where_the_cache_goes(mode, ram_mb, disk_mb, expected, monkeypatch, cach
     )
     choice = choose_cache(mode, cache_of(), multi_scale=False)
     assert choice.where == expected
-    assert ("as asked" in choice.why) == (mode != "auto") and ("MB free" in choice.why) == (disk_mb == 0.1)
+    assert ("as asked" in choice.why) == (mode != "auto") and ("MB free" in choice.why) == (
+        disk_mb == 0.1
+    )
 
 
 def test_a_full_folder_is_used_whatever_the_disk_has_free(cache_of, monkeypatch):

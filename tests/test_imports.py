@@ -10,7 +10,22 @@ from conftest import ROOT
 
 # A room may import from lower layers, and within its own as long as nothing goes round in a circle.
 LAYERS = [
-    ["console", "fields", "sizes", "settings", "boxes", "masks", "files", "distributed", "classes"],
+    [
+        "console",
+        "files",
+        "fields",
+        "settings",
+        "sizes",
+        "boxes",
+        "masks",
+        "distributed",
+        "classes",
+        "memory",
+        "requirements",
+        "sigterm",
+        "streams",
+        "text",
+    ],
     ["device", "models", "data", "metrics", "losses"],
     ["runs", "weights", "inference"],
     ["training"],

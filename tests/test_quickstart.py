@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import quickstart
-from rfdetr import console
+from rfdetr import requirements
 
 ROOT = Path(quickstart.HERE)
 SOURCE = (ROOT / "quickstart.py").read_bytes()
@@ -40,15 +40,18 @@ def test_an_old_python_can_parse_it():
     ]
 
 
-def test_only_the_standard_library_is_imported_at_the_top():
-    console = (ROOT / "rfdetr/console.py").read_bytes()  # which looks for packages
-    imports = [
-        node
-        for code in (SOURCE, console)
-        for node in ast.parse(code).body
-        if isinstance(node, ast.Import)
-    ]
-    assert {alias.name for node in imports for alias in node.names} <= sys.stdlib_module_names
+OWN = ["requirements", "streams", "runs/metrics_file"]  # modules that it imports before torch
+
+
+@pytest.mark.parametrize("name", ["quickstart", *(f"rfdetr/{name}" for name in OWN)])
+def test_only_the_standard_library_is_imported_at_the_top(name):
+    roots = set()
+    for node in ast.parse((ROOT / f"{name}.py").read_bytes()).body:
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add(node.module.split(".")[0])
+    assert roots <= sys.stdlib_module_names
 
 
 def test_an_old_python_is_told_what_is_needed(monkeypatch, capsys):
@@ -79,9 +82,11 @@ def bare(tmp_path, monkeypatch):
     Bare.venv.mkdir(parents=True)
     (Bare.venv / "pyvenv.cfg").touch()
     monkeypatch.setattr(quickstart, "VENV", str(Bare.venv))
-    monkeypatch.setattr(console, "packages", lambda file: ({}, {"torch": "2.10"}))
+    monkeypatch.setattr(requirements, "installed_and_missing", lambda file: ({}, {"torch": "2.10"}))
     monkeypatch.setattr(quickstart, "run", run)
-    monkeypatch.setattr(quickstart, "runs", lambda python, *arguments: arguments[1] in Bare.working)
+    monkeypatch.setattr(
+        quickstart, "succeeds", lambda python, *arguments: arguments[1] in Bare.working
+    )
     return Bare
 
 
@@ -125,12 +130,16 @@ def test_every_line_of_requirements_has_the_form_that_is_read():
 def test_versions_are_compared_as_numbers(tmp_path, monkeypatch, installed, least, fits):
     (tmp_path / "needs.txt").write_text(f"# a comment\n\nthing>={least}  # why\n")
     monkeypatch.setattr(metadata, "version", lambda name: installed)
-    assert console.packages(tmp_path / "needs.txt")[1] == ({} if fits else {"thing": least})
+    assert requirements.installed_and_missing(tmp_path / "needs.txt")[1] == (
+        {} if fits else {"thing": least}
+    )
 
 
 def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "needs.txt").write_text("pytest>=1.0\nno-such-package-anywhere>=1.0\n")
-    assert console.packages(tmp_path / "needs.txt")[1] == {"no-such-package-anywhere": "1.0"}
+    assert requirements.installed_and_missing(tmp_path / "needs.txt")[1] == {
+        "no-such-package-anywhere": "1.0"
+    }
 
 
 def test_this_environment_is_used_as_it_is(monkeypatch):
@@ -313,7 +322,7 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "HERE", str(tmp_path))
     monkeypatch.setattr(quickstart, "set_up", lambda argv: None)
     monkeypatch.setattr(quickstart, "run", run)
-    monkeypatch.setattr(quickstart, "runs", lambda python, *arguments: False)  # no GPU
+    monkeypatch.setattr(quickstart, "succeeds", lambda python, *arguments: False)  # no GPU
     monkeypatch.chdir(tmp_path)
     return commands, failing
 

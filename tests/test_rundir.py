@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -22,10 +26,11 @@ from rfdetr.console import UserError
 from rfdetr.files import atomic_write, write_json
 from rfdetr.metrics.coco_eval import CocoEvaluator
 from rfdetr.runs import environment as environment_module
-from rfdetr.runs import log, record
+from rfdetr.runs import log, tensorboard
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
-from rfdetr.runs.lock import LOCK, lock_run, unlock_run
+from rfdetr.runs.lock import HOLDER, LOCK, lock_run, unlock_run
+from rfdetr.runs.metrics_file import best_scores, first_epochs, has_test_scores, highest_box_map
 from rfdetr.runs.record import Run
 
 with warnings.catch_warnings():
@@ -249,43 +254,89 @@ def test_a_run_belongs_to_one_process_until_it_ends(tmp_path, capsys):
     assert locked.wait(60)
     with pytest.raises(UserError, match=f"process {other.pid} on .*--output_dir"):
         Run(tmp_path, HEADER)
-    assert os.listdir(tmp_path) == [LOCK] and not isinstance(sys.stdout, log._Tee)
+    assert sorted(os.listdir(tmp_path)) == [LOCK, HOLDER]
+    assert not isinstance(sys.stdout, log._Tee)
     other.kill()
     other.join()
     with Run(tmp_path, HEADER):
-        lock_run(tmp_path)  # by the same process: nothing
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    assert not (tmp_path / LOCK).exists() and not list(tmp_path.glob("*.tmp"))
-    assert (
-        capsys.readouterr().out.count(f"locked by process {other.pid}, which is gone: taken over")
-        == 1
-    )
+        lock_run(tmp_path / "tb" / "..")  # by the same process: nothing
+        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.glob("run.lock*")) and not list(tmp_path.glob("*.tmp"))
+    said = capsys.readouterr().out
+    assert said.count(f"locked by process {other.pid}, which is gone: taken over") == 1
+
+
+def hold_with_a_loader(folder: Path, locked, end) -> None:
+    """A process that is killed while one that it has forked, as loaders do, goes on for a while."""
+    lock_run(folder)
+    if os.fork() == 0:
+        locked.set()
+        end.wait(60)
+        os._exit(0)
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_the_loaders_of_a_killed_run_do_not_hold_its_lock(tmp_path):
+    locked, end = FORK.Event(), FORK.Event()
+    other = FORK.Process(target=hold_with_a_loader, args=(tmp_path, locked, end))
+    other.start()
+    assert locked.wait(60)
+    other.kill()
+    other.join()
+    threading.Timer(1, end.set).start()
+    lock_run(tmp_path)
+    unlock_run(tmp_path)
 
 
 def test_a_lock_of_another_machine_is_left_and_its_file_named(tmp_path):
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": 1.0}))
-    with pytest.raises(UserError, match=f"process 1 on elsewhere.*delete .*{LOCK}"):
+    (tmp_path / HOLDER).write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": "today"}))
+    with pytest.raises(UserError, match=f"process 1 on elsewhere.*delete .*{HOLDER}"):
         lock_run(tmp_path)
     unlock_run(tmp_path)
-    assert (tmp_path / LOCK).exists()
+    assert (tmp_path / HOLDER).exists()
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[1]", '{"pid": -1, "host": "x", "started": 1.0}', '{"pid": "x"}']
-)
-def test_a_damaged_lock_is_taken_over(tmp_path, content):
-    (tmp_path / LOCK).write_text(content)
+@pytest.mark.parametrize("content", ["", "[1]", '{"pid": -1, "host": "x"}', '{"pid": "x"}'])
+def test_a_damaged_lock_is_taken_over(tmp_path, content, capsys):
+    (tmp_path / HOLDER).write_text(content)
     lock_run(tmp_path)
-    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+    assert "taken over" in capsys.readouterr().out
     unlock_run(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_lock_whose_number_another_process_has_now_is_taken_over(tmp_path):
-    holder = {"pid": os.getppid(), "host": platform.node(), "started": 1.0}
-    (tmp_path / LOCK).write_text(json.dumps(holder))
+def test_a_lock_whose_number_another_process_has_now_is_taken_over(tmp_path, capsys):
+    holder = {"pid": os.getppid(), "host": platform.node(), "started": "long ago"}
+    (tmp_path / HOLDER).write_text(json.dumps(holder))
     lock_run(tmp_path)
     unlock_run(tmp_path)
+    assert "taken over" in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, capsys, monkeypatch):
+    def refuse(self, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    (tmp_path / HOLDER).write_text(json.dumps({"pid": os.getppid(), "host": platform.node()}))
+    with pytest.raises(UserError, match=f"process {os.getppid()} on"):
+        lock_run(tmp_path)
+    (tmp_path / HOLDER).unlink()
+    lock_run(tmp_path)
+    assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+    unlock_run(tmp_path)
+    assert "has no locks" in capsys.readouterr().out and os.listdir(tmp_path) == []
+
+
+def test_two_locks_in_turn_leave_nothing(tmp_path):
+    for _ in range(2):
+        lock_run(tmp_path)
+        assert (tmp_path / HOLDER).exists()
+        unlock_run(tmp_path)
+        unlock_run(tmp_path)
+        assert os.listdir(tmp_path) == []
 
 
 # --- a run ---
@@ -356,6 +407,34 @@ def test_a_damaged_metrics_file_is_set_aside(tmp_path, capsys, content):
     )
 
 
+def epoch(number: int, regular: float | None, ema: float | None) -> dict:
+    return {
+        "epoch": number,
+        "valid": {"bbox": {"mAP": regular}},
+        "valid_ema": {"bbox": {"mAP": ema}},
+    }
+
+
+def test_what_others_ask_metrics_json_for(tmp_path):
+    assert not has_test_scores(tmp_path) and highest_box_map(tmp_path) == {}
+    with Run(tmp_path, HEADER) as run:
+        assert best_scores(tmp_path) == ("regular", {})
+        run.add_epoch(epoch(1, 0.25, None))
+        assert highest_box_map(tmp_path) == {"regular": 0.25}
+        run.add_epoch(epoch(2, 0.5, 0.75))
+        run.add_epoch({"epoch": 3})  # with --eval_every 2
+        run.set(best={"epoch": 2, "metric": "bbox/mAP", "value": 0.75, "weights": "ema"})
+        assert best_scores(tmp_path) == ("ema", {"bbox": {"mAP": 0.75}})
+        assert highest_box_map(tmp_path) == {"regular": 0.5, "ema": 0.75}
+        assert not has_test_scores(tmp_path)
+        run.set(test={"bbox": {"mAP": 0.5}})
+    assert has_test_scores(tmp_path)
+    epochs, best = first_epochs(tmp_path, 1)
+    assert [record["epoch"] for record in epochs] == [1] and best is None
+    (tmp_path / "metrics.json").write_text("[1]")
+    assert not has_test_scores(tmp_path) and highest_box_map(tmp_path) == {}
+
+
 def test_events_that_a_kill_cut_short_stay_readable(tmp_path, capsys):
     make_run(tmp_path, 2)
     (events,) = (tmp_path / "tb").iterdir()
@@ -387,7 +466,7 @@ def test_what_a_run_can_do_without_does_not_end_it(tmp_path, capsys, monkeypatch
     def refuse(*args):
         raise RuntimeError("no events\ntoday")
 
-    monkeypatch.setattr(record, "RecordWriter", refuse)
+    monkeypatch.setattr(tensorboard, "RecordWriter", refuse)
     with Run(tmp_path, HEADER) as run:
         run.scalars("train", {"loss": 1.0}, 1)
         for _ in range(2):
@@ -463,7 +542,7 @@ def test_the_log_says_what_ended_a_run_and_is_appended_to(tmp_path, capsys):
 
 def test_printing_goes_on_when_the_log_cannot_be_written(tmp_path, capsys):
     with Run(tmp_path, HEADER) as run:
-        run._log.close()
+        run._log.file.close()
         print("still here")
     assert capsys.readouterr().out == "still here\n"
 

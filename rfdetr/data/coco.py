@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from rfdetr.console import UserError, printable, tick
+from rfdetr.console import UserError, tick
 from rfdetr.data import faults as validation
 from rfdetr.data.faults import CocoSplit, ImageRecord, Problem
 from rfdetr.masks import object_area
+from rfdetr.text import printable
 
 SEEN = 8  # pixels: smaller objects, half a patch of most sizes, are hardly seen
 SMALL_SHARE = 0.2  # of a split's objects; more are worth a warning

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm.contrib.concurrent import thread_map
 
-from rfdetr.console import UserError, is_control, printable, tick, warn
+from rfdetr.console import UserError, tick, warn
 from rfdetr.data.image_cache import (
     ImageCache,
     content_hash,
@@ -32,6 +32,7 @@ from rfdetr.data.image_cache import (
     stamp_of,
     stays_inside,
 )
+from rfdetr.text import is_control, printable
 
 LIMIT = 1e7  # pixels; beyond it a coordinate is absurd, and pycocotools would allocate in proportion to it
 SLACK = 0.1  # pixels a box may stand out before it is worth a word: many tools round to one decimal

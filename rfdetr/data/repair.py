@@ -12,11 +12,12 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from rfdetr.console import UserError, is_control
+from rfdetr.console import UserError
 from rfdetr.data.coco import exif_rule
 from rfdetr.data.faults import CocoSplit, clip_box, find_splits, is_whole, read_json, usable_part
 from rfdetr.data.image_cache import find_image, is_regular_file, stays_inside
 from rfdetr.masks import object_area
+from rfdetr.text import is_control
 
 ROUNDS = (
     6  # a repair may bring another fault to light: two boxes may be the same once they are clipped

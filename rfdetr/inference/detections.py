@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ from torchvision.ops import batched_nms
 
 from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
-from rfdetr.console import UserError, is_out_of_memory, warn
+from rfdetr.console import UserError, warn
 from rfdetr.data.augment import to_model_input
-from rfdetr.device import Precision, release_memory
+from rfdetr.device import Precision, unless_out_of_memory
 from rfdetr.inference.visualise import class_colours, draw
 from rfdetr.masks import encode
 from rfdetr.models.detector import Detector, select_detections
@@ -79,15 +80,9 @@ class DetectionRunner:
         first = 0
         while first < len(images):
             part = slice(first, first + (self.at_once or len(images)))
-            try:
-                found = self._detect(model, images[part], index[part])
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                found = None
-            if (
-                found is None
-            ):  # outside the handler, where the failed pass's tensors are no longer referenced
+            detect = partial(self._detect, model, images[part], index[part])
+            found = unless_out_of_memory(detect, self.precision.device)
+            if found is None:
                 self._step_down(len(images[part]))
                 continue
             yield found
@@ -112,7 +107,6 @@ class DetectionRunner:
             )
         self.at_once = -(-images // 2)
         warn(f"out of memory: detecting in {self.at_once} images at a time from now on")
-        release_memory(self.precision.device)
 
 
 @torch.inference_mode()

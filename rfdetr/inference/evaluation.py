@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
+from rfdetr.console import progress_bar
 from rfdetr.data.coco import load_image
 from rfdetr.data.faults import CocoSplit
 from rfdetr.data.loaders import naming_workers, note_unread
@@ -69,9 +69,7 @@ class SplitEvaluator:
         return found
 
     def _detect(self, model: Detector) -> Iterator[Detections]:
-        for batch in tqdm(
-            self.loader, desc="detecting", disable=not distributed.is_main(), leave=False
-        ):
+        for batch in progress_bar(self.loader, "detecting"):
             note_unread(batch.unread, self.unread)
             yield from self.finder(model, batch.images, batch.indices)
 

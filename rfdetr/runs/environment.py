@@ -1,4 +1,4 @@
-"""What a result must be read with."""
+"""Where a result was made: versions, hardware, commit, command."""
 
 from __future__ import annotations
 
@@ -14,49 +14,50 @@ import numpy as np
 import torch
 import torchvision
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def environment(device: torch.device | str = "cpu") -> dict:
-    """What a result must be read with: versions, hardware, threads, the repository's commit and the command."""
+    """Versions, hardware, threads, the repository's commit and the command, as plain values."""
     device = torch.device(device)
-    # the full hash, "-dirty" after it where tracked files differ (no tag has the name "")
-    describe = (
-        "git",
-        "-C",
-        str(REPOSITORY),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--match=",
-        "--dirty",
-    )
-    info = Path("/proc/cpuinfo")
-    cpu = re.search(
-        r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8") if info.exists() else ""
-    )
+    on_cuda = device.type == "cuda"
     return {
-        **{module.__name__: module.__version__ for module in (torch, torchvision, np)},
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "cpu": cpu[1]
-        if cpu
-        else _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "os": platform.platform(),
-        # no .git here: an archive, unpacked perhaps inside somebody else's repository
-        "commit": _output(*describe) if (REPOSITORY / ".git").exists() else None,
+        "commit": _commit(),
         "command": shlex.join(sys.argv),
     }
 
 
-def _output(*command: str) -> str | None:
+def _cpu() -> str:
+    """The processor's name: of Linux, macOS, or else what Python knows."""
+    file = Path("/proc/cpuinfo")
+    if file.exists():
+        line = re.search(r"model name\s*:\s*(.+)", file.read_text(encoding="utf-8"))
+        if line:
+            return line[1]
+    return _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit's full hash, with -dirty where tracked files differ; None outside a repository."""
+    if not (REPOSITORY / ".git").exists():  # an archive, perhaps inside somebody else's repository
+        return None
+    # no tag has the name ""
+    describe = ("describe", "--always", "--abbrev=40", "--match=", "--dirty")
+    return _output_of("git", "-C", str(REPOSITORY), *describe)
+
+
+def _output_of(*command: str) -> str | None:
     """What a command prints, stripped; None where it is missing, fails or prints nothing."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return (
-            subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-            or None
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip() or None
+    return None

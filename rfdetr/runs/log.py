@@ -4,35 +4,84 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
+import sys
+import time
+from pathlib import Path
 from typing import TextIO
+
+LOG = "log.txt"
+CURSOR_MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+class ConsoleLog:
+    """Writes to a run's log.txt what stdout and stderr print, until close()."""
+
+    def __init__(self, folder: Path):
+        path = Path(folder, LOG)
+        self.file = open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        self.file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n")
+        self.streams = {
+            "stdout": _Tee(sys.stdout, self.file),
+            "stderr": _Tee(sys.stderr, self.file),
+        }
+        for name, stream in self.streams.items():
+            setattr(sys, name, stream)
+
+    def note(self, line: str) -> None:
+        """Write a line to the log alone."""
+        self.streams["stdout"].keep(line)
+
+    def close(self) -> None:
+        """Give the console back and close the file."""
+        for name, stream in self.streams.items():
+            if getattr(sys, name) is stream:  # else somebody has replaced ours, and keeps it
+                setattr(sys, name, stream.stream)
+            if stream.line:
+                stream.keep(stream.line)
+        with contextlib.suppress(OSError):  # a full disk
+            self.file.close()
 
 
 class _Tee:
-    """A stream that hands its finished lines to a log file too; of a progress bar's line only the last state."""
+    """A stream that copies its finished lines to a log; of a progress bar only the last state."""
 
     def __init__(self, stream: TextIO, log: TextIO):
-        self.stream, self.log, self.line = stream, log, ""
+        self.stream = stream
+        self.log = log
+        self.line = ""  # begun, not finished
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        *lines, line = (self.line + text).split("\n")
-        for finished in lines:
-            self.keep(finished)
-        self.line = _last_state(line) + "\r" * line.endswith(
-            "\r"
-        )  # forget the states that a later one has replaced
+        *finished, begun = (self.line + text).split("\n")
+        for line in finished:
+            self.keep(line)
+        # forget the states of a bar that a later one has replaced
+        self.line = _last_state(begun)
+        if begun.endswith("\r"):
+            self.line += "\r"
         return self.stream.write(text)
 
     def keep(self, line: str) -> None:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # full disk, closed log: printing must not fail
-            self.log.write(
-                re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", _last_state(line)) + "\n"
-            )  # no cursor moves
+        with contextlib.suppress(OSError, ValueError):  # full disk, closed log: printing goes on
+            self.log.write(CURSOR_MOVES.sub("", _last_state(line)) + "\n")
 
 
 def _last_state(line: str) -> str:
-    return next((state for state in reversed(line.split("\r")) if state.strip()), "")
+    """What a console shows of a line in the end: the text after its last carriage return."""
+    for state in reversed(line.split("\r")):
+        if state.strip():
+            return state
+    return ""
+
+
+def start_command(folder: Path) -> str | None:
+    """The command that a run was started with, from its log; None where there is no log."""
+    try:
+        first_line = Path(folder, LOG).read_text(encoding="utf-8").splitlines()[0]
+        _, _, _, command = first_line.split(" ", 3)  # ---, date, time
+    except (OSError, ValueError, IndexError):
+        return None
+    return f"python {command}"

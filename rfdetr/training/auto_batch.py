@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rfdetr import distributed
-from rfdetr.console import is_out_of_memory, tick
+from rfdetr.console import tick
 from rfdetr.data.loaders import Batch
-from rfdetr.device import free_memory_mb, memory_mb, release_memory
+from rfdetr.device import free_memory_mb, memory_mb, release_memory, unless_out_of_memory
 
 OBJECTS = 30  # an image full of objects: the worst case that is tried
 HEADROOM = 0.8  # of the memory that is free, since a CPU does not refuse but swaps
@@ -65,16 +65,18 @@ def find_micro_batch(
 
 
 def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int) -> bool:
-    state = torch.get_rng_state()
-    model.train()
-    try:
+    """Whether a training step on so many images fits; weights and random states stay as they are."""
+
+    def step() -> bool:
         sum(losses(model, random_batch(images, resolution), float(OBJECTS)).values()).backward()
         return True
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
+
+    state = torch.get_rng_state()
+    device = next(model.parameters()).device
+    model.train()
+    try:
+        return unless_out_of_memory(step, device) is not None
     finally:
         model.zero_grad(set_to_none=True)
         torch.set_rng_state(state)
-        release_memory(next(model.parameters()).device)
+        release_memory(device)  # of a step that did fit, too: the training's own sizes differ

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rfdetr import distributed
-from rfdetr.console import OUT_OF_MEMORY_ADVICE, UserError, is_out_of_memory, warn
+from rfdetr.console import UserError, progress_bar, warn
 from rfdetr.data.loaders import Batch
-from rfdetr.device import memory_mb, release_memory
+from rfdetr.device import memory_mb, unless_out_of_memory
+from rfdetr.memory import OUT_OF_MEMORY_ADVICE
 
 # what an objective counts beside its losses: summed, not averaged
 COUNTS = ("objects", "matched_objects")
@@ -100,9 +100,7 @@ def train_one_epoch(
     progress, device = trainer.progress, trainer.device
     trainer.model.train()
     data_s = compute_s = images = 0.0
-    bar = tqdm(
-        loader, desc=f"epoch {progress.epoch + 1}", disable=not distributed.is_main(), leave=False
-    )
+    bar = progress_bar(loader, f"epoch {progress.epoch + 1}")
     begin = mark = time.perf_counter()
     for batch in bar:
         data_s += time.perf_counter() - mark
@@ -178,30 +176,32 @@ def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
 
 
 def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
-    """Gradients of a whole effective batch, `micro_batch` images at a time; returns its losses, detached."""
-    progress = trainer.progress
+    """Gradients of a whole effective batch; returns its losses, detached.
+
+    Out of memory halves the images in one forward pass, and the whole batch is repeated.
+    """
     objects = max(distributed.sum_over_ranks(batch.objects, trainer.device), 1.0)
     random_state = random_states(trainer.device)
     while True:
-        try:
-            losses: dict[str, Tensor] = {}
-            for first in range(0, len(batch), progress.micro_batch):
-                part = trainer.losses(
-                    trainer.model, batch[first : first + progress.micro_batch], objects
-                )
-                loss = sum(value for name, value in part.items() if name not in COUNTS)
-                trainer.scaler.scale(loss).backward()
-                for name, value in part.items():
-                    losses[name] = losses.get(name, 0.0) + value.detach()
+        losses = unless_out_of_memory(lambda: backward(trainer, batch, objects), trainer.device)
+        if losses is not None:
             return losses
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            lower_micro_batch(progress, len(batch))
-        # outside the handler, where the failed step's tensors are no longer referenced
+        lower_micro_batch(trainer.progress, len(batch))
         trainer.optimizer.zero_grad(set_to_none=True)
         set_random_states(random_state)
-        release_memory(trainer.device)
+
+
+def backward(trainer: Trainer, batch: Batch, objects: float) -> dict[str, Tensor]:
+    """Add a batch's gradients, `micro_batch` images at a time; returns its losses, detached."""
+    size = trainer.progress.micro_batch
+    losses: dict[str, Tensor] = {}
+    for first in range(0, len(batch), size):
+        part = trainer.losses(trainer.model, batch[first : first + size], objects)
+        loss = sum(value for name, value in part.items() if name not in COUNTS)
+        trainer.scaler.scale(loss).backward()
+        for name, value in part.items():
+            losses[name] = losses.get(name, 0.0) + value.detach()
+    return losses
 
 
 def random_states(device: torch.device) -> dict:

@@ -12,8 +12,8 @@ from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
 from rfdetr.classes import COCO_ROWS, assign_rows
-from rfdetr.console import UserError, is_out_of_memory
-from rfdetr.device import Precision, memory_mb
+from rfdetr.console import UserError
+from rfdetr.device import Precision, memory_mb, unless_out_of_memory
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.auto_batch import OBJECTS, random_batch
@@ -72,17 +72,22 @@ def measure(name: str, resolution: int, precision: Precision) -> tuple[float, fl
 
 def measure_apart(name: str, resolution: int, precision: Precision) -> tuple[float, float, float]:
     """`measure` in a process of its own, whose peak is its own, and which alone ends where the memory does."""
-    try:
+
+    def in_a_process() -> tuple[float, float, float]:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(measure, name, resolution, precision).result()
-    except (BrokenProcessPool, RuntimeError) as error:
-        if not isinstance(error, BrokenProcessPool) and not is_out_of_memory(error):
-            raise
-        message = (
-            f"a training step of {name} at {resolution} px runs out of memory with a single image"
+
+    try:
+        measured = unless_out_of_memory(in_a_process, precision.device)
+    except BrokenProcessPool:  # the system has ended it, mostly for want of memory
+        measured = None
+    if measured is None:
+        raise UserError(
+            f"a training step of {name} at {resolution} px runs out of memory with a single image. "
+            "Try a smaller --size or --resolution, or leave out --estimate and train with "
+            "--grad_checkpoint 1"
         )
-        advice = "Try a smaller --size or --resolution, or leave out --estimate and train with --grad_checkpoint 1"
-        raise UserError(f"{message}. {advice}") from error
+    return measured
 
 
 def estimate(name: str, resolution: int, precision: Precision, images: int) -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.faults import CocoSplit
-from rfdetr.runs.folder import start_command
+from rfdetr.runs.log import start_command
 from rfdetr.settings import STAGES
 from rfdetr.training.engine import Progress
 from rfdetr.weights import checkpoint

@@ -10,8 +10,9 @@ from types import FrameType
 import torch
 
 from rfdetr import distributed
-from rfdetr.console import GRACE, Stopped
+from rfdetr.console import Stopped
 from rfdetr.data.loaders import STOP_SIGNALS
+from rfdetr.sigterm import GRACE
 
 LOOK_AGAIN = 1.0  # seconds between two looks at whether a run waits for a batch that does not come
 

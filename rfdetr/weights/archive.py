@@ -16,7 +16,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from rfdetr.console import UserError, is_special_file
+from rfdetr.console import UserError
+from rfdetr.files import is_special_file
 
 
 class FileReplaced(Exception):

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rfdetr import distributed
 from rfdetr.classes import ClassTable, is_class_head
-from rfdetr.console import tick
+from rfdetr.console import say, tick
 from rfdetr.models.detector import Detector
 from rfdetr.settings import DetectorTraining
 from rfdetr.weights import checkpoint
@@ -31,8 +30,7 @@ def start_from(
     None without weights.
     """
     if weights is None and backbone is None:
-        if distributed.is_main():
-            tick("Weights: none, training from scratch")
+        tick("Weights: none, training from scratch")
         return None
     if backbone is not None:
         content = checkpoint.load_backbone(backbone, model.size.patch)
@@ -47,9 +45,8 @@ def start_from(
                 prepared[row] = state[name][other]
             state[name] = prepared
     report = load_pretrained(model, state, exclude)
-    if distributed.is_main():
-        tick(f"Weights: {backbone or weights}")
-        print(report.summary(), flush=True)
+    tick(f"Weights: {backbone or weights}")
+    say(report.summary())
     return checkpoint.trained_on(content)
 
 

@@ -1,0 +1,62 @@
+"""SIGTERM ends a script, whatever it waits for; standard library only."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+
+GRACE = 8.0  # seconds from SIGTERM to the end of a script that hangs
+
+
+def leave(number: int, frame: object) -> None:
+    """Signal handler: end with exit status 128 + number; open files are closed on the way."""
+    sys.exit(128 + number)
+
+
+def kill_loaders() -> None:
+    """Kill the processes that load data: they have nothing to save, and one may hang."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an error
+    for child in children:
+        child.kill()
+
+
+@functools.cache
+def watch_sigterm() -> None:
+    """Start a thread that ends the process GRACE seconds after a SIGTERM, if `leave` has not.
+
+    `leave` runs in the main thread, which may be in a C call or wait for another thread.
+    """
+    if not hasattr(os, "fork"):  # on Windows a process is ended from outside, at once
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # a forked loader process gets signals of its own, which must not reach our pipe
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_end_after_sigterm, args=(reader,), daemon=True).start()
+
+
+def _end_after_sigterm(reader: int) -> None:
+    """Read signal numbers from a pipe, for ever."""
+    while True:
+        number = os.read(reader, 1)
+        if not number:
+            return
+        if number[0] != signal.SIGTERM or not _leaves_on_sigterm():
+            continue
+        time.sleep(GRACE)
+        if _leaves_on_sigterm():  # a run may have begun to save its state meanwhile
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + signal.SIGTERM)
+
+
+def _leaves_on_sigterm() -> bool:
+    return signal.getsignal(signal.SIGTERM) is leave
