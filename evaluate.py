@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         compile_in_place(model.encoder, precision.device)
     judge = SplitEvaluator(loader, table, precision, masks)
-    evaluator = judge.evaluator(model)
+    evaluator = judge.collect(model)
     check_unread(judge.unread, split)
     summary = evaluator.summary()
     print(

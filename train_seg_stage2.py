@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     judge = shared.split_evaluator(session, "valid", table, masks=True, frozen=detector)
     # of each valid image: features and queries in fp32, and its pixels
     kept = 2 * cache.record_bytes(0) + 4 * size.hidden * size.select + 3 * args.resolution**2
-    judge.keep = len(judge.split.images) * kept < free_memory_mb() * 2**20 / 4
+    judge.keep_detections = len(judge.split.images) * kept < free_memory_mb() * 2**20 / 4
 
     def pack(state: dict) -> dict:
         if checkpoint.fingerprint(detector) != frozen_hash:

@@ -373,10 +373,10 @@ def evaluate_epoch(
     trainer, epoch = keeper.trainer, record["epoch"]
     begin = time.perf_counter()
     with keeper.interruptible():
-        scores = {"regular": judge(trainer.model)}
+        scores = {"regular": judge.evaluate(trainer.model)}
         record["valid"] = scores["regular"]
         if trainer.ema:
-            scores["ema"] = record["valid_ema"] = judge(trainer.ema.module)
+            scores["ema"] = record["valid_ema"] = judge.evaluate(trainer.ema.module)
     record["train"]["evaluation_s"] = time.perf_counter() - begin
     gained = keeper.keep_best(epoch, scores, metric)
     if distributed.is_main():
@@ -424,7 +424,8 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
             checkpoint.load(session.folder / "best.pt") if distributed.is_main() else None
         )
         model, _ = checkpoint.build_model(best)
-        scores = split_evaluator(session, "test", table, masks)(model.to(session.device))
+        evaluator = split_evaluator(session, "test", table, masks)
+        scores = evaluator.evaluate(model.to(session.device))
         if distributed.is_main():
             print(f"test split\n{format_table(scores)}")
             session.run.set(test=scores)

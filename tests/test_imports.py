@@ -10,7 +10,18 @@ from conftest import ROOT
 
 # A room may import from lower layers, and within its own as long as nothing goes round in a circle.
 LAYERS = [
-    ["console", "files", "fields", "settings", "sizes", "boxes", "masks", "distributed", "classes"],
+    [
+        "console",
+        "files",
+        "fields",
+        "settings",
+        "sizes",
+        "boxes",
+        "masks",
+        "distributed",
+        "classes",
+        "placement",
+    ],
     ["device", "models", "data", "metrics", "losses"],
     ["runs", "weights", "inference"],
     ["training"],

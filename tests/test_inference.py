@@ -114,11 +114,14 @@ def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
 ):
     given, original = [], DetectionRunner._detect
 
-    def detect(self, model, images, index):
+    def detect(self, model, images, *of_images):
         given.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, model, images, index)
+        return original(self, model, images, *of_images)
+
+    def no_memory(*batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     flags = [
         "--checkpoint",
@@ -137,7 +140,7 @@ def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
     assert "out of memory: detecting in 2 images at a time" in capsys.readouterr().out
     assert Path("little.json").read_text() == Path("plenty.json").read_text()
 
-    monkeypatch.setattr(DetectionRunner, "_detect", lambda *_: detect(*_[:2], [0] * 9, _[3]))
+    monkeypatch.setattr(DetectionRunner, "_detect", no_memory)
     with pytest.raises(UserError, match="out of memory with a single image"):
         call(evaluate.main, *flags)
 

@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from rfdetr.classes import assign_rows
 from rfdetr.data.loaders import SplitDataset, evaluation_loader
 from rfdetr.device import pick_device, pick_precision
-from rfdetr.inference.detections import in_originals
+from rfdetr.inference.detections import make_predictions
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.masks import encode, to_rle
 from rfdetr.metrics import coco_eval
@@ -560,7 +560,7 @@ class BoxMasks(torch.nn.Module):
     def pixels(self, features, images):
         return features
 
-    def paste(self, pixels, queries, boxes, height, width):
+    def paste(self, pixels, queries, boxes, placement):
         for left, top, right, bottom in map(whole_pixels, boxes):
             yield left, top, torch.ones(bottom - top, right - left, dtype=torch.bool)
 
@@ -634,7 +634,7 @@ def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
         judge, scored = split_evaluator(crowded, table, frozen=model), model.head
     else:
         judge, scored = split_evaluator(crowded, table), model
-    evaluator = judge.evaluator(scored)
+    evaluator = judge.collect(scored)
     summary = evaluator.summary()
     results = all_results(crowded, model, table)
     assert len(results["bbox"]) == 600 and summary["bbox"]["mAP"] > 0.5
@@ -643,19 +643,19 @@ def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
         saved = evaluator.results(kind)
         assert 2 * 225 < len(saved) < 600  # what no figure looks at has no mask drawn
         assert_equal_to_pycocotools(summary[kind], crowded.ground_truth, saved, kind)
-    assert split_evaluator(crowded, table, masks=False)(model)["bbox"] == summary["bbox"]
+    assert split_evaluator(crowded, table, masks=False).evaluate(model)["bbox"] == summary["bbox"]
 
 
 def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypatch):
     model, table = trained
     model.outputs["pred_logits"] += 3  # every object is found with 0.5 or more
     found = next(iter(split_evaluator(crowded, table).detections(model)))
-    summary = split_evaluator(crowded, table)(model)
+    summary = split_evaluator(crowded, table).evaluate(model)
     assert (found.labels == 0).sum(1).min() > 100
     monkeypatch.setattr(
         "rfdetr.inference.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool)
     )
-    assert split_evaluator(crowded, table)(model) == summary
+    assert split_evaluator(crowded, table).evaluate(model) == summary
 
 
 def test_the_boxes_that_are_scored_are_those_that_are_delivered(crowded, trained):
@@ -663,9 +663,11 @@ def test_the_boxes_that_are_scored_are_those_that_are_delivered(crowded, trained
     judge = split_evaluator(crowded, table, masks=False)
     images = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 2
     (batch,) = judge.detections(model)
-    delivered = in_originals(batch, images, 0.0, None, list(crowded.class_names), judge.precision)
+    delivered = make_predictions(
+        batch, images, 0.0, None, list(crowded.class_names), judge.precision
+    )
     boxes = np.concatenate([one.boxes for one in delivered])
-    scored = np.array([row["bbox"] for row in judge.evaluator(model).results("bbox")])
+    scored = np.array([row["bbox"] for row in judge.collect(model).results("bbox")])
     assert len(boxes) == 600 and (boxes[:, 0] == 0).sum() > 10
     np.testing.assert_array_equal(scored[:, :2], boxes[:, :2])
     np.testing.assert_allclose(scored[:, :2] + scored[:, 2:], boxes[:, 2:], rtol=1e-12)
