@@ -1,4 +1,4 @@
-"""Where a model's input lies in its original image: one geometry for a plain resize, a tile and a letterbox."""
+"""Where a model's input lies in its original image: as a whole, as a tile or in a letterbox."""
 
 from __future__ import annotations
 
@@ -41,21 +41,25 @@ class Placement:
         shift = boxes.new_tensor(self.matrix[:, 2]).repeat(2)
         return boxes * scale + shift
 
+    @property
+    def visible(self) -> list[float]:
+        """The visible part of the original, xyxy in pixels."""
+        left, top = self.matrix[:, 2].tolist()
+        right = left + self.matrix[0, 0].item()
+        bottom = top + self.matrix[1, 1].item()
+        return [max(left, 0), max(top, 0), min(right, self.width), min(bottom, self.height)]
+
     def clip(self, boxes: Tensor) -> Tensor:
         """Boxes (n, 4) xyxy in pixels, cut down to what is visible; NaN stays NaN."""
-        whole_input = self.to_original(torch.tensor([0.0, 0.0, 1.0, 1.0]))
-        lowest = whole_input.clamp(min=0)
-        highest = whole_input.clamp(max=torch.tensor([self.width, self.height] * 2))
-        low = lowest[:2].repeat(2).to(boxes)
-        high = highest[2:].repeat(2).to(boxes)
-        return boxes.clamp(low, high)
+        visible = boxes.new_tensor(self.visible)
+        return boxes.clamp(visible[:2].repeat(2), visible[2:].repeat(2))
 
     def visible_pixels(self, box: list[float]) -> tuple[slice, slice]:
         """The rows and columns of the visible pixels whose centres lie in a box xyxy in pixels."""
         x0, y0, x1, y1 = box
-        (x_scale, _, x_shift), (_, y_scale, y_shift) = self.matrix.tolist()
-        columns = _centres_between(max(x0, x_shift, 0), min(x1, x_shift + x_scale, self.width))
-        rows = _centres_between(max(y0, y_shift, 0), min(y1, y_shift + y_scale, self.height))
+        left, top, right, bottom = self.visible
+        rows = _centres_between(max(y0, top), min(y1, bottom))
+        columns = _centres_between(max(x0, left), min(x1, right))
         return rows, columns
 
     def column_positions(self, cells: int) -> Tensor:

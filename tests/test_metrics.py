@@ -287,12 +287,12 @@ def test_a_second_summary_is_the_same_and_found_can_be_joined_or_cleared():
     add_random_detections(evaluator, truth, 0)
     first = evaluator.summary()
     assert evaluator.summary() == first
-    other.found.update(dict(list(evaluator.found.items())[:2]))
-    other.found.update(dict(list(evaluator.found.items())[1:]))
+    other.detections.update(dict(list(evaluator.detections.items())[:2]))
+    other.detections.update(dict(list(evaluator.detections.items())[1:]))
     assert other.summary() == first
     add_random_detections(other, truth, 0)  # the same images again, as a padded sampler gives them
     assert other.summary() == first
-    other.found.clear()
+    other.detections.clear()
     assert other.summary()["bbox"]["mAP"] == 0
 
 
@@ -434,7 +434,7 @@ def test_bad_detections():
     evaluator.add(
         99, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3
     )  # not an image of the ground truth
-    assert list(evaluator.found) == [1]
+    assert list(evaluator.detections) == [1]
     with pytest.raises(ValueError, match="category ids \\[7\\]"):
         evaluator.add(1, boxes[:1], scores[:1], np.array([7]), [square(1, 1, 8)])
     with pytest.raises(ValueError, match="\\[80, 60\\], the image has \\[60, 80\\]"):
@@ -482,9 +482,11 @@ def test_overlap_equals_counting_decoded_pixels(case):
             ious.append(both / either)
             dices.append(2 * both / (found.sum() + true.sum()))
             total += both, either
-    table = [[row["image_id"], 0, 0, 0, 0, row["score"], row["category_id"]] for row in results]
+    images = np.array([row["image_id"] for row in results])
+    classes = np.array([row["category_id"] for row in results])
+    scores = np.array([row["score"] for row in results])
     rles = [row["segmentation"] for row in results]
-    overlap = mask_overlap(np.array(table).reshape(-1, 7), rles, annotations)
+    overlap = mask_overlap(images, classes, scores, rles, annotations)
     if not ious:
         assert overlap == {"giou": None, "ciou": None, "dice": None}
     else:

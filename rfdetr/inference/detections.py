@@ -1,4 +1,4 @@
-"""From images to detections, and from detections to boxes and masks in the pixels of the originals."""
+"""From images to detections, and from those to boxes and masks in the pixels of the originals."""
 
 from __future__ import annotations
 
