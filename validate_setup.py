@@ -235,7 +235,7 @@ def fix(args: argparse.Namespace) -> dict[str, dict[str, int]]:
 def draw_classes(split, path: Path) -> None:
     """Write the sheet of classes of a split (rfdetr.data.coco.CocoSplit), as preview.webp where `path` is a folder."""
     from rfdetr.files import writing_to
-    from rfdetr.inference.visualise import class_sheet
+    from rfdetr.inference.class_sheet import class_sheet
 
     if path.suffix.lower() not in PICTURES:
         path = path / "preview.webp"

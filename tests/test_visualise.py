@@ -13,8 +13,9 @@ from pycocotools import mask as mask_api
 
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.demo import make_demo
+from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.detections import Prediction
-from rfdetr.inference.visualise import MIN_SIDE, class_colours, class_sheet, draw, side_by_side
+from rfdetr.inference.visualise import MIN_SIDE, class_colours, draw, side_by_side
 
 # pycocotools.mask.decode under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
