@@ -1,6 +1,6 @@
 """Score a checkpoint on a split: COCO box and mask figures, and mask overlap.
 
-python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --split valid --json scores.json
+python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --json scores.json
 """
 
 from __future__ import annotations
@@ -64,14 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         make_place(args.json, "--json")
     if args.results:
         make_folder(args.results, "--results")
-    fraction = division(content, args)
-    splits = read_dataset(args.dataset, fraction, exif=args.exif or content.get("exif"))
-    require_same_division(content, splits, args)
-    if args.split not in splits:
-        raise UserError(
-            f"{args.dataset} has no {args.split} split, it has {', '.join(splits)}: choose with --split"
-        )
-    split = splits[args.split]
+    split = read_split(
+        content, args.checkpoint, args.dataset, args.split, args.val_fraction, args.exif
+    )
     for message in split.warnings:
         warn(message)
     tell_trained_images(checkpoint.trained_on(content).tolist(), split, args.split)
@@ -79,21 +74,21 @@ def main(argv: list[str] | None = None) -> None:
     table = table.in_order_of(
         split.class_names, split.category_ids, f"{args.dataset} ({args.split})"
     )
-    resolution = checkpoint.input_side(content, args.resolution, args.checkpoint)
-
-    loader = evaluation_loader(
-        SplitDataset(split, resolution, None, masks=False), args.batch, args.workers
-    )
-    masks = model.head is not None and split.mask_count > 0
     model.to(precision.device)
     if args.compile:
         compile_in_place(model.encoder, precision.device)
-    judge = SplitEvaluator(loader, table, precision, masks)
-    evaluator = judge.collect(model)
-    check_unread(judge.unread, split)
-    summary = evaluator.summary()
+    resolution = checkpoint.input_side(content, args.resolution, args.checkpoint)
+    dataset = SplitDataset(split, resolution, None, masks=False)
+    loader = evaluation_loader(dataset, args.batch, args.workers)
+    has_masks = model.head is not None and split.mask_count > 0
+    split_evaluator = SplitEvaluator(loader, table, precision, has_masks)
+    coco_evaluator = split_evaluator.collect(model)
+    check_unread(split_evaluator.unread, split)
+
+    summary = coco_evaluator.summary()
     print(
-        f"{args.checkpoint} on {args.dataset} ({args.split}, {len(split.images)} images, {resolution} px)"
+        f"{args.checkpoint} on {args.dataset} ({args.split}, {len(split.images)} images, "
+        f"{resolution} px)"
     )
     print(format_table(summary))
     if args.json:
@@ -101,54 +96,60 @@ def main(argv: list[str] | None = None) -> None:
         tick(f"Scores: {args.json}")
     if args.results:
         with writing_to(args.results, "--results"):
-            evaluator.save(args.results)
+            coco_evaluator.save(args.results)
         tick(f"COCO results: {args.results}")
 
 
-def trained_fraction(content: dict) -> float | None:
-    """The --val_fraction that the checkpoint was trained with."""
-    fraction = content.get("args", {}).get("val_fraction")
-    return fraction if isinstance(fraction, float) else None
+def read_split(
+    content: dict,
+    checkpoint_file: Path,
+    dataset: Path,
+    name: str,
+    val_fraction: float | None,
+    exif: str | None,
+) -> CocoSplit:
+    """The split of a dataset, divided and read as in the checkpoint's training where that is open.
 
-
-def division(content: dict, args: argparse.Namespace) -> float | None:
-    """--val_fraction, or where it is left out and the dataset has no valid split, that of the checkpoint's training."""
-    own = trained_fraction(content)
-    if args.val_fraction or not own or "valid" in find_splits(args.dataset):
-        return args.val_fraction
-    tick(
-        f"--val_fraction {own}: {args.dataset} has no valid split, it is divided as in the checkpoint's training"
-    )
-    return own
-
-
-def require_same_division(
-    content: dict, splits: dict[str, CocoSplit], args: argparse.Namespace
-) -> None:
-    """Raise UserError where train/ is divided otherwise than in training: images that were trained on would be scored.
-
-    Another dataset, none of whose images the checkpoint was trained on, may be divided as one likes.
+    Raises UserError where there is no such split, and where images that the checkpoint was trained
+    on would be scored as valid ones.
     """
-    own, given = trained_fraction(content), args.val_fraction
-    if (
-        args.split != "valid"
-        or not own
-        or not given
-        or own == given
-        or "valid" in find_splits(args.dataset)
-    ):
-        return
+    trained_fraction = content.get("args", {}).get("val_fraction")
+    if not isinstance(trained_fraction, float):
+        trained_fraction = None
+    is_divided = "valid" not in find_splits(dataset)
+    if is_divided and val_fraction is None and trained_fraction:
+        val_fraction = trained_fraction
+        tick(
+            f"--val_fraction {val_fraction}: {dataset} has no valid split, it is divided as in the "
+            "checkpoint's training"
+        )
+    splits = read_dataset(dataset, val_fraction, exif=exif or content.get("exif"))
+    is_divided_otherwise = is_divided and trained_fraction and val_fraction != trained_fraction
+    if name == "valid" and is_divided_otherwise and may_know_images(content, splits):
+        raise UserError(
+            f"--val_fraction {val_fraction}: {checkpoint_file} was trained with --val_fraction "
+            f"{trained_fraction}, so that images it was trained on would be scored. Leave the flag "
+            f"out, or give --val_fraction {trained_fraction}"
+        )
+    if name not in splits:
+        raise UserError(
+            f"{dataset} has no {name} split, it has {', '.join(splits)}: choose with --split"
+        )
+    return splits[name]
+
+
+def may_know_images(content: dict, splits: dict[str, CocoSplit]) -> bool:
+    """Whether the checkpoint was trained on an image of train/ or valid/, or does not tell."""
     trained = set(checkpoint.trained_on(content).tolist())
-    if trained and not trained & {*splits["train"].samples, *splits["valid"].samples}:
-        return
-    raise UserError(
-        f"--val_fraction {given}: {args.checkpoint} was trained with --val_fraction {own}, so that images it was "
-        f"trained on would be scored. Leave the flag out, or give --val_fraction {own}"
-    )
+    images = {*splits["train"].samples, *splits["valid"].samples}
+    return not trained or not trained.isdisjoint(images)
 
 
 def tell_trained_images(trained: list[int], split: CocoSplit, name: str) -> None:
-    """Warn where images of a split, by their content, are among those that the checkpoint was trained on."""
+    """Warn where the checkpoint was trained on images of a split.
+
+    trained: content hashes of its training images; name: the split's.
+    """
     known = set(trained)
     files = [image.file_name for image in split.images if image.sample in known]
     if not files:
@@ -159,7 +160,8 @@ def tell_trained_images(trained: list[int], split: CocoSplit, name: str) -> None
         return
     examples = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     warn(
-        f"{count} of {name} were trained on, by their content ({examples}): scores on them say little"
+        f"{count} of {name} were trained on, by their content ({examples}): scores on them say "
+        "little"
     )
 
 

@@ -255,7 +255,7 @@ def test_a_file_that_is_no_video_costs_no_result(photos, stage2, call, capsys, t
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     weights = ["--checkpoint", stage2.folder / "best.pt", "--threshold", "0.2"]
     call(predict.main, *weights, "--input", photos, "bad.mp4", "--output", "out")
-    assert predicted("out") and "bad.mp4 is not a video that can be read" in capsys.readouterr().out
+    assert predicted("out") and "bad.mp4 cannot be read" in capsys.readouterr().out
 
 
 def test_names_that_differ_in_case_alone_are_one_file_on_some_disks():
