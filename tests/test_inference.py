@@ -300,13 +300,12 @@ def test_predict_takes_paths_images_arrays_and_lists(model, photos):
     results = [model.predict(x, threshold=0.3) for x in (path, str(path), image, np.asarray(image))]
     results += model.predict([path, image], threshold=0.3)
     assert len(results[0].boxes) > 0
-    for found in results:
-        assert found.boxes.shape == (len(found.scores), 4) and len(found.masks) == len(
-            found.names
-        ) == len(found.labels)
-        np.testing.assert_allclose(found.boxes, results[0].boxes, atol=1e-3)
-        assert found.names == results[0].names
-        assert found.names == [model.class_names[label] for label in found.labels]
+    for prediction in results:
+        assert prediction.boxes.shape == (len(prediction.scores), 4)
+        assert len(prediction.masks) == len(prediction.names) == len(prediction.labels)
+        np.testing.assert_allclose(prediction.boxes, results[0].boxes, atol=1e-3)
+        assert prediction.names == results[0].names
+        assert prediction.names == [model.class_names[label] for label in prediction.labels]
     assert (np.diff(results[0].scores) <= 0).all() and (results[0].scores >= 0.3).all()
 
 

@@ -281,7 +281,7 @@ def test_equals_plain_pycocotools_whatever_the_split(case):
         assert_equal_to_pycocotools(summary[kind], truth, evaluator.results(kind), kind)
 
 
-def test_a_second_summary_is_the_same_and_found_can_be_joined_or_cleared():
+def test_a_second_summary_is_the_same_and_detections_can_be_joined_or_cleared():
     truth = random_split(5)
     evaluator, other = CocoEvaluator(truth, masks=True), CocoEvaluator(truth, masks=True)
     add_random_detections(evaluator, truth, 0)
@@ -610,9 +610,9 @@ def split_evaluator(crowded, table, masks=True, frozen=None):
 def all_results(crowded, model, table):
     """COCO results of everything that the detector gives: {"bbox": [...], "segm": [...]}."""
     rows = torch.tensor(table.rows)
-    found = select_detections(model.outputs, rows, model.size.select)
+    detections = select_detections(model.outputs, rows, model.size.select)
     results = {"bbox": [], "segm": []}
-    for record, *values in zip(crowded.images, *found[:3]):
+    for record, *values in zip(crowded.images, *detections[:3]):
         for score, label, box in zip(*values):
             row = {
                 "image_id": record.id,
@@ -633,10 +633,9 @@ def all_results(crowded, model, table):
 def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
     model, table = trained
     if stage == "stage 2":
-        judge, scored = split_evaluator(crowded, table, frozen=model), model.head
+        evaluator = split_evaluator(crowded, table, frozen=model).collect(model.head)
     else:
-        judge, scored = split_evaluator(crowded, table), model
-    evaluator = judge.collect(scored)
+        evaluator = split_evaluator(crowded, table).collect(model)
     summary = evaluator.summary()
     results = all_results(crowded, model, table)
     assert len(results["bbox"]) == 600 and summary["bbox"]["mAP"] > 0.5
@@ -651,9 +650,9 @@ def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
 def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypatch):
     model, table = trained
     model.outputs["pred_logits"] += 3  # every object is found with 0.5 or more
-    found = next(iter(split_evaluator(crowded, table).detections(model)))
+    detections = next(iter(split_evaluator(crowded, table).detections(model)))
     summary = split_evaluator(crowded, table).evaluate(model)
-    assert (found.labels == 0).sum(1).min() > 100
+    assert (detections.labels == 0).sum(1).min() > 100
     monkeypatch.setattr(
         "rfdetr.inference.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool)
     )
@@ -662,14 +661,14 @@ def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypa
 
 def test_the_boxes_that_are_scored_are_those_that_are_delivered(crowded, trained):
     model, table = trained
-    judge = split_evaluator(crowded, table, masks=False)
+    evaluator = split_evaluator(crowded, table, masks=False)
     images = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 2
-    (batch,) = judge.detections(model)
+    (batch,) = evaluator.detections(model)
     delivered = make_predictions(
-        batch, images, 0.0, None, list(crowded.class_names), judge.precision
+        batch, images, 0.0, None, list(crowded.class_names), evaluator.precision
     )
     boxes = np.concatenate([one.boxes for one in delivered])
-    scored = np.array([row["bbox"] for row in judge.collect(model).results("bbox")])
+    scored = np.array([row["bbox"] for row in evaluator.collect(model).results("bbox")])
     assert len(boxes) == 600 and (boxes[:, 0] == 0).sum() > 10
     np.testing.assert_array_equal(scored[:, :2], boxes[:, :2])
     np.testing.assert_allclose(scored[:, :2] + scored[:, 2:], boxes[:, 2:], rtol=1e-12)

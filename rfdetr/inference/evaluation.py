@@ -83,14 +83,14 @@ class SplitEvaluator:
         are then left out, as drawing them takes time.
         """
         head = self._head(model)
-        own = []
+        images = []
         with naming_workers(self.loader.dataset):
             for detections in self.detections(model):
-                own += self._in_originals(detections, head)
+                images += self._in_originals(detections, head)
         evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
-        for of_rank in distributed.gather_objects(own):
-            for one in of_rank:
-                evaluator.add(one.image_id, one.boxes, one.scores, one.labels, one.rles)
+        for of_rank in distributed.gather_objects(images):
+            for image in of_rank:
+                evaluator.add(image.image_id, image.boxes, image.scores, image.labels, image.rles)
         return evaluator
 
     def pictures(self, model: nn.Module, count: int) -> Iterator[tuple[str, Image.Image]]:
@@ -154,12 +154,12 @@ class SplitEvaluator:
         return [
             ImageDetections(
                 image_id=image.image_id,
-                boxes=image.boxes[own],
-                scores=image.scores[own],
-                labels=image.labels[own],
-                rles=own_rles,
+                boxes=image.boxes[drawn],
+                scores=image.scores[drawn],
+                labels=image.labels[drawn],
+                rles=image_rles,
             )
-            for image, own, own_rles in zip(images, chosen, rles)
+            for image, drawn, image_rles in zip(images, chosen, rles)
         ]
 
     def _picture(self, detections: Detections, head: AnyMaskHead | None) -> Image.Image:

@@ -39,7 +39,7 @@ def mask_overlap(
     dices = []
     all_intersections = 0
     all_unions = 0
-    for pair in detected_rles.keys() | true_rles.keys():
+    for pair in sorted(detected_rles.keys() | true_rles.keys()):
         detected = union_of(detected_rles.get(pair))
         true = union_of(true_rles.get(pair))
         crowd = union_of(crowd_rles.get(pair))
