@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     masks = model.head is not None and split.mask_count > 0
     evaluator = SplitEvaluator(loader, table, precision, masks)
 
-    coco = evaluator.evaluator(model)
+    coco = evaluator.collect(model)
     check_unread(evaluator.unread, split)
     summary = coco.summary()
     place = f"{settings.dataset} ({settings.split}, {len(split.images)} images, {resolution} px)"

@@ -1,6 +1,7 @@
-"""Find objects in images, folders, globs and videos: pictures, and predictions.json with boxes and masks.
+"""Detect objects in images, folders, globs and videos: pictures, and boxes and masks as JSON.
 
-python predict.py --checkpoint runs/segmentation_nano_384_1/best.pt --input photos/ clip.mp4 --output found
+python predict.py --checkpoint runs/segmentation_nano_384_1/best.pt
+    --input photos/ clip.mp4 --output found
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -28,103 +30,117 @@ from rfdetr.settings import PredictionSettings
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
-WHOLE = 0.95  # of a video's announced frames; a video with fewer is damaged
+WHOLE = 0.95  # of a video's announced frames: a video with fewer is damaged
+UNKNOWN_RATE = 25.0  # frames a second, where a video does not tell
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = script_settings(PredictionSettings, __doc__, argv)
-
-    files = collect(args.input)
-    model = RFDETR.from_checkpoint(args.checkpoint, args.device, args.amp, args.resolution)
-    model.exif = args.exif or model.exif
-    turn = itertools.repeat(model.exif == "apply")
-    if args.compile:
-        compile_in_place(model.model.encoder, model.precision.device)
-    make_folder(args.output, "--output")
-    images, videos = (
-        [path for path in files if path.suffix.lower() in kind] for kind in (IMAGES, VIDEOS)
+    settings = script_settings(PredictionSettings, __doc__, argv)
+    paths = collect(settings.input)
+    model = RFDETR.from_checkpoint(
+        settings.checkpoint, settings.device, settings.amp, settings.resolution
     )
-    taken = names_of_inputs(args.output, files)  # no input is overwritten
-    chunks = [images[i : i + args.batch] for i in range(0, len(images), args.batch)] or [[]]
-    results, unread, names = [], 0, itertools.repeat(model.class_names)
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # reads the next images and writes the last pictures while the model works
-        reading, saving = pool.map(read, chunks[0], turn), []
-        for chunk, following in zip(tqdm(chunks, desc="images", leave=False), [*chunks[1:], []]):
-            pixels, reading = list(reading), pool.map(read, following, turn)
-            list(saving)  # raises what went wrong
-            readable = [(path, image) for path, image in zip(chunk, pixels) if image is not None]
-            unread += len(chunk) - len(readable)
-            found = find(model, [image for _, image in readable], args)
-            targets = [args.output / free_name(path.stem, ".png", taken) for path, _ in readable]
-            saving = pool.map(save_picture, found, names, targets)
-            for (path, _), one in zip(readable, found):
-                results += as_records(str(path), one)
-        list(saving)
+    model.exif = settings.exif or model.exif
+    if settings.compile:
+        compile_in_place(model.model.encoder, model.precision.device)
+    predictor = Predictor(model, settings.threshold, settings.nms, settings.batch)
+    make_folder(settings.output, "--output")
+    taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
+
+    images = [path for path in paths if path.suffix.lower() in IMAGES]
+    records, unreadable = predict_images(predictor, images, settings.output, taken_names)
     damaged = []
-    for path in videos:
-        target = args.output / free_name(path.stem, ".mp4", taken)
-        found, sound = predict_video(model, path, target, args)
-        unread += found is None
-        results += found or []
-        damaged += [] if sound else [str(path)]
-    if unread == len(files):
-        raise UserError(f"none of the {unread} files could be read (the warnings above name them)")
-    write_json(args.output / "predictions.json", results)
+    for path in paths:
+        if path.suffix.lower() not in VIDEOS:
+            continue
+        video = predict_video(predictor, path, settings.output, taken_names)
+        records += video.records
+        if video.frames == 0:
+            unreadable += 1
+        if not video.is_whole:
+            damaged.append(str(path))
+    if unreadable == len(paths):
+        raise UserError(
+            f"none of the {unreadable} files could be read (the warnings above name them)"
+        )
+    write_json(settings.output / "predictions.json", records)
     tick(
-        f"{len(results)} objects in {len(files) - unread} files: {args.output} (pictures and predictions.json)"
+        f"{len(records)} objects in {len(paths) - unreadable} files: {settings.output} (pictures and "
+        "predictions.json)"
     )
     if damaged:
         print(
-            f"Not whole: {', '.join(damaged)}. What could be decoded is in {args.output}; for the rest copy or convert "
-            "the video anew, and run this again",
+            f"Damaged: {', '.join(damaged)}. What could be decoded is in {settings.output}. For the "
+            "rest, copy or convert the video again, and run this again",
             file=sys.stderr,
         )
         sys.exit(1)
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """A model, what of its detections counts, and how many images it gets at a time.
+
+    threshold: the lowest score, 0..1; nms: the IoU above which the lower-scored of two boxes of a
+    class is dropped, or None.
+    """
+
+    model: RFDETR
+    threshold: float
+    nms: float | None
+    batch: int
+
+    def predict(self, images: list[np.ndarray]) -> list[Prediction]:
+        """Of a few images (H, W, 3) uint8 RGB."""
+        predictions = self.model.predict(images, self.threshold)
+        if self.nms is None:
+            return predictions
+        return [prediction.without_duplicates(self.nms) for prediction in predictions]
+
+
+# ---------------------------------------------------------------- files
+
+
 def collect(inputs: list[str]) -> list[Path]:
-    """All image and video files that the arguments name, sorted inside folders, each once.  Raises UserError."""
-    found: list[Path] = []
+    """All image and video files that --input names, sorted inside folders, each once.
+
+    Raises UserError where a name leads to none.
+    """
+    paths: list[Path] = []
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            paths = path.iterdir()
-        else:
-            paths = [path] if path.is_file() else map(Path, glob.glob(text, recursive=True))
-        usable = sorted(path for path in paths if path.suffix.lower() in IMAGES | VIDEOS)
-        special = [path for path in usable if is_special_file(path)]
-        for path in special:
-            warn(f"{path} is a pipe, a socket or a device, no file: left out")
-        usable = [path for path in usable if path not in special]
+        usable = []
+        for path in files_named_by(text):
+            if is_special_file(path):
+                warn(f"{path} is a pipe, a socket or a device, not a file: left out")
+            else:
+                usable.append(path)
         if not usable:
-            raise UserError(
-                f"--input {text}: no images or videos there ({', '.join(sorted(IMAGES | VIDEOS))})"
-            )
-        found += usable
-    return list(dict.fromkeys(found))
+            suffixes = ", ".join(sorted(IMAGES | VIDEOS))
+            raise UserError(f"--input {text}: no images or videos there ({suffixes})")
+        paths += usable
+    return list(dict.fromkeys(paths))
+
+
+def files_named_by(text: str) -> list[Path]:
+    """The images and videos that a file, folder or glob names, sorted."""
+    path = Path(text)
+    if path.is_dir():
+        paths = list(path.iterdir())
+    elif path.is_file():
+        paths = [path]
+    else:
+        paths = [Path(match) for match in glob.glob(text, recursive=True)]
+    return sorted(path for path in paths if path.suffix.lower() in IMAGES | VIDEOS)
 
 
 def names_of_inputs(folder: Path, inputs: list[Path]) -> set[str]:
     """The casefolded names in a folder that lead to an input, by whatever link."""
-    known = {_identity(path) for path in inputs}
+    identities = {_identity(path) for path in inputs}
     return {
         path.name.casefold()
         for path in folder.iterdir()
-        if path.exists() and _identity(path) in known
+        if path.exists() and _identity(path) in identities
     }
-
-
-def free_name(stem: str, suffix: str, taken: set[str]) -> str:
-    """A file name for a picture or video that is not `taken` yet, with a number where need be; it is taken then.
-
-    `taken` has casefolded names: on most Windows and macOS disks a.PNG is a.png.
-    """
-    names = itertools.chain([stem + suffix], (f"{stem}_{n}{suffix}" for n in itertools.count(2)))
-    name = next(name for name in names if name.casefold() not in taken)
-    taken.add(name.casefold())
-    return name
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -136,8 +152,79 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def free_name(stem: str, suffix: str, taken: set[str]) -> str:
+    """A name for a picture or video that is not in `taken` yet, numbered where need be.
+
+    It is added to `taken`, whose names are casefolded: on most Windows and macOS disks a.PNG is
+    a.png.
+    """
+    name = stem + suffix
+    count = 1
+    while name.casefold() in taken:
+        count += 1
+        name = f"{stem}_{count}{suffix}"
+    taken.add(name.casefold())
+    return name
+
+
+# ---------------------------------------------------------------- images
+
+
+def predict_images(
+    predictor: Predictor, paths: list[Path], output: Path, taken_names: set[str]
+) -> tuple[list[dict], int]:
+    """Save a picture of each image; returns their records and how many cannot be read."""
+    records = []
+    unreadable = 0
+    saving: list[Future] = []
+    batches = list(in_batches(iter(paths), predictor.batch))
+    # the pool reads the next images and saves the last pictures while the model works
+    with ThreadPoolExecutor() as pool:
+        reading = read_ahead(pool, batches, turn=predictor.model.exif == "apply")
+        progress = tqdm(reading, desc="images", total=len(batches), leave=False)
+        for batch, images in zip(batches, progress):
+            wait_for(saving)
+            readable = [path for path, image in zip(batch, images) if image is not None]
+            unreadable += len(batch) - len(readable)
+            predictions = predictor.predict([image for image in images if image is not None])
+            saving = []
+            for path, prediction in zip(readable, predictions):
+                target = output / free_name(path.stem, ".png", taken_names)
+                class_names = predictor.model.class_names
+                saving.append(pool.submit(save_picture, prediction, class_names, target))
+                records += as_records(path, prediction)
+        wait_for(saving)
+    return records, unreadable
+
+
+def in_batches(items: Iterator, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter; none for no items."""
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def read_ahead(
+    pool: ThreadPoolExecutor, batches: list[list[Path]], turn: bool
+) -> Iterator[list[np.ndarray | None]]:
+    """The images of each batch, as `read` gives them; the next batch is read meanwhile."""
+    reading: list[Future] = []
+    for batch in [*batches, []]:
+        previous = reading
+        reading = [pool.submit(read, path, turn) for path in batch]
+        if previous:
+            yield wait_for(previous)
+
+
+def wait_for(futures: list[Future]) -> list:
+    """Their results; raises what went wrong in one of them."""
+    return [future.result() for future in futures]
+
+
 def read(path: Path, turn: bool) -> np.ndarray | None:
-    """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read.  turn: by its EXIF."""
+    """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read.
+
+    turn: make it upright by its EXIF orientation.
+    """
     try:
         return read_image(path, turn)
     except UserError as error:
@@ -145,92 +232,103 @@ def read(path: Path, turn: bool) -> np.ndarray | None:
         return None
 
 
-def find(model: RFDETR, images: list[np.ndarray], args: PredictionSettings) -> list[Prediction]:
-    """Predictions of a few images or frames."""
-    found = model.predict(images, args.threshold)
-    return found if args.nms is None else [one.without_duplicates(args.nms) for one in found]
-
-
-def save_picture(found: Prediction, class_names: list[str], file: Path) -> None:
+def save_picture(prediction: Prediction, class_names: list[str], file: Path) -> None:
     with writing_to(file.parent, "--output"):
         file.unlink(missing_ok=True)  # a link would be written through
-        found.picture(class_names).save(file, compress_level=1)
+        prediction.picture(class_names).save(file, compress_level=1)
 
 
-def as_records(file: str, found: Prediction, frame: int | None = None) -> list[dict]:
+def as_records(path: Path, prediction: Prediction, frame: int | None = None) -> list[dict]:
     """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null."""
-    masks = found.masks or [None] * len(found.names)
-    rows = zip(found.boxes.tolist(), found.names, found.scores.tolist(), masks)
-    extra = {} if frame is None else {"frame": frame}
-    return [
-        {
-            "file": file,
-            "class": name,
-            "score": score,
+    records = []
+    for i, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
+        record = {
+            "file": str(path),
+            "class": prediction.names[i],
+            "score": prediction.scores[i].item(),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "mask": mask,
-            **extra,
+            "mask": prediction.masks[i] if prediction.masks else None,
         }
-        for (x0, y0, x1, y1), name, score, mask in rows
-    ]
+        if frame is not None:
+            record["frame"] = frame
+        records.append(record)
+    return records
+
+
+# ---------------------------------------------------------------- videos
+
+
+@dataclass
+class VideoResult:
+    """The records of a video's objects, with frame numbers, and how many frames were decoded.
+
+    announced: frames that the file says it has; 0 or less: it does not say.
+    """
+
+    records: list[dict]
+    frames: int
+    announced: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.frames >= WHOLE * self.announced
+
+
+def predict_video(
+    predictor: Predictor, path: Path, output: Path, taken_names: set[str]
+) -> VideoResult:
+    """Write a copy of a video with everything drawn in; warns where frames are missing."""
+    target = output / free_name(path.stem, ".mp4", taken_names)
+    with writing_to(output, "--output"), tempfile.TemporaryDirectory(dir=output) as folder:
+        temporary = Path(folder) / target.name  # a link at the target would be written through
+        result = write_drawn_frames(predictor, path, temporary)
+        if result.frames == 0:
+            warn(
+                f"{path} cannot be read as a video: it has no frames. Convert it to .mp4 and try "
+                "again"
+            )
+            return result
+        # OpenCV does not tell when it cannot write
+        written = cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT)
+        if written != result.frames:
+            raise UserError(
+                f"could not write all of {target}. Free some space there, or name another --output"
+            )
+        os.replace(temporary, target)
+    if result.frames < result.announced:
+        warn(
+            f"{path} is damaged: {result.frames} of the {result.announced} frames that it "
+            "announces could be decoded"
+        )
+    return result
+
+
+def write_drawn_frames(predictor: Predictor, path: Path, file: Path) -> VideoResult:
+    """Write the frames of a video with everything drawn in as .mp4, if there are any."""
+    video = cv2.VideoCapture(str(path))
+    announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate = video.get(cv2.CAP_PROP_FPS) or UNKNOWN_RATE
+    result = VideoResult(records=[], frames=0, announced=announced)
+    writer = None
+    batches = in_batches(read_video(video), predictor.batch)
+    for frames in tqdm(batches, desc=path.name, leave=False):
+        for prediction in predictor.predict(frames):
+            picture = np.asarray(prediction.picture(predictor.model.class_names))
+            if writer is None:
+                codec = cv2.VideoWriter_fourcc(*"mp4v")
+                writer = cv2.VideoWriter(str(file), codec, rate, picture.shape[1::-1])
+            writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            result.records += as_records(path, prediction, result.frames)
+            result.frames += 1
+    if writer is not None:
+        writer.release()
+    return result
 
 
 def read_video(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
     """A video's frames, (H, W, 3) uint8 RGB."""
     while (frame := video.read()[1]) is not None:
         yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-
-
-def predict_video(
-    model: RFDETR, path: Path, target: Path, args: PredictionSettings
-) -> tuple[list[dict] | None, bool]:
-    """Write a copy of a video with everything drawn in to `target`.
-
-    Returns its records with frame numbers, None with a warning for a file that cannot be read; and whether as many
-    frames could be decoded as the file announces, with a warning where some are missing.
-    """
-    video = cv2.VideoCapture(str(path))
-    announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))  # 0 or less: unknown
-    frames, rate = read_video(video), video.get(cv2.CAP_PROP_FPS) or 25.0
-    writer, records, count = None, [], 0
-    with (
-        writing_to(target.parent, "--output"),
-        tempfile.TemporaryDirectory(dir=target.parent) as folder,
-    ):
-        made = Path(folder) / target.name  # a link at the target would be written through
-        for chunk in tqdm(
-            iter(lambda: list(itertools.islice(frames, args.batch)), []),
-            desc=path.name,
-            leave=False,
-        ):
-            for found in find(model, chunk, args):
-                picture = cv2.cvtColor(
-                    np.asarray(found.picture(model.class_names)), cv2.COLOR_RGB2BGR
-                )
-                if writer is None:
-                    codec = cv2.VideoWriter_fourcc(*"mp4v")
-                    writer = cv2.VideoWriter(str(made), codec, rate, picture.shape[1::-1])
-                writer.write(picture)
-                records += as_records(str(path), found, count)
-                count += 1
-        if writer is None:
-            warn(
-                f"{path} is not a video that can be read: it has no frames. Convert it to .mp4 and try again"
-            )
-            return None, announced <= 0
-        writer.release()
-        if (
-            cv2.VideoCapture(str(made)).get(cv2.CAP_PROP_FRAME_COUNT) != count
-        ):  # OpenCV writes without a word
-            raise UserError(
-                f"could not write all of {target}. Free some space there, or name another --output"
-            )
-        os.replace(made, target)
-    if count < announced:
-        warn(
-            f"{path} is damaged: {count} of the {announced} frames that it announces could be decoded"
-        )
-    return records, count >= WHOLE * announced
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = [parameter_group(list(head.parameters()), settings.seg_lr, settings.weight_decay)]
     trainer = make_trainer(session, head, losses, groups, sampler.steps)
     evaluator = split_evaluator(session, "valid", table, masks=True, frozen=detector)
-    evaluator.keep = fits_in_memory(evaluator.split, detector.size, session.resolution)
+    evaluator.keep_detections = fits_in_memory(evaluator.split, detector.size, session.resolution)
     cache = feature_cache(session, losses)
     choice = distributed.from_main(choose_cache(settings.cache, cache, settings.multi_scale))
     pack = packer(session, detector, table, head_name)

@@ -58,25 +58,26 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.inference.detections import DetectionRunner, draw_masks
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import MASK_HEADS
+    from rfdetr.placement import Placement
     from rfdetr.sizes import SIZES
 
     size = SIZES["nano"]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
-    model, head = (
-        Detector(size, rows=91, groups=1).to(device).eval(),
-        MASK_HEADS["nano"](size.hidden).to(device),
-    )
+    model = Detector(size, rows=91, groups=1).to(device).eval()
+    head = MASK_HEADS["nano"](size.hidden).to(device)
     if settings.get("compile"):
         compile_in_place(model.encoder, device)
     images = torch.randint(0, 256, (1, 3, size.resolution, size.resolution), dtype=torch.uint8)
     table = ClassTable(tuple(map(str, range(90))), tuple(range(1, 91)), tuple(range(1, 91)), 91, 0)
-    finder, boxes = DetectionRunner(table, precision), some_objects(KEPT, 8)[0][None].to(device)
+    runner = DetectionRunner(table, precision)
+    placements = [Placement.resized(HEIGHT, WIDTH)]
+    boxes = some_objects(KEPT, 8)[0][None].to(device)
 
     def step() -> float:
-        found = next(finder(model, images, [0]))
+        detections = next(runner.run(model, images, placements, [0]))
         if settings["masks"]:
-            found.boxes = boxes  # of the detections that masks are drawn for
-            draw_masks(head, found, [(HEIGHT, WIDTH)], [np.arange(KEPT)], precision)
+            detections.boxes = boxes  # of the detections that masks are drawn for
+            draw_masks(head, detections, [np.arange(KEPT)], precision)
         return 1
 
     return step

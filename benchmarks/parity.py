@@ -318,6 +318,7 @@ def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -
     """Our post-processing, of their logits and boxes where these are whole, so that rounding changes no order."""
     from rfdetr.inference.detections import Detections
     from rfdetr.models.detector import select_detections
+    from rfdetr.placement import Placement
 
     names = {"pred_logits": "eval logits/last", "pred_boxes": "eval boxes/last"}
     whole = {
@@ -327,16 +328,24 @@ def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -
         outputs | whole, torch.arange(91), model.size.select
     )
     found = {"found scores": scores, "found labels": labels}
-    detections = Detections([], scores, labels, boxes, queries, outputs["features"], images)
-    height, width = ORIGINAL
-    pixel_boxes = [detections.pixel_boxes(i, height, width) for i in range(len(images))]
+    placement = Placement.resized(*ORIGINAL)
+    detections = Detections(
+        indices=list(range(len(images))),
+        placements=[placement] * len(images),
+        scores=scores,
+        labels=labels,
+        boxes=boxes,
+        queries=queries,
+        features=outputs["features"],
+        images=images,
+    )
+    pixel_boxes = [detections.boxes_in_original(i) for i in range(len(images))]
     found["found boxes"] = torch.from_numpy(np.stack(pixel_boxes))
     if model.head is not None:
         pixels = model.head.pixels(outputs["features"], images)
         parts = zip(pixels, outputs["queries"], queries, boxes)
         masks = [
-            list(model.head.paste(p, own[chosen], box, height, width))
-            for p, own, chosen, box in parts
+            list(model.head.paste(p, own[chosen], box, placement)) for p, own, chosen, box in parts
         ]
         found["found masks"] = torch.stack(
             [torch.stack([mask for _, _, mask in one]) for one in masks]

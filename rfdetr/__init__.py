@@ -1,4 +1,4 @@
-"""Two-stage instance segmentation with RF-DETR: a detector, then a light mask head on the frozen detector."""
+"""Two-stage instance segmentation with RF-DETR: a detector, then a mask head on it, frozen."""
 
 _DETECTORS = ["Base", "Large", "Large2026", "Medium", "Nano", "Small"]
 _WITH_MASKS = ["Seg2XLarge", "SegLarge", "SegMedium", "SegNano", "SegSmall", "SegXLarge"]

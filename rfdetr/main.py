@@ -239,10 +239,10 @@ def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
 def evaluate(trainer: Trainer, evaluator: SplitEvaluator, record: dict) -> dict[str, dict]:
     """Scores of the regular and, where there are any, the averaged weights, also put into the epoch's record."""
     begin = time.perf_counter()
-    scores = {"regular": evaluator(trainer.model)}
+    scores = {"regular": evaluator.evaluate(trainer.model)}
     record["valid"] = scores["regular"]
     if trainer.ema:
-        scores["ema"] = evaluator(trainer.ema.module)
+        scores["ema"] = evaluator.evaluate(trainer.ema.module)
         record["valid_ema"] = scores["ema"]
     record["train"]["evaluation_s"] = time.perf_counter() - begin
     return scores
@@ -262,7 +262,8 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
         if distributed.is_main():  # it may still be writing it, and on another machine's disk
             content = checkpoint.load(session.folder / "best.pt")
         model, _ = checkpoint.build_model(distributed.from_main(content))
-        scores = split_evaluator(session, "test", table, masks)(model.to(session.device))
+        evaluator = split_evaluator(session, "test", table, masks)
+        scores = evaluator.evaluate(model.to(session.device))
         say(f"test split\n{format_table(scores)}")
         if session.run:
             session.run.set(test=scores)

@@ -16,7 +16,7 @@ from rfdetr.data.faults import CocoSplit, Problem
 from rfdetr.data.repair import fix_dataset
 from rfdetr.device import Precision, free_memory_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
-from rfdetr.inference.visualise import class_sheet
+from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.runs.environment import environment
 from rfdetr.settings import ValidationSettings
 from rfdetr.sizes import SIZES, check_resolution

@@ -591,7 +591,7 @@ def test_validation_is_kept_between_epochs_where_memory_holds_it(few, shrunk, ca
 
     def noted(session, trainer, loader, evaluator, pack):
         fit(session, trainer, loader, evaluator, pack)
-        kept.append(evaluator.kept is not None)
+        kept.append(evaluator._kept_detections is not None)
 
     monkeypatch.setattr(train_seg_stage2, "fit", noted)
     for ram in (1e6, 0.1):

@@ -25,6 +25,7 @@ LAYERS = [
         "sigterm",
         "streams",
         "text",
+        "placement",
     ],
     ["device", "models", "data", "metrics", "losses"],
     ["runs", "weights", "inference"],

@@ -114,11 +114,14 @@ def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
 ):
     given, original = [], DetectionRunner._detect
 
-    def detect(self, model, images, index):
+    def detect(self, model, images, *of_images):
         given.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, model, images, index)
+        return original(self, model, images, *of_images)
+
+    def no_memory(*batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     flags = [
         "--checkpoint",
@@ -137,7 +140,7 @@ def test_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
     assert "out of memory: detecting in 2 images at a time" in capsys.readouterr().out
     assert Path("little.json").read_text() == Path("plenty.json").read_text()
 
-    monkeypatch.setattr(DetectionRunner, "_detect", lambda *_: detect(*_[:2], [0] * 9, _[3]))
+    monkeypatch.setattr(DetectionRunner, "_detect", no_memory)
     with pytest.raises(UserError, match="out of memory with a single image"):
         call(evaluate.main, *flags)
 
@@ -252,7 +255,7 @@ def test_a_file_that_is_no_video_costs_no_result(photos, stage2, call, capsys, t
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     weights = ["--checkpoint", stage2.folder / "best.pt", "--threshold", "0.2"]
     call(predict.main, *weights, "--input", photos, "bad.mp4", "--output", "out")
-    assert predicted("out") and "bad.mp4 is not a video that can be read" in capsys.readouterr().out
+    assert predicted("out") and "bad.mp4 cannot be read" in capsys.readouterr().out
 
 
 def test_names_that_differ_in_case_alone_are_one_file_on_some_disks():
@@ -297,13 +300,12 @@ def test_predict_takes_paths_images_arrays_and_lists(model, photos):
     results = [model.predict(x, threshold=0.3) for x in (path, str(path), image, np.asarray(image))]
     results += model.predict([path, image], threshold=0.3)
     assert len(results[0].boxes) > 0
-    for found in results:
-        assert found.boxes.shape == (len(found.scores), 4) and len(found.masks) == len(
-            found.names
-        ) == len(found.labels)
-        np.testing.assert_allclose(found.boxes, results[0].boxes, atol=1e-3)
-        assert found.names == results[0].names
-        assert found.names == [model.class_names[label] for label in found.labels]
+    for prediction in results:
+        assert prediction.boxes.shape == (len(prediction.scores), 4)
+        assert len(prediction.masks) == len(prediction.names) == len(prediction.labels)
+        np.testing.assert_allclose(prediction.boxes, results[0].boxes, atol=1e-3)
+        assert prediction.names == results[0].names
+        assert prediction.names == [model.class_names[label] for label in prediction.labels]
     assert (np.diff(results[0].scores) <= 0).all() and (results[0].scores >= 0.3).all()
 
 

@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from rfdetr.classes import assign_rows
 from rfdetr.data.loaders import SplitDataset, evaluation_loader
 from rfdetr.device import pick_device, pick_precision
-from rfdetr.inference.detections import in_originals
+from rfdetr.inference.detections import make_predictions
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.masks import encode, to_rle
 from rfdetr.metrics import coco_eval
@@ -281,18 +281,18 @@ def test_equals_plain_pycocotools_whatever_the_split(case):
         assert_equal_to_pycocotools(summary[kind], truth, evaluator.results(kind), kind)
 
 
-def test_a_second_summary_is_the_same_and_found_can_be_joined_or_cleared():
+def test_a_second_summary_is_the_same_and_detections_can_be_joined_or_cleared():
     truth = random_split(5)
     evaluator, other = CocoEvaluator(truth, masks=True), CocoEvaluator(truth, masks=True)
     add_random_detections(evaluator, truth, 0)
     first = evaluator.summary()
     assert evaluator.summary() == first
-    other.found.update(dict(list(evaluator.found.items())[:2]))
-    other.found.update(dict(list(evaluator.found.items())[1:]))
+    other.detections.update(dict(list(evaluator.detections.items())[:2]))
+    other.detections.update(dict(list(evaluator.detections.items())[1:]))
     assert other.summary() == first
     add_random_detections(other, truth, 0)  # the same images again, as a padded sampler gives them
     assert other.summary() == first
-    other.found.clear()
+    other.detections.clear()
     assert other.summary()["bbox"]["mAP"] == 0
 
 
@@ -434,7 +434,7 @@ def test_bad_detections():
     evaluator.add(
         99, boxes, scores, np.ones(3), [square(1, 1, 8)] * 3
     )  # not an image of the ground truth
-    assert list(evaluator.found) == [1]
+    assert list(evaluator.detections) == [1]
     with pytest.raises(ValueError, match="category ids \\[7\\]"):
         evaluator.add(1, boxes[:1], scores[:1], np.array([7]), [square(1, 1, 8)])
     with pytest.raises(ValueError, match="\\[80, 60\\], the image has \\[60, 80\\]"):
@@ -482,9 +482,11 @@ def test_overlap_equals_counting_decoded_pixels(case):
             ious.append(both / either)
             dices.append(2 * both / (found.sum() + true.sum()))
             total += both, either
-    table = [[row["image_id"], 0, 0, 0, 0, row["score"], row["category_id"]] for row in results]
+    images = np.array([row["image_id"] for row in results])
+    classes = np.array([row["category_id"] for row in results])
+    scores = np.array([row["score"] for row in results])
     rles = [row["segmentation"] for row in results]
-    overlap = mask_overlap(np.array(table).reshape(-1, 7), rles, annotations)
+    overlap = mask_overlap(images, classes, scores, rles, annotations)
     if not ious:
         assert overlap == {"giou": None, "ciou": None, "dice": None}
     else:
@@ -560,7 +562,7 @@ class BoxMasks(torch.nn.Module):
     def pixels(self, features, images):
         return features
 
-    def paste(self, pixels, queries, boxes, height, width):
+    def paste(self, pixels, queries, boxes, placement):
         for left, top, right, bottom in map(whole_pixels, boxes):
             yield left, top, torch.ones(bottom - top, right - left, dtype=torch.bool)
 
@@ -608,9 +610,9 @@ def split_evaluator(crowded, table, masks=True, frozen=None):
 def all_results(crowded, model, table):
     """COCO results of everything that the detector gives: {"bbox": [...], "segm": [...]}."""
     rows = torch.tensor(table.rows)
-    found = select_detections(model.outputs, rows, model.size.select)
+    detections = select_detections(model.outputs, rows, model.size.select)
     results = {"bbox": [], "segm": []}
-    for record, *values in zip(crowded.images, *found[:3]):
+    for record, *values in zip(crowded.images, *detections[:3]):
         for score, label, box in zip(*values):
             row = {
                 "image_id": record.id,
@@ -631,10 +633,9 @@ def all_results(crowded, model, table):
 def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
     model, table = trained
     if stage == "stage 2":
-        judge, scored = split_evaluator(crowded, table, frozen=model), model.head
+        evaluator = split_evaluator(crowded, table, frozen=model).collect(model.head)
     else:
-        judge, scored = split_evaluator(crowded, table), model
-    evaluator = judge.evaluator(scored)
+        evaluator = split_evaluator(crowded, table).collect(model)
     summary = evaluator.summary()
     results = all_results(crowded, model, table)
     assert len(results["bbox"]) == 600 and summary["bbox"]["mAP"] > 0.5
@@ -643,29 +644,31 @@ def test_scores_with_masks_are_those_of_all_detections(stage, crowded, trained):
         saved = evaluator.results(kind)
         assert 2 * 225 < len(saved) < 600  # what no figure looks at has no mask drawn
         assert_equal_to_pycocotools(summary[kind], crowded.ground_truth, saved, kind)
-    assert split_evaluator(crowded, table, masks=False)(model)["bbox"] == summary["bbox"]
+    assert split_evaluator(crowded, table, masks=False).evaluate(model)["bbox"] == summary["bbox"]
 
 
 def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypatch):
     model, table = trained
     model.outputs["pred_logits"] += 3  # every object is found with 0.5 or more
-    found = next(iter(split_evaluator(crowded, table).detections(model)))
-    summary = split_evaluator(crowded, table)(model)
-    assert (found.labels == 0).sum(1).min() > 100
+    detections = next(iter(split_evaluator(crowded, table).detections(model)))
+    summary = split_evaluator(crowded, table).evaluate(model)
+    assert (detections.labels == 0).sum(1).min() > 100
     monkeypatch.setattr(
         "rfdetr.inference.evaluation.counting", lambda boxes, *_: np.ones(len(boxes), bool)
     )
-    assert split_evaluator(crowded, table)(model) == summary
+    assert split_evaluator(crowded, table).evaluate(model) == summary
 
 
 def test_the_boxes_that_are_scored_are_those_that_are_delivered(crowded, trained):
     model, table = trained
-    judge = split_evaluator(crowded, table, masks=False)
+    evaluator = split_evaluator(crowded, table, masks=False)
     images = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 2
-    (batch,) = judge.detections(model)
-    delivered = in_originals(batch, images, 0.0, None, list(crowded.class_names), judge.precision)
+    (batch,) = evaluator.detections(model)
+    delivered = make_predictions(
+        batch, images, 0.0, None, list(crowded.class_names), evaluator.precision
+    )
     boxes = np.concatenate([one.boxes for one in delivered])
-    scored = np.array([row["bbox"] for row in judge.evaluator(model).results("bbox")])
+    scored = np.array([row["bbox"] for row in evaluator.collect(model).results("bbox")])
     assert len(boxes) == 600 and (boxes[:, 0] == 0).sum() > 10
     np.testing.assert_array_equal(scored[:, :2], boxes[:, :2])
     np.testing.assert_allclose(scored[:, :2] + scored[:, 2:], boxes[:, 2:], rtol=1e-12)

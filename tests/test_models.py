@@ -14,6 +14,7 @@ from rfdetr.models.decoder import move_boxes
 from rfdetr.models.deformable_attention import DeformableAttention
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import GRID, MASK_HEADS, OfficialMaskHead, enlarged, sample_in_boxes
+from rfdetr.placement import Placement
 from rfdetr.sizes import SIZES, Recipe, check_resolution, size_from_dict
 from rfdetr.training.optim import parameter_groups
 
@@ -309,7 +310,7 @@ def test_pasted_masks_agree_with_the_training_grid(name):
     with torch.inference_mode():
         pixels = head.pixels(features, images)
         grid = head.grid_logits(pixels, queries, boxes, torch.zeros(3, dtype=torch.long)) > 0
-        pasted = list(head.paste(pixels[0], queries, boxes, 200, 300))
+        pasted = list(head.paste(pixels[0], queries, boxes, Placement.resized(200, 300)))
     for i, (left, top, mask) in enumerate(pasted):
         whole = torch.zeros(200, 300)
         whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask.float()
@@ -335,7 +336,12 @@ def test_masks_of_no_queries_are_none():
         pixels, torch.zeros(0, 96), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     )
     assert empty.shape == (0, GRID, GRID)
-    assert list(head.paste(pixels[0], torch.zeros(0, 96), torch.zeros(0, 4), 50, 50)) == []
+    assert (
+        list(
+            head.paste(pixels[0], torch.zeros(0, 96), torch.zeros(0, 4), Placement.resized(50, 50))
+        )
+        == []
+    )
 
 
 class LargestTensor(TorchDispatchMode):
@@ -362,10 +368,18 @@ def test_masks_of_many_queries_take_no_more_memory_than_those_of_a_few(name):
         pixels = head.pixels(features, images)[0]
         for count in (100, 300):
             with LargestTensor() as seen:
-                masks = list(head.paste(pixels, queries[:count], boxes[:count], 60, 50))
+                masks = list(
+                    head.paste(pixels, queries[:count], boxes[:count], Placement.resized(60, 50))
+                )
             largest[count] = seen.elements
         alone = [
-            next(iter(head.paste(pixels, queries[i : i + 1], boxes[i : i + 1], 60, 50)))
+            next(
+                iter(
+                    head.paste(
+                        pixels, queries[i : i + 1], boxes[i : i + 1], Placement.resized(60, 50)
+                    )
+                )
+            )
             for i in range(300)
         ]
     assert largest[300] == largest[100]

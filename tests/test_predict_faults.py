@@ -215,9 +215,9 @@ def test_a_model_that_gives_nan_is_an_error_and_no_prediction(find, tmp_path, mo
     detect = DetectionRunner._detect
 
     def overflown(self, *values):
-        found = detect(self, *values)
-        found.boxes = found.boxes.clone().fill_(float("nan"))
-        return found
+        detections = detect(self, *values)
+        detections.boxes = torch.full_like(detections.boxes, torch.nan)
+        return detections
 
     monkeypatch.setattr(DetectionRunner, "_detect", overflown)
     status, _, err = find("--input", photo(tmp_path / "a.png"))

@@ -273,7 +273,7 @@ def test_a_best_file_that_a_kill_left_and_metrics_tell_the_same(few, call, monke
     """Killed between best.pt and last.pt, and worse when the epoch is run again."""
     scores, save = iter([0.1, 0.5, 0.2, 0.6]), rfdetr.training.keeper.CheckpointKeeper.save
     monkeypatch.setattr(
-        rfdetr.main.SplitEvaluator, "__call__", lambda *args: {"bbox": {"mAP": next(scores)}}
+        rfdetr.main.SplitEvaluator, "evaluate", lambda *args: {"bbox": {"mAP": next(scores)}}
     )
     monkeypatch.setattr(rfdetr.main, "format_table", lambda scores: "")
     run = Path("run")
@@ -317,7 +317,7 @@ def test_pictures_that_fail_end_no_run_and_come_after_last_pt(few, call, monkeyp
 
     gains = iter([0.1, 0.2])
     monkeypatch.setattr(
-        rfdetr.main.SplitEvaluator, "__call__", lambda *args: {"bbox": {"mAP": next(gains)}}
+        rfdetr.main.SplitEvaluator, "evaluate", lambda *args: {"bbox": {"mAP": next(gains)}}
     )
     monkeypatch.setattr(rfdetr.main, "format_table", lambda scores: "")
     monkeypatch.setattr(rfdetr.main.SplitEvaluator, "pictures", pictures)

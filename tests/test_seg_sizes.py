@@ -23,6 +23,7 @@ from rfdetr.losses.criterion import detection_losses
 from rfdetr.losses.points import mask_costs, sample_matched_masks, true_at, uncertain_points
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import OfficialMaskHead
+from rfdetr.placement import Placement
 from rfdetr.sizes import SIZES, LossWeights, ModelSize
 from rfdetr.weights import checkpoint
 from rfdetr.weights.official import to_official
@@ -99,7 +100,10 @@ def test_inference_gives_the_last_layers_masks_for_the_chosen_queries_alone(seg_
         chosen = torch.tensor([5, 2])
         masks = list(
             head.paste(
-                pixels[0], outputs["queries"][0, chosen], outputs["pred_boxes"][0, chosen], 50, 70
+                pixels[0],
+                outputs["queries"][0, chosen],
+                outputs["pred_boxes"][0, chosen],
+                Placement.resized(50, 70),
             )
         )
         logits = torch.einsum("bchw,bqc->bqhw", outputs["pixels"], outputs["kernels"]) + head.bias

@@ -13,8 +13,9 @@ from pycocotools import mask as mask_api
 
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.demo import make_demo
+from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.detections import Prediction
-from rfdetr.inference.visualise import MIN_SIDE, class_colours, class_sheet, draw, side_by_side
+from rfdetr.inference.visualise import MIN_SIDE, class_colours, draw, side_by_side
 
 # pycocotools.mask.decode under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -143,12 +144,13 @@ def test_duplicates_are_left_out_by_class_and_the_better_stays():
         [[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [20, 20, 30, 30]], dtype=np.float32
     )
     scores, labels = np.array([0.5, 0.9, 0.3, 0.7]), np.array([0, 0, 1, 0])
-    found = Prediction(np.zeros((40, 40, 3), np.uint8), boxes, scores, labels, list("abcd"), None)
-    kept = found.without_duplicates()
-    assert kept.names == ["b", "d", "c"] and kept.scores.tolist() == [0.9, 0.7, 0.3]
-    assert (kept.boxes == boxes[[1, 3, 2]]).all() and kept.labels.tolist() == [0, 0, 1]
-    assert len(found.without_duplicates(iou=0.95).names) == 4
-    nothing = Prediction(found.image, np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), [], [])
+    image = np.zeros((40, 40, 3), np.uint8)
+    prediction = Prediction(image, boxes, scores, labels, list("abcd"), None)
+    unique = prediction.without_duplicates()
+    assert unique.names == ["b", "d", "c"] and unique.scores.tolist() == [0.9, 0.7, 0.3]
+    assert (unique.boxes == boxes[[1, 3, 2]]).all() and unique.labels.tolist() == [0, 0, 1]
+    assert len(prediction.without_duplicates(iou=0.95).names) == 4
+    nothing = Prediction(image, np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), [], [])
     assert nothing.without_duplicates().names == nothing.without_duplicates().masks == []
 
 

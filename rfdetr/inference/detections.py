@@ -1,4 +1,4 @@
-"""From images to detections."""
+"""From images to detections, and from those to boxes and masks in the pixels of the originals."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from rfdetr.inference.visualise import class_colours, draw
 from rfdetr.masks import encode
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
+from rfdetr.placement import Placement
 
 AnyMaskHead = MaskHead | OfficialMaskHead
 
 
 @dataclass
 class Detections:
-    """What a detector found in a batch, best first, and what a mask head needs to draw it.
+    """The detections in a batch of B images, best first, and what a mask head draws them from.
 
-    index: positions in the split; scores, labels (B, k); boxes (B, k, 4) cxcywh 0..1; queries (B, k, C);
+    indices: B positions in the split; placements: where each of the B images lies in its original;
+    scores, labels (B, k); boxes (B, k, 4) cxcywh 0..1 of the image; queries (B, k, C);
     features (B, C, h, w); images uint8 (B, 3, R, R).
     """
 
-    index: list[int]
+    indices: list[int]
+    placements: list[Placement]
     scores: Tensor
     labels: Tensor
     boxes: Tensor
@@ -42,23 +45,38 @@ class Detections:
     images: Tensor
 
     def __getitem__(self, part: slice) -> Detections:
-        return Detections(**{name: value[part] for name, value in vars(self).items()})
+        return Detections(
+            indices=self.indices[part],
+            placements=self.placements[part],
+            scores=self.scores[part],
+            labels=self.labels[part],
+            boxes=self.boxes[part],
+            queries=self.queries[part],
+            features=self.features[part],
+            images=self.images[part],
+        )
 
     def on(self, device: torch.device) -> Detections:
         """The same with all tensors on `device`."""
-        values = {
-            name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()
-        }
-        return Detections(**values)
+        return Detections(
+            indices=self.indices,
+            placements=self.placements,
+            scores=self.scores.to(device),
+            labels=self.labels.to(device),
+            boxes=self.boxes.to(device),
+            queries=self.queries.to(device),
+            features=self.features.to(device),
+            images=self.images.to(device),
+        )
 
-    def pixel_boxes(self, i: int, height: int, width: int) -> np.ndarray:
-        """Image i's boxes as (k, 4) xyxy in pixels of a height x width original, clipped to it.
+    def boxes_in_original(self, i: int) -> np.ndarray:
+        """Image i's boxes, (k, 4) xyxy in pixels of its original, clipped to what is visible.
 
-        These are scored, saved and delivered alike; the official package clips its own, too.
+        The same boxes are scored, saved and delivered; the official package clips its boxes, too.
         """
-        boxes = cxcywh_to_xyxy(self.boxes[i].float().cpu()).numpy()
-        sides = np.array([width, height] * 2, dtype=np.float32)
-        return (boxes * sides).clip(0, sides)
+        placement = self.placements[i]
+        boxes = cxcywh_to_xyxy(self.boxes[i].float().cpu())
+        return placement.clip(placement.to_original(boxes)).numpy()
 
 
 class DetectionRunner:
@@ -66,78 +84,92 @@ class DetectionRunner:
 
     def __init__(self, table: ClassTable, precision: Precision):
         self.precision = precision
-        self.rows = torch.tensor(
-            table.rows, device=precision.device
-        )  # of each label in the class head
-        self.at_once: int | None = None  # images; None: as many as are given
+        # (N,): the row of each label in the class head
+        self.class_rows = torch.tensor(table.rows, device=precision.device)
+        self.images_at_once: int | None = None  # None: as many as are given
 
-    def __call__(self, model: Detector, images: Tensor, index: list[int]) -> Iterator[Detections]:
-        """Detections in uint8 (B, 3, R, R) images, in one part or several, in order; `index`: the images' numbers.
+    def run(
+        self, model: Detector, images: Tensor, placements: list[Placement], indices: list[int]
+    ) -> Iterator[Detections]:
+        """Detections in uint8 images (B, 3, R, R), in one part or in several, in their order.
 
-        Raises UserError where not even one image fits.
+        placements, indices: B each, as in Detections. Raises UserError where not even one image
+        fits in memory.
         """
         model.eval()
         first = 0
         while first < len(images):
-            part = slice(first, first + (self.at_once or len(images)))
-            detect = partial(self._detect, model, images[part], index[part])
-            found = unless_out_of_memory(detect, self.precision.device)
-            if found is None:
+            part = slice(first, first + (self.images_at_once or len(images)))
+            detect = partial(self._detect, model, images[part], placements[part], indices[part])
+            detections = unless_out_of_memory(detect, self.precision.device)
+            if detections is None:
                 self._step_down(len(images[part]))
                 continue
-            yield found
-            first += len(found.index)
+            yield detections
+            first += len(detections.indices)
 
     @torch.inference_mode()
-    def _detect(self, model: Detector, images: Tensor, index: list[int]) -> Detections:
+    def _detect(
+        self, model: Detector, images: Tensor, placements: list[Placement], indices: list[int]
+    ) -> Detections:
         with self.precision.autocast():
             outputs = model(to_model_input(images, self.precision.device))
-        scores, labels, boxes, chosen = select_detections(outputs, self.rows, model.size.select)
-        queries = outputs["queries"].gather(
-            1, chosen[..., None].expand(-1, -1, outputs["queries"].shape[-1])
+        scores, labels, boxes, chosen = select_detections(
+            outputs, self.class_rows, model.size.select
         )
+        queries = outputs["queries"]  # (B, Q, C)
+        chosen = chosen[..., None].expand(-1, -1, queries.shape[-1])  # (B, k, C)
         return Detections(
-            index, scores, labels, boxes, queries.float(), outputs["features"].float(), images
+            indices=indices,
+            placements=placements,
+            scores=scores,
+            labels=labels,
+            boxes=boxes,
+            queries=queries.gather(1, chosen).float(),
+            features=outputs["features"].float(),
+            images=images,
         )
 
     def _step_down(self, images: int) -> None:
+        """Halve the number of images in a pass, after `images` did not fit."""
         if images == 1:
             raise UserError(
-                "out of memory with a single image: use --device cpu, or a model of a smaller --resolution"
+                "out of memory with a single image: use --device cpu, or a model of a smaller "
+                "--resolution"
             )
-        self.at_once = -(-images // 2)
-        warn(f"out of memory: detecting in {self.at_once} images at a time from now on")
+        self.images_at_once = (images + 1) // 2
+        warn(f"out of memory: detecting in {self.images_at_once} images at a time from now on")
 
 
 @torch.inference_mode()
 def draw_masks(
-    head: AnyMaskHead,
-    found: Detections,
-    sizes: list[tuple[int, int]],
-    chosen: list[np.ndarray],
-    precision: Precision,
+    head: AnyMaskHead, detections: Detections, chosen: list[np.ndarray], precision: Precision
 ) -> list[list[dict]]:
-    """COCO RLEs of the detections chosen[i] (n,) of image i at its original (height, width).
+    """COCO RLEs, of the original's size, of the detections chosen[i] (n,) of each image i.
 
     Memory does not grow with the number of detections: a head draws a few at a time.
     """
     head.eval()
     rles = []
-    for i, ((height, width), own) in enumerate(zip(sizes, chosen)):
-        one = found[i : i + 1].on(precision.device)  # pixel maps are large: one image's at a time
+    for i, placement in enumerate(detections.placements):
+        one = detections[i : i + 1].on(precision.device)  # one image's pixel maps are large enough
         with precision.autocast():
-            pixels = head.pixels(one.features, to_model_input(one.images, precision.device))[0]
-        masks = head.paste(pixels, one.queries[0, own], one.boxes[0, own], height, width)
-        rles.append([encode(*mask, height, width) for mask in masks])
+            images = to_model_input(one.images, precision.device)
+            pixels = head.pixels(one.features, images)[0]
+        masks = head.paste(pixels, one.queries[0, chosen[i]], one.boxes[0, chosen[i]], placement)
+        height = placement.height
+        width = placement.width
+        rles.append([encode(left, top, mask, height, width) for left, top, mask in masks])
     return rles
 
 
 @dataclass
 class Prediction:
-    """What was found in one image, best first.
+    """The n detections in one image, best first.
 
-    boxes (n, 4) xyxy and masks (COCO RLE dicts, or None without a mask head) in pixels of the original, scores (n,)
-    0..1, labels (n,) in the checkpoint's class order, names n strings; image (H, W, 3) uint8 RGB.
+    image (H, W, 3) uint8 RGB; boxes (n, 4) xyxy in its pixels; masks n COCO RLE dicts of its size,
+    or None without a mask head; scores (n,) 0..1; labels (n,) in the checkpoint's class order;
+    names n class names.
     """
 
     image: np.ndarray
@@ -148,45 +180,57 @@ class Prediction:
     masks: list[dict] | None
 
     def without_duplicates(self, iou: float = 0.7) -> Prediction:
-        """The same without lower-scored boxes of one class that overlap a better one by more than `iou`.
+        """Leave out each box that overlaps a better one of its class by an IoU of more than `iou`.
 
         For pictures: DETR's figures are computed without it.
         """
-        boxes, scores, labels = map(torch.as_tensor, (self.boxes, self.scores, self.labels))
-        chosen = batched_nms(boxes.float(), scores.float(), labels, iou).numpy()
-        masks = None if self.masks is None else [self.masks[i] for i in chosen]
-        names = [self.names[i] for i in chosen]
+        boxes = torch.as_tensor(self.boxes).float()
+        scores = torch.as_tensor(self.scores).float()
+        chosen = batched_nms(boxes, scores, torch.as_tensor(self.labels), iou).numpy()
+        masks = None
+        if self.masks is not None:
+            masks = [self.masks[i] for i in chosen]
         return Prediction(
-            self.image, self.boxes[chosen], self.scores[chosen], self.labels[chosen], names, masks
+            image=self.image,
+            boxes=self.boxes[chosen],
+            scores=self.scores[chosen],
+            labels=self.labels[chosen],
+            names=[self.names[i] for i in chosen],
+            masks=masks,
         )
 
     def picture(self, class_names: list[str]) -> Image.Image:
-        """The image with everything drawn in."""
+        """The image with everything drawn in; `class_names`: all classes, for their colours."""
         colours = class_colours(class_names)
         return draw(self.image, self.boxes, self.names, self.scores.tolist(), self.masks, colours)
 
 
-def in_originals(
-    found: Detections,
-    images: list[np.ndarray],
+def make_predictions(
+    detections: Detections,
+    originals: list[np.ndarray],
     threshold: float,
     head: AnyMaskHead | None,
-    names: list[str],
+    class_names: list[str],
     precision: Precision,
 ) -> list[Prediction]:
-    """What scores `threshold` or more, in pixels of the original images (H, W, 3); `names` of the classes by label."""
-    sizes = [image.shape[:2] for image in images]
-    chosen = [np.flatnonzero(scores >= threshold) for scores in found.scores.cpu().numpy()]
-    masks = (
-        draw_masks(head, found, sizes, chosen, precision)
-        if head is not None
-        else [None] * len(images)
-    )
-    answer = []
-    for i, (image, (height, width), own) in enumerate(zip(images, sizes, chosen)):
-        boxes = found.pixel_boxes(i, height, width)[own]
-        scores, labels = (values[i].cpu().numpy()[own] for values in (found.scores, found.labels))
-        answer.append(
-            Prediction(image, boxes, scores, labels, [names[label] for label in labels], masks[i])
+    """The detections that score `threshold` or more, in pixels of the originals (H, W, 3) uint8.
+
+    class_names: by label. There are masks where there is a `head`.
+    """
+    scores = detections.scores.cpu().numpy()
+    labels = detections.labels.cpu().numpy()
+    chosen = [np.flatnonzero(of_image >= threshold) for of_image in scores]
+    rles: list = [None] * len(originals)
+    if head is not None:
+        rles = draw_masks(head, detections, chosen, precision)
+    return [
+        Prediction(
+            image=original,
+            boxes=detections.boxes_in_original(i)[chosen[i]],
+            scores=scores[i, chosen[i]],
+            labels=labels[i, chosen[i]],
+            names=[class_names[label] for label in labels[i, chosen[i]]],
+            masks=rles[i],
         )
-    return answer
+        for i, original in enumerate(originals)
+    ]

@@ -1,8 +1,9 @@
-"""From a split to scores and pictures: detections, masks for the kept ones, COCO evaluation."""
+"""From a split to scores and pictures: detections, masks where they count, COCO evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,20 +23,33 @@ from rfdetr.inference.detections import (
     DetectionRunner,
     Detections,
     draw_masks,
-    in_originals,
+    make_predictions,
 )
 from rfdetr.inference.visualise import class_colours, draw, side_by_side
 from rfdetr.masks import to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator, counting
 from rfdetr.models.detector import Detector
+from rfdetr.placement import Placement
 
-DRAW_THRESHOLD = 0.5
+DRAW_THRESHOLD = 0.5  # the lowest score that is drawn in pictures
+
+
+@dataclass
+class ImageDetections:
+    """The detections in one image as CocoEvaluator.add takes them."""
+
+    image_id: int | str
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    rles: list[dict] | None
 
 
 class SplitEvaluator:
-    """Scores a model on a split and draws what it finds.
+    """Scores a model on a split and draws its detections.
 
-    With `frozen`, the trained module is a mask head on that detector, whose detections are computed once where `keep`.
+    With a `frozen` detector, the model is a mask head alone. That detector's detections are then
+    computed once, and kept in main memory as long as `keep_detections` is True.
     """
 
     def __init__(
@@ -46,93 +60,121 @@ class SplitEvaluator:
         masks: bool,
         frozen: Detector | None = None,
     ):
-        self.loader, self.finder, self.precision = (
-            loader,
-            DetectionRunner(table, precision),
-            precision,
-        )
-        self.masks, self.frozen = masks, frozen
+        """masks: score a whole model's masks as well as its boxes."""
+        self.loader = loader
         self.split: CocoSplit = loader.dataset.split
-        self.keep, self.kept = frozen is not None, None
-        self.unread: list[
-            int
-        ] = []  # numbers of images that cannot be read: nothing is found in them
+        self.runner = DetectionRunner(table, precision)
+        self.precision = precision
+        self.masks = masks
+        self.frozen = frozen
+        self.keep_detections = frozen is not None
+        self.unread: list[int] = []  # positions of images that cannot be read: no detections there
+        self._kept_detections: list[Detections] | None = None
+
+    def evaluate(self, model: nn.Module) -> dict:
+        """The figures of metrics.json's "valid" (CocoEvaluator.summary), on every rank."""
+        evaluator = self.collect(model)
+        return distributed.from_main(evaluator.summary() if distributed.is_main() else None)
+
+    def collect(self, model: nn.Module) -> CocoEvaluator:
+        """The detections of all ranks in the split, ready to be scored or saved.
+
+        With masks where there is a mask head; detections that no figure depends on (`counting`)
+        are then left out, as drawing them takes time.
+        """
+        head = self._head(model)
+        images = []
+        with naming_workers(self.loader.dataset):
+            for detections in self.detections(model):
+                images += self._in_originals(detections, head)
+        evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
+        for of_rank in distributed.gather_objects(images):
+            for image in of_rank:
+                evaluator.add(image.image_id, image.boxes, image.scores, image.labels, image.rles)
+        return evaluator
+
+    def pictures(self, model: nn.Module, count: int) -> Iterator[tuple[str, Image.Image]]:
+        """The names and pictures of the first `count` images: ground truth beside prediction."""
+        head = self._head(model)
+        for detections in self.detections(model):
+            for i, index in enumerate(detections.indices[:count]):
+                yield self.split.images[index].path.stem, self._picture(detections[i : i + 1], head)
+            count -= len(detections.indices)
+            if count <= 0:
+                return
 
     def detections(self, model: nn.Module) -> Iterable[Detections]:
-        if self.kept is not None:
-            return self.kept
-        found = self._detect(self.frozen or model)
-        if self.keep:
-            found = self.kept = [
-                part.on(torch.device("cpu")) for part in found
-            ]  # main memory is the larger one
-        return found
+        """This rank's part of the split, batch by batch."""
+        if self._kept_detections is not None:
+            return self._kept_detections
+        detections = self._detect(self.frozen or model)
+        if not self.keep_detections:
+            return detections
+        # in main memory, which is larger than a GPU's
+        self._kept_detections = [batch.on(torch.device("cpu")) for batch in detections]
+        return self._kept_detections
 
     def _detect(self, model: Detector) -> Iterator[Detections]:
         for batch in progress_bar(self.loader, "detecting"):
             note_unread(batch.unread, self.unread)
-            yield from self.finder(model, batch.images, batch.indices)
+            records = [self.split.images[index] for index in batch.indices]
+            placements = [Placement.resized(record.height, record.width) for record in records]
+            yield from self.runner.run(model, batch.images, placements, batch.indices)
 
-    def head(self, model: nn.Module) -> AnyMaskHead | None:
-        return model if self.frozen is not None else model.head if self.masks else None
+    def _head(self, model: nn.Module) -> AnyMaskHead | None:
+        if self.frozen is not None:
+            return model
+        return model.head if self.masks else None
 
-    def evaluator(self, model: nn.Module) -> CocoEvaluator:
-        """All ranks' detections of the split, ready to be summed up or saved.
-
-        With a mask head, with masks: then what no figure can depend on is left out (`counting`).
-        """
-        head, found = self.head(model), []
-        with naming_workers(self.loader.dataset):
-            for batch in self.detections(model):
-                found += self._records(batch, head)
-        evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
-        for part in distributed.gather_objects(found):
-            for one in part:
-                evaluator.add(*one)
-        return evaluator
-
-    def _records(self, batch: Detections, head: AnyMaskHead | None) -> list[tuple]:
-        """What CocoEvaluator.add takes of each image of a batch."""
-        records = [self.split.images[i] for i in batch.index]
-        sizes = [(record.height, record.width) for record in records]
-        scores = batch.scores.cpu().numpy()
-        labels = np.asarray(self.split.category_ids)[batch.labels.cpu().numpy()]
-        boxes = [batch.pixel_boxes(i, *size) for i, size in enumerate(sizes)]
+    def _in_originals(
+        self, detections: Detections, head: AnyMaskHead | None
+    ) -> list[ImageDetections]:
+        """A batch's detections by image, with masks where there is a head."""
+        scores = detections.scores.cpu().numpy()
+        labels = np.asarray(self.split.category_ids)[detections.labels.cpu().numpy()]
+        images = [
+            ImageDetections(
+                image_id=self.split.images[index].id,
+                boxes=detections.boxes_in_original(i),
+                scores=scores[i],
+                labels=labels[i],
+                rles=None,
+            )
+            for i, index in enumerate(detections.indices)
+        ]
         if head is None:
-            return [(record.id, *one) for record, *one in zip(records, boxes, scores, labels)]
-        chosen = [np.flatnonzero(counting(*one)) for one in zip(boxes, scores, labels)]
-        rles = draw_masks(head, batch, sizes, chosen, self.precision)
+            return images
+        chosen = [
+            np.flatnonzero(counting(image.boxes, image.scores, image.labels)) for image in images
+        ]
+        rles = draw_masks(head, detections, chosen, self.precision)
         return [
-            (record.id, boxes[i][own], scores[i][own], labels[i][own], rles[i])
-            for i, (record, own) in enumerate(zip(records, chosen))
+            ImageDetections(
+                image_id=image.image_id,
+                boxes=image.boxes[drawn],
+                scores=image.scores[drawn],
+                labels=image.labels[drawn],
+                rles=image_rles,
+            )
+            for image, drawn, image_rles in zip(images, chosen, rles)
         ]
 
-    def __call__(self, model: nn.Module) -> dict:
-        """The summary of metrics.json's "valid", on every rank."""
-        evaluator = self.evaluator(model)
-        return distributed.from_main(evaluator.summary() if distributed.is_main() else None)
-
-    def pictures(self, model: nn.Module, count: int) -> Iterator[tuple[str, Image.Image]]:
-        """(name, ground truth beside prediction) of the first `count` images."""
-        for found in self.detections(model):
-            for i in range(min(count, len(found.index))):
-                yield (
-                    self.split.images[found.index[i]].path.stem,
-                    self.picture(found[i : i + 1], self.head(model)),
-                )
-            count -= len(found.index)
-            if count <= 0:
-                return
-
-    def picture(self, found: Detections, head: AnyMaskHead | None) -> Image.Image:
-        """Ground truth at the left, what was found in this one image at the right."""
-        record, names = self.split.images[found.index[0]], self.split.class_names
-        image, masks = load_image(record), None
-        (one,) = in_originals(found, [image], DRAW_THRESHOLD, head, names, self.precision)
-        if head is not None:
-            masks = [s and to_rle(s, record.height, record.width) for s in record.segmentations]
-        labelled = [names[label] for label in record.labels]
-        truth = draw(image, record.boxes, labelled, None, masks, class_colours(names))
-        return side_by_side(
-            truth, one.without_duplicates().picture(names), ("ground truth", "prediction")
+    def _picture(self, detections: Detections, head: AnyMaskHead | None) -> Image.Image:
+        """Ground truth at the left, the detections in this one image at the right."""
+        record = self.split.images[detections.indices[0]]
+        class_names = self.split.class_names
+        image = load_image(record)
+        (prediction,) = make_predictions(
+            detections, [image], DRAW_THRESHOLD, head, class_names, self.precision
         )
+        true_masks = None
+        if head is not None:
+            true_masks = [
+                shape and to_rle(shape, record.height, record.width)
+                for shape in record.segmentations
+            ]
+        true_names = [class_names[label] for label in record.labels]
+        colours = class_colours(class_names)
+        truth = draw(image, record.boxes, true_names, None, true_masks, colours)
+        picture = prediction.without_duplicates().picture(class_names)
+        return side_by_side(truth, picture, ("ground truth", "prediction"))

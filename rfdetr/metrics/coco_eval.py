@@ -1,4 +1,4 @@
-"""COCO box and mask figures, computed by hotcoco, or by pycocotools where there is no hotcoco or it would differ."""
+"""COCO box and mask figures, computed by hotcoco; by pycocotools where the two would differ."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,23 @@ except ImportError:
     hotcoco = None
 
 # in the order of COCOeval.stats
-FIGURES = "mAP mAP50 mAP75 mAP_small mAP_medium mAP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
-TABLE_COLUMNS = (*FIGURES[:6], "AR100")
-TABLE_CLASSES = 12
+FIGURES = [
+    "mAP",
+    "mAP50",
+    "mAP75",
+    "mAP_small",
+    "mAP_medium",
+    "mAP_large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+]
+TABLE_COLUMNS = [*FIGURES[:6], "AR100"]
+TABLE_CLASSES = 12  # more are counted, not listed
+TABLE_LETTERS = 30  # of a class name
 MAX_DETECTIONS = 100  # of a class and image, that COCO's figures look at
 
 
@@ -41,59 +56,97 @@ def counting(boxes: Array, scores: Array, labels: Array) -> Array:
     finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
     chosen = finite & (scores >= SCORE_THRESHOLD)
     for label in np.unique(labels):
-        own = np.flatnonzero(finite & (labels == label))
-        best = np.argsort(-scores[own], kind="stable")[:MAX_DETECTIONS]
-        chosen[own[best]] = True
+        of_label = np.flatnonzero(finite & (labels == label))
+        best = np.argsort(-scores[of_label], kind="stable")[:MAX_DETECTIONS]
+        chosen[of_label[best]] = True
     return chosen
+
+
+@dataclass(frozen=True)
+class DetectionTable:
+    """n detections of an image or of many, with images and classes numbered from 1 on.
+
+    images, scores, classes (n,); boxes (n, 4) xywh in pixels; rles: n compressed RLEs, or none
+    where no masks are scored.
+    """
+
+    images: Array
+    boxes: Array
+    scores: Array
+    classes: Array
+    rles: list[dict]
+
+    @classmethod
+    def joined(cls, tables: list[DetectionTable]) -> DetectionTable:
+        return cls(
+            images=np.concatenate([np.empty(0), *(table.images for table in tables)]),
+            boxes=np.concatenate([np.empty((0, 4)), *(table.boxes for table in tables)]),
+            scores=np.concatenate([np.empty(0), *(table.scores for table in tables)]),
+            classes=np.concatenate([np.empty(0), *(table.classes for table in tables)]),
+            rles=[rle for table in tables for rle in table.rles],
+        )
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
 
 class CocoEvaluator:
     """Collects the detections of a split and scores them as pycocotools does.
 
-    ground_truth: a COCO dict (images, annotations with id, bbox xywh in pixels, area, categories). Where `masks`,
-    images need height and width, and segmentations (polygons or RLE) must be valid: the C library does not check.
-    An annotation without one is, for the masks only, a crowd region the size of its box, neither rewarded nor punished.
-
-    `found` maps image id -> (rows (n, 7) of image number, box xywh, score, class number; RLEs). Adding an image again
+    `detections` maps the dataset's image ids to the detections there. Adding an image again
     replaces it: the repeated images of a padded distributed sampler count once.
     """
 
     def __init__(self, ground_truth: dict, masks: bool):
+        """ground_truth: a COCO dict (images, annotations, categories); an annotation has id, area
+        and bbox xywh in pixels.
+
+        With `masks`, images need height and width, and segmentations (polygons or RLE) must be
+        valid: the C library does not check. For the mask figures, an annotation without one is a
+        crowd region of its box's size, neither rewarded nor punished.
+        """
         self.masks = masks
-        self.found: dict[int | str, tuple[Array, list[dict]]] = {}
-        # Numbered in ascending order: the libraries want small integers, and the order of images decides between equal
-        # scores.
+        self.detections: dict[int | str, DetectionTable] = {}
+        # The libraries want small integers. Ascending order, as the order of images decides
+        # between equal scores.
         images = sorted(
             ground_truth["images"], key=lambda image: (isinstance(image["id"], str), image["id"])
         )
         self._images = {
-            image["id"]: {**image, "id": number} for number, image in enumerate(images, start=1)
+            image["id"]: image | {"id": number} for number, image in enumerate(images, start=1)
         }
         categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
-        self._names = [category["name"] for category in categories]
-        self._classes = {
-            category["id"]: number for number, category in enumerate(categories, start=1)
+        self._category_ids = [category["id"] for category in categories]
+        self._class_numbers = {
+            key: number for number, key in enumerate(self._category_ids, start=1)
         }
-        self._truth = {"bbox": [], "segm": []}
+        self._names = [category["name"] for category in categories]
+        self._true_boxes = []
+        self._true_masks = []
         for number, annotation in enumerate(ground_truth["annotations"], start=1):
-            image, shape = self._images[annotation["image_id"]], annotation.get("segmentation")
-            row = {
-                "id": number if annotation["id"] != 0 else 0,
-                "image_id": image["id"],
-                "area": annotation["area"],
-            }
-            row |= {
-                "bbox": annotation["bbox"],
-                "category_id": self._classes[annotation["category_id"]],
-            }
-            row["iscrowd"] = annotation.get("iscrowd", 0)
-            self._truth["bbox"].append(row)
-            if masks:
-                rle = to_rle(
-                    shape or np.array([row["bbox"]], dtype=float), image["height"], image["width"]
-                )
-                crowd = row["iscrowd"] if shape else 1
-                self._truth["segm"].append({**row, "segmentation": rle, "iscrowd": crowd})
+            self._add_annotation(number, annotation)
+
+    def _add_annotation(self, number: int, annotation: dict) -> None:
+        image = self._images[annotation["image_id"]]
+        box = {
+            # 0 stays: pycocotools has its own view of it (see _prepare)
+            "id": number if annotation["id"] != 0 else 0,
+            "image_id": image["id"],
+            "category_id": self._class_numbers[annotation["category_id"]],
+            "bbox": annotation["bbox"],
+            "area": annotation["area"],
+            "iscrowd": annotation.get("iscrowd", 0),
+        }
+        self._true_boxes.append(box)
+        if not self.masks:
+            return
+        shape = annotation.get("segmentation")
+        mask = dict(box)
+        if not shape:
+            shape = np.array([annotation["bbox"]], dtype=float)
+            mask["iscrowd"] = 1
+        mask["segmentation"] = to_rle(shape, image["height"], image["width"])
+        self._true_masks.append(mask)
 
     def add(
         self,
@@ -102,167 +155,204 @@ class CocoEvaluator:
         scores: Array,
         labels: Array,
         rles: list[dict] | None = None,
-    ):
+    ) -> None:
         """Keep the n detections of one image; unknown images and what is not finite are left out.
 
-        image_id as in the dataset; boxes (n, 4) xyxy in pixels of the original image, scores (n,), labels (n,) category
-        ids of the dataset, rles n compressed RLEs of the original's size (needed where `masks`). Raises ValueError.
+        image_id: the dataset's; boxes (n, 4) xyxy in pixels of the original; scores (n,);
+        labels (n,): the dataset's category ids; rles: n compressed RLEs of the original's size,
+        needed with `masks`. Raises ValueError for other categories, sizes or numbers of RLEs.
         """
         if image_id not in self._images:
             return
         boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-        scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.int64)
-        if unknown := set(labels.tolist()) - self._classes.keys():
+        scores = np.asarray(scores, dtype=np.float64)
+        labels = np.asarray(labels, dtype=np.int64)
+        unknown = set(labels.tolist()) - self._class_numbers.keys()
+        if unknown:
             raise ValueError(
-                f"image {image_id}: category ids {sorted(unknown)}, the dataset has {list(self._classes)}"
+                f"image {image_id}: category ids {sorted(unknown)}, the dataset has "
+                f"{self._category_ids}"
             )
         boxes[:, 2:] -= boxes[:, :2]
-        good = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
-        rles = [rle for rle, keep in zip(rles, good, strict=True) if keep] if self.masks else []
-        size = [self._images[image_id].get("height"), self._images[image_id].get("width")]
-        if wrong := [rle["size"] for rle in rles if list(rle["size"]) != size]:
-            raise ValueError(
-                f"image {image_id}: a mask of (height, width) {wrong[0]}, the image has {size}"
-            )
-        numbers = np.searchsorted(list(self._classes), labels) + 1
-        image = np.full(len(boxes), self._images[image_id]["id"])
-        self.found[image_id] = np.column_stack((image, boxes, scores, numbers))[good], rles
+        finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
+        finite_rles = []
+        if self.masks:
+            finite_rles = [rle for rle, is_finite in zip(rles, finite, strict=True) if is_finite]
+        self._check_sizes(image_id, finite_rles)
+        classes = np.searchsorted(self._category_ids, labels) + 1
+        self.detections[image_id] = DetectionTable(
+            images=np.full(finite.sum(), self._images[image_id]["id"]),
+            boxes=boxes[finite],
+            scores=scores[finite],
+            classes=classes[finite],
+            rles=finite_rles,
+        )
+
+    def _check_sizes(self, image_id: int | str, rles: list[dict]) -> None:
+        image = self._images[image_id]
+        size = [image.get("height"), image.get("width")]
+        for rle in rles:
+            if list(rle["size"]) != size:
+                raise ValueError(
+                    f"image {image_id}: a mask of (height, width) {rle['size']}, the image has "
+                    f"{size}"
+                )
 
     def results(self, kind: str) -> list[dict]:
-        """COCO results with the dataset's own ids: "bbox" with boxes xywh in pixels, "segm" with RLEs alone."""
-        field, ids = {"bbox": "bbox", "segm": "segmentation"}[kind], list(self._classes)
-        return [
-            {
-                "image_id": image_id,
-                "category_id": ids[int(number) - 1],
-                field: shape,
-                "score": score,
-            }
-            for image_id, (rows, rles) in self.found.items()
-            for shape, (score, number) in zip(
-                rles if kind == "segm" else rows[:, 1:5].tolist(), rows[:, 5:].tolist()
-            )
-        ]
+        """COCO results with the dataset's ids: "bbox": boxes xywh in pixels, "segm": RLEs."""
+        results = []
+        for image_id, table in self.detections.items():
+            shapes = table.rles if kind == "segm" else table.boxes.tolist()
+            for shape, score, number in zip(shapes, table.scores.tolist(), table.classes.tolist()):
+                results.append(
+                    {
+                        "image_id": image_id,
+                        "category_id": self._category_ids[number - 1],
+                        "segmentation" if kind == "segm" else "bbox": shape,
+                        "score": score,
+                    }
+                )
+        return results
 
     def save(self, folder: str | Path) -> None:
-        """Write folder/bbox.json and, with masks, folder/segm.json, as pycocotools' loadRes reads them.
+        """Write folder/bbox.json and, with masks, folder/segm.json, as pycocotools' loadRes reads.
 
         Each is whole or, after an OSError, as it was before.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for kind in ("bbox", "segm") if self.masks else ("bbox",):
-            temporary = Path(folder, f"{kind}.json.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in ["bbox", "segm"] if self.masks else ["bbox"]:
+            temporary = folder / f"{kind}.json.{os.getpid()}-{secrets.token_hex(4)}.tmp"
             try:
                 temporary.write_text(json.dumps(self.results(kind)), encoding="utf-8")
-                os.replace(temporary, Path(folder, f"{kind}.json"))
+                os.replace(temporary, folder / f"{kind}.json")
             finally:
                 temporary.unlink(missing_ok=True)
 
     def summary(self) -> dict:
-        """The twelve COCO figures, 0..1, and `per_class` {name: {"mAP", "mAP50"}} under "bbox" and, with masks, "segm",
-        with masks also "mask": {"giou", "ciou", "dice"}.  What does not exist (no objects of a size, say) is None.
+        """The figures of boxes as "bbox", and with masks those of masks as "segm" and "mask".
+
+        "bbox" and "segm": the twelve COCO figures, 0..1, and "per_class" {name: {"mAP", "mAP50"}}.
+        "mask": {"giou", "ciou", "dice"}. What does not exist (no objects of a size, say) is None.
         """
-        rows = np.concatenate([np.empty((0, 7)), *(rows for rows, _ in self.found.values())])
-        summary = {"bbox": self._score("bbox", rows, rows[:, 3] * rows[:, 4], None)}
+        table = DetectionTable.joined(list(self.detections.values()))
+        box_areas = table.boxes[:, 2] * table.boxes[:, 3]
+        summary = {"bbox": self._score("bbox", table, box_areas)}
         if self.masks:
-            rles = [rle for _, rles in self.found.values() for rle in rles]
-            summary["segm"] = self._score(
-                "segm", rows, np.array([mask_api.area(rle) for rle in rles], float), rles
+            mask_areas = np.array([mask_api.area(rle) for rle in table.rles], dtype=float)
+            summary["segm"] = self._score("segm", table, mask_areas)
+            summary["mask"] = mask_overlap(
+                table.images, table.classes, table.scores, table.rles, self._true_masks
             )
-            summary["mask"] = mask_overlap(rows, rles, self._truth["segm"])
         return summary
 
-    def _score(self, kind: str, rows: Array, areas: Array, rles: list[dict] | None) -> dict:
-        stats, precision = (
-            np.full(12, -1.0),
-            np.full((10, 101, len(self._names)), -1.0),
-        )  # -1 is "no objects"
-        if self._images and self._names:
-            truth = {"images": list(self._images.values()), "annotations": self._truth[kind]}
-            truth["categories"] = [
+    def _score(self, kind: str, table: DetectionTable, areas: Array) -> dict:
+        """The figures of one kind; areas (n,) of the detections, for small, medium and large."""
+        if not self._images or not self._names:
+            per_class = {name: {"mAP": None, "mAP50": None} for name in self._names}
+            return dict.fromkeys(FIGURES) | {"per_class": per_class}
+        truth = {
+            "images": list(self._images.values()),
+            "annotations": self._true_masks if kind == "segm" else self._true_boxes,
+            "categories": [
                 {"id": number, "name": name} for number, name in enumerate(self._names, start=1)
-            ]
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                evaluation = _prepare(kind, truth, rows, areas, rles)
-                evaluation.evaluate()
-                evaluation.accumulate()
-                evaluation.summarize()
-            stats, precision = (
-                evaluation.stats[:12],
-                evaluation.eval["precision"][..., 0, 2],
-            )  # (IoU, recall, class)
-
-        def mean(values: Array) -> float | None:
-            values = values[values > -1]
-            return float(values.mean()) if values.size else None
-
-        classes = [
-            {"mAP": mean(precision[..., i]), "mAP50": mean(precision[0, :, i])}
-            for i in range(len(self._names))
-        ]
-        figures = {name: mean(value) for name, value in zip(FIGURES, stats)}
-        return figures | {"per_class": dict(zip(self._names, classes))}
-
-
-def _prepare(
-    kind: str, truth: dict, rows: Array, areas: Array, rles: list[dict] | None
-) -> COCOeval:
-    """A COCOeval of a COCO ground truth and n detections: rows (n, 7) as CocoEvaluator.found has them, areas (n,)."""
-    # pycocotools takes a match with annotation 0 for no match; the figures are to be the same as its own
-    if hotcoco and all(annotation["id"] for annotation in truth["annotations"]):
-        true = hotcoco.COCO(truth)
-        found = true.loadRes(rows, segmentation=rles)
-        found.update_anns(ids=np.arange(1, len(rows) + 1), area=areas)
-        return hotcoco.COCOeval(true, found, kind)
-    true, found = COCO(), COCO()
-    true.dataset, found.dataset = truth, truth | {"annotations": []}
-    for number, (row, area) in enumerate(zip(rows.tolist(), areas.tolist()), start=1):
-        entry = {
-            "id": number,
-            "image_id": int(row[0]),
-            "bbox": row[1:5],
-            "score": row[5],
-            "category_id": int(row[6]),
+            ],
         }
-        entry |= {"area": area, "iscrowd": 0, "segmentation": rles and rles[number - 1]}
-        found.dataset["annotations"].append(entry)
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            evaluation = _prepare(kind, truth, table, areas)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        figures = {name: _mean(value) for name, value in zip(FIGURES, evaluation.stats)}
+        # (10 IoU thresholds, 101 recalls, classes): objects of all sizes, MAX_DETECTIONS
+        precision = evaluation.eval["precision"][..., 0, 2]
+        figures["per_class"] = {
+            name: {"mAP": _mean(precision[..., i]), "mAP50": _mean(precision[0, :, i])}
+            for i, name in enumerate(self._names)
+        }
+        return figures
+
+
+def _mean(values: Array) -> float | None:
+    """The mean of the values that exist: pycocotools writes -1 where there are no objects."""
+    existing = values[values > -1]
+    return float(existing.mean()) if existing.size else None
+
+
+def _prepare(kind: str, truth: dict, table: DetectionTable, areas: Array) -> COCOeval:
+    """A COCOeval of a COCO ground truth and n detections of the given areas (n,)."""
+    # pycocotools takes a match with annotation 0 for no match; the figures are to be its own
+    if hotcoco and all(annotation["id"] for annotation in truth["annotations"]):
+        return _prepare_hotcoco(kind, truth, table, areas)
+    true = COCO()
+    true.dataset = truth
     true.createIndex()
-    found.createIndex()
-    return COCOeval(true, found, kind)
+    detected = COCO()
+    detected.dataset = truth | {"annotations": []}
+    for i in range(len(table)):
+        detected.dataset["annotations"].append(
+            {
+                "id": i + 1,
+                "image_id": int(table.images[i]),
+                "category_id": int(table.classes[i]),
+                "bbox": table.boxes[i].tolist(),
+                "segmentation": table.rles[i] if kind == "segm" else None,
+                "score": float(table.scores[i]),
+                "area": float(areas[i]),
+                "iscrowd": 0,
+            }
+        )
+    detected.createIndex()
+    return COCOeval(true, detected, kind)
+
+
+def _prepare_hotcoco(kind: str, truth: dict, table: DetectionTable, areas: Array) -> COCOeval:
+    rows = np.column_stack((table.images, table.boxes, table.scores, table.classes))  # (n, 7)
+    true = hotcoco.COCO(truth)
+    detected = true.loadRes(rows, segmentation=table.rles if kind == "segm" else None)
+    detected.update_anns(ids=np.arange(1, len(table) + 1), area=areas)
+    return hotcoco.COCOeval(true, detected, kind)
 
 
 def format_table(summary: dict) -> str:
-    """A summary() as lines for the console: the split's figures, then mAP50 of the first TABLE_CLASSES classes."""
-    kinds = {
-        title: summary[kind]
-        for title, kind in (("box", "bbox"), ("mask", "segm"))
-        if kind in summary
-    }
+    """A summary() as lines for the console: the split's figures, then mAP50 by class."""
+    kinds = {"box": summary["bbox"]}
+    if "segm" in summary:
+        kinds["mask"] = summary["segm"]
     names = list(summary["bbox"]["per_class"])
-    shown = {name: name if len(name) <= 30 else name[:27] + "..." for name in names[:TABLE_CLASSES]}
-    width = max([7, *map(len, shown.values())])
+    listed = {name: _shortened(name) for name in names[:TABLE_CLASSES]}
+    width = max([7, *map(len, listed.values())])
 
-    def row(head: str, cells: list[str | float | None]) -> str:
-        texts = (
-            cell if isinstance(cell, str) else "-" if cell is None else f"{cell:.3f}"
-            for cell in cells
-        )
-        return f"{head:<{width}}" + "".join(f"{text:>8}" for text in texts)
+    lines = [_row("", [key.removeprefix("mAP_") for key in TABLE_COLUMNS], width)]
+    for title, figures in kinds.items():
+        lines.append(_row(title, [figures[key] for key in TABLE_COLUMNS], width))
+    if "mask" in summary:
+        overlap = summary["mask"]
+        lines.append(_row("", ["gIoU", "cIoU", "Dice"], width))
+        lines.append(_row("overlap", [overlap["giou"], overlap["ciou"], overlap["dice"]], width))
+    lines.append(_row("mAP50", list(kinds), width))
+    for name, shortened in listed.items():
+        values = [figures["per_class"][name]["mAP50"] for figures in kinds.values()]
+        lines.append(_row(shortened, values, width))
+    if len(names) > len(listed):
+        lines.append(f"... and {len(names) - len(listed)} more")
+    return "\n".join(lines)
 
-    lines = [row("", [key.removeprefix("mAP_") for key in TABLE_COLUMNS])]
-    lines += [
-        row(title, [figures[key] for key in TABLE_COLUMNS]) for title, figures in kinds.items()
-    ]
-    if overlap := summary.get("mask"):
-        lines += [
-            row("", ["gIoU", "cIoU", "Dice"]),
-            row("overlap", [overlap[key] for key in ("giou", "ciou", "dice")]),
-        ]
-    lines.append(row("mAP50", list(kinds)))
-    lines += [
-        row(shown[name], [f["per_class"][name]["mAP50"] for f in kinds.values()]) for name in shown
-    ]
-    return "\n".join(
-        lines + [f"... and {len(names) - len(shown)} more"] * (len(names) > len(shown))
-    )
+
+def _shortened(name: str) -> str:
+    if len(name) <= TABLE_LETTERS:
+        return name
+    return name[: TABLE_LETTERS - 3] + "..."
+
+
+def _row(title: str, cells: list[str | float | None], width: int) -> str:
+    """A line of the table: a title of `width` letters and its cells, "-" for None."""
+    line = f"{title:<{width}}"
+    for cell in cells:
+        if cell is None:
+            cell = "-"
+        elif not isinstance(cell, str):
+            cell = f"{cell:.3f}"
+        line += f"{cell:>8}"
+    return line

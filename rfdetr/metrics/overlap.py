@@ -1,4 +1,4 @@
-"""Mask gIoU, cIoU and Dice: how well the masks of an image cover a class, whatever the instances."""
+"""Mask gIoU, cIoU and Dice: how well masks cover a class in an image, whatever the instances."""
 
 from __future__ import annotations
 
@@ -11,51 +11,68 @@ from pycocotools import mask as mask_api
 SCORE_THRESHOLD = 0.5
 
 
-def mask_overlap(rows: Array, rles: list[dict], annotations: list[dict]) -> dict[str, float | None]:
-    """Compare the union of the found masks with the union of the true ones, per (image, class).
+def mask_overlap(
+    images: Array, classes: Array, scores: Array, rles: list[dict], annotations: list[dict]
+) -> dict[str, float | None]:
+    """Compare the union of the detected masks with the union of the true ones, per (image, class).
 
-    rows (n, 7): image, box, score and class of what was found, rles its n compressed RLEs; what scores SCORE_THRESHOLD
-    or more counts. annotations: COCO's, with compressed RLEs. Crowds are no ground truth; what is found inside them and
-    outside every true mask of the class is not held against the prediction.
+    images, classes, scores (n,): of n detections, whose masks are the compressed RLEs; those that
+    score SCORE_THRESHOLD or more count. annotations: COCO's, with compressed RLEs. Crowds are no
+    ground truth: what is detected inside them, outside every true mask of the class, does not
+    count.
 
-    Over the pairs where either side has pixels, with I the intersection, A and B the two areas and U = A + B - I:
-    giou = mean I/U, ciou = sum I / sum U, dice = mean 2I/(A+B). All None where no such pair exists.
-    Definitions as in referring segmentation: LISA, arXiv:2308.00692.
+    Over the pairs where either side has pixels, with I the intersection, A and B the two areas and
+    U = A + B - I: giou = mean I/U, ciou = sum I / sum U, dice = mean 2I/(A+B). All are None where
+    no such pair exists. Definitions as in referring segmentation: LISA, arXiv:2308.00692.
     """
-    found, true, crowds = defaultdict(list), defaultdict(list), defaultdict(list)
-    for i in np.flatnonzero(rows[:, 5] >= SCORE_THRESHOLD):
-        found[rows[i, 0], rows[i, 6]].append(rles[i])
-    for row in annotations:
-        (crowds if row["iscrowd"] else true)[row["image_id"], row["category_id"]].append(
-            row["segmentation"]
-        )
-    found, true, crowds = (
-        {pair: mask_api.merge(r) for pair, r in groups.items()} for groups in (found, true, crowds)
-    )
+    detected_rles = defaultdict(list)
+    true_rles = defaultdict(list)
+    crowd_rles = defaultdict(list)
+    for i in np.flatnonzero(scores >= SCORE_THRESHOLD):
+        detected_rles[images[i], classes[i]].append(rles[i])
+    for annotation in annotations:
+        pair = annotation["image_id"], annotation["category_id"]
+        group = crowd_rles if annotation["iscrowd"] else true_rles
+        group[pair].append(annotation["segmentation"])
 
-    ious, dices, intersections, unions = [], [], 0, 0
-    for pair in found.keys() | true.keys():
-        own, truth, crowd = found.get(pair), true.get(pair), crowds.get(pair)
-        found_area, true_area, intersection = _pixels(own), _pixels(truth), _pixels(own, truth)
-        found_area -= _pixels(own, crowd) - _pixels(own, crowd, truth)
-        union = found_area + true_area - intersection
-        if union:
-            ious.append(intersection / union)
-            dices.append(2 * intersection / (found_area + true_area))
-            intersections += intersection
-            unions += union
+    ious = []
+    dices = []
+    all_intersections = 0
+    all_unions = 0
+    for pair in sorted(detected_rles.keys() | true_rles.keys()):
+        detected = union_of(detected_rles.get(pair))
+        true = union_of(true_rles.get(pair))
+        crowd = union_of(crowd_rles.get(pair))
+        in_crowd_alone = pixels_in_all(detected, crowd) - pixels_in_all(detected, crowd, true)
+        detected_area = pixels_in_all(detected) - in_crowd_alone
+        true_area = pixels_in_all(true)
+        intersection = pixels_in_all(detected, true)
+        union = detected_area + true_area - intersection
+        if union == 0:
+            continue
+        ious.append(intersection / union)
+        dices.append(2 * intersection / (detected_area + true_area))
+        all_intersections += intersection
+        all_unions += union
     if not ious:
         return {"giou": None, "ciou": None, "dice": None}
     return {
         "giou": sum(ious) / len(ious),
-        "ciou": intersections / unions,
+        "ciou": all_intersections / all_unions,
         "dice": sum(dices) / len(dices),
     }
 
 
-def _pixels(*masks: dict | None) -> int:
-    """Pixels that lie in every RLE; None is an empty one."""
-    if None in masks:
+def union_of(rles: list[dict] | None) -> dict | None:
+    return mask_api.merge(rles) if rles else None
+
+
+def pixels_in_all(*rles: dict | None) -> int:
+    """How many pixels lie in every RLE; None is an empty one."""
+    if None in rles:
         return 0
+    inner = rles[0]
+    if len(rles) > 1:
+        inner = mask_api.merge(list(rles), True)
     # 32 bit unsigned in C: differences would wrap without int
-    return int(mask_api.area(mask_api.merge(list(masks), True) if len(masks) > 1 else masks[0]))
+    return int(mask_api.area(inner))

@@ -12,7 +12,6 @@ the pixel embeddings, h w side of the feature map or of the pixel embeddings, H 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from rfdetr.boxes import cxcywh_to_xyxy
+from rfdetr.placement import Placement
 
 GRID = 28  # samples per side inside a box
 ENLARGE = 1.15  # masks may reach a little over the predicted box
@@ -75,6 +75,27 @@ def maps_in_parts(kernels: Tensor, pixels: Tensor) -> Iterator[Tensor]:
     flat = pixels.float().flatten(1)  # (P, h*w)
     for part in kernels.float().split(AT_ONCE):
         yield from (part @ flat).unflatten(1, pixels.shape[1:])
+
+
+class PixelSampler:
+    """Bilinear samples of maps (h, w) of the input at the centres of the original's pixels."""
+
+    def __init__(self, placement: Placement, pixels: Tensor):
+        """pixels (P, h, w): for the maps' sides and their device."""
+        h, w = pixels.shape[1:]
+        x = placement.column_positions(w).to(pixels.device)
+        y = placement.row_positions(h).to(pixels.device)
+        self.x_low, self.x_high, self.x_part = between(x, w)
+        self.y_low, self.y_high, self.y_part = between(y, h)
+
+    def __call__(self, one_map: Tensor, rows: slice, columns: slice) -> Tensor:
+        """one_map (h, w) at these rows and columns of the original: (bh, bw)."""
+        left = one_map[:, self.x_low[columns]]
+        right = one_map[:, self.x_high[columns]]
+        across = torch.lerp(left, right, self.x_part[columns])  # (h, bw)
+        above = across[self.y_low[rows]]
+        below = across[self.y_high[rows]]
+        return torch.lerp(above, below, self.y_part[rows, None])
 
 
 class MaskHead(nn.Module):
@@ -138,38 +159,29 @@ class MaskHead(nn.Module):
         return samples + quadratic
 
     def paste(
-        self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int
-    ) -> Iterator[tuple]:
-        """Masks of one image's chosen queries at its original height and width, in pixels, one by one.
+        self, pixels: Tensor, queries: Tensor, boxes: Tensor, placement: Placement
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Masks of one image's chosen queries in the pixels of its original, one by one.
 
-        pixels (P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1 -> M x (left, top, bool (bh, bw) mask of the part
-        of the enlarged box inside the image); outside of it a mask is empty.
+        pixels (P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1 of the input -> M x (left, top,
+        bool (bh, bw) mask of the visible part of the enlarged box); elsewhere a mask is empty.
         """
         kernels = self.kernels(queries, boxes)
-        h, w = pixels.shape[-2:]
-        regions = enlarged(boxes.float()) * torch.tensor(
-            [width, height, width, height], device=boxes.device
-        )
+        regions = placement.to_original(enlarged(boxes.float()))
         regions = regions.nan_to_num()  # what NaN weights give: an empty mask
-        x, y = (torch.arange(side, device=boxes.device) + 0.5 for side in (width, height))
-        (x_low, x_high, x_part), (y_low, y_high, y_part) = (
-            between(x * w / width, w),
-            between(y * h / height, h),
-        )
+        sampler = PixelSampler(placement, pixels)
+        x = torch.arange(placement.width, device=boxes.device) + 0.5
+        y = torch.arange(placement.height, device=boxes.device) + 0.5
         maps = maps_in_parts(kernels[:, :-6], pixels)
-        for own, kernel, (x0, y0, x1, y1) in zip(maps, kernels, regions.tolist()):
-            # the pixels whose centres lie in the region
-            left, right = max(math.ceil(x0 - 0.5), 0), min(math.floor(x1 + 0.5), width)
-            top, bottom = max(math.ceil(y0 - 0.5), 0), min(math.floor(y1 + 0.5), height)
-            if right <= left or bottom <= top:
-                yield 0, 0, torch.zeros(0, 0, dtype=torch.bool)
-                continue
-            columns, rows = slice(left, right), slice(top, bottom)
-            part = torch.lerp(own[:, x_low[columns]], own[:, x_high[columns]], x_part[columns])
-            part = torch.lerp(part[y_low[rows]], part[y_high[rows]], y_part[rows, None])
-            u, v = (2 * x[columns] - x0 - x1) / (x1 - x0), (2 * y[rows] - y0 - y1) / (y1 - y0)
-            part = part + box_quadratic(kernel[None, -6:], u[None, None, :], v[None, :, None])[0]
-            yield left, top, (part > 0).cpu()
+        for one_map, kernel, region in zip(maps, kernels, regions.tolist()):
+            rows, columns = placement.visible_pixels(region)
+            x0, y0, x1, y1 = region
+            # in -1..1 over the region
+            u = (2 * x[columns] - x0 - x1) / (x1 - x0)
+            v = (2 * y[rows] - y0 - y1) / (y1 - y0)
+            quadratic = box_quadratic(kernel[None, -6:], u[None, None, :], v[None, :, None])[0]
+            logits = sampler(one_map, rows, columns) + quadratic
+            yield columns.start, rows.start, (logits > 0).cpu()
 
 
 class MaskHeadNano(MaskHead):
@@ -272,15 +284,15 @@ class OfficialMaskHead(nn.Module):
             prediction["mask_bias"] = self.bias
 
     def paste(
-        self, pixels: Tensor, queries: Tensor, boxes: Tensor, height: int, width: int
-    ) -> Iterator[tuple]:
-        """As MaskHead.paste, but a mask is not bound to its box: (0, 0, bool (height, width) mask), one at a time."""
-        for one in maps_in_parts(self.kernels(queries), pixels):
-            logits = one + self.bias
-            whole = F.interpolate(
-                logits[None, None], size=(height, width), mode="bilinear", align_corners=False
-            )[0, 0]
-            yield 0, 0, (whole > 0).cpu()
+        self, pixels: Tensor, queries: Tensor, boxes: Tensor, placement: Placement
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """As MaskHead.paste, but a mask is not bound to its box: it may fill all that is visible."""
+        whole = [0, 0, placement.width, placement.height]
+        rows, columns = placement.visible_pixels(whole)
+        sampler = PixelSampler(placement, pixels)
+        for one_map in maps_in_parts(self.kernels(queries), pixels):
+            logits = sampler(one_map + self.bias, rows, columns)
+            yield columns.start, rows.start, (logits > 0).cpu()
 
 
 def conv_norm_act(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
