@@ -56,7 +56,7 @@ def lasting_output() -> Iterator[None]:
 
 
 def _open_closed_descriptors() -> None:
-    """Open 0, 1 and 2 where they are closed: the next file to be opened would get console output."""
+    """Open 0, 1 and 2 where they are closed: else the next file opened gets console output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""The console that goes away, the SIGTERM that has to be heard, and the commands that are pasted into a shell."""
+"""Consoles that go away, one voice, memory that runs out, SIGTERM, commands to be pasted."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ posix = pytest.mark.skipif(os.name == "nt", reason="a POSIX shell and its signal
 
 
 def script(body: str) -> list[str]:
-    """A command that runs `body` as the main(argv) of a script, without torch: it starts at once."""
-    head = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom rfdetr.console import run_script, tick\n"
+    """A command that runs `body` as the main(argv) of a script, without torch, which is slow."""
+    head = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    head += "from rfdetr.console import run_script, tick\n"
     lines = "\n    ".join(["def main(argv):", *body.strip().splitlines()])
     return [sys.executable, "-c", f"{head}{lines}\nrun_script(main)"]
 
@@ -91,7 +92,12 @@ def test_a_console_that_goes_away_ends_nothing(rest, tmp_path):
 
 @posix
 def test_what_is_printed_never_lands_in_a_file_that_took_the_consoles_place(tmp_path):
-    body = "file = open('data.txt', 'w')\nimport os\nos.write(1, b'from a library')\nprint('words', flush=True)"
+    body = """
+import os
+file = open("data.txt", "w")
+os.write(1, b"from a library")
+print("words", flush=True)
+"""
     done = in_bash(script(body), ">&- 2>&-", tmp_path)
     assert done.returncode == 0 and (tmp_path / "data.txt").read_text() == ""
 
@@ -111,7 +117,7 @@ def test_the_consoles_streams_are_put_back_and_their_errors_too():
 @posix
 @pytest.mark.slow
 def test_a_run_whose_reader_and_terminal_are_gone_saves_and_ends(few, tmp_path):
-    """| head closes stdout and stderr early; SIGHUP then ends the run with its state and its log kept."""
+    """| head closes stdout and stderr; SIGHUP then ends the run, and its state and log are kept."""
     flags = [*map(str, quick_flags(few)), "--min_steps", "5000", "--output_dir", "run"]
     words = [sys.executable, str(ROOT / "train_detector_stage1.py"), *flags]
     process = subprocess.Popen(
@@ -271,7 +277,8 @@ def test_a_run_whose_loader_hangs_saves_and_ends_on_sigterm(wait, few, tmp_path)
         "--output_dir",
         "run",
     ]
-    argv = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['train_detector_stage1.py', *{flags!r}]"
+    argv = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    argv += f"sys.argv = ['train_detector_stage1.py', *{flags!r}]"
     code = (
         f"{argv}\n{HANGS}\nimport train_detector_stage1 as script\nscript.run_script(script.main)"
     )

@@ -1,4 +1,4 @@
-"""Under torchrun: the same training as one process with the whole batch, one voice, and no process left behind."""
+"""Under torchrun: the training of one process, one voice, no process left behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALONE = ("--standalone", "--nproc_per_node")
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(options, script, *flags) starts it in tmp_path; its output goes to out.txt there, or the file named."""
+    """torchrun(options, script, *flags) starts it in tmp_path; its output goes to a file there."""
     started = []
 
     def start(
@@ -64,7 +64,7 @@ def epochs(folder: Path) -> list[dict]:
 
 
 def assert_same_training(ours: Path, one: Path) -> None:
-    """Losses, weights and files of a run of several processes are those of one process with the whole batch."""
+    """Losses, weights and files of a run of several processes are those of a single one."""
     assert {path.name for path in ours.iterdir()} == {path.name for path in one.iterdir()}
     for a, b in zip(epochs(ours), epochs(one), strict=True):
         losses = [name for name in b["train"] if name.startswith("loss")]
@@ -147,7 +147,7 @@ def test_two_nodes_train_and_score_stage_2_as_one_process_does(
 def test_sigterm_to_torchrun_saves_and_the_printed_command_goes_on(
     demo, single, tmp_path, torchrun
 ):
-    """With loader processes, which the signal reaches too; the end is that of a single process that never stopped."""
+    """The signal reaches loader processes, too; the end is that of a run that never stopped."""
     flags = [
         *train_flags(demo),
         "--accum",

@@ -1,4 +1,4 @@
-"""quickstart.py: what an old or bare Python is told, the environment, the epochs, and the order of the job."""
+"""quickstart.py: old or bare Pythons, the environment, the epochs, the order of the job."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_old_python_is_told_what_is_needed(monkeypatch, capsys):
 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
-    """A Python that satisfies nothing, and a folder of its own for .venv; `commands` are run in name only."""
+    """A Python that lacks all, and a folder for .venv; `commands` are run in name only."""
 
     class Bare:
         venv = tmp_path / "a folder" / ".venv"
@@ -299,7 +299,7 @@ def test_scores_are_those_of_the_best_epoch_and_weights(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A folder with a dataset in which the scripts are run in name only; `failing` end with their code."""
+    """A dataset; the scripts are run in name only, and `failing` ones end with their code."""
     annotations = tmp_path / "dataset" / "train" / "_annotations.coco.json"
     annotations.parent.mkdir(parents=True)
     annotations.write_text(json.dumps({"images": [{}] * 200}))
@@ -333,15 +333,17 @@ def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys)
         os.path.join("runs", f"{stem}_tiny_128_2") for stem in ("detector", "segmentation")
     )
     shrunk, best = os.path.join(detector, "checkpoint_mydata.pth"), os.path.join(masks, "best.pt")
+    trained = os.path.join(detector, "checkpoint_best_ema.pth")
+    results = os.path.join(masks, "results")
     said = capsys.readouterr().out
     epochs = re.findall(r"Stage [12]: (\d+) epochs", said)
     assert repository[0] == [
         "validate_setup.py --dataset dataset --size tiny",
         f"train_detector_stage1.py --dataset dataset --size tiny --seed 0 --epochs {epochs[0]}",
-        f"shrink_head.py --in_ckpt {os.path.join(detector, 'checkpoint_best_ema.pth')} --out_ckpt {shrunk}",
+        f"shrink_head.py --in_ckpt {trained} --out_ckpt {shrunk}",
         "train_seg_stage2.py --dataset dataset --size tiny --seed 0 "
         f"--stage1_run {detector} --checkpoint {shrunk} --epochs {epochs[1]}",
-        f"evaluate.py --checkpoint {best} --dataset dataset --split valid --results {os.path.join(masks, 'results')}",
+        f"evaluate.py --checkpoint {best} --dataset dataset --split valid --results {results}",
         f"predict.py --checkpoint {best} --input {os.path.join('dataset', 'train')} "
         f"--output {os.path.join(masks, 'predictions')}",
     ]
@@ -352,10 +354,9 @@ def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys)
 
 
 def test_flags_reach_the_scripts(repository, tmp_path):
-    flags = "--dataset dataset --size nano --epochs 2 --seg_epochs 3 --resolution 320 --device cpu --output_dir out"
-    assert (
-        quickstart.main(f"{flags} --pretrain_weights none --seed 5 --val_fraction 0.1".split()) == 0
-    )
+    flags = "--dataset dataset --size nano --epochs 2 --seg_epochs 3 --resolution 320 "
+    flags += "--device cpu --output_dir out --pretrain_weights none --seed 5 --val_fraction 0.1"
+    assert quickstart.main(flags.split()) == 0
     common = "--dataset dataset --val_fraction 0.1 --size nano --device cpu --resolution 320"
     assert repository[0][0] == f"validate_setup.py {common}"
     folder = os.path.join("out", "detector")

@@ -65,7 +65,7 @@ def find_micro_batch(
 
 
 def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int) -> bool:
-    """Whether a training step on so many images fits; weights and random states stay as they are."""
+    """Whether a training step on so many images fits; weights and random states do not change."""
 
     def step() -> bool:
         sum(losses(model, random_batch(images, resolution), float(OBJECTS)).values()).backward()
