@@ -12,7 +12,7 @@ import pytest
 
 from rfdetr.console import UserError
 from rfdetr.sizes import SIZES
-from rfdetr.weights.download import download as weights
+from rfdetr.weights import download as weights
 
 CONTENT = bytes(i * 7 % 251 for i in range(300_000))
 MD5 = hashlib.md5(CONTENT).hexdigest()
