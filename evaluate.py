@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rfdetr.cli import add_compile_flag, add_exif_flag
 from rfdetr.console import UserError, number, run_script, tick, warn
+from rfdetr.data.checks import CocoSplit
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.faults import CocoSplit, find_splits
+from rfdetr.data.layout import find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.device import compile_in_place, pick_device, pick_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to

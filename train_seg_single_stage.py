@@ -13,7 +13,7 @@ from pathlib import Path
 from rfdetr import main as shared
 from rfdetr.cli import add_common_flags, add_detector_flags, parse
 from rfdetr.console import boolean, number, run_script
-from rfdetr.data.faults import require_masks
+from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import training_loader
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import LossWeights, with_queries

@@ -16,7 +16,7 @@ from rfdetr import main as shared
 from rfdetr.classes import COCO_NAMES
 from rfdetr.cli import add_common_flags, parse
 from rfdetr.console import UserError, boolean, keep_flags, number, run_script, tick, warn
-from rfdetr.data.faults import require_masks
+from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.device import free_memory_mb
 from rfdetr.files import write_json

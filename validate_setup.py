@@ -107,7 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     # Only now: these need the packages that were just looked for.
     import torch
 
-    from rfdetr.data.coco import exif_note, inspect_dataset, small_objects
+    from rfdetr.data.coco import inspect_dataset
+    from rfdetr.data.exif import exif_note
+    from rfdetr.data.statistics import small_objects
     from rfdetr.device import pick_device, pick_precision
     from rfdetr.files import make_place, write_json
     from rfdetr.runs.environment import environment
@@ -280,7 +282,7 @@ def describe(split, resolution: int) -> dict:
     """What the report says of a split (rfdetr.data.coco.CocoSplit); its classes by label."""
     import numpy as np
 
-    from rfdetr.data.coco import COCO_SIDES, object_sides
+    from rfdetr.data.statistics import COCO_SIDES, object_sides
 
     rows = zip(split.class_names, split.category_ids, split.per_class)
     sizes = np.searchsorted(

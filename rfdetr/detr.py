@@ -15,8 +15,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from rfdetr.console import UserError
-from rfdetr.data.coco import oriented, read_pixels, to_rgb_array
-from rfdetr.data.image_cache import is_regular_file
+from rfdetr.data.image_files import is_regular_file
+from rfdetr.data.images import oriented, read_pixels, to_rgb_array
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import DetectionRunner, Prediction, in_originals
 from rfdetr.sizes import SIZES

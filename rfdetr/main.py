@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
 from rfdetr.console import UserError, banner, tick, warn
+from rfdetr.data.checks import CocoSplit
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.faults import CocoSplit
 from rfdetr.data.loaders import (
     EpochSampler,
     SplitDataset,

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfdetr.data.coco import number_classes
+from rfdetr.data.checks import CocoSplit
 from rfdetr.data.demo import make_demo
-from rfdetr.data.faults import CocoSplit, raise_errors
+from rfdetr.data.faults import raise_errors
+from rfdetr.data.labels import number_classes
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, ModelSize
 

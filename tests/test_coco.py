@@ -17,8 +17,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rfdetr.console import UserError
-from rfdetr.data.coco import load_image, read_dataset
-from rfdetr.data.faults import find_splits, read_json
+from rfdetr.data.coco import read_dataset
+from rfdetr.data.images import load_image
+from rfdetr.data.layout import find_splits, read_json
 from rfdetr.masks import rasterise
 
 WIDTH, HEIGHT = 40, 30

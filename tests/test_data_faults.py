@@ -26,11 +26,13 @@ import train_detector_stage1
 import validate_setup
 from rfdetr import console
 from rfdetr.console import UserError, warn
-from rfdetr.data import faults as validation
-from rfdetr.data.coco import exif_note, inspect_dataset, load_image, read_dataset
+from rfdetr.data.checks import CocoSplit
+from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
-from rfdetr.data.faults import CocoSplit, rle_extents
+from rfdetr.data.exif import exif_note
+from rfdetr.data.images import ORIENTATION, load_image
 from rfdetr.data.repair import fix_dataset
+from rfdetr.data.rle import rle_extents
 from rfdetr.detr import RFDETR, read_image
 from rfdetr.weights import checkpoint
 
@@ -67,7 +69,7 @@ def turn(
     image = Image.new("RGB", size)
     image.paste((255, 255, 255), (0, 0, 8, 8))
     exif = Image.Exif()
-    exif[validation.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     image.save(root / f"train/{number}.{kind}", exif=exif)
     change(root, lambda data: data["images"][number - 1].update(file_name=f"{number}.{kind}"))
     if not said:
@@ -153,7 +155,7 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     for split in ("train", "valid"):
         for file in (data / split).glob("*.png"):
             exif = Image.Exif()
-            exif[validation.ORIENTATION] = 3
+            exif[ORIENTATION] = 3
             Image.open(file).save(file, exif=exif)
     call(train_detector_stage1.main, *quick_flags(data), "--exif", "ignore", "--output_dir", "run")
     best = tmp_path / "run/best.pt"

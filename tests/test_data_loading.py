@@ -20,8 +20,8 @@ from torchvision.ops import box_convert
 
 from rfdetr.console import UserError
 from rfdetr.data.augment import draw_side, multi_scale_sides
+from rfdetr.data.checks import CocoSplit
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.faults import CocoSplit
 from rfdetr.data.loaders import (
     EpochSampler,
     SplitDataset,

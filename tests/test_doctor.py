@@ -30,9 +30,8 @@ from test_validation import (
 import validate_setup
 from rfdetr import console
 from rfdetr.console import UserError
-from rfdetr.data import faults as checks
+from rfdetr.data import checks, images, repair
 from rfdetr.data import image_cache as seen
-from rfdetr.data import repair
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.repair import fix_dataset
@@ -99,7 +98,7 @@ def both(table) -> None:
 
 def turned(root: Path) -> None:
     exif = Image.Exif()
-    exif[checks.ORIENTATION] = 6
+    exif[images.ORIENTATION] = 6
     Image.new("RGB", (HEIGHT, WIDTH)).save(root / "train/1.jpg", exif=exif)
     change("images", file_name="1.jpg")(root)
 

@@ -22,8 +22,10 @@ from pycocotools import mask as mask_utils
 
 import validate_setup
 from rfdetr.console import UserError
-from rfdetr.data.coco import inspect_dataset, read_dataset
-from rfdetr.data.faults import CocoSplit, Problem, require_masks, run_sums
+from rfdetr.data.checks import CocoSplit
+from rfdetr.data.coco import inspect_dataset, read_dataset, require_masks
+from rfdetr.data.faults import Problem
+from rfdetr.data.rle import run_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT = 40, 30

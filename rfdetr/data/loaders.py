@@ -22,8 +22,8 @@ from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.augment import LEAST_SIDE, place_boxes, random_view
-from rfdetr.data.coco import load_image
-from rfdetr.data.faults import CocoSplit
+from rfdetr.data.checks import CocoSplit
+from rfdetr.data.images import load_image
 from rfdetr.masks import rasterise
 
 # of a user, a job scheduler, a terminal that goes away

@@ -13,9 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 from rfdetr.console import UserError, is_control
-from rfdetr.data.coco import exif_rule
-from rfdetr.data.faults import CocoSplit, clip_box, find_splits, is_whole, read_json, usable_part
-from rfdetr.data.image_cache import find_image, is_regular_file, stays_inside
+from rfdetr.data.annotations import clip_box, is_whole, usable_part
+from rfdetr.data.checks import CocoSplit
+from rfdetr.data.exif import exif_rule
+from rfdetr.data.image_files import find_image, is_regular_file, stays_inside
+from rfdetr.data.layout import find_splits, read_json
 from rfdetr.masks import object_area
 
 ROUNDS = (

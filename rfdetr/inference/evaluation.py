@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
-from rfdetr.data.coco import load_image
-from rfdetr.data.faults import CocoSplit
+from rfdetr.data.checks import CocoSplit
+from rfdetr.data.images import load_image
 from rfdetr.data.loaders import naming_workers, note_unread
 from rfdetr.device import Precision
 from rfdetr.inference.detections import (

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as mask_api
 
 from rfdetr.console import UserError
-from rfdetr.data.coco import load_image
-from rfdetr.data.faults import CocoSplit, ImageRecord
+from rfdetr.data.checks import CocoSplit
+from rfdetr.data.images import load_image
+from rfdetr.data.records import ImageRecord
 from rfdetr.masks import to_rle
 
 Colour = tuple[int, int, int]
