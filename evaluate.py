@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rfdetr.cli import add_compile_flag, add_exif_flag
 from rfdetr.console import UserError, number, run_script, tick, warn
-from rfdetr.data.checks import CocoSplit
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.layout import find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
+from rfdetr.data.records import CocoSplit
 from rfdetr.device import compile_in_place, pick_device, pick_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
@@ -140,7 +140,7 @@ def require_same_division(
     ):
         return
     trained = set(checkpoint.trained_on(content).tolist())
-    if trained and not trained & {*splits["train"].samples, *splits["valid"].samples}:
+    if trained and not trained & {*splits["train"].content_hashes, *splits["valid"].content_hashes}:
         return
     raise UserError(
         f"--val_fraction {given}: {args.checkpoint} was trained with --val_fraction {own}, so that images it was "
@@ -151,7 +151,7 @@ def require_same_division(
 def tell_trained_images(trained: list[int], split: CocoSplit, name: str) -> None:
     """Warn where images of a split, by their content, are among those that the checkpoint was trained on."""
     known = set(trained)
-    files = [image.file_name for image in split.images if image.sample in known]
+    files = [image.file_name for image in split.images if image.content_hash in known]
     if not files:
         return
     count = f"{len(files)} of the {len(split.images)} images"

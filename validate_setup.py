@@ -284,17 +284,17 @@ def describe(split, resolution: int) -> dict:
 
     from rfdetr.data.statistics import COCO_SIDES, object_sides
 
-    rows = zip(split.class_names, split.category_ids, split.per_class)
+    rows = zip(split.class_names, split.category_ids, split.objects_per_class)
     sizes = np.searchsorted(
         list(COCO_SIDES.values()), object_sides(split, resolution), side="right"
     )
     return {
         "file": str(split.annotation_file),
         "images": len(split.images),
-        "negatives": split.per_image.count(0),
+        "negatives": split.objects_per_image.count(0),
         "objects": split.object_count,
         "masks": split.mask_count,
-        "most_in_an_image": max(split.per_image, default=0),
+        "most_in_an_image": max(split.objects_per_image, default=0),
         "sizes": {name: int((sizes == i).sum()) for i, name in enumerate(COCO_SIDES)},
         "classes": [
             {"name": name, "category_id": key, "objects": count} for name, key, count in rows

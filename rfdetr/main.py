@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import math
 import shlex
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,15 +18,10 @@ from torch import Tensor, nn
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
 from rfdetr.console import UserError, banner, tick, warn
-from rfdetr.data.checks import CocoSplit
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.loaders import (
-    EpochSampler,
-    SplitDataset,
-    check_unread,
-    evaluation_loader,
-    naming_workers,
-)
+from rfdetr.data.loaders import EpochSampler, SplitDataset, check_unread, evaluation_loader
+from rfdetr.data.records import CocoSplit
+from rfdetr.data.workers import naming_workers
 from rfdetr.device import Precision, compile_in_place, pick_device, pick_precision
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
@@ -245,8 +239,7 @@ def split_evaluator(
     args, split = session.args, session.splits[name]
     batch = min(16, args.effective_batch)
     if args.fast_dev_run:
-        split = copy.copy(split)
-        split.images = split.images[: batch * args.fast_dev_run]
+        split = replace(split, images=split.images[: batch * args.fast_dev_run])
     dataset = SplitDataset(split, args.resolution, None, masks=False)
     rank, world = distributed.rank(), distributed.world_size()
     loader = evaluation_loader(dataset, batch, args.workers, rank, world)
@@ -299,7 +292,7 @@ def fit(
 
 def trained_on(session: Session) -> Tensor:
     """Content hashes, int64, of the images that the run's weights have seen in the end, in this run and before."""
-    hashes = torch.tensor(session.splits["train"].samples, dtype=torch.int64)
+    hashes = torch.tensor(session.splits["train"].content_hashes, dtype=torch.int64)
     before = [] if session.trained_on is None else [session.trained_on]
     return torch.cat([hashes, *before]).unique()
 

@@ -26,7 +26,7 @@ import train_detector_stage1
 import validate_setup
 from rfdetr import console
 from rfdetr.console import UserError, warn
-from rfdetr.data.checks import CocoSplit
+from rfdetr.data.checks import check_file
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.exif import exif_note
@@ -146,7 +146,7 @@ def test_what_was_decided_on_exif_is_not_remembered_for_another_flag(dataset):
     turn(dataset, 1, 3, (WIDTH, HEIGHT))
     os.utime(dataset / "train/1.jpg", (1, 1))
     for wanted in ("apply", "ignore", "apply"):
-        assert read_dataset(dataset, exif=wanted)["train"].images[0].exif == (wanted == "apply")
+        assert read_dataset(dataset, exif=wanted)["train"].images[0].apply_exif == (wanted == "apply")
 
 
 def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatch):
@@ -192,7 +192,7 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     )
     with pytest.raises(ZeroDivisionError):
         call(evaluate.main, "--checkpoint", best, "--dataset", data, "--device", "cpu")
-    assert pictures == [False] and not any(image.exif for image in splits[0].images)
+    assert pictures == [False] and not any(image.apply_exif for image in splits[0].images)
 
     content = torch.load(best)
     del content["exif"], content["trained_on"]  # as earlier versions wrote it
@@ -245,7 +245,7 @@ BOXES = [[n * 8 + 3.0, 20.0 + n, 12.0, 16.0] for n in range(20)]
 def found(data: dict) -> dict[str, tuple[str, int]]:
     return {
         problem.code: (problem.severity, problem.count)
-        for problem in CocoSplit("x.json", data=data).problems
+        for problem in check_file("x.json", data=data).faults.problems()
     }
 
 
@@ -281,7 +281,7 @@ def test_boxes_and_polygons_in_0_to_1_are_an_error_that_says_so():
     assert found(crowd([polygon(*box) for box in share], BOXES)) == {
         "ANN_POLYGON_NORMALISED": ("error", 20)
     }
-    problem = CocoSplit("x.json", data=crowd(masks, share)).problems[0]
+    problem = check_file("x.json", data=crowd(masks, share)).faults.problems()[0]
     assert "in pixels" in problem.message and "multiply" in problem.message
     # objects of a pixel, and images of one
     assert found(

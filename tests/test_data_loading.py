@@ -20,16 +20,16 @@ from torchvision.ops import box_convert
 
 from rfdetr.console import UserError
 from rfdetr.data.augment import draw_side, multi_scale_sides
-from rfdetr.data.checks import CocoSplit
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import (
     EpochSampler,
     SplitDataset,
     collate,
     evaluation_loader,
-    naming_workers,
     training_loader,
 )
+from rfdetr.data.records import CocoSplit
+from rfdetr.data.workers import naming_workers
 from rfdetr.sizes import SIZES
 
 
@@ -320,7 +320,8 @@ FEW_FILES = """
 import resource, torch
 from torch.utils.data import Dataset
 from rfdetr.console import run_script
-from rfdetr.data.loaders import make_loader, naming_workers
+from rfdetr.data.loaders import make_loader
+from rfdetr.data.workers import naming_workers
 
 class Samples(Dataset):
     resolution, cache = 8, None

@@ -355,8 +355,8 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
         entry[key] = data.draw(anything | others)
     (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
     repaired, _ = repair.clean(folder / FILE, folder, decode=False)
-    left = checks.CocoSplit(folder / FILE, folder, data=json.loads(json.dumps(repaired))).problems
-    errors = {problem.code for problem in left if problem.severity == "error"}
+    left = checks.check_file(folder / FILE, folder, data=json.loads(json.dumps(repaired)))
+    errors = {problem.code for problem in left.faults.problems() if problem.severity == "error"}
     # images of one id hide each other's faults
     if "IMG_ID_DUPLICATE" in errors:
         return
@@ -375,7 +375,7 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
         "ANN_AREA_EMPTY",
     }
     assert not {code for code in errors if not code.startswith("CAT_")} - guesses
-    assert errors or not unused & {problem.code for problem in left}
+    assert errors or not unused & {problem.code for problem in left.faults.problems()}
 
 
 def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypatch, capsys):

@@ -1,32 +1,42 @@
-"""COCO datasets: one record per image, labels 0..N-1, the ground truth for scoring."""
+"""COCO datasets: from the files of a folder to checked splits with labels 0..N-1.
+
+Each file is listed, the EXIF orientation decided, the rest checked, classes numbered, and only
+then are the splits built, complete.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from rfdetr.console import UserError, tick, warn
-from rfdetr.data.checks import CocoSplit
-from rfdetr.data.exif import exif_note, settle_exif
-from rfdetr.data.faults import NO_MASKS, Problem, raise_errors
+from rfdetr.data.annotation_checks import SoundAnnotation
+from rfdetr.data.checks import NOT_INSPECTED, CheckedSplit, ListedSplit, check_split, list_split
+from rfdetr.data.exif import SizedImage, decide_exif, exif_note
+from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
+from rfdetr.data.image_files import ImageFile
 from rfdetr.data.labels import number_classes
-from rfdetr.data.layout import find_splits
-from rfdetr.data.records import ImageRecord
+from rfdetr.data.layout import SPLITS, find_splits
+from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.masks import annotation_area
+
+SAMPLED = 10  # annotations that require_masks tells of
 
 
 def read_dataset(
     root: str | Path, val_fraction: float | None = None, queries: int = 300, exif: str | None = None
 ) -> dict[str, CocoSplit]:
-    """Check and read all splits of a dataset: "train", "valid" and, where it exists, "test".
+    """Check and read the splits of a dataset: "train", "valid" and, where it exists, "test".
 
-    Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by a hash of their
-    names, so that the choice stays when the file is written in another order.  `queries`: the objects that the model
-    can find in one image.  exif: as for inspect_dataset; what was decided is printed where images are turned or
-    mirrored.  Raises UserError for any error of the data, with the command that lists them all.
+    Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by
+    a hash of their names, so that the choice stays when the file is written in another order.
+    queries: the objects that the model can find in one image.  exif: as for inspect_dataset; what
+    was decided is printed where images have an orientation.  Raises UserError for any error of the
+    data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(
@@ -34,129 +44,236 @@ def read_dataset(
         )
     splits, problems = inspect_dataset(root, val_fraction, queries=queries, exif=exif)
     raise_errors(problems, root)
-    if note := exif_note(splits, exif):
+    note = exif_note(splits, exif)
+    if note:
         tick(note)
-    return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
+    return {name: splits[name] for name in SPLITS if name in splits}
 
 
 def inspect_dataset(
-    root: Path,
+    root: str | Path,
     val_fraction: float | None = None,
     need_masks: bool = False,
     decode: bool = False,
     queries: int = 300,
     exif: str | None = None,
 ) -> tuple[dict[str, CocoSplit], list[Problem]]:
-    """Check all splits once: (split name -> what is usable, all problems with errors first).
+    """Check all splits once: (split name -> what is usable of it, all problems, errors first).
 
-    `val_fraction` makes a missing valid/ no error; `need_masks` makes missing masks one; `decode`: open images
-    wholly and compare contents between splits; `queries`: the objects that the model can find in one image; exif:
-    "apply" or "ignore" the EXIF orientation of images where no size of the dataset tells, by default apply.
+    With `val_fraction` a missing valid split is no error, with `need_masks` missing masks are one.
+    decode: open images as a whole, and compare contents between splits.  queries: the objects that
+    the model can find in one image.  exif: "apply" or "ignore" the EXIF orientation of images where
+    no size of the dataset tells; by default it is applied.
     """
-    splits: dict[str, CocoSplit] = {}
-    problems: list[Problem] = []
-
-    def error(code: str, message: object) -> None:
-        problems.append(Problem(code, "error", str(message), 1, [str(root)]))
-
     try:
         files = find_splits(root)
-    except UserError as fault:
-        error("DATASET_LAYOUT", fault)
-        return {}, problems
-    for name, (file, folder) in files.items():
-        try:
-            splits[name] = CocoSplit(file, folder, decode)
-        except UserError as fault:
-            error("JSON_INVALID", fault)
-    if "train" not in files:
-        error("SPLIT_TRAIN_MISSING", f"{root} has no train split: training needs one")
-    if "valid" not in files and not val_fraction:
-        error(
-            "SPLIT_VALID_MISSING",
-            f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1",
-        )
-    settle_exif(splits, {name: folder for name, (_, folder) in files.items()}, decode, exif)
-    number_classes(splits)
+    except UserError as error:
+        return {}, [dataset_error("DATASET_LAYOUT", str(error), root)]
+    listed, problems = list_files(files, decode, root)
+    problems += missing_splits(files, val_fraction, root)
+    decision = decide_exif((pair for split in listed.values() for pair in split.images()), exif)
+    checked = {name: check_split(split, decision) for name, split in listed.items()}
+    splits = build_splits(checked)
+    faults = {name: split.faults for name, split in checked.items()}
     if val_fraction and "train" in splits and "valid" not in files:
-        splits["train"], splits["valid"] = _divide(splits["train"], val_fraction)
-    train = splits.get("train")
+        splits["train"], splits["valid"] = divide(splits["train"], val_fraction)
+        faults["valid"] = Faults(splits["valid"].annotation_file)
     for name, split in splits.items():
-        if not split.mask_count:  # boxes alone may be all that is wanted
-            split.places.pop("ANN_NO_MASK", None)
+        if split.mask_count == 0:
+            faults[name].forget("ANN_NO_MASK")  # boxes alone may be all that is wanted
             if need_masks and split.object_count:
-                error("MASKS_NONE", NO_MASKS.format(split.annotation_file, split.object_count))
-        for image, count in zip(split.images, split.per_image):
-            place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
-            split.fault("IMG_MANY_OBJECTS", place, count > queries)
-        split.fault(
-            "SPLIT_FRACTION_UNUSED",
-            name,
-            name == "valid" and name in files and val_fraction is not None,
-        )
-        split.fault(
-            "SPLIT_EMPTY",
-            f"{name}: {len(split.images)} images",
-            not split.object_count and split.sound,
-        )
-        if split is train:
-            split.raised.add("SPLIT_EMPTY")
-        elif train:
-            # where train has errors, what is missing there may be their effect
-            for class_name, here, there in zip(split.class_names, split.per_class, train.per_class):
-                split.fault(
-                    "CLASS_NOT_IN_TRAIN", repr(class_name), here and not there and train.sound
-                )
-            known = {image.digest: image.file_name for image in train.images if image.digest}
-            for image in split.images:
-                place = f"{image.file_name} = train's {known.get(image.digest)}"
-                split.fault("IMG_SHARED", place, image.digest in known)
+                message = NO_MASKS.format(split.annotation_file, split.object_count)
+                problems.append(dataset_error("MASKS_NONE", message, root))
+        note_too_many_objects(split, queries, faults[name])
+        if name == "valid" and name in files and val_fraction is not None:
+            faults[name].note("SPLIT_FRACTION_UNUSED", name)
+        if split.object_count == 0 and not faults[name].has_errors:
+            faults[name].note("SPLIT_EMPTY", f"{name}: {len(split.images)} images")
+        if name == "train":
+            faults[name].make_error("SPLIT_EMPTY")
+        elif "train" in splits:
+            compare_with_train(split, splits["train"], faults[name], faults["train"])
+    splits = {
+        name: replace(split, problems=faults[name].problems()) for name, split in splits.items()
+    }
     problems += [problem for split in splits.values() for problem in split.problems]
     return splits, sorted(problems, key=lambda problem: problem.severity)
 
 
-def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
-    """(train, valid) parts of a split: those images whose names' hashes come first are valid. Train keeps one.
+def require_masks(split: CocoSplit) -> None:
+    """Print how many of a few sampled annotations have masks, and warn where some lack them.
 
-    All entries of one file are in the same part, where the first of them by its hash belongs.
+    Raises UserError where all do.
     """
-    hashed = [
-        (hashlib.sha256(i.file_name.encode(errors="replace")).digest(), i) for i in split.images
-    ]
-    hashed.sort(key=lambda pair: pair[0])
-    files: dict[object, list[ImageRecord]] = {}
-    for _, image in hashed:
-        files.setdefault(_file_of(image), []).append(image)
-    count = min(max(round(fraction * len(hashed)), 1), len(hashed) - 1)
-    order, groups = [], list(files.values())
-    while len(groups) > 1 and len(order) < count:
-        order += groups.pop(0)
-    count = len(order)
-    order += [image for group in groups for image in group]
-    train, valid = copy(split), copy(split)
-    train.images, valid.images, valid.places, valid.raised = order[count:], order[:count], {}, set()
-    for part in (train, valid):
-        part.count()
-    return train, valid
+    has_mask = [mask is not None for image in split.images for mask in image.segmentations]
+    if not any(has_mask):
+        raise UserError(NO_MASKS.format(split.annotation_file, len(has_mask)))
+    count = min(SAMPLED, len(has_mask))
+    places = np.linspace(0, len(has_mask) - 1, count).astype(int)
+    with_mask = sum(has_mask[place] for place in places)
+    tick(f"Validated: {with_mask}/{count} sample annotations contain segmentation masks")
+    without = len(has_mask) - sum(has_mask)
+    if without:
+        warn(
+            f"{split.annotation_file}: {without} of {len(has_mask)} annotations have no mask: "
+            "they give no mask loss"
+        )
 
 
-def _file_of(image: ImageRecord) -> object:
-    """What two entries of one file have in common, under whatever names and links."""
+# ---------------------------------------------------------------- files
+
+
+def list_files(
+    files: dict[str, tuple[Path, Path]], decode: bool, root: str | Path
+) -> tuple[dict[str, ListedSplit], list[Problem]]:
+    """What the annotation files list, and a problem for each that is no JSON."""
+    listed = {}
+    problems = []
+    for name, (file, folder) in files.items():
+        try:
+            listed[name] = list_split(file, folder, decode)
+        except UserError as error:
+            problems.append(dataset_error("JSON_INVALID", str(error), root))
+    return listed, problems
+
+
+def missing_splits(
+    files: dict[str, tuple[Path, Path]], val_fraction: float | None, root: str | Path
+) -> list[Problem]:
+    problems = []
+    if "train" not in files:
+        message = f"{root} has no train split: training needs one"
+        problems.append(dataset_error("SPLIT_TRAIN_MISSING", message, root))
+    if "valid" not in files and not val_fraction:
+        message = f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1"
+        problems.append(dataset_error("SPLIT_VALID_MISSING", message, root))
+    return problems
+
+
+def dataset_error(code: str, message: str, root: str | Path) -> Problem:
+    """An error of the dataset as a whole."""
+    return Problem(code, "error", message, 1, [str(root)])
+
+
+# ---------------------------------------------------------------- building
+
+
+def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
+    """The splits of a dataset with their classes numbered, each with its file's own problems."""
+    classes = number_classes(checked)
+    splits = {}
+    for name, split in checked.items():
+        labels = classes.labels[name]
+        splits[name] = CocoSplit(
+            annotation_file=split.annotation_file,
+            images=[
+                build_record(
+                    image,
+                    split.files.get(image.id, NOT_INSPECTED),
+                    split.annotations.get(image.id, []),
+                    labels,
+                )
+                for image in split.images
+            ],
+            class_names=classes.class_names,
+            category_ids=classes.category_ids[name],
+            left_out=classes.left_out,
+            exif=split.exif.name,
+            problems=split.faults.problems(),
+        )
+    return splits
+
+
+def build_record(
+    image: SizedImage, file: ImageFile, annotations: list[SoundAnnotation], labels: dict[int, int]
+) -> ImageRecord:
+    """labels: category id -> label."""
+    entries = []
+    objects = []
+    boxes = []
+    for entry, box in annotations:
+        if entry["area"] is None:
+            entry = entry | {"area": annotation_area(entry, image.height, image.width)}
+        entries.append(entry)
+        if box and not entry["iscrowd"]:
+            objects.append(entry)
+            boxes.append(box)
+    return ImageRecord(
+        id=image.id,
+        file_name=image.file_name,
+        path=file.path,
+        width=image.width,
+        height=image.height,
+        annotations=entries,
+        objects=objects,
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        labels=np.array([labels[entry["category_id"]] for entry in objects], np.int64),
+        segmentations=[entry["segmentation"] for entry in objects],
+        orientation=file.orientation,
+        exif_proof=image.exif_proof,
+        apply_exif=image.apply_exif,
+        file_sha256=file.file_sha256,
+        content_hash=file.content_hash,
+    )
+
+
+def divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
+    """(train, valid) parts of a split: the images whose names' hashes come first are valid.
+
+    All entries of one file are in the same part, that of the first of them by its hash. Train
+    keeps at least one file.
+    """
+    images = sorted(split.images, key=name_hash)
+    entries_of_file: dict[object, list[ImageRecord]] = {}
+    for image in images:
+        entries_of_file.setdefault(file_identity(image), []).append(image)
+    wanted = min(max(round(fraction * len(images)), 1), len(images) - 1)
+    groups = list(entries_of_file.values())
+    valid = []
+    while len(groups) > 1 and len(valid) < wanted:
+        valid += groups.pop(0)
+    train = [image for group in groups for image in group]
+    return replace(split, images=train), replace(split, images=valid)
+
+
+def name_hash(image: ImageRecord) -> bytes:
+    return hashlib.sha256(image.file_name.encode(errors="replace")).digest()
+
+
+def file_identity(image: ImageRecord) -> object:
+    """The same for all entries of one file, under whatever names and links."""
     try:
         status = image.path.stat()
     except OSError:
         return os.path.normpath(image.path)
-    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(image.path)
+    if status.st_ino:
+        return (status.st_dev, status.st_ino)
+    return os.path.realpath(image.path)
 
 
-def require_masks(split: CocoSplit) -> None:
-    """Print how many of up to 10 sampled annotations have masks, warn where some lack them; UserError if all do."""
-    masks = [mask is not None for image in split.images for mask in image.segmentations]
-    if not any(masks):
-        raise UserError(NO_MASKS.format(split.annotation_file, len(masks)))
-    sample = [masks[i] for i in np.linspace(0, len(masks) - 1, min(10, len(masks))).astype(int)]
-    tick(f"Validated: {sum(sample)}/{len(sample)} sample annotations contain segmentation masks")
-    if lacking := len(masks) - sum(masks):
-        warn(
-            f"{split.annotation_file}: {lacking} of {len(masks)} annotations have no mask: they give no mask loss"
-        )
+# ---------------------------------------------------------------- faults of whole splits
+
+
+def note_too_many_objects(split: CocoSplit, queries: int, faults: Faults) -> None:
+    for image, count in zip(split.images, split.objects_per_image):
+        if count > queries:
+            place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
+            faults.note("IMG_MANY_OBJECTS", place)
+
+
+def compare_with_train(
+    split: CocoSplit, train: CocoSplit, faults: Faults, train_faults: Faults
+) -> None:
+    """Note classes that train does not teach, and images that train has, too."""
+    if not train_faults.has_errors:  # or what is missing there may be their effect
+        counts = zip(split.class_names, split.objects_per_class, train.objects_per_class)
+        for class_name, here, in_train in counts:
+            if here and not in_train:
+                faults.note("CLASS_NOT_IN_TRAIN", repr(class_name))
+    train_files = {
+        image.file_sha256: image.file_name for image in train.images if image.file_sha256
+    }
+    for image in split.images:
+        twin = train_files.get(image.file_sha256)
+        if twin is not None:
+            faults.note("IMG_SHARED", f"{image.file_name} = train's {twin}")

@@ -1,218 +1,270 @@
-"""The kinds of faults a dataset can have, and how they are told."""
+"""The kinds of faults a dataset can have, collected and worded.
+
+Codes, severities and counts are what validate_setup.py --json writes, and what users search for.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, printable
 
+PLACES_KEPT = 20  # of each kind of fault, for the report
+PLACES_NAMED = 3  # in its sentence
+PLACE_LENGTH = 200  # characters
 NO_MASKS = (
-    "No segmentation masks found in COCO annotations: {}: 0 of {} annotations have a usable segmentation. Stage 2 and "
-    "single-stage training need polygons or RLE: export the dataset with masks. Stage 1 works on boxes alone."
+    "No segmentation masks found in COCO annotations: {}: 0 of {} annotations have a usable "
+    "segmentation. Stage 2 and single-stage training need polygons or RLE: export the dataset "
+    "with masks. Stage 1 works on boxes alone."
 )
 
 
-# code: (severity, "3 annotations ...", what to do or what was done). The noun comes from the code's first word.
-CODES: dict[str, tuple[str, str, str]] = {
-    "JSON_STRUCTURE": (
-        "error",
-        "where COCO has something else",
-        "compare the file with the COCO format",
+class FaultKind(NamedTuple):
+    """What a code means: "3 annotations <what> (<places>): <advice>"."""
+
+    severity: str  # "error" or "warning"
+    what: str
+    advice: str  # what to do, or what was done
+
+
+CODES: dict[str, FaultKind] = {
+    "JSON_STRUCTURE": FaultKind(
+        "error", "where COCO has something else", "compare the file with the COCO format"
     ),
-    "CAT_INVALID": (
-        "error",
-        "without a whole number as id or without a text as name",
-        "give it both",
+    "CAT_INVALID": FaultKind(
+        "error", "without a whole number as id or without a text as name", "give it both"
     ),
-    "CAT_NAME_CONTROL": (
+    "CAT_NAME_CONTROL": FaultKind(
         "error",
         "whose name holds a line break, another control character or half a surrogate pair",
         "rename them; validate_setup.py --fix DIR writes a copy with blanks there",
     ),
-    "CAT_ID_DUPLICATE": ("error", "with the id of another", "give each its own id"),
-    "CAT_NAME_DUPLICATE": ("error", "with the name of another", "merge or rename them"),
-    "IMG_ID_INVALID": ("error", "without a whole number or a text as id", "give each its own id"),
-    "IMG_ID_DUPLICATE": ("error", "with the id of another", "give each its own id"),
-    "IMG_PATH": (
+    "CAT_ID_DUPLICATE": FaultKind("error", "with the id of another", "give each its own id"),
+    "CAT_NAME_DUPLICATE": FaultKind("error", "with the name of another", "merge or rename them"),
+    "IMG_ID_INVALID": FaultKind(
+        "error", "without a whole number or a text as id", "give each its own id"
+    ),
+    "IMG_ID_DUPLICATE": FaultKind("error", "with the id of another", "give each its own id"),
+    "IMG_PATH": FaultKind(
         "error",
         "whose file_name is no plain path inside the dataset",
         "write it relative, without ..",
     ),
-    "IMG_MISSING": (
-        "error",
-        "whose file is missing",
-        "put the files there or delete their entries",
+    "IMG_MISSING": FaultKind(
+        "error", "whose file is missing", "put the files there or delete their entries"
     ),
-    "IMG_TYPE": (
+    "IMG_TYPE": FaultKind(
         "error",
         "whose file is a folder, pipe, socket or device",
         "put images there or delete their entries",
     ),
-    "IMG_UNREADABLE": (
+    "IMG_UNREADABLE": FaultKind(
         "warning",
         "that the system refuses to read (rights, disk, network)",
         "mend that and run this again; training skips them",
     ),
-    "IMG_CORRUPT": (
+    "IMG_CORRUPT": FaultKind(
         "warning",
         "that cannot be read",
         "replace the files or delete their entries; training skips them",
     ),
-    "IMG_BOMB": (
+    "IMG_BOMB": FaultKind(
         "error",
         "with too many pixels (a decompression bomb?)",
         "scale them down or delete their entries",
     ),
-    "IMG_SIZE_INVALID": (
-        "error",
-        "whose width or height is no whole number above 0",
-        "write the image's size",
+    "IMG_SIZE_INVALID": FaultKind(
+        "error", "whose width or height is no whole number above 0", "write the image's size"
     ),
-    "IMG_SIZE": (
+    "IMG_SIZE": FaultKind(
         "error",
         "of another size than the annotations say",
         "export them again from the same images",
     ),
-    "IMG_EXIF_UNKNOWN": (
+    "IMG_EXIF_UNKNOWN": FaultKind(
         "warning",
         "with an EXIF orientation that their annotated size neither proves nor denies",
-        "--exif apply turns such images, --exif ignore leaves them as they are stored; look with --preview",
+        "--exif apply turns such images, --exif ignore leaves them as they are stored; look with "
+        "--preview",
     ),
-    "IMG_EXIF_MIXED": (
+    "IMG_EXIF_MIXED": FaultKind(
         "warning",
         "annotated as stored where other images' sizes prove that their EXIF orientation counts",
         "each of them is read as its size says",
     ),
-    "IMG_LINK": ("warning", "behind symbolic links", "followed"),
-    "IMG_MANY_OBJECTS": (
-        "warning",
-        "with more objects than the model has queries",
-        "it cannot find them all",
+    "IMG_LINK": FaultKind("warning", "behind symbolic links", "followed"),
+    "IMG_MANY_OBJECTS": FaultKind(
+        "warning", "with more objects than the model has queries", "it cannot find them all"
     ),
-    "IMG_SHARED": ("warning", "that train has too (equal content)", "scores on them say little"),
-    "ANN_ID_INVALID": ("error", "without a whole number as id", "give each its own id"),
-    "ANN_ID_DUPLICATE": ("error", "with the id of another", "give each its own id"),
-    "ANN_DUPLICATE": ("warning", "identical to another", "one of each is kept"),
-    "ANN_IMAGE_UNKNOWN": (
-        "error",
-        "of an image_id that is not under images",
-        "add the image or delete them",
+    "IMG_SHARED": FaultKind(
+        "warning", "that train has too (equal content)", "scores on them say little"
     ),
-    "ANN_CATEGORY_UNKNOWN": (
-        "error",
-        "of a category_id that is not under categories",
-        "add the category",
+    "ANN_ID_INVALID": FaultKind("error", "without a whole number as id", "give each its own id"),
+    "ANN_ID_DUPLICATE": FaultKind("error", "with the id of another", "give each its own id"),
+    "ANN_DUPLICATE": FaultKind("warning", "identical to another", "one of each is kept"),
+    "ANN_IMAGE_UNKNOWN": FaultKind(
+        "error", "of an image_id that is not under images", "add the image or delete them"
     ),
-    "ANN_CROWD_INVALID": ("error", "with an iscrowd other than 0 or 1", "write 0 or 1"),
-    "ANN_AREA_INVALID": (
-        "error",
-        "with an area that is no finite number",
-        "correct it or leave it out",
+    "ANN_CATEGORY_UNKNOWN": FaultKind(
+        "error", "of a category_id that is not under categories", "add the category"
     ),
-    "ANN_AREA_EMPTY": ("warning", "with an area of 0 or less", "dropped"),
-    "ANN_BBOX_TYPE": (
-        "error",
-        "whose bbox is not a list of 4 numbers",
-        "write [x, y, width, height] in pixels",
+    "ANN_CROWD_INVALID": FaultKind("error", "with an iscrowd other than 0 or 1", "write 0 or 1"),
+    "ANN_AREA_INVALID": FaultKind(
+        "error", "with an area that is no finite number", "correct it or leave it out"
     ),
-    "ANN_BBOX_NAN": (
-        "error",
-        "with a NaN, infinite or absurd (> 1e7) bbox",
-        "correct or delete them",
+    "ANN_AREA_EMPTY": FaultKind("warning", "with an area of 0 or less", "dropped"),
+    "ANN_BBOX_TYPE": FaultKind(
+        "error", "whose bbox is not a list of 4 numbers", "write [x, y, width, height] in pixels"
     ),
-    "ANN_BBOX_EMPTY": ("warning", "with a bbox of no width or height", "dropped"),
-    "ANN_BBOX_OUTSIDE": ("warning", "with a bbox wholly outside the image", "dropped"),
-    "ANN_BBOX_CLIPPED": ("warning", "with a bbox partly outside the image", "clipped"),
-    "ANN_BBOX_NORMALISED": (
+    "ANN_BBOX_NAN": FaultKind(
+        "error", "with a NaN, infinite or absurd (> 1e7) bbox", "correct or delete them"
+    ),
+    "ANN_BBOX_EMPTY": FaultKind("warning", "with a bbox of no width or height", "dropped"),
+    "ANN_BBOX_OUTSIDE": FaultKind("warning", "with a bbox wholly outside the image", "dropped"),
+    "ANN_BBOX_CLIPPED": FaultKind("warning", "with a bbox partly outside the image", "clipped"),
+    "ANN_BBOX_NORMALISED": FaultKind(
         "error",
         "with a bbox in 0..1",
-        "COCO boxes are in pixels: multiply x and width by the image's width, y and height by its height",
+        "COCO boxes are in pixels: multiply x and width by the image's width, y and height by its "
+        "height",
     ),
-    "ANN_POLYGON_NORMALISED": (
+    "ANN_POLYGON_NORMALISED": FaultKind(
         "error",
         "with polygons in 0..1",
         "COCO polygons are in pixels: multiply x by the image's width, y by its height",
     ),
-    "ANN_MASK_OFF_BOX": (
+    "ANN_MASK_OFF_BOX": FaultKind(
         "warning",
         "whose mask does not lie on its bbox",
-        "x and y swapped, shifted or scaled? Look with validate_setup.py --preview, and export them again",
+        "x and y swapped, shifted or scaled? Look with validate_setup.py --preview, and export "
+        "them again",
     ),
-    "ANN_SEG_TYPE": (
+    "ANN_SEG_TYPE": FaultKind(
         "error",
         "whose segmentation is neither lists of numbers nor an RLE",
         "export the masks again",
     ),
-    "ANN_SEG_NAN": (
-        "error",
-        "with a NaN, infinite or absurd (> 1e7) polygon",
-        "correct or delete them",
+    "ANN_SEG_NAN": FaultKind(
+        "error", "with a NaN, infinite or absurd (> 1e7) polygon", "correct or delete them"
     ),
-    "ANN_POLYGON_SHORT": (
-        "warning",
-        "with a polygon of less than 3 points",
-        "the polygon is dropped",
+    "ANN_POLYGON_SHORT": FaultKind(
+        "warning", "with a polygon of less than 3 points", "the polygon is dropped"
     ),
-    "ANN_POLYGON_ODD": (
-        "warning",
-        "with a polygon of an odd number of coordinates",
-        "the polygon is dropped",
+    "ANN_POLYGON_ODD": FaultKind(
+        "warning", "with a polygon of an odd number of coordinates", "the polygon is dropped"
     ),
-    "ANN_POLYGON_FAR": (
-        "warning",
-        "with a polygon that leads far outside the image",
-        "the polygon is dropped",
+    "ANN_POLYGON_FAR": FaultKind(
+        "warning", "with a polygon that leads far outside the image", "the polygon is dropped"
     ),
-    "ANN_RLE_SIZE": (
-        "error",
-        "with an RLE of another size than the image",
-        "export the masks again",
+    "ANN_RLE_SIZE": FaultKind(
+        "error", "with an RLE of another size than the image", "export the masks again"
     ),
-    "ANN_RLE_COUNTS": (
+    "ANN_RLE_COUNTS": FaultKind(
         "error",
         "with RLE runs that are empty or do not sum to height x width",
         "export the masks again",
     ),
-    "ANN_RLE_TYPE": (
-        "error",
-        "whose RLE counts are neither a text nor whole numbers",
-        "export the masks again",
+    "ANN_RLE_TYPE": FaultKind(
+        "error", "whose RLE counts are neither a text nor whole numbers", "export the masks again"
     ),
-    "ANN_NO_MASK": ("warning", "without a usable mask", "they give no mask loss"),
-    "SPLIT_EMPTY": (
-        "warning",
-        "without a usable object",
-        "it gives nothing to train on and no scores",
+    "ANN_NO_MASK": FaultKind("warning", "without a usable mask", "they give no mask loss"),
+    "SPLIT_EMPTY": FaultKind(
+        "warning", "without a usable object", "it gives nothing to train on and no scores"
     ),
-    "SPLIT_FRACTION_UNUSED": ("warning", "that exists already", "--val_fraction is not used"),
-    "CLASS_NOT_IN_TRAIN": ("warning", "without an annotation in train", "nothing can learn them"),
+    "SPLIT_FRACTION_UNUSED": FaultKind(
+        "warning", "that exists already", "--val_fraction is not used"
+    ),
+    "CLASS_NOT_IN_TRAIN": FaultKind(
+        "warning", "without an annotation in train", "nothing can learn them"
+    ),
 }
-
-
-NOUNS = dict(
-    JSON="place places", CAT="category categories", IMG="image images", ANN="annotation annotations"
-)
-
-
-NOUNS |= dict(CLASS="class classes", SPLIT="split splits")
+NOUNS = {  # first word of a code -> what it counts
+    "JSON": ("place", "places"),
+    "CAT": ("category", "categories"),
+    "IMG": ("image", "images"),
+    "ANN": ("annotation", "annotations"),
+    "CLASS": ("class", "classes"),
+    "SPLIT": ("split", "splits"),
+}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One kind of fault in one file: a stable code, "error" or "warning", a sentence, count, the first 20 places."""
+    """All faults of one kind in one file."""
 
     code: str
-    severity: str
+    severity: str  # "error" or "warning"
     message: str
     count: int
-    places: list[str]
+    places: list[str]  # the first PLACES_KEPT of them
+
+
+class Faults:
+    """Collects the faults of one annotation file: for each code, where it was found."""
+
+    def __init__(self, annotation_file: Path):
+        self.annotation_file = annotation_file
+        self._places: dict[str, list[str]] = {}  # by code, in the order of their first fault
+        self._codes: dict[int, set[str]] = {}  # id() of what is at fault -> its codes
+        self._errors: set[str] = set()  # codes that are errors here although CODES says warning
+
+    def note(self, code: str, place: str, of: object = None) -> None:
+        """Add a fault; `of`: the entry that has it, for `codes_of`."""
+        self._places.setdefault(code, []).append(printable(place[:PLACE_LENGTH]))
+        if of is not None:
+            self._codes.setdefault(id(of), set()).add(code)
+
+    def forget(self, code: str) -> None:
+        self._places.pop(code, None)
+
+    def make_error(self, code: str) -> None:
+        """Let what CODES calls a warning be an error in this file."""
+        self._errors.add(code)
+
+    def count(self, code: str) -> int:
+        return len(self._places.get(code, ()))
+
+    def codes_of(self, entry: object) -> set[str]:
+        """The codes that were noted of this very object."""
+        return self._codes.get(id(entry), set())
+
+    @property
+    def has_errors(self) -> bool:
+        return any(self._severity(code) == "error" for code in self._places)
+
+    def problems(self) -> list[Problem]:
+        """What was noted so far, one Problem a code, errors first."""
+        problems = []
+        for code, places in self._places.items():
+            severity = self._severity(code)
+            message = self._message(code, places)
+            kept = places[:PLACES_KEPT]
+            problems.append(Problem(code, severity, message, len(places), kept))
+        return sorted(problems, key=lambda problem: problem.severity)
+
+    def _severity(self, code: str) -> str:
+        return "error" if code in self._errors else CODES[code].severity
+
+    def _message(self, code: str, places: list[str]) -> str:
+        kind = CODES[code]
+        singular, plural = NOUNS[code.split("_")[0]]
+        noun = singular if len(places) == 1 else plural
+        examples = ", ".join(places[:PLACES_NAMED])
+        if len(places) > PLACES_NAMED:
+            examples += ", ..."
+        count = f"{len(places)} {noun}"
+        return f"{self.annotation_file}: {count} {kind.what} ({examples}): {kind.advice}"
 
 
 def raise_errors(problems: list[Problem], root: str | Path) -> None:
-    """Raise one UserError for the first error, with the number of other kinds and the command that lists them."""
+    """Raise a UserError for the first error of a dataset, with the command that lists them all."""
     errors = [problem for problem in problems if problem.severity == "error"]
-    if errors:
-        others = f"; and {len(errors) - 1} more kinds of errors" if len(errors) > 1 else ""
-        see = f'To see everything at once run: python validate_setup.py --dataset "{root}"'
-        raise UserError(f"{errors[0].message.rstrip('.')}{others}. {see}")
+    if not errors:
+        return
+    message = errors[0].message.rstrip(".")
+    if len(errors) > 1:
+        message += f"; and {len(errors) - 1} more kinds of errors"
+    command = f'python validate_setup.py --dataset "{root}"'
+    raise UserError(f"{message}. To see everything at once run: {command}")

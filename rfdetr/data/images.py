@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from rfdetr.console import UserError, printable
-from rfdetr.data.records import ImageRecord
 
-# Only these are decoded: for others Pillow would call a program (Ghostscript for EPS), whatever the file's name says.
-FORMATS = (
-    "JPEG PNG TIFF BMP WEBP GIF PPM JPEG2000 AVIF DIB PCX ICO TGA".split()
-)  # JPEG: cameras' MPO too
+if TYPE_CHECKING:
+    from rfdetr.data.records import ImageRecord
 
-
+# Only these are decoded: for others Pillow would call a program (Ghostscript for EPS), whatever
+# the file's name says. JPEG includes cameras' MPO; AVIF is there from Pillow 11.3 on.
 Image.init()
-FORMATS = [name for name in FORMATS if name in Image.OPEN]  # AVIF: from Pillow 11.3 on
-
-
-# Above this Pillow warns, above twice this it raises, and only that counts as a decompression bomb here.
+FORMATS = [
+    name
+    for name in "JPEG PNG TIFF BMP WEBP GIF PPM JPEG2000 AVIF DIB PCX ICO TGA".split()
+    if name in Image.OPEN
+]
+# Above a limit Pillow warns, above twice that it raises. Only the latter is taken for a bomb here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-
 ORIENTATION = 0x0112  # EXIF tag: 2-4 mirror or turn by 180 degrees, 5-8 also swap width and height
-
-
-UNTURN = {  # EXIF orientation -> what undoes its being applied
+UNDO_ORIENTATION = {  # orientation -> what takes the upright image back to the stored one
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,54 +38,71 @@ UNTURN = {  # EXIF orientation -> what undoes its being applied
 
 
 def load_image(record: ImageRecord) -> np.ndarray:
-    """The pixels, (H, W, 3) uint8 RGB, turned as `record.exif` says; of animated images the first frame.
+    """The pixels of an image, (H, W, 3) uint8 RGB; of animated images the first frame.
 
-    Raises UserError naming the file where it cannot be decoded or has changed its size since it was checked.
+    Raises UserError naming the file where it cannot be decoded or has changed its size since it
+    was checked.
     """
-    pixels = read_pixels(record.path, record.exif)
-    if pixels.shape[:2] != (record.height, record.width):
-        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+    pixels = read_pixels(record.path, record.apply_exif)
+    height, width = pixels.shape[:2]
+    if (height, width) != (record.height, record.width):
         raise UserError(
-            f"{printable(record.path)}: {size} pixels, the annotations say {record.width}x{record.height}"
+            f"{printable(record.path)}: {width}x{height} pixels, "
+            f"the annotations say {record.width}x{record.height}"
         )
     return pixels
 
 
-def read_pixels(path: str | Path, turn: bool) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB; turn: as for `oriented`.  UserError if it is unreadable."""
+def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
+    """An image file as (H, W, 3) uint8 RGB, oriented as `oriented` says.
+
+    Raises UserError where it cannot be read.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return to_rgb_array(oriented(image, turn))
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
-        message = f"{printable(path)}: cannot be read as an image: {error}. Replace it or delete its entry"
-        raise UserError(message) from error
+            return to_rgb_array(oriented(image, apply_exif))
+    except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
+        raise UserError(
+            f"{printable(path)}: cannot be read as an image: {error}. "
+            "Replace it or delete its entry"
+        ) from error
 
 
-def oriented(image: Image.Image, turn: bool) -> Image.Image:
-    """An image upright by its EXIF orientation where `turn` is True, else with its pixels as they are stored."""
-    if turn:
+def oriented(image: Image.Image, apply_exif: bool) -> Image.Image:
+    """The image turned upright by its EXIF orientation, or else with its pixels as stored."""
+    if apply_exif:
         return ImageOps.exif_transpose(image)
-    orientation = image.tag_v2.get(ORIENTATION) if image.format == "TIFF" else 1
-    if orientation not in UNTURN:
+    if image.format != "TIFF":
         return image
-    image.load()  # Pillow turns TIFFs while it loads them
-    return image.transpose(UNTURN[orientation])
+    orientation = image.tag_v2.get(ORIENTATION)
+    if orientation not in UNDO_ORIENTATION:
+        return image
+    image.load()  # Pillow turns TIFFs upright while it loads them
+    return image.transpose(UNDO_ORIENTATION[orientation])
 
 
 def to_rgb_array(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8. Gray of more than 8 bits is scaled by its range: 0..1, 0..255, 0..65535 or its own maximum."""
+    """An opened image as (H, W, 3) uint8 RGB."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        gray = np.nan_to_num(np.asarray(image, np.float64).clip(0))
-        top = gray.max(initial=0)
-        full = (
-            65535
-            if image.mode.startswith("I;16")
-            else next((n for n in (1, 255, 65535) if top <= n), top)
-        )
-        gray = (gray * (255 / full)).round().clip(0, 255).astype(np.uint8)
+        gray = to_8_bit(image)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode in ("P", "PA"):  # a palette's transparency may be bytes, which only RGBA takes
         image = image.convert("RGBA")
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.array(image)
+
+
+def to_8_bit(image: Image.Image) -> np.ndarray:
+    """Gray of more than 8 bits as (H, W) uint8, scaled by its range.
+
+    The range is 0..65535 for 16 bits, else the least of 0..1, 0..255, 0..65535 that holds it, or
+    0..its maximum.
+    """
+    gray = np.nan_to_num(np.asarray(image, np.float64).clip(0))
+    brightest = gray.max(initial=0)
+    if image.mode.startswith("I;16"):
+        white = 65535
+    else:
+        white = next((top for top in (1, 255, 65535) if brightest <= top), brightest)
+    return (gray * (255 / white)).round().clip(0, 255).astype(np.uint8)

@@ -1,37 +1,97 @@
-"""What one image of a split holds."""
+"""A split of a dataset as it is trained on and scored.
+
+Both records are complete when they are built: nothing fills them in later. To change one, take
+`dataclasses.replace`; all counts are derived from the images.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from rfdetr.data.faults import Problem
+
 
 @dataclass
 class ImageRecord:
-    """One image and its n objects, crowd regions left out. Sizes and boxes in pixels as the annotations mean them."""
+    """One image with its n objects; crowd regions are no objects.
+
+    Sizes and boxes are in pixels of the image as its annotations mean it, which is the stored one
+    turned by its EXIF orientation where `apply_exif` is True.
+    """
 
     id: int | str  # the dataset's own
     file_name: str  # as the annotations have it
+    path: Path
     width: int
     height: int
-    # The sound entries, dropped ones too, so that pycocotools gives the same figures as on the file. "box": what of the
-    # bbox is to be learnt, xyxy, or None
-    annotations: list[dict] = field(default_factory=list)
-    path: Path = Path()
-    orientation: int = 1  # the file's own EXIF tag, 1..8
-    exif_proof: bool | None = None  # whether that counts, where width and height prove it
-    exif: bool = False  # the file is stored rotated or mirrored; load_image undoes it
-    digest: bytes = b""  # of the file, where the check decoded it
-    sample: int | None = None  # seen.content_hash of the file, where it can be read
-    boxes: np.ndarray = field(init=False)  # (n, 4) float32 xyxy, inside the image
-    labels: np.ndarray = field(init=False)  # (n,) int64, 0..N-1
-    segmentations: list[list | dict | None] = field(
-        init=False
-    )  # raw polygons or RLE, None where missing or unusable
+    # Every sound entry, those that training drops too: pycocotools gives the same figures on them
+    # as on the file itself.
+    annotations: list[dict]
+    objects: list[dict]  # the n entries of them that are learnt, in the order of the next three
+    boxes: np.ndarray  # (n, 4) float32 xyxy, clipped to the image
+    labels: np.ndarray  # (n,) int64, 0..N-1
+    segmentations: list[list | dict | None]  # polygons or RLE; None where missing or unusable
+    orientation: int  # the EXIF tag, 1..8
+    exif_proof: bool | None  # whether that counts, where the annotated size proves it
+    apply_exif: bool  # whether load_image turns or mirrors the stored pixels
+    file_sha256: bytes  # of the whole file where the check decoded it, else empty
+    content_hash: int | None  # image_files.content_hash; None where the file cannot be read
+
+
+@dataclass
+class CocoSplit:
+    """One split of a dataset, its images in the order of the annotation file."""
+
+    annotation_file: Path
+    images: list[ImageRecord]
+    class_names: list[str]  # by label, the same in all splits of a dataset
+    category_ids: list[int]  # by label, this file's own; an unused number where it lacks a class
+    left_out: list[str]  # names of placeholder categories
+    exif: str  # "apply" or "ignore" the orientation of images whose size does not tell
+    problems: list[Problem]  # errors first
 
     @property
-    def objects(self) -> list[dict]:
-        """The annotations that are to be learnt, in the order of the arrays."""
-        return [entry for entry in self.annotations if entry["box"] and not entry["iscrowd"]]
+    def objects_per_image(self) -> list[int]:
+        return [len(image.labels) for image in self.images]
+
+    @property
+    def objects_per_class(self) -> list[int]:
+        """By label."""
+        labels = np.concatenate([np.zeros(0, int), *(image.labels for image in self.images)])
+        return np.bincount(labels, minlength=len(self.class_names)).tolist()
+
+    @property
+    def object_count(self) -> int:
+        return sum(self.objects_per_image)
+
+    @property
+    def mask_count(self) -> int:
+        """How many objects have a usable mask."""
+        return sum(mask is not None for image in self.images for mask in image.segmentations)
+
+    @property
+    def content_hashes(self) -> list[int]:
+        """image_files.content_hash of the images that can be read."""
+        hashes = [image.content_hash for image in self.images]
+        return [value for value in hashes if value is not None]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to say before training. Missing masks are not in it: require_masks tells of them."""
+        return [problem.message for problem in self.problems if problem.code != "ANN_NO_MASK"]
+
+    @property
+    def ground_truth(self) -> dict:
+        """COCO dict for the evaluator: pycocotools gives the same figures on it and on the file."""
+        fields = ("id", "file_name", "width", "height")
+        return {
+            "images": [{name: getattr(image, name) for name in fields} for image in self.images],
+            "annotations": [entry for image in self.images for entry in image.annotations],
+            "categories": [
+                {"id": category_id, "name": name}
+                for category_id, name in zip(self.category_ids, self.class_names)
+            ],
+        }

@@ -1,50 +1,48 @@
-"""Sizes of objects."""
+"""How large a split's objects are, and whether a model sees them."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from rfdetr.data.checks import CocoSplit
-from rfdetr.data.faults import Problem
+from rfdetr.data.faults import PLACES_KEPT, Problem
+from rfdetr.data.records import CocoSplit
 
-SEEN = 8  # pixels: smaller objects, half a patch of most sizes, are hardly seen
-
-
-SMALL_SHARE = 0.2  # of a split's objects; more are worth a warning
-
-
-COCO_SIDES = {
-    "small": 32,
-    "medium": 96,
-    "large": np.inf,
-}  # pixels, up to where COCO calls an object so
+HARDLY_SEEN = 8  # pixels: the side of objects of half a patch of most sizes
+SMALL_SHARE = 0.2  # of a split's objects; more of these are worth a warning
+# pixels, up to where COCO calls an object so
+COCO_SIDES = {"small": 32, "medium": 96, "large": np.inf}
 
 
 def object_sides(split: CocoSplit, resolution: int) -> np.ndarray:
-    """(objects,) the square roots of the boxes' areas in pixels, once the images are `resolution` pixels square."""
-    scaled = [
-        (r.boxes[:, 2:] - r.boxes[:, :2]) * (resolution / np.array([r.width, r.height]))
-        for r in split.images
-    ]
-    return np.sqrt(np.concatenate([np.zeros((0, 2)), *scaled]).prod(axis=1))
+    """(objects,) square roots of the boxes' areas in pixels of the `resolution` px square input."""
+    sides = [np.zeros((0, 2))]
+    for image in split.images:
+        scale = resolution / np.array([image.width, image.height])
+        sides.append((image.boxes[:, 2:] - image.boxes[:, :2]) * scale)
+    return np.sqrt(np.concatenate(sides).prod(axis=1))
 
 
 def small_objects(split: CocoSplit, resolution: int, step: int) -> list[Problem]:
-    """A warning where many objects are too small to be seen, with the resolution, a multiple of `step`, that helps."""
+    """A warning where many objects are hardly seen, with the resolution that helps.
+
+    step: what a resolution must be a multiple of.
+    """
     sides = object_sides(split, resolution)
-    if not len(sides) or (share := (sides < SEEN).mean()) <= SMALL_SHARE:
+    small = np.flatnonzero(sides < HARDLY_SEEN)
+    share = len(small) / max(len(sides), 1)
+    if share <= SMALL_SHARE:
         return []
-    better = (
-        -int(-resolution * SEEN / np.quantile(sides, SMALL_SHARE, method="higher") // step) * step
+    quantile = np.quantile(sides, SMALL_SHARE, method="higher")
+    better = -int(-resolution * HARDLY_SEEN / quantile // step) * step  # rounded up
+    message = (
+        f"{split.annotation_file}: {len(small)} annotations ({share:.0%}) are "
+        f"smaller than {HARDLY_SEEN} x {HARDLY_SEEN} pixels at {resolution} px, hardly seen: "
+        f"--resolution {better} leaves {SMALL_SHARE:.0%} so; tiles of the images help too"
     )
     objects = [(entry, image) for image in split.images for entry in image.objects]
-    small = np.flatnonzero(sides < SEEN)
-    message = (
-        f"{split.annotation_file}: {len(small)} annotations ({share:.0%}) are smaller than {SEEN} x {SEEN} pixels at "
-        f"{resolution} px, hardly seen: --resolution {better} leaves {SMALL_SHARE:.0%} so; tiles of the images help too"
-    )
-    places = [
-        f"annotation {entry['id']} of image {image.id} ({image.file_name}): {sides[i]:.1f} px"
-        for i, (entry, image) in ((i, objects[i]) for i in small[:20])
-    ]
+    places = []
+    for index in small[:PLACES_KEPT]:
+        entry, image = objects[index]
+        place = f"annotation {entry['id']} of image {image.id} ({image.file_name})"
+        places.append(f"{place}: {sides[index]:.1f} px")
     return [Problem("ANN_SMALL", "warning", message, len(small), places)]

@@ -17,7 +17,7 @@ from rfdetr.console import UserError, is_out_of_memory, warn
 from rfdetr.data.augment import to_model_input
 from rfdetr.device import Precision, release_memory
 from rfdetr.inference.visualise import class_colours, draw
-from rfdetr.masks import encode
+from rfdetr.masks import encode_window
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
 
@@ -134,7 +134,7 @@ def draw_masks(
         with precision.autocast():
             pixels = head.pixels(one.features, to_model_input(one.images, precision.device))[0]
         masks = head.paste(pixels, one.queries[0, own], one.boxes[0, own], height, width)
-        rles.append([encode(*mask, height, width) for mask in masks])
+        rles.append([encode_window(*mask, height, width) for mask in masks])
     return rles
 
 

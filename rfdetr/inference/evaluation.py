@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
-from rfdetr.data.checks import CocoSplit
 from rfdetr.data.images import load_image
-from rfdetr.data.loaders import naming_workers, note_unread
+from rfdetr.data.loaders import note_unread
+from rfdetr.data.records import CocoSplit
+from rfdetr.data.workers import naming_workers
 from rfdetr.device import Precision
 from rfdetr.inference.detections import (
     AnyMaskHead,

@@ -11,9 +11,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as mask_api
 
 from rfdetr.console import UserError
-from rfdetr.data.checks import CocoSplit
 from rfdetr.data.images import load_image
-from rfdetr.data.records import ImageRecord
+from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.masks import to_rle
 
 Colour = tuple[int, int, int]
@@ -216,7 +215,7 @@ def class_sheet(split: CocoSplit) -> Image.Image:
     cannot be read are left out.
     """
     shown = sorted(
-        sorted(range(len(split.class_names)), key=split.per_class.__getitem__)[:SHEET_CLASSES]
+        sorted(range(len(split.class_names)), key=split.objects_per_class.__getitem__)[:SHEET_CLASSES]
     )
     columns = 1 + (len(shown) > 6) + (len(shown) > 40)
     tile, top, rows = 360 // columns, 30, max(1, -(-len(shown) // columns))
@@ -226,7 +225,7 @@ def class_sheet(split: CocoSplit) -> Image.Image:
         x, y = place // rows * EXAMPLES * tile, place % rows * (tile + top)
         name, title = (
             split.class_names[label],
-            f"{_written(split.class_names[label])}: {split.per_class[label]}",
+            f"{_written(split.class_names[label])}: {split.objects_per_class[label]}",
         )
         ImageDraw.Draw(sheet).text((x + 6, y + top / 2), title, colours[name], font, "lm")
         holders = [image for image in split.images if label in image.labels]

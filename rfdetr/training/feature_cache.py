@@ -146,7 +146,7 @@ class FeatureCache:
             for record, sample in zip(split.images, samples):
                 file = record.path.stat()
                 images.update(
-                    repr((record.file_name, file.st_size, file.st_mtime_ns, record.exif)).encode()
+                    repr((record.file_name, file.st_size, file.st_mtime_ns, record.apply_exif)).encode()
                 )
                 images.update(sample + record.boxes.tobytes() + record.labels.tobytes())
         return {

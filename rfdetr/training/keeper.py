@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rfdetr import distributed
 from rfdetr.console import GRACE, Stopped, UserError, warn
-from rfdetr.data.loaders import STOP_SIGNALS, Batch, check_unread, note_unread
+from rfdetr.data.loaders import Batch, check_unread, note_unread
+from rfdetr.data.workers import STOP_SIGNALS
 from rfdetr.files import write_json
 from rfdetr.training.engine import Trainer, random_states, set_random_states
 from rfdetr.weights import checkpoint
