@@ -324,11 +324,12 @@ from rfdetr.data.loaders import make_loader
 from rfdetr.data.workers import naming_workers
 
 class Samples(Dataset):
-    resolution, cache = 8, None
     def __len__(self):
         return 100
     def __getitem__(self, key):
         return torch.zeros(8), torch.ones(3)
+    def prepare_for_workers(self, workers):
+        pass
 
 def main(argv):
     resource.setrlimit(resource.RLIMIT_NOFILE, (HANDLES, HANDLES))

@@ -36,7 +36,7 @@ from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.repair import fix_dataset
 from rfdetr.device import Precision
-from rfdetr.training.estimate import estimate
+from rfdetr.training import estimate
 
 FILE = "_annotations.coco.json"
 ANN = {"id": 900, "image_id": 1, "category_id": 1, "bbox": [4, 15, 10, 8], "area": 80, "iscrowd": 0}

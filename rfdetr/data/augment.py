@@ -1,4 +1,4 @@
-"""What happens to an image and its objects on the way to the model, on torchvision's v2 transforms."""
+"""What happens to an image and its objects on the way to the model (torchvision's v2)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PRESETS = {
 
 
 def random_view(image: Tensor, augment: str, side: int) -> tuple[Tensor, np.ndarray]:
-    """(a random view (3, side, side) of an image uint8 (3, H, W), the matrix of where its pixels are).
+    """(random view (3, side, side) of an image uint8 (3, H, W), matrix of where its pixels are).
 
     augment: a name in PRESETS; torch's global generator draws.  The matrix (2, 3) takes (x, y, 1)
     in pixels of the image to (x, y) in those of the view.

@@ -16,7 +16,7 @@ COCO_NAMES = {"train": "train", "valid": "val", "test": "test"}  # in instances_
 
 
 def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
-    """Split name -> (annotation file, image folder), of "train", "valid" and "test" those there are.
+    """Split name -> (annotation file, image folder), for "train", "valid" and "test".
 
     Takes ROOT/{train,valid,test}/_annotations.coco.json, else the standard COCO layout with its
     newest year.  Raises UserError where there is neither.
@@ -40,7 +40,7 @@ def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
 
 
 def find_coco_splits(root: Path) -> dict[str, tuple[Path, Path]]:
-    """As find_splits, of annotations/instances_train2017.json with train2017/ or images/train2017/."""
+    """As find_splits: annotations/instances_train2017.json with (images/)train2017/."""
     splits = {}
     for name, coco_name in COCO_NAMES.items():
         for file in sorted((root / "annotations").glob(f"instances_{coco_name}*.json")):

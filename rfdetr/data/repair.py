@@ -44,7 +44,7 @@ POLYGONS = {"ANN_POLYGON_SHORT", "ANN_POLYGON_ODD", "ANN_POLYGON_FAR"}
 def fix_dataset(
     root: Path, out: Path, decode: bool, exif: str | None = None
 ) -> dict[str, dict[str, int]]:
-    """Write OUT/<split>/_annotations.coco.json for all splits of `root`, beside links to the images.
+    """Write OUT/<split>/_annotations.coco.json for all splits, with links to the images beside it.
 
     decode: read images as a whole, to drop the damaged ones.  exif: as for coco.inspect_dataset;
     sizes that are written follow from it.  Returns split -> {"CODE: what was done": how often}.
@@ -83,7 +83,7 @@ def write_split(data: dict, folder: Path, out: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` a symbolic link to `source`, where the system has none a hard link or a copy."""
+    """Make `target` a link to `source`: symbolic, else hard, else a copy where there is neither."""
     if os.path.lexists(target):  # two entries of one file
         return
     target.parent.mkdir(parents=True, exist_ok=True)
