@@ -8,8 +8,9 @@ from __future__ import annotations
 from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.faults import CocoSplit, find_splits
+from rfdetr.data.layout import find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
+from rfdetr.data.records import CocoSplit
 from rfdetr.device import compile_in_place, pick_device, pick_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
@@ -99,7 +100,7 @@ def refuse_other_division(
 
     Another dataset, none of whose images the checkpoint was trained on, may be divided as one likes.
     """
-    here = {*splits["train"].samples, *splits["valid"].samples}
+    here = {*splits["train"].content_hashes, *splits["valid"].content_hashes}
     if trained_on and not trained_on & here:
         return
     raise UserError(
@@ -111,7 +112,7 @@ def refuse_other_division(
 
 def tell_trained_images(trained_on: set[int], split: CocoSplit, name: str) -> None:
     """Warn where images of a split, by their content, are among those that the checkpoint was trained on."""
-    files = [image.file_name for image in split.images if image.sample in trained_on]
+    files = [image.file_name for image in split.images if image.content_hash in trained_on]
     if not files:
         return
     count = f"{len(files)} of the {len(split.images)} images"

@@ -309,7 +309,7 @@ def epochs_for(stage, steps, images, images_per_step, min_steps):
 
 def training_images(dataset):
     """How many images the training annotations list, in either of the two layouts."""
-    from rfdetr.data.faults import find_splits, read_json
+    from rfdetr.data.layout import find_splits, read_json
 
     return len(read_json(find_splits(dataset)["train"][0])["images"])
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from rfdetr.cli import training_settings
 from rfdetr.console import run_script
-from rfdetr.data.faults import require_masks
+from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import training_loader
 from rfdetr.main import begin, finish, fit, open_run, predict_command
 from rfdetr.models.detector import Detector

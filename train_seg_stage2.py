@@ -17,8 +17,9 @@ from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
 from rfdetr.cli import training_settings
 from rfdetr.console import UserError, run_script, tick, warn
-from rfdetr.data.faults import CocoSplit, require_masks
+from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
+from rfdetr.data.records import CocoSplit
 from rfdetr.files import write_json
 from rfdetr.main import begin, finish, fit, open_run, predict_command
 from rfdetr.models.detector import Detector

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from rfdetr.console import UserError
-from rfdetr.data.coco import oriented, read_pixels, to_rgb_array
-from rfdetr.data.image_cache import is_regular_file
+from rfdetr.data.image_files import is_regular_file
+from rfdetr.data.images import oriented, read_pixels, to_rgb_array
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import DetectionRunner, Detections, Prediction, make_predictions
 from rfdetr.placement import Placement

@@ -16,8 +16,8 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, say, tick, warn
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.faults import CocoSplit
-from rfdetr.data.loaders import naming_workers
+from rfdetr.data.records import CocoSplit
+from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
@@ -196,7 +196,7 @@ def make_keeper(
 ) -> CheckpointKeeper:
     """What every checkpoint of the run holds beside the weights: settings, and what its images were."""
     train = session.train
-    trained_on = torch.tensor(train.samples, dtype=torch.int64)
+    trained_on = torch.tensor(train.content_hashes, dtype=torch.int64)
     if session.trained_on is not None:
         trained_on = torch.cat([trained_on, session.trained_on])
     own = {

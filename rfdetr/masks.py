@@ -1,90 +1,124 @@
-"""Masks as RLE and pixels."""
+"""Masks as COCO RLE and as pixels.
+
+Masks must be sound: pycocotools' C code checks nothing.
+"""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-import pycocotools.mask
 from PIL import Image
 from pycocotools import mask as mask_api
-from pycocotools import mask as mask_utils
-from torch import Tensor
 
 
-def encode(left: int, top: int, mask: Tensor, height: int, width: int) -> dict:
-    """COCO RLE of an image-sized mask that is `mask` (h, w) at (left, top) and empty elsewhere; reads `mask` alone."""
-    columns = np.zeros((mask.shape[1], mask.shape[0] + 2), dtype=np.int8)
-    columns[:, 1:-1] = mask.numpy().T
-    column, row = np.nonzero(
-        np.diff(columns)
-    )  # where pixels begin and end, down each column in turn
-    edges = (left + column) * height + top + row
-    # a run that reaches the bottom goes on at the top of the next column: there an end and a beginning cancel out
-    edges, times = np.unique(edges, return_counts=True)
-    counts = np.diff(edges[times == 1], prepend=0, append=height * width)
-    counts = counts if counts[-1] else counts[:-1]  # as pycocotools writes it
-    rle = pycocotools.mask.frPyObjects(
-        {"size": [height, width], "counts": counts.tolist()}, height, width
-    )
-    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+def to_rle(segmentation: list | dict | np.ndarray, height: int, width: int) -> dict:
+    """The mask of a (height, width) image as one compressed RLE.
 
-
-def to_rle(segmentation, height: int, width: int) -> dict:
-    """COCO polygons, an array (n, 4) of xywh boxes, uncompressed or compressed RLE -> compressed RLE of the image."""
+    segmentation: COCO polygons, an array (n, 4) of xywh boxes, uncompressed or compressed RLE.
+    """
     if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
         return segmentation
     rle = mask_api.frPyObjects(segmentation, height, width)
     return mask_api.merge(rle) if isinstance(rle, list) else rle
 
 
-def object_area(entry: dict, height: int, width: int) -> float:
-    """Of a sound annotation's mask, else of its box, in pixels of its (height, width) image."""
-    if mask := entry.get("segmentation"):
-        return float(mask_utils.area(to_rle(mask, height, width)))
-    return float(entry["bbox"][2] * entry["bbox"][3])
+def encode_window(left: int, top: int, window: np.ndarray, height: int, width: int) -> dict:
+    """COCO RLE of a (height, width) mask that is empty but for a window; reads the window alone.
+
+    window (h, w): bool or 0 and 1, an array or a CPU tensor; its corner lies at (left, top).
+    """
+    window = np.asarray(window)
+    columns = np.zeros((window.shape[1], window.shape[0] + 2), dtype=np.int8)
+    columns[:, 1:-1] = window.T
+    # where runs of pixels begin and end, down one column after the other
+    column, row = np.nonzero(np.diff(columns))
+    edges = (left + column) * height + top + row
+    # A run that reaches the bottom goes on at the top of the next column: there an end and a
+    # beginning cancel out.
+    edges, times = np.unique(edges, return_counts=True)
+    counts = np.diff(edges[times == 1], prepend=0, append=height * width)
+    if counts[-1] == 0:  # pycocotools writes no empty last run
+        counts = counts[:-1]
+    size = [height, width]
+    rle = mask_api.frPyObjects({"size": size, "counts": counts.tolist()}, height, width)
+    return {"size": size, "counts": rle["counts"].decode("ascii")}
+
+
+def annotation_area(entry: dict, height: int, width: int) -> float:
+    """Pixels of a sound annotation's mask in its (height, width) image, else of its box."""
+    mask = entry.get("segmentation")
+    if mask:
+        return float(mask_api.area(to_rle(mask, height, width)))
+    _, _, box_width, box_height = entry["bbox"]
+    return float(box_width * box_height)
 
 
 def rasterise(
-    segmentation: list | dict, height: int, width: int, place: np.ndarray, out: np.ndarray
+    segmentation: list | dict, height: int, width: int, matrix: np.ndarray, out: np.ndarray
 ) -> None:
-    """Draw a sound COCO segmentation of a (height, width) image into `out`, uint8 (h, w) zeros, as ones.
+    """Draw a segmentation of a (height, width) image into `out`, uint8 (h, w) zeros, as ones.
 
-    place (2, 3): the matrix that takes (x, y, 1), pixels of the image, along the axes to those of `out`. Polygons are
-    placed first and drawn there. RLEs are decoded and averaged over each output pixel's area: set from a half on.
+    matrix (2, 3): takes (x, y, 1) in pixels of the image to (x, y) in those of `out`, along the
+    axes: it scales, moves, mirrors and swaps x and y, but does not rotate by other angles.
     """
-    turn, shift = place[:, :2], place[:, 2]
-    if polygons := isinstance(segmentation, list):
-        shapes = [np.reshape(polygon, (-1, 2)) @ turn.T + shift for polygon in segmentation]
-        corners = np.concatenate(shapes)
+    if isinstance(segmentation, list):
+        draw_polygons(segmentation, matrix, out)
     else:
-        rle = to_rle(segmentation, height, width)
-        x, y, w, h = mask_utils.toBbox(rle)
-        corners = np.array([[x, y], [x + w, y + h]]) @ turn.T + shift
-    # nothing outside the object's own rectangle is looked at
-    left, top = (max(int(least), 0) for least in corners.min(0))
-    right, bottom = (
-        min(math.ceil(most), side) for most, side in zip(corners.max(0), out.shape[::-1])
-    )
+        draw_rle(to_rle(segmentation, height, width), matrix, out)
+
+
+def draw_polygons(polygons: list[list[float]], matrix: np.ndarray, out: np.ndarray) -> None:
+    """As rasterise: polygons are moved first, and drawn where they then lie."""
+    moved = [np.reshape(polygon, (-1, 2)) @ matrix[:, :2].T + matrix[:, 2] for polygon in polygons]
+    window = window_around(np.concatenate(moved), out)
+    if window is None:
+        return
+    left, top, right, bottom = window
+    inside = [(corners - (left, top)).ravel().tolist() for corners in moved]
+    rle = to_rle(inside, bottom - top, right - left)
+    out[top:bottom, left:right] = mask_api.decode(rle)
+
+
+def draw_rle(rle: dict, matrix: np.ndarray, out: np.ndarray) -> None:
+    """As rasterise: a pixel of `out` is set where at least half of its area is in the image."""
+    height, width = rle["size"]
+    scale = matrix[:, :2]
+    shift = matrix[:, 2]
+    x, y, w, h = mask_api.toBbox(rle)
+    corners = np.array([[x, y], [x + w, y + h]]) @ scale.T + shift
+    window = window_around(corners, out)
+    if window is None:
+        return
+    left, top, right, bottom = window
+    # the part of the image under the window: [[x, x], [y, y]], ascending
+    ends = np.array([[left, top], [right, bottom]]) - shift
+    source = np.sort(np.linalg.solve(scale, ends.T)).clip(0, [[width], [height]])
+    x0, y0 = np.floor(source[:, 0]).astype(int)
+    x1, y1 = np.ceil(source[:, 1]).astype(int)
+    pixels = Image.fromarray(mask_api.decode(rle)[y0:y1, x0:x1] * np.uint8(255))
+    part = (source.T - (x0, y0)).ravel().tolist()
+    swaps_axes = scale[0, 0] == 0
+    size = (right - left, bottom - top)
+    if swaps_axes:
+        size = (bottom - top, right - left)
+    drawn = np.asarray(pixels.resize(size, Image.Resampling.BOX, part))
+    if swaps_axes:
+        drawn = drawn.T
+    x_step, y_step = np.sign(scale.sum(1)).astype(int)  # -1 where the axis is mirrored
+    out[top:bottom, left:right] = drawn[::y_step, ::x_step] >= 128
+
+
+def window_around(points: np.ndarray, out: np.ndarray) -> tuple[int, int, int, int] | None:
+    """(left, top, right, bottom) of the pixels of `out` around points (n, 2) x, y; None: none.
+
+    Nothing outside an object's own window is looked at, which is what makes drawing fast.
+    """
+    height, width = out.shape
+    left, top = (max(int(least), 0) for least in points.min(0))
+    most_x, most_y = points.max(0)
+    right = min(math.ceil(most_x), width)
+    bottom = min(math.ceil(most_y), height)
     if left >= right or top >= bottom:
-        return
-    part, (w, h) = out[top:bottom, left:right], (right - left, bottom - top)
-    if polygons:
-        part[:] = mask_utils.decode(
-            to_rle([(shape - (left, top)).ravel().tolist() for shape in shapes], h, w)
-        )
-        return
-    seen = np.array([[left, top], [right, bottom]]) - shift
-    source = np.sort(np.linalg.solve(turn, seen.T)).clip(
-        0, [[width], [height]]
-    )  # x x, y y in the image
-    (x0, y0), (x1, y1) = np.floor(source[:, 0]).astype(int), np.ceil(source[:, 1]).astype(int)
-    pixels, transposed = (
-        Image.fromarray(mask_utils.decode(rle)[y0:y1, x0:x1] * np.uint8(255)),
-        turn[0, 0] == 0,
-    )
-    source = (source.T - (x0, y0)).ravel().tolist()
-    pixels = pixels.resize((h, w) if transposed else (w, h), Image.Resampling.BOX, source)
-    pixels = np.asarray(pixels).T if transposed else np.asarray(pixels)
-    x_step, y_step = np.sign(turn.sum(1)).astype(int)
-    part[:] = pixels[::y_step, ::x_step] >= 128
+        return None
+    return left, top, right, bottom

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 from rfdetr.console import UserError, banner, tick, warn
-from rfdetr.data.coco import COCO_SIDES, exif_note, inspect_dataset, object_sides, small_objects
-from rfdetr.data.faults import CocoSplit, Problem
+from rfdetr.data.coco import inspect_dataset
+from rfdetr.data.exif import exif_note
+from rfdetr.data.faults import Problem
+from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import fix_dataset
+from rfdetr.data.statistics import COCO_SIDES, object_sides, small_objects
 from rfdetr.device import Precision, free_memory_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
 from rfdetr.inference.class_sheet import class_sheet
@@ -124,15 +127,15 @@ def describe_split(split: CocoSplit, resolution: int) -> dict:
     sides = object_sides(split, resolution)
     size_classes = np.searchsorted(list(COCO_SIDES.values()), sides, side="right")
     classes = []
-    for name, key, count in zip(split.class_names, split.category_ids, split.per_class):
+    for name, key, count in zip(split.class_names, split.category_ids, split.objects_per_class):
         classes.append({"name": name, "category_id": key, "objects": count})
     return {
         "file": str(split.annotation_file),
         "images": len(split.images),
-        "negatives": split.per_image.count(0),
+        "negatives": split.objects_per_image.count(0),
         "objects": split.object_count,
         "masks": split.mask_count,
-        "most_in_an_image": max(split.per_image, default=0),
+        "most_in_an_image": max(split.objects_per_image, default=0),
         "sizes": {name: int((size_classes == i).sum()) for i, name in enumerate(COCO_SIDES)},
         "classes": classes,
         "left_out": split.left_out,

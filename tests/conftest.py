@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfdetr.data.coco import number_classes
+from rfdetr.data.checks import check_file
+from rfdetr.data.coco import build_splits
 from rfdetr.data.demo import make_demo
-from rfdetr.data.faults import CocoSplit, raise_errors
+from rfdetr.data.faults import raise_errors
+from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, ModelSize
 
@@ -66,10 +68,9 @@ def small_model(small_size) -> Detector:
 
 def read_split(file: Path, folder: Path, name: str) -> CocoSplit:
     """One annotation file alone, checked and read as read_dataset reads all of a dataset."""
-    split = CocoSplit(file, folder)
-    raise_errors(split.problems, file.parent.parent)
-    number_classes({name: split})
-    return split
+    split = check_file(file, folder)
+    raise_errors(split.faults.problems(), file.parent.parent)
+    return build_splits({name: split})[name]
 
 
 def environment() -> dict[str, str]:

@@ -17,8 +17,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rfdetr.console import UserError
-from rfdetr.data.coco import load_image, read_dataset
-from rfdetr.data.faults import find_splits, read_json
+from rfdetr.data.coco import read_dataset
+from rfdetr.data.images import load_image
+from rfdetr.data.layout import find_splits, read_json
 from rfdetr.masks import rasterise
 
 WIDTH, HEIGHT = 40, 30
@@ -245,7 +246,7 @@ def test_ground_truth_scores_as_the_original_file_does(tmp_path):
     )
     assert mine.tolist() == original.tolist() and 0 < mine[0] < 1
     crowds = [sum(entry["iscrowd"] for entry in image.annotations) for image in split.images]
-    assert crowds == [0, 1, 0, 0] and split.per_image == [11, 9, 10, 10], (
+    assert crowds == [0, 1, 0, 0] and split.objects_per_image == [11, 9, 10, 10], (
         "a crowd region is no object to learn"
     )
 
@@ -354,7 +355,7 @@ def test_exif_is_applied_when_the_annotated_size_agrees(dataset, orientation, co
     record = read_dataset(dataset)["train"].images[0]
     pixels = load_image(record)
     assert pixels.shape == (HEIGHT, WIDTH, 3) and (record.width, record.height) == (WIDTH, HEIGHT)
-    assert record.exif == (orientation > 1) and pixels[corner].min() > 200
+    assert record.apply_exif == (orientation > 1) and pixels[corner].min() > 200
 
 
 def test_exif_is_not_applied_when_the_annotated_size_is_the_stored_one(dataset):
@@ -363,7 +364,7 @@ def test_exif_is_not_applied_when_the_annotated_size_is_the_stored_one(dataset):
         dataset / "train/_annotations.coco.json", lambda d: d["images"][0].update(file_name="1.jpg")
     )
     record = read_dataset(dataset)["train"].images[0]
-    assert not record.exif and load_image(record)[2, 2].min() > 200
+    assert not record.apply_exif and load_image(record)[2, 2].min() > 200
 
 
 def test_missing_sizes_come_from_the_file(dataset):

@@ -26,11 +26,13 @@ import train_detector_stage1
 import validate_setup
 from rfdetr import console
 from rfdetr.console import UserError, warn
-from rfdetr.data import faults as validation
-from rfdetr.data.coco import exif_note, inspect_dataset, load_image, read_dataset
+from rfdetr.data.checks import check_file
+from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
-from rfdetr.data.faults import CocoSplit, rle_extents
+from rfdetr.data.exif import exif_note
+from rfdetr.data.images import ORIENTATION, load_image
 from rfdetr.data.repair import fix_dataset
+from rfdetr.data.rle import rle_extents
 from rfdetr.detr import RFDETR, read_image
 from rfdetr.text import is_control
 from rfdetr.weights import checkpoint
@@ -68,7 +70,7 @@ def turn(
     image = Image.new("RGB", size)
     image.paste((255, 255, 255), (0, 0, 8, 8))
     exif = Image.Exif()
-    exif[validation.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     image.save(root / f"train/{number}.{kind}", exif=exif)
     change(root, lambda data: data["images"][number - 1].update(file_name=f"{number}.{kind}"))
     if not said:
@@ -145,7 +147,7 @@ def test_what_was_decided_on_exif_is_not_remembered_for_another_flag(dataset):
     turn(dataset, 1, 3, (WIDTH, HEIGHT))
     os.utime(dataset / "train/1.jpg", (1, 1))
     for wanted in ("apply", "ignore", "apply"):
-        assert read_dataset(dataset, exif=wanted)["train"].images[0].exif == (wanted == "apply")
+        assert read_dataset(dataset, exif=wanted)["train"].images[0].apply_exif == (wanted == "apply")
 
 
 def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatch):
@@ -154,7 +156,7 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     for split in ("train", "valid"):
         for file in (data / split).glob("*.png"):
             exif = Image.Exif()
-            exif[validation.ORIENTATION] = 3
+            exif[ORIENTATION] = 3
             Image.open(file).save(file, exif=exif)
     call(train_detector_stage1.main, *quick_flags(data), "--exif", "ignore", "--output_dir", "run")
     best = tmp_path / "run/best.pt"
@@ -191,7 +193,7 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     )
     with pytest.raises(ZeroDivisionError):
         call(evaluate.main, "--checkpoint", best, "--dataset", data, "--device", "cpu")
-    assert pictures == [False] and not any(image.exif for image in splits[0].images)
+    assert pictures == [False] and not any(image.apply_exif for image in splits[0].images)
 
     content = torch.load(best)
     del content["exif"], content["trained_on"]  # as earlier versions wrote it
@@ -244,7 +246,7 @@ BOXES = [[n * 8 + 3.0, 20.0 + n, 12.0, 16.0] for n in range(20)]
 def found(data: dict) -> dict[str, tuple[str, int]]:
     return {
         problem.code: (problem.severity, problem.count)
-        for problem in CocoSplit("x.json", data=data).problems
+        for problem in check_file("x.json", data=data).faults.problems()
     }
 
 
@@ -280,7 +282,7 @@ def test_boxes_and_polygons_in_0_to_1_are_an_error_that_says_so():
     assert found(crowd([polygon(*box) for box in share], BOXES)) == {
         "ANN_POLYGON_NORMALISED": ("error", 20)
     }
-    problem = CocoSplit("x.json", data=crowd(masks, share)).problems[0]
+    problem = check_file("x.json", data=crowd(masks, share)).faults.problems()[0]
     assert "in pixels" in problem.message and "multiply" in problem.message
     # objects of a pixel, and images of one
     assert found(

@@ -21,15 +21,15 @@ from torchvision.ops import box_convert
 from rfdetr.console import UserError
 from rfdetr.data.augment import draw_side, multi_scale_sides
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.faults import CocoSplit
 from rfdetr.data.loaders import (
     EpochSampler,
     SplitDataset,
     collate,
     evaluation_loader,
-    naming_workers,
     training_loader,
 )
+from rfdetr.data.records import CocoSplit
+from rfdetr.data.workers import naming_workers
 from rfdetr.sizes import SIZES
 
 
@@ -320,14 +320,16 @@ FEW_FILES = """
 import resource, torch
 from torch.utils.data import Dataset
 from rfdetr.console import run_script
-from rfdetr.data.loaders import make_loader, naming_workers
+from rfdetr.data.loaders import make_loader
+from rfdetr.data.workers import naming_workers
 
 class Samples(Dataset):
-    resolution, cache = 8, None
     def __len__(self):
         return 100
     def __getitem__(self, key):
         return torch.zeros(8), torch.ones(3)
+    def prepare_for_workers(self, workers):
+        pass
 
 def main(argv):
     resource.setrlimit(resource.RLIMIT_NOFILE, (HANDLES, HANDLES))

@@ -30,9 +30,8 @@ from test_validation import (
 import validate_setup
 from rfdetr import console
 from rfdetr.console import UserError
-from rfdetr.data import faults as checks
+from rfdetr.data import checks, images, repair
 from rfdetr.data import image_cache as seen
-from rfdetr.data import repair
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.repair import fix_dataset
@@ -99,7 +98,7 @@ def both(table) -> None:
 
 def turned(root: Path) -> None:
     exif = Image.Exif()
-    exif[checks.ORIENTATION] = 6
+    exif[images.ORIENTATION] = 6
     Image.new("RGB", (HEIGHT, WIDTH)).save(root / "train/1.jpg", exif=exif)
     change("images", file_name="1.jpg")(root)
 
@@ -356,8 +355,8 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
         entry[key] = data.draw(anything | others)
     (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
     repaired, _ = repair.clean(folder / FILE, folder, decode=False)
-    left = checks.CocoSplit(folder / FILE, folder, data=json.loads(json.dumps(repaired))).problems
-    errors = {problem.code for problem in left if problem.severity == "error"}
+    left = checks.check_file(folder / FILE, folder, data=json.loads(json.dumps(repaired)))
+    errors = {problem.code for problem in left.faults.problems() if problem.severity == "error"}
     # images of one id hide each other's faults
     if "IMG_ID_DUPLICATE" in errors:
         return
@@ -376,7 +375,7 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
         "ANN_AREA_EMPTY",
     }
     assert not {code for code in errors if not code.startswith("CAT_")} - guesses
-    assert errors or not unused & {problem.code for problem in left}
+    assert errors or not unused & {problem.code for problem in left.faults.problems()}
 
 
 def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ from rfdetr.data.loaders import SplitDataset, evaluation_loader
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import make_predictions
 from rfdetr.inference.evaluation import SplitEvaluator
-from rfdetr.masks import encode, to_rle
+from rfdetr.masks import encode_window, to_rle
 from rfdetr.metrics import coco_eval
 from rfdetr.metrics.coco_eval import CocoEvaluator, format_table
 from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap
@@ -519,7 +519,7 @@ def test_a_part_of_an_image_is_encoded_as_the_whole_image_would_be(data, height,
     canvas = np.zeros((height, width), dtype=np.uint8, order="F")
     canvas[top : top + h, left : left + w] = part
     whole = mask_api.encode(canvas)
-    rle = encode(left, top, torch.from_numpy(part), height, width)
+    rle = encode_window(left, top, torch.from_numpy(part), height, width)
     assert rle == {"size": [height, width], "counts": whole["counts"].decode()}
 
 

@@ -22,8 +22,10 @@ from pycocotools import mask as mask_utils
 
 import validate_setup
 from rfdetr.console import UserError
-from rfdetr.data.coco import inspect_dataset, read_dataset
-from rfdetr.data.faults import CocoSplit, Problem, require_masks, run_sums
+from rfdetr.data.checks import check_file
+from rfdetr.data.coco import inspect_dataset, read_dataset, require_masks
+from rfdetr.data.faults import Problem
+from rfdetr.data.rle import run_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT = 40, 30
@@ -73,7 +75,7 @@ def rewrite(file: Path, change) -> None:
 
 
 def check_annotations(data: dict, file: str | Path) -> list[Problem]:
-    return CocoSplit(file, data=data).problems
+    return check_file(file, data=data).faults.problems()
 
 
 def check_dataset(
@@ -484,7 +486,7 @@ def test_checking_takes_at_most_ten_times_as_long_as_loading():
 
 def test_reading_needs_no_torch_and_checking_no_pycocotools():
     code = "import sys, rfdetr.data.{}; assert '{}' not in sys.modules"
-    for module, other in (("coco", "torch"), ("validation", "pycocotools")):
+    for module, other in (("coco", "torch"), ("checks", "pycocotools")):
         subprocess.run([sys.executable, "-c", code.format(module, other)], cwd=ROOT, check=True)
 
 

@@ -1,8 +1,9 @@
-"""What happens to an image and its objects on the way to the model, on torchvision's v2 transforms."""
+"""What happens to an image and its objects on the way to the model (torchvision's v2)."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,45 +13,77 @@ from torchvision.transforms import v2
 
 from rfdetr.sizes import ModelSize
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the official weights expect
-JITTER = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, as the official weights expect
+STD = (0.229, 0.224, 0.225)
 LEAST_SIDE = 1  # pixels; boxes of which a crop leaves less are gone
+X, Y = 0, 1  # axes: the rows of a matrix
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How training sees an image. Random numbers are drawn in the order of the fields."""
+
+    crop_chance: float = 0.0  # of a part of the image instead of all of it
+    crop_area: tuple[float, float] = (0.3, 1.0)  # range of the part's share
+    crop_aspect: tuple[float, float] = (0.75, 1.33)  # range of its width / height
+    mirrored_axes: tuple[int, ...] = (X,)  # each with a chance of one half
+    transposed: bool = False  # x and y swapped, with a chance of one half
+    colours: v2.ColorJitter | None = None
+
+
+PRESETS = {
+    "crops": Preset(crop_chance=0.5),
+    # one of a square's eight symmetries, in other colours
+    "dihedral": Preset(
+        mirrored_axes=(X, Y),
+        transposed=True,
+        colours=v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+    ),
+}
 
 
 def random_view(image: Tensor, augment: str, side: int) -> tuple[Tensor, np.ndarray]:
-    """An image uint8 (3, H, W) as training sees it once, (3, side, side); torch's global generator draws.
+    """(random view (3, side, side) of an image uint8 (3, H, W), matrix of where its pixels are).
 
-    "dihedral": one of a square's eight symmetries, with other colours. "crops": mirrored or not, all of it or a part.
-    Also returns where its pixels are then: the matrix (2, 3) that takes their (x, y, 1) there.
+    augment: a name in PRESETS; torch's global generator draws.  The matrix (2, 3) takes (x, y, 1)
+    in pixels of the image to (x, y) in those of the view.
     """
-    top, left, (height, width) = 0, 0, image.shape[-2:]
-    if augment == "crops" and torch.rand(()) < 0.5:
+    preset = PRESETS[augment]
+    top = 0
+    left = 0
+    height, width = image.shape[-2:]
+    if preset.crop_chance and torch.rand(()) < preset.crop_chance:
         top, left, height, width = v2.RandomResizedCrop.get_params(
-            image, scale=[0.3, 1.0], ratio=[0.75, 1.33]
+            image, scale=list(preset.crop_area), ratio=list(preset.crop_aspect)
         )
     image = v2.functional.resized_crop(
         image, top, left, height, width, [side, side], antialias=True
     )
-    place = np.array([[1, 0, -left], [0, 1, -top]]) * [[side / width], [side / height]]
-    for axis in (0, 1) if augment == "dihedral" else (0,):
+    matrix = np.array([[1, 0, -left], [0, 1, -top]]) * [[side / width], [side / height]]
+    for axis in preset.mirrored_axes:
         if torch.rand(()) < 0.5:
             image = image.flip(2 - axis)
-            place[axis] = [0, 0, side] - place[axis]
-    if augment == "dihedral":
-        if torch.rand(()) < 0.5:
-            image, place = image.transpose(1, 2), place[::-1].copy()
-        image = JITTER(image)
-    return image.contiguous(), place
+            matrix[axis] = [0, 0, side] - matrix[axis]
+    if preset.transposed and torch.rand(()) < 0.5:
+        image = image.transpose(1, 2)
+        matrix = matrix[::-1].copy()
+    if preset.colours is not None:
+        image = preset.colours(image)
+    return image.contiguous(), matrix
 
 
-def place_boxes(boxes: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
-    """Boxes (n, 4) xyxy where the matrix `place` (2, 3) takes them, clipped to a square of `side`."""
-    corners = (boxes.reshape(-1, 2) @ place[:, :2].T + place[:, 2]).clip(0, side).reshape(-1, 2, 2)
+def move_boxes(boxes: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
+    """Boxes (n, 4) xyxy in pixels, taken by a matrix (2, 3) and clipped to a square of `side`."""
+    corners = boxes.reshape(-1, 2) @ matrix[:, :2].T + matrix[:, 2]
+    corners = corners.clip(0, side).reshape(-1, 2, 2)
     return np.concatenate((corners.min(1), corners.max(1)), axis=1)
 
 
 def multi_scale_sides(size: ModelSize, resolution: int, expanded: bool) -> list[int]:
-    """The input sides that multi-scale training draws from: steps of patch x windows around the resolution."""
+    """The input sides that multi-scale training draws from, in steps of patch x windows.
+
+    They lie around `resolution`, with `expanded` from further away.
+    """
     steps = range(-5, 6) if expanded else range(-3, 5)
     sides = [resolution + step * size.block for step in steps]
     return [side for side in sides if side >= 2 * size.block]
@@ -63,7 +96,8 @@ def draw_side(sides: list[int], seed: int, step: int) -> int:
 
 def to_model_input(images: Tensor, device: torch.device, side: int | None = None) -> Tensor:
     """uint8 (B, 3, R, R) on any device -> normalised float (B, 3, side, side) on `device`."""
-    images = v2.functional.normalize(images.to(device, non_blocking=True).float() / 255, MEAN, STD)
+    images = images.to(device, non_blocking=True).float() / 255
+    images = v2.functional.normalize(images, MEAN, STD)
     if side is not None and side != images.shape[-1]:
         images = F.interpolate(
             images, size=(side, side), mode="bilinear", align_corners=False, antialias=True

@@ -1,358 +1,279 @@
-"""COCO datasets: one record per image, labels 0..N-1, the ground truth for scoring, pixels and masks.
+"""COCO datasets: from the files of a folder to checked splits with labels 0..N-1.
 
-The faults of each file are found by `validation.py` in one pass; what is built here is sound.
+Each file is listed, the EXIF orientation decided, the rest checked, classes numbered, and only
+then are the splits built, complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from rfdetr.console import UserError, tick
-from rfdetr.data import faults as validation
-from rfdetr.data.faults import CocoSplit, ImageRecord, Problem
-from rfdetr.masks import object_area
-from rfdetr.text import printable
+from rfdetr.console import UserError, tick, warn
+from rfdetr.data.annotation_checks import SoundAnnotation
+from rfdetr.data.checks import NOT_INSPECTED, CheckedSplit, ListedSplit, check_split, list_split
+from rfdetr.data.exif import SizedImage, decide_exif, exif_note
+from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
+from rfdetr.data.image_files import ImageFile
+from rfdetr.data.labels import number_classes
+from rfdetr.data.layout import SPLITS, find_splits
+from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.masks import annotation_area
 
-SEEN = 8  # pixels: smaller objects, half a patch of most sizes, are hardly seen
-SMALL_SHARE = 0.2  # of a split's objects; more are worth a warning
-COCO_SIDES = {
-    "small": 32,
-    "medium": 96,
-    "large": np.inf,
-}  # pixels, up to where COCO calls an object so
-
-
-UNTURN = {  # EXIF orientation -> what undoes its being applied
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
+SAMPLED = 10  # annotations that require_masks tells of
 
 
 def read_dataset(
     root: str | Path, val_fraction: float | None = None, queries: int = 300, exif: str | None = None
 ) -> dict[str, CocoSplit]:
-    """Check and read all splits of a dataset: "train", "valid" and, where it exists, "test".
+    """Check and read the splits of a dataset: "train", "valid" and, where it exists, "test".
 
-    Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by a hash of their
-    names, so that the choice stays when the file is written in another order.  `queries`: the objects that the model
-    can find in one image.  exif: as for inspect_dataset; what was decided is printed where images are turned or
-    mirrored.  Raises UserError for any error of the data, with the command that lists them all.
+    Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by
+    a hash of their names, so that the choice stays when the file is written in another order.
+    queries: the objects that the model can find in one image.  exif: as for inspect_dataset; what
+    was decided is printed where images have an orientation.  Raises UserError for any error of the
+    data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(
             f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example"
         )
     splits, problems = inspect_dataset(root, val_fraction, queries=queries, exif=exif)
-    validation.raise_errors(problems, root)
-    if note := exif_note(splits, exif):
+    raise_errors(problems, root)
+    note = exif_note(splits, exif)
+    if note:
         tick(note)
-    return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
+    return {name: splits[name] for name in SPLITS if name in splits}
 
 
 def inspect_dataset(
-    root: Path,
+    root: str | Path,
     val_fraction: float | None = None,
     need_masks: bool = False,
     decode: bool = False,
     queries: int = 300,
     exif: str | None = None,
 ) -> tuple[dict[str, CocoSplit], list[Problem]]:
-    """Check all splits once: (split name -> what is usable, all problems with errors first).
+    """Check all splits once: (split name -> what is usable of it, all problems, errors first).
 
-    `val_fraction` makes a missing valid/ no error; `need_masks` makes missing masks one; `decode`: open images
-    wholly and compare contents between splits; `queries`: the objects that the model can find in one image; exif:
-    "apply" or "ignore" the EXIF orientation of images where no size of the dataset tells, by default apply.
+    With `val_fraction` a missing valid split is no error, with `need_masks` missing masks are one.
+    decode: open images as a whole, and compare contents between splits.  queries: the objects that
+    the model can find in one image.  exif: "apply" or "ignore" the EXIF orientation of images where
+    no size of the dataset tells; by default it is applied.
     """
-    splits: dict[str, CocoSplit] = {}
-    problems: list[Problem] = []
-
-    def error(code: str, message: object) -> None:
-        problems.append(Problem(code, "error", str(message), 1, [str(root)]))
-
     try:
-        files = validation.find_splits(root)
-    except UserError as fault:
-        error("DATASET_LAYOUT", fault)
-        return {}, problems
-    for name, (file, folder) in files.items():
-        try:
-            splits[name] = CocoSplit(file, folder, decode)
-        except UserError as fault:
-            error("JSON_INVALID", fault)
-    if "train" not in files:
-        error("SPLIT_TRAIN_MISSING", f"{root} has no train split: training needs one")
-    if "valid" not in files and not val_fraction:
-        error(
-            "SPLIT_VALID_MISSING",
-            f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1",
-        )
-    settle_exif(splits, {name: folder for name, (_, folder) in files.items()}, decode, exif)
-    number_classes(splits)
+        files = find_splits(root)
+    except UserError as error:
+        return {}, [dataset_error("DATASET_LAYOUT", str(error), root)]
+    listed, problems = list_files(files, decode, root)
+    problems += missing_splits(files, val_fraction, root)
+    decision = decide_exif((pair for split in listed.values() for pair in split.images()), exif)
+    checked = {name: check_split(split, decision) for name, split in listed.items()}
+    splits = build_splits(checked)
+    faults = {name: split.faults for name, split in checked.items()}
     if val_fraction and "train" in splits and "valid" not in files:
-        splits["train"], splits["valid"] = _divide(splits["train"], val_fraction)
-    train = splits.get("train")
+        splits["train"], splits["valid"] = divide(splits["train"], val_fraction)
+        faults["valid"] = Faults(splits["valid"].annotation_file)
     for name, split in splits.items():
-        if not split.mask_count:  # boxes alone may be all that is wanted
-            split.places.pop("ANN_NO_MASK", None)
+        if split.mask_count == 0:
+            faults[name].forget("ANN_NO_MASK")  # boxes alone may be all that is wanted
             if need_masks and split.object_count:
-                error(
-                    "MASKS_NONE",
-                    validation.NO_MASKS.format(split.annotation_file, split.object_count),
-                )
-        for image, count in zip(split.images, split.per_image):
-            place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
-            split.fault("IMG_MANY_OBJECTS", place, count > queries)
-        split.fault(
-            "SPLIT_FRACTION_UNUSED",
-            name,
-            name == "valid" and name in files and val_fraction is not None,
-        )
-        split.fault(
-            "SPLIT_EMPTY",
-            f"{name}: {len(split.images)} images",
-            not split.object_count and split.sound,
-        )
-        if split is train:
-            split.raised.add("SPLIT_EMPTY")
-        elif train:
-            # where train has errors, what is missing there may be their effect
-            for class_name, here, there in zip(split.class_names, split.per_class, train.per_class):
-                split.fault(
-                    "CLASS_NOT_IN_TRAIN", repr(class_name), here and not there and train.sound
-                )
-            known = {image.digest: image.file_name for image in train.images if image.digest}
-            for image in split.images:
-                place = f"{image.file_name} = train's {known.get(image.digest)}"
-                split.fault("IMG_SHARED", place, image.digest in known)
+                message = NO_MASKS.format(split.annotation_file, split.object_count)
+                problems.append(dataset_error("MASKS_NONE", message, root))
+        note_too_many_objects(split, queries, faults[name])
+        if name == "valid" and name in files and val_fraction is not None:
+            faults[name].note("SPLIT_FRACTION_UNUSED", name)
+        if split.object_count == 0 and not faults[name].has_errors:
+            faults[name].note("SPLIT_EMPTY", f"{name}: {len(split.images)} images")
+        if name == "train":
+            faults[name].make_error("SPLIT_EMPTY")
+        elif "train" in splits:
+            compare_with_train(split, splits["train"], faults[name], faults["train"])
+    splits = {
+        name: replace(split, problems=faults[name].problems()) for name, split in splits.items()
+    }
     problems += [problem for split in splits.values() for problem in split.problems]
     return splits, sorted(problems, key=lambda problem: problem.severity)
 
 
-def number_classes(splits: dict[str, CocoSplit]) -> None:
-    """Number the classes of checked splits, and make the arrays of their images' objects.
+def require_masks(split: CocoSplit) -> None:
+    """Print how many of a few sampled annotations have masks, and warn where some lack them.
 
-    Labels follow the first split's ascending category ids; classes that only later splits annotate come after. Splits
-    are matched by name, they may number their categories differently. A placeholder has no annotation in any split.
+    Raises UserError where all do.
     """
-    used = {
-        n: {a["category_id"] for image in split.images for a in image.annotations}
-        for n, split in splits.items()
-    }
-    listed = [entry for split in splits.values() for entry in split.categories]
-    left_out = validation.placeholders(listed, set().union(*used.values()))
-    names: list[str] = []
-    own: dict[str, dict[str, int]] = {}  # split -> name -> id
-    for name, split in splits.items():
-        pairs = sorted({(entry["id"], entry["name"]) for entry in split.categories} - left_out)
-        names += [
-            title for key, title in pairs if title not in names and (not own or key in used[name])
-        ]
-        own[name] = {title: key for key, title in pairs}
-    spare = 1 + max((entry["id"] for entry in listed), default=0)
-    for name, split in splits.items():
-        split.class_names, split.left_out = names, sorted({title for _, title in left_out})
-        split.category_ids = [
-            own[name].get(title, spare + label) for label, title in enumerate(names)
-        ]
-        label_of = {
-            entry["id"]: names.index(entry["name"])
-            for entry in split.categories
-            if entry["name"] in names
-        }
-        for image in split.images:
-            for entry in (entry for entry in image.annotations if entry["area"] is None):
-                entry["area"] = object_area(entry, image.height, image.width)
-            image.boxes = np.array([entry["box"] for entry in image.objects], np.float32).reshape(
-                -1, 4
-            )
-            image.labels = np.array(
-                [label_of[entry["category_id"]] for entry in image.objects], np.int64
-            )
-            image.segmentations = [entry["segmentation"] for entry in image.objects]
-        split.count()
+    has_mask = [mask is not None for image in split.images for mask in image.segmentations]
+    if not any(has_mask):
+        raise UserError(NO_MASKS.format(split.annotation_file, len(has_mask)))
+    count = min(SAMPLED, len(has_mask))
+    places = np.linspace(0, len(has_mask) - 1, count).astype(int)
+    with_mask = sum(has_mask[place] for place in places)
+    tick(f"Validated: {with_mask}/{count} sample annotations contain segmentation masks")
+    without = len(has_mask) - sum(has_mask)
+    if without:
+        warn(
+            f"{split.annotation_file}: {without} of {len(has_mask)} annotations have no mask: "
+            "they give no mask loss"
+        )
 
 
-def object_sides(split: CocoSplit, resolution: int) -> np.ndarray:
-    """(objects,) the square roots of the boxes' areas in pixels, once the images are `resolution` pixels square."""
-    scaled = [
-        (r.boxes[:, 2:] - r.boxes[:, :2]) * (resolution / np.array([r.width, r.height]))
-        for r in split.images
-    ]
-    return np.sqrt(np.concatenate([np.zeros((0, 2)), *scaled]).prod(axis=1))
+# ---------------------------------------------------------------- files
 
 
-def small_objects(split: CocoSplit, resolution: int, step: int) -> list[Problem]:
-    """A warning where many objects are too small to be seen, with the resolution, a multiple of `step`, that helps."""
-    sides = object_sides(split, resolution)
-    if not len(sides) or (share := (sides < SEEN).mean()) <= SMALL_SHARE:
-        return []
-    better = (
-        -int(-resolution * SEEN / np.quantile(sides, SMALL_SHARE, method="higher") // step) * step
+def list_files(
+    files: dict[str, tuple[Path, Path]], decode: bool, root: str | Path
+) -> tuple[dict[str, ListedSplit], list[Problem]]:
+    """What the annotation files list, and a problem for each that is no JSON."""
+    listed = {}
+    problems = []
+    for name, (file, folder) in files.items():
+        try:
+            listed[name] = list_split(file, folder, decode)
+        except UserError as error:
+            problems.append(dataset_error("JSON_INVALID", str(error), root))
+    return listed, problems
+
+
+def missing_splits(
+    files: dict[str, tuple[Path, Path]], val_fraction: float | None, root: str | Path
+) -> list[Problem]:
+    problems = []
+    if "train" not in files:
+        message = f"{root} has no train split: training needs one"
+        problems.append(dataset_error("SPLIT_TRAIN_MISSING", message, root))
+    if "valid" not in files and not val_fraction:
+        message = f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1"
+        problems.append(dataset_error("SPLIT_VALID_MISSING", message, root))
+    return problems
+
+
+def dataset_error(code: str, message: str, root: str | Path) -> Problem:
+    """An error of the dataset as a whole."""
+    return Problem(code, "error", message, 1, [str(root)])
+
+
+# ---------------------------------------------------------------- building
+
+
+def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
+    """The splits of a dataset with their classes numbered, each with its file's own problems."""
+    classes = number_classes(checked)
+    splits = {}
+    for name, split in checked.items():
+        labels = classes.labels[name]
+        splits[name] = CocoSplit(
+            annotation_file=split.annotation_file,
+            images=[
+                build_record(
+                    image,
+                    split.files.get(image.id, NOT_INSPECTED),
+                    split.annotations.get(image.id, []),
+                    labels,
+                )
+                for image in split.images
+            ],
+            class_names=classes.class_names,
+            category_ids=classes.category_ids[name],
+            left_out=classes.left_out,
+            exif=split.exif.name,
+            problems=split.faults.problems(),
+        )
+    return splits
+
+
+def build_record(
+    image: SizedImage, file: ImageFile, annotations: list[SoundAnnotation], labels: dict[int, int]
+) -> ImageRecord:
+    """labels: category id -> label."""
+    entries = []
+    objects = []
+    boxes = []
+    for entry, box in annotations:
+        if entry["area"] is None:
+            entry = entry | {"area": annotation_area(entry, image.height, image.width)}
+        entries.append(entry)
+        if box and not entry["iscrowd"]:
+            objects.append(entry)
+            boxes.append(box)
+    return ImageRecord(
+        id=image.id,
+        file_name=image.file_name,
+        path=file.path,
+        width=image.width,
+        height=image.height,
+        annotations=entries,
+        objects=objects,
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        labels=np.array([labels[entry["category_id"]] for entry in objects], np.int64),
+        segmentations=[entry["segmentation"] for entry in objects],
+        orientation=file.orientation,
+        exif_proof=image.exif_proof,
+        apply_exif=image.apply_exif,
+        file_sha256=file.file_sha256,
+        content_hash=file.content_hash,
     )
-    objects = [(entry, image) for image in split.images for entry in image.objects]
-    small = np.flatnonzero(sides < SEEN)
-    message = (
-        f"{split.annotation_file}: {len(small)} annotations ({share:.0%}) are smaller than {SEEN} x {SEEN} pixels at "
-        f"{resolution} px, hardly seen: --resolution {better} leaves {SMALL_SHARE:.0%} so; tiles of the images help too"
-    )
-    places = [
-        f"annotation {entry['id']} of image {image.id} ({image.file_name}): {sides[i]:.1f} px"
-        for i, (entry, image) in ((i, objects[i]) for i in small[:20])
-    ]
-    return [Problem("ANN_SMALL", "warning", message, len(small), places)]
 
 
-def _divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
-    """(train, valid) parts of a split: those images whose names' hashes come first are valid. Train keeps one.
+def divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
+    """(train, valid) parts of a split: the images whose names' hashes come first are valid.
 
-    All entries of one file are in the same part, where the first of them by its hash belongs.
+    All entries of one file are in the same part, that of the first of them by its hash. Train
+    keeps at least one file.
     """
-    hashed = [
-        (hashlib.sha256(i.file_name.encode(errors="replace")).digest(), i) for i in split.images
-    ]
-    hashed.sort(key=lambda pair: pair[0])
-    files: dict[object, list[ImageRecord]] = {}
-    for _, image in hashed:
-        files.setdefault(_file_of(image), []).append(image)
-    count = min(max(round(fraction * len(hashed)), 1), len(hashed) - 1)
-    order, groups = [], list(files.values())
-    while len(groups) > 1 and len(order) < count:
-        order += groups.pop(0)
-    count = len(order)
-    order += [image for group in groups for image in group]
-    train, valid = copy(split), copy(split)
-    train.images, valid.images, valid.places, valid.raised = order[count:], order[:count], {}, set()
-    for part in (train, valid):
-        part.count()
-    return train, valid
+    images = sorted(split.images, key=name_hash)
+    entries_of_file: dict[object, list[ImageRecord]] = {}
+    for image in images:
+        entries_of_file.setdefault(file_identity(image), []).append(image)
+    wanted = min(max(round(fraction * len(images)), 1), len(images) - 1)
+    groups = list(entries_of_file.values())
+    valid = []
+    while len(groups) > 1 and len(valid) < wanted:
+        valid += groups.pop(0)
+    train = [image for group in groups for image in group]
+    return replace(split, images=train), replace(split, images=valid)
 
 
-def _file_of(image: ImageRecord) -> object:
-    """What two entries of one file have in common, under whatever names and links."""
+def name_hash(image: ImageRecord) -> bytes:
+    return hashlib.sha256(image.file_name.encode(errors="replace")).digest()
+
+
+def file_identity(image: ImageRecord) -> object:
+    """The same for all entries of one file, under whatever names and links."""
     try:
         status = image.path.stat()
     except OSError:
         return os.path.normpath(image.path)
-    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(image.path)
+    if status.st_ino:
+        return (status.st_dev, status.st_ino)
+    return os.path.realpath(image.path)
 
 
-def exif_rule(splits: Iterable[CocoSplit], wanted: str | None) -> str:
-    """ "apply" or "ignore": what holds for the EXIF orientation of all of a dataset's images whose size does not tell.
-
-    It is what the sizes of its other images prove; else `wanted`, by default to apply it.
-    """
-    proofs = _exif_proofs(splits)
-    if len(proofs) == 1:
-        return "apply" if proofs == {True} else "ignore"
-    return wanted or "apply"
+# ---------------------------------------------------------------- faults of whole splits
 
 
-def _exif_proofs(splits: Iterable[CocoSplit]) -> set[bool]:
-    return {image.exif_proof for split in splits for image in split.images} - {None}
+def note_too_many_objects(split: CocoSplit, queries: int, faults: Faults) -> None:
+    for image, count in zip(split.images, split.objects_per_image):
+        if count > queries:
+            place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
+            faults.note("IMG_MANY_OBJECTS", place)
 
 
-def settle_exif(
-    splits: dict[str, CocoSplit], folders: dict[str, Path], decode: bool, wanted: str | None
+def compare_with_train(
+    split: CocoSplit, train: CocoSplit, faults: Faults, train_faults: Faults
 ) -> None:
-    """Decide for a whole dataset what its images' EXIF orientation means, as `exif_rule`, and note what is doubtful.
-
-    A split is read again where sizes that its file leaves out follow from that.
-    """
-    rule, proofs = exif_rule(splits.values(), wanted), _exif_proofs(splits.values())
-    for name, split in splits.items():
-        turned = [
-            image for image in split.images if image.orientation > 1 and image.exif_proof is None
-        ]
-        sizeless = any(image.orientation >= 5 and image.width != image.height for image in turned)
-        if sizeless and rule != split.exif:
-            splits[name] = split = CocoSplit(
-                split.annotation_file, folders[name], decode, exif=rule
-            )
-        split.exif = rule
-        for image in (image for image in split.images if image.orientation > 1):
-            if image.exif_proof is None:
-                image.exif = rule == "apply"
-            place = f"{image.path}: orientation {image.orientation}, {'applied' if image.exif else 'ignored'}"
-            split.fault("IMG_EXIF_UNKNOWN", place, image.exif_proof is None and len(proofs) != 1)
-            split.fault("IMG_EXIF_MIXED", place, image.exif_proof is False and len(proofs) == 2)
-
-
-def exif_note(splits: dict[str, CocoSplit], wanted: str | None) -> str:
-    """One sentence on what was decided about EXIF orientation; empty where no image has one."""
-    turned = [image for split in splits.values() for image in split.images if image.orientation > 1]
-    if not turned:
-        return ""
-    rule = next(iter(splits.values())).exif
-    done = {"apply": "applied", "ignore": "ignored"}[rule]
-    note = f"EXIF orientation: {len(turned)} images have one, "
-    if len(_exif_proofs(splits.values())) != 1:
-        return note + f"it is {done} where sizes do not tell (--exif {rule})"
-    proven = sum(image.exif_proof is not None for image in turned)
-    note += f"the sizes of {proven} prove that it is to be {done}: so it is for all"
-    return note + (f" (--exif {wanted} is not used)" if wanted not in (None, rule) else "")
-
-
-def load_image(record: ImageRecord) -> np.ndarray:
-    """The pixels, (H, W, 3) uint8 RGB, turned as `record.exif` says; of animated images the first frame.
-
-    Raises UserError naming the file where it cannot be decoded or has changed its size since it was checked.
-    """
-    pixels = read_pixels(record.path, record.exif)
-    if pixels.shape[:2] != (record.height, record.width):
-        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise UserError(
-            f"{printable(record.path)}: {size} pixels, the annotations say {record.width}x{record.height}"
-        )
-    return pixels
-
-
-def read_pixels(path: str | Path, turn: bool) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB; turn: as for `oriented`.  UserError if it is unreadable."""
-    try:
-        with Image.open(path, formats=validation.FORMATS) as image:
-            return to_rgb_array(oriented(image, turn))
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise anything from OSError to struct.error on damaged files
-        message = f"{printable(path)}: cannot be read as an image: {error}. Replace it or delete its entry"
-        raise UserError(message) from error
-
-
-def oriented(image: Image.Image, turn: bool) -> Image.Image:
-    """An image upright by its EXIF orientation where `turn` is True, else with its pixels as they are stored."""
-    if turn:
-        return ImageOps.exif_transpose(image)
-    orientation = image.tag_v2.get(validation.ORIENTATION) if image.format == "TIFF" else 1
-    if orientation not in UNTURN:
-        return image
-    image.load()  # Pillow turns TIFFs while it loads them
-    return image.transpose(UNTURN[orientation])
-
-
-def to_rgb_array(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8. Gray of more than 8 bits is scaled by its range: 0..1, 0..255, 0..65535 or its own maximum."""
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        gray = np.nan_to_num(np.asarray(image, np.float64).clip(0))
-        top = gray.max(initial=0)
-        full = (
-            65535
-            if image.mode.startswith("I;16")
-            else next((n for n in (1, 255, 65535) if top <= n), top)
-        )
-        gray = (gray * (255 / full)).round().clip(0, 255).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
-    if image.mode in ("P", "PA"):  # a palette's transparency may be bytes, which only RGBA takes
-        image = image.convert("RGBA")
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    """Note classes that train does not teach, and images that train has, too."""
+    if not train_faults.has_errors:  # or what is missing there may be their effect
+        counts = zip(split.class_names, split.objects_per_class, train.objects_per_class)
+        for class_name, here, in_train in counts:
+            if here and not in_train:
+                faults.note("CLASS_NOT_IN_TRAIN", repr(class_name))
+    train_files = {
+        image.file_sha256: image.file_name for image in train.images if image.file_sha256
+    }
+    for image in split.images:
+        twin = train_files.get(image.file_sha256)
+        if twin is not None:
+            faults.note("IMG_SHARED", f"{image.file_name} = train's {twin}")

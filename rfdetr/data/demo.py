@@ -1,10 +1,12 @@
-"""Generated demo data: histology-like images with cells, blood vessels and glomeruli, in the layout of `dataset/`.
+"""Generated demo data: histology-like images with cells, blood vessels and glomeruli.
 
     python -m rfdetr.data.demo dataset_demo
 
-Tissue is painted as amounts of two dyes per pixel, (h, w, 2): blue for nuclei, pink for the rest. They absorb light as
-on a stained slide (Beer-Lambert; vectors after Ruifrok & Johnston 2001). Image i of a split depends on (seed, split, i,
-size) alone, so the first images are the same whatever the counts. Lengths are in `unit`s, pixels of a 192-pixel image.
+They lie as in `dataset/`. Tissue is painted as amounts of two dyes per pixel, (h, w, 2): blue for
+nuclei, pink for the rest. They absorb light as on a stained slide (Beer-Lambert; vectors after
+Ruifrok & Johnston 2001). Image i of a split depends on (seed, split, i, size) alone, so the first
+images are the same whatever the counts. The order in which random numbers are drawn is part of
+that: every draw below has its place. Lengths are in `unit`s, pixels of a 192-pixel image.
 """
 
 from __future__ import annotations
@@ -14,281 +16,380 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 from rfdetr.console import UserError, number, run_script, tick
+from rfdetr.data.layout import ANNOTATIONS, SPLITS
 
 CLASS_NAMES = ("cells", "blood_vessel", "glomerulus")  # category ids 1, 2, 3
-SPLITS = ("train", "valid", "test")
-ANNOTATIONS = "_annotations.coco.json"
 DESCRIPTION = "rfdetr demo data"  # in "info": tells an earlier demo from somebody's own folder
-MAX_OVERLAP, MIN_INSIDE = (
-    0.3,
-    0.8,
-)  # of the smaller object of a pair; of an object, not cut off by the image's border
-HAEMATOXYLIN, EOSIN, PAS = np.array(
-    [(0.65, 0.70, 0.29), (0.08, 0.92, 0.36), (0.22, 0.96, 0.14)]
-)  # of R, G, B
+EMPTY_EVERY = 25  # one image in so many shows no object
+MAX_OVERLAP = 0.3  # of the smaller object of a pair
+MIN_INSIDE = 0.8  # of an object: what the image's border may not cut off
+TRIES = 40  # to find room for an object
+HAEMATOXYLIN = np.array((0.65, 0.70, 0.29))  # how much each dye absorbs of R, G, B
+EOSIN = np.array((0.08, 0.92, 0.36))
+PAS = np.array((0.22, 0.96, 0.14))
 MARGIN = 4  # pixels around an object in its window, for the pale cleft beside it
-
-# An object in a window of its own: polygon (n, 2) x, y in pixels from the window's corner, dense enough to be clipped
-# by clamping; depth (h, w) of each pixel's centre below the outline in pixels, negative outside; dyes (h, w, 2).
-Shape = tuple[np.ndarray, np.ndarray, np.ndarray]
+FULL_TURN = 2 * np.pi
 
 
-def _noise(rng: np.random.Generator, shape: tuple[int, int], bumps: int) -> np.ndarray:
-    """Smooth noise (h, w) in about -1..1: a coarse random grid, enlarged."""
-    grid = Image.fromarray(rng.uniform(-1, 1, (bumps + 1, bumps + 1)).astype(np.float32))
-    return np.asarray(grid.resize(shape[::-1], Image.Resampling.BICUBIC))
+class Shape(NamedTuple):
+    """An object in a window (h, w) of its own."""
+
+    # (n, 2) x, y in pixels from the window's corner; so dense that clamping it to the image clips
+    polygon: np.ndarray
+    depth: np.ndarray  # (h, w) pixels from each pixel's centre to the outline, negative outside
+    dyes: np.ndarray  # (h, w, 2)
 
 
-def _ramp(value: np.ndarray, width: float = 1.0) -> np.ndarray:
-    """0 where value is negative, 1 where positive, and an antialiased edge `width` pixels wide between."""
+# ---------------------------------------------------------------- drawing
+
+
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], bumps: int) -> np.ndarray:
+    """Noise (h, w) in about -1..1: a coarse random grid, enlarged."""
+    coarse = rng.uniform(-1, 1, (bumps + 1, bumps + 1)).astype(np.float32)
+    height, width = shape
+    enlarged = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(enlarged)
+
+
+def soft_step(value: np.ndarray, width: float = 1.0) -> np.ndarray:
+    """0 where value is negative, 1 where positive, an antialiased edge `width` pixels between."""
     return np.clip(value / width + 0.5, 0, 1)
 
 
-def _direction(angle: np.ndarray) -> np.ndarray:
+def direction(angle: np.ndarray) -> np.ndarray:
+    """Unit vectors (..., 2) of angles (...)."""
     return np.stack([np.cos(angle), np.sin(angle)], axis=-1)
 
 
-def _distances(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def distances_to(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Distances (n, h, w) from points (n, 2) to the pixels' centres."""
+    height, width = shape
     points = points.astype(np.float32)[..., None]
-    x, y = (np.arange(extent, dtype=np.float32) + 0.5 for extent in shape[::-1])
-    return np.sqrt(((x - points[:, 0]) ** 2)[:, None, :] + ((y - points[:, 1]) ** 2)[:, :, None])
+    x = np.arange(width, dtype=np.float32) + 0.5
+    y = np.arange(height, dtype=np.float32) + 0.5
+    dx = x - points[:, 0]
+    dy = y - points[:, 1]
+    return np.sqrt((dx**2)[:, None, :] + (dy**2)[:, :, None])
 
 
-def _disc(
+def roundish(
     rng: np.random.Generator, radius: float, wobble: float, vertices: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Outline (vertices, 2) and depth (h, w) of a roundish object."""
-    waves = [
-        (wobble * rng.uniform(-1, 1) / k**2, k, rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4, 5)
-    ]
+    """Outline (vertices, 2) and depth (h, w) of a disc with a wavy edge."""
+    waves = []
+    for count in (2, 3, 4, 5):
+        height = wobble * rng.uniform(-1, 1) / count**2
+        phase = rng.uniform(0, FULL_TURN)
+        waves.append((height, count, phase))
 
-    def edge(angle: np.ndarray) -> np.ndarray:
-        return radius * (1 + sum(height * np.cos(k * angle + phase) for height, k, phase in waves))
+    def radius_at(angle: np.ndarray) -> np.ndarray:
+        wave = sum(height * np.cos(count * angle + phase) for height, count, phase in waves)
+        return radius * (1 + wave)
 
-    angle = np.linspace(0, 2 * np.pi, vertices, endpoint=False)
-    outline = edge(angle)[:, None] * _direction(angle)
-    centre = math.ceil(np.abs(outline).max()) + MARGIN + rng.uniform(0, 1, 2).astype(np.float32)
-    y, x = np.mgrid[: int(2 * centre.max()), : int(2 * centre.max())].astype(np.float32) + 0.5
-    x, y = x - centre[0], y - centre[1]
-    return outline + centre, edge(np.arctan2(y, x)) - np.sqrt(x * x + y * y)
+    angle = np.linspace(0, FULL_TURN, vertices, endpoint=False)
+    outline = radius_at(angle)[:, None] * direction(angle)
+    reach = math.ceil(np.abs(outline).max()) + MARGIN
+    centre = reach + rng.uniform(0, 1, 2).astype(np.float32)
+    side = int(2 * centre.max())
+    y, x = np.mgrid[:side, :side].astype(np.float32) + 0.5
+    x = x - centre[0]
+    y = y - centre[1]
+    depth = radius_at(np.arctan2(y, x)) - np.sqrt(x * x + y * y)
+    return outline + centre, depth
 
 
-def _tube(rng: np.random.Generator, length: float, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Outline (n, 2) and depth (h, w) of a bent tube with round ends: the union of discs along a curved line."""
-    along = np.linspace(-0.5, 0.5, 33)
-    curl = min(
-        3.0, 0.75 * length / radius
-    )  # radians along the tube, few enough that its sides do not cross
-    heading = rng.uniform(0, 2 * np.pi) + rng.uniform(-0.65, 0.65) * curl * along
-    heading += (
-        rng.uniform(0, 0.35) * curl / (2 * np.pi) * np.sin(2 * np.pi * (along + rng.uniform()))
-    )
-    line = np.cumsum(_direction(heading), axis=0) * length / 32
-    radii = radius * (
-        1 + 0.12 * np.sin(2 * np.pi * (along * rng.uniform(0.7, 1.5) + rng.uniform()))
-    )
-    quarter, cap, index = np.pi / 2, np.linspace(-np.pi / 2, np.pi / 2, 9), np.arange(33)
+def bent_tube(
+    rng: np.random.Generator, length: float, radius: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outline (n, 2) and depth (h, w) of a tube with round ends: discs along a curved line."""
+    discs = 33
+    along = np.linspace(-0.5, 0.5, discs)
+    # radians along the tube, few enough that its sides do not cross
+    curl = min(3.0, 0.75 * length / radius)
+    heading = rng.uniform(0, FULL_TURN) + rng.uniform(-0.65, 0.65) * curl * along
+    sway = rng.uniform(0, 0.35) * curl / FULL_TURN
+    heading += sway * np.sin(FULL_TURN * (along + rng.uniform()))
+    line = np.cumsum(direction(heading), axis=0) * length / (discs - 1)
+    bulge = np.sin(FULL_TURN * (along * rng.uniform(0.7, 1.5) + rng.uniform()))
+    radii = radius * (1 + 0.12 * bulge)
+    # along one side, around the end, back along the other side, around the beginning
+    quarter = np.pi / 2
+    cap = np.linspace(-quarter, quarter, 9)
+    index = np.arange(discs)
     angle = np.concatenate(
         [heading - quarter, heading[-1] + cap, heading[::-1] + quarter, heading[0] + np.pi + cap]
     )
-    at = np.concatenate([index, np.full(9, 32), index[::-1], np.zeros(9, int)])
-    outline = line[at] + radii[at, None] * _direction(angle)
+    at = np.concatenate([index, np.full(9, discs - 1), index[::-1], np.zeros(9, int)])
+    outline = line[at] + radii[at, None] * direction(angle)
     origin = outline.min(axis=0) - MARGIN - rng.uniform(0, 1, 2)
     width, height = np.ceil(outline.max(axis=0) - origin).astype(int) + MARGIN
-    distances = _distances(line - origin, (height, width))
-    return outline - origin, (radii.astype(np.float32)[:, None, None] - distances).max(axis=0)
+    distances = distances_to(line - origin, (height, width))
+    depth = (radii.astype(np.float32)[:, None, None] - distances).max(axis=0)
+    return outline - origin, depth
 
 
-def _cell(rng: np.random.Generator, unit: float) -> Shape:
+# ---------------------------------------------------------------- objects
+
+
+def make_cell(rng: np.random.Generator, unit: float) -> Shape:
     """A round cell: a rim of pink cytoplasm around a dark nucleus with clumped chromatin."""
     radius = unit * rng.uniform(6.5, 10.5)
-    polygon, depth = _disc(rng, radius, 0.5, 32)
-    nucleus = _ramp(depth - rng.uniform(0.22, 0.36) * radius)
-    chromatin = 1.3 + 0.55 * _noise(rng, depth.shape, 9) + 0.3 * (depth < 0.45 * radius)
-    blue = 0.12 + 0.2 * (depth < 1.2 * unit) + nucleus * chromatin * rng.uniform(0.8, 1.1)
-    return polygon, depth, np.stack([blue, 0.75 - 0.4 * nucleus], axis=-1)
+    polygon, depth = roundish(rng, radius, wobble=0.5, vertices=32)
+    nucleus = soft_step(depth - rng.uniform(0.22, 0.36) * radius)
+    clumps = smooth_noise(rng, depth.shape, bumps=9)
+    chromatin = 1.3 + 0.55 * clumps + 0.3 * (depth < 0.45 * radius)
+    membrane = depth < 1.2 * unit
+    blue = 0.12 + 0.2 * membrane + nucleus * chromatin * rng.uniform(0.8, 1.1)
+    pink = 0.75 - 0.4 * nucleus
+    return Shape(polygon, depth, np.stack([blue, pink], axis=-1))
 
 
-def _vessel(rng: np.random.Generator, unit: float) -> Shape:
-    """A bent tube: a wall of muscle layers with flat nuclei around a pale lumen, some with blood in it."""
+def make_vessel(rng: np.random.Generator, unit: float) -> Shape:
+    """A bent tube: muscle layers with flat nuclei around a pale lumen, some with blood in it."""
     radius = unit * rng.uniform(8, 12)
-    polygon, depth = _tube(rng, unit * rng.uniform(34, 64), radius)
+    polygon, depth = bent_tube(rng, unit * rng.uniform(34, 64), radius)
     thickness = radius * rng.uniform(0.42, 0.52)
-    lumen = _ramp(depth - thickness)
-    nuclei = polygon[rng.integers(0, len(polygon), 14)] + rng.normal(0, 0.12 * radius, (14, 2))
-    nuclei = _ramp(1.6 * unit - _distances(nuclei, depth.shape).min(axis=0)) * (depth > 0.8 * unit)
+    lumen = soft_step(depth - thickness)
+    spots = polygon[rng.integers(0, len(polygon), 14)] + rng.normal(0, 0.12 * radius, (14, 2))
+    nearest = distances_to(spots, depth.shape).min(axis=0)
+    nuclei = soft_step(1.6 * unit - nearest) * (depth > 0.8 * unit)
     lining = np.exp(-(((depth - thickness + unit) / unit) ** 2))
-    muscle = (
-        1.05 + 0.22 * np.cos(depth * 2 * np.pi / (2.6 * unit)) + 0.2 * _noise(rng, depth.shape, 8)
-    )
-    blood = 0.9 * (_noise(rng, depth.shape, 12) > 0.45) * (rng.uniform() < 0.6)
-    blue, pink = (
-        (0.15 + 0.9 * nuclei + 0.55 * lining) * (1 - lumen),
-        muscle * (1 - lumen) + (0.06 + blood) * lumen,
-    )
-    return polygon, depth, np.stack([blue, pink], axis=-1)
+    layers = np.cos(depth * 2 * np.pi / (2.6 * unit))
+    muscle = 1.05 + 0.22 * layers + 0.2 * smooth_noise(rng, depth.shape, bumps=8)
+    clots = smooth_noise(rng, depth.shape, bumps=12) > 0.45
+    blood = 0.9 * clots * (rng.uniform() < 0.6)
+    blue = (0.15 + 0.9 * nuclei + 0.55 * lining) * (1 - lumen)
+    pink = muscle * (1 - lumen) + (0.06 + blood) * lumen
+    return Shape(polygon, depth, np.stack([blue, pink], axis=-1))
 
 
-def _glomerulus(rng: np.random.Generator, unit: float) -> Shape:
+def make_glomerulus(rng: np.random.Generator, unit: float) -> Shape:
     """A large disc: thin capsule, pale Bowman's space, and a lobed tuft dotted with nuclei."""
     radius = unit * rng.uniform(24, 34)
-    polygon, depth = _disc(rng, radius, 0.4, 64)
-    tuft = _ramp(depth - unit * (6 + 1.5 * _noise(rng, depth.shape, 5)), 1.5 * unit)
+    polygon, depth = roundish(rng, radius, wobble=0.4, vertices=64)
+    lobes = unit * (6 + 1.5 * smooth_noise(rng, depth.shape, bumps=5))
+    tuft = soft_step(depth - lobes, 1.5 * unit)
     spread = rng.uniform(0, 1, (46, 1)) ** 0.5 * (radius - 7 * unit)
-    spots = polygon.mean(axis=0) + spread * _direction(rng.uniform(0, 2 * np.pi, 46))
-    distances = _distances(spots, depth.shape)
-    gaps = (
-        np.clip(distances[:18].min(axis=0) / (6 * unit), 0, 1) ** 2
-    )  # pale, between the capillary loops
-    dots, capsule = _ramp(2.1 * unit - distances[18:].min(axis=0)), _ramp(1.8 * unit - depth)
-    blue = tuft * (0.25 + 1.35 * dots) + 0.5 * capsule
-    pink = tuft * (0.95 - 0.55 * gaps + 0.2 * _noise(rng, depth.shape, 14)) + 0.8 * capsule + 0.04
-    return polygon, depth, np.stack([blue, pink], axis=-1)
+    spots = polygon.mean(axis=0) + spread * direction(rng.uniform(0, FULL_TURN, 46))
+    distances = distances_to(spots, depth.shape)
+    # pale between the capillary loops, around the first spots; nuclei on the others
+    gaps = np.clip(distances[:18].min(axis=0) / (6 * unit), 0, 1) ** 2
+    nuclei = soft_step(2.1 * unit - distances[18:].min(axis=0))
+    capsule = soft_step(1.8 * unit - depth)
+    blue = tuft * (0.25 + 1.35 * nuclei) + 0.5 * capsule
+    texture = 0.2 * smooth_noise(rng, depth.shape, bumps=14)
+    pink = tuft * (0.95 - 0.55 * gaps + texture) + 0.8 * capsule + 0.04
+    return Shape(polygon, depth, np.stack([blue, pink], axis=-1))
 
 
-def _stroma(rng: np.random.Generator, size: int, unit: float) -> np.ndarray:
-    """Background (size, size, 2): three octaves of noise, wavy bundles, and distractors: fibres and thin nuclei."""
-    octaves = [_noise(rng, (size, size), bumps) for bumps in (4, 9, 22)]
-    cloud = octaves[0] * 0.5 + octaves[1] * 0.3 + octaves[2] * 0.2
+# ---------------------------------------------------------------- images
+
+
+def make_stroma(rng: np.random.Generator, size: int, unit: float) -> np.ndarray:
+    """Background (size, size, 2): noise, wavy bundles, and distractors: fibres and thin nuclei."""
+    coarse, middle, fine = (smooth_noise(rng, (size, size), bumps) for bumps in (4, 9, 22))
+    cloud = coarse * 0.5 + middle * 0.3 + fine * 0.2
     y, x = np.mgrid[:size, :size].astype(np.float32) / np.float32(unit)
     turn = rng.uniform(0, np.pi)
     across = x * math.cos(turn) + y * math.sin(turn)
-    bundles = np.sin(across / rng.uniform(1.8, 2.6) + 5 * octaves[0] + 2.5 * octaves[1])
-    layers = [
-        Image.new("L", (2 * size, 2 * size)) for _ in range(2)
-    ]  # thin nuclei, fibres; drawn at twice the size
+    bundles = np.sin(across / rng.uniform(1.8, 2.6) + 5 * coarse + 2.5 * middle)
+    thin_nuclei, fibres = draw_fibres(rng, size, unit, turn)
+    blue = 0.05 + 0.05 * cloud + 0.9 * thin_nuclei
+    pink = 0.34 + 0.2 * cloud + 0.09 * bundles * fine + 0.03 * bundles + 0.4 * fibres
+    return np.clip(np.stack([blue, pink], axis=-1), 0, None)
+
+
+def draw_fibres(
+    rng: np.random.Generator, size: int, unit: float, turn: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(thin nuclei, fibres), each (size, size) in 0..1: lines about along the bundles."""
+    # drawn at twice the size, which makes their edges smooth
+    layers = [Image.new("L", (2 * size, 2 * size)) for _ in range(2)]
     for index in range(int(rng.integers(14, 30))):
-        fibre = index % 2
+        is_fibre = index % 2
         heading = turn + np.pi / 2 + rng.normal(0, 0.5) + np.cumsum(rng.normal(0, 0.12, 12))
-        step = unit * rng.uniform(40, 110) / 6 if fibre else unit * rng.uniform(7, 11) / 6
-        path = np.cumsum(_direction(heading), axis=0) * step + rng.uniform(-0.2, 2, 2) * size
-        shade, width = int(rng.uniform(60, 160)), round(unit * rng.uniform(2, 6))
-        ImageDraw.Draw(layers[fibre]).line(path.ravel().tolist(), shade, width)
-    thin, fibres = (np.asarray(layer.reduce(2), np.float32) / 255 for layer in layers)
-    pink = 0.34 + 0.2 * cloud + 0.09 * bundles * octaves[2] + 0.03 * bundles + 0.4 * fibres
-    return np.clip(np.stack([0.05 + 0.05 * cloud + 0.9 * thin, pink], axis=-1), 0, None)
+        length = unit * (rng.uniform(40, 110) if is_fibre else rng.uniform(7, 11))
+        start = rng.uniform(-0.2, 2, 2) * size
+        path = np.cumsum(direction(heading), axis=0) * (length / 6) + start
+        shade = int(rng.uniform(60, 160))
+        width = round(unit * rng.uniform(2, 6))
+        ImageDraw.Draw(layers[is_fibre]).line(path.ravel().tolist(), shade, width)
+    thin_nuclei, fibres = (np.asarray(layer.reduce(2), np.float32) / 255 for layer in layers)
+    return thin_nuclei, fibres
 
 
-def _lay(
-    rng: np.random.Generator, canvas: np.ndarray, masks: list, shape: Shape, unit: float
+def lay(
+    rng: np.random.Generator, canvas: np.ndarray, masks: list[np.ndarray], shape: Shape, unit: float
 ) -> np.ndarray | None:
-    """Paint a shape on canvas (size, size, 2) where there is room; adds its mask, gives its polygon in the image."""
-    polygon, depth, dyes = shape
-    size, inside, pixels = len(canvas), depth > 0, np.count_nonzero
-    for _ in range(40):
-        x, y = (
-            int(rng.integers(-extent // 3, size - extent + extent // 3 + 1))
-            for extent in inside.shape[::-1]
-        )
-        there = np.s_[max(y, 0) : y + inside.shape[0], max(x, 0) : x + inside.shape[1]]
+    """Paint a shape on a canvas (size, size, 2) and add its mask to those of the other objects.
+
+    Returns its polygon in the image, or None where there is no room.
+    """
+    size = len(canvas)
+    inside = shape.depth > 0
+    height, width = inside.shape
+    for _ in range(TRIES):
+        x = int(rng.integers(-width // 3, size - width + width // 3 + 1))
+        y = int(rng.integers(-height // 3, size - height + height // 3 + 1))
+        # the part of the canvas under the window, and of the window over the canvas
+        there = np.s_[max(y, 0) : y + height, max(x, 0) : x + width]
         here = np.s_[max(-y, 0) : size - y, max(-x, 0) : size - x]
-        part, area = inside[here], pixels(inside[here])
-        crowded = any(
-            pixels(mask[there] & part) > MAX_OVERLAP * min(area, pixels(mask)) for mask in masks
-        )
-        if crowded or area < MIN_INSIDE * pixels(inside):
+        visible = inside[here]
+        if np.count_nonzero(visible) < MIN_INSIDE * np.count_nonzero(inside):
             continue
-        masks.append(np.zeros((size, size), bool))
-        masks[-1][there] = part
-        under, below = canvas[there], depth[here][..., None]
-        under *= 1 - 0.45 * np.exp(
-            -((below / (1.5 * unit)) ** 2)
-        )  # fixed tissue shrinks: a pale cleft around it
-        under += _ramp(below) * (dyes[here] - under)
-        return np.clip(polygon + (x, y), 0, size).round(2)
+        if any(hides_too_much(visible, mask, there) for mask in masks):
+            continue
+        mask = np.zeros((size, size), bool)
+        mask[there] = visible
+        masks.append(mask)
+        paint(canvas[there], shape.depth[here][..., None], shape.dyes[here], unit)
+        return np.clip(shape.polygon + (x, y), 0, size).round(2)
     return None
 
 
-def _render(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image.Image, list[dict]]:
-    """One image and its objects' COCO annotations without ids, the lowest first."""
-    unit, annotations, masks = size / 192, [], []
-    canvas = _stroma(rng, size, unit)
+def hides_too_much(visible: np.ndarray, mask: np.ndarray, there: tuple[slice, slice]) -> bool:
+    """Whether an object `visible` at `there` and one with this mask share too many pixels."""
+    smaller = min(np.count_nonzero(visible), np.count_nonzero(mask))
+    return np.count_nonzero(mask[there] & visible) > MAX_OVERLAP * smaller
+
+
+def paint(canvas: np.ndarray, depth: np.ndarray, dyes: np.ndarray, unit: float) -> None:
+    """Paint dyes (h, w, 2) on a part of the canvas, down to the outline of depth (h, w, 1)."""
+    # fixed tissue shrinks: a pale cleft is around it
+    canvas *= 1 - 0.45 * np.exp(-((depth / (1.5 * unit)) ** 2))
+    canvas += soft_step(depth) * (dyes - canvas)
+
+
+def render(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image.Image, list[dict]]:
+    """One image and its objects' COCO annotations without ids, the lowest object first."""
+    unit = size / 192
+    annotations = []
+    masks: list[np.ndarray] = []
+    canvas = make_stroma(rng, size, unit)
     counts = (0, 0, 0) if empty else rng.integers((0, 1, 3), (3, 4, 9))
-    for category, make, count in zip((3, 2, 1), (_glomerulus, _vessel, _cell), counts, strict=True):
+    makers: tuple[Callable, ...] = (make_glomerulus, make_vessel, make_cell)
+    for category_id, make, count in zip((3, 2, 1), makers, counts, strict=True):
         for shape in [make(rng, unit) for _ in range(count)]:
-            polygon = _lay(rng, canvas, masks, shape, unit)
+            polygon = lay(rng, canvas, masks, shape, unit)
             if polygon is not None:
-                x, y = polygon.T
-                area = round(float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2), 2)
-                box = (
-                    np.concatenate([polygon.min(axis=0), np.ptp(polygon, axis=0)]).round(2).tolist()
-                )
-                row = {"category_id": category, "bbox": box, "area": area, "iscrowd": 0}
-                annotations.append(row | {"segmentation": [polygon.ravel().tolist()]})
+                annotations.append(describe_object(category_id, polygon))
+    return stain(rng, canvas, unit), annotations
+
+
+def describe_object(category_id: int, polygon: np.ndarray) -> dict:
+    """The COCO annotation of a polygon (n, 2)."""
+    x, y = polygon.T
+    doubled = np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))  # the shoelace formula
+    corner_and_sides = np.concatenate([polygon.min(axis=0), np.ptp(polygon, axis=0)])
+    return {
+        "category_id": category_id,
+        "bbox": corner_and_sides.round(2).tolist(),
+        "area": round(float(abs(doubled) / 2), 2),
+        "iscrowd": 0,
+        "segmentation": [polygon.ravel().tolist()],
+    }
+
+
+def stain(rng: np.random.Generator, canvas: np.ndarray, unit: float) -> Image.Image:
+    """The light that passes a canvas (size, size, 2) of dyes, out of focus, uneven and noisy."""
+    size = len(canvas)
     counterstain = EOSIN + rng.uniform() * (PAS - EOSIN)  # H&E pink to PAS magenta
-    dyes = (
-        np.stack([HAEMATOXYLIN, counterstain])
-        * rng.uniform(0.85, 1.2, (2, 1))
-        * rng.uniform(0.93, 1.07, (2, 3))
-    )
-    canvas = gaussian_filter(canvas, (*[unit * rng.uniform(0.45, 0.85)] * 2, 0))
+    strength = rng.uniform(0.85, 1.2, (2, 1))
+    shift = rng.uniform(0.93, 1.07, (2, 3))
+    dyes = np.stack([HAEMATOXYLIN, counterstain]) * strength * shift
+    blur = unit * rng.uniform(0.45, 0.85)
+    canvas = gaussian_filter(canvas, (blur, blur, 0))
     passed = np.exp(-canvas.reshape(-1, 2) @ dyes.astype(np.float32)).reshape(size, size, 3)
-    light = rng.uniform(236, 250, 3).astype(np.float32) * (
-        1 + 0.03 * _noise(rng, (size, size), 1)[..., None]
-    )
-    grain = rng.standard_normal((size, size, 3), np.float32) * np.float32(rng.uniform(1.5, 4))
-    return Image.fromarray(
-        np.clip(light * passed + grain + 0.5, 0, 255).astype(np.uint8)
-    ), annotations
+    white = rng.uniform(236, 250, 3).astype(np.float32)
+    light = white * (1 + 0.03 * smooth_noise(rng, (size, size), bumps=1)[..., None])
+    noise = rng.standard_normal((size, size, 3), np.float32)
+    grain = noise * np.float32(rng.uniform(1.5, 4))
+    pixels = np.clip(light * passed + grain + 0.5, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier demo, finished or not, from `out`.  Raises UserError, removing nothing, for other contents."""
-    folders = [out / split for split in SPLITS]
-    for path in out.rglob("*") if out.is_dir() else [out] * out.exists():
-        ours = path.name == ANNOTATIONS and DESCRIPTION.encode() in path.read_bytes()[:100]
-        ours = path.parent in folders and (ours or re.fullmatch(r"demo_\d{5,}\.png", path.name))
-        if not (ours or path in folders or path.name.startswith(".")):
-            raise UserError(
-                f"{path} is in the way: {out} is neither empty nor an earlier demo. Name another folder."
-            )
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+# ---------------------------------------------------------------- datasets
 
 
 def make_demo(
     out: Path, train: int = 200, valid: int = 50, test: int = 0, size: int = 192, seed: int = 0
 ) -> None:
-    """Write OUT/{train,valid,test}/_annotations.coco.json and that many size x size PNG images beside each.
+    """Write OUT/{train,valid,test}/_annotations.coco.json and so many size x size PNGs beside each.
 
-    Polygons are whole where another object covers them, and clipped to the image. An earlier demo is replaced;
-    UserError where the folder holds anything else.
+    Polygons are whole where another object covers them, and clipped to the image. An earlier demo
+    is replaced; UserError where the folder holds anything else.
     """
-    _clear(out := Path(out))
-    categories = [
-        {"id": i, "name": name, "supercategory": "tissue"}
-        for i, name in enumerate(CLASS_NAMES, start=1)
-    ]
-    for which, (split, count) in enumerate(zip(SPLITS, (train, valid, test))):
-        table = {
-            "info": {"description": DESCRIPTION},
-            "images": [],
-            "annotations": [],
-            "categories": categories,
-        }
-        for index in range(count):
-            rng = np.random.default_rng([seed, which, index])
-            image, objects = _render(rng, size, empty=index % 25 == 5)  # one in 25 shows no object
-            name, first = f"demo_{index:05d}.png", len(table["annotations"]) + 1
-            table["images"].append(
-                {"id": index + 1, "file_name": name, "width": size, "height": size}
-            )
-            table["annotations"] += [
-                {"id": i, "image_id": index + 1, **row} for i, row in enumerate(objects, first)
-            ]
-            (out / split).mkdir(parents=True, exist_ok=True)
-            # zlib's run-length mode: with this grain smaller and faster than the default
-            image.save(out / split / name, compress_type=3)
+    out = Path(out)
+    remove_earlier_demo(out)
+    for number_of_split, (split, count) in enumerate(zip(SPLITS, (train, valid, test))):
         if count:
-            (out / split / ANNOTATIONS).write_text(json.dumps(table), encoding="utf-8")
+            write_split(out / split, count, size, [seed, number_of_split])
+
+
+def write_split(folder: Path, count: int, size: int, seed: list[int]) -> None:
+    """Write one split of so many images; `seed` and an image's number decide what it shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = []
+    annotations = []
+    for index in range(count):
+        rng = np.random.default_rng([*seed, index])
+        image, objects = render(rng, size, empty=index % EMPTY_EVERY == 5)
+        name = f"demo_{index:05d}.png"
+        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
+        for entry in objects:
+            ids = {"id": len(annotations) + 1, "image_id": index + 1}
+            annotations.append(ids | entry)
+        # zlib's run-length mode: with this grain smaller and faster than the default
+        image.save(folder / name, compress_type=3)
+    content = {
+        "info": {"description": DESCRIPTION},
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": category_id, "name": name, "supercategory": "tissue"}
+            for category_id, name in enumerate(CLASS_NAMES, start=1)
+        ],
+    }
+    (folder / ANNOTATIONS).write_text(json.dumps(content), encoding="utf-8")
+
+
+def remove_earlier_demo(out: Path) -> None:
+    """Remove an earlier demo, finished or not, from `out`.
+
+    Raises UserError, removing nothing, where the folder holds anything else.
+    """
+    folders = [out / split for split in SPLITS]
+    paths = []
+    if out.is_dir():
+        paths = list(out.rglob("*"))
+    elif out.exists():
+        paths = [out]
+    for path in paths:
+        if path in folders or path.name.startswith(".") or is_demo_file(path, folders):
+            continue
+        raise UserError(
+            f"{path} is in the way: {out} is neither empty nor an earlier demo. "
+            "Name another folder."
+        )
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_demo_file(path: Path, folders: list[Path]) -> bool:
+    if path.parent not in folders:
+        return False
+    if path.name == ANNOTATIONS:
+        return DESCRIPTION.encode() in path.read_bytes()[:100]
+    return re.fullmatch(r"demo_\d{5,}\.png", path.name) is not None
 
 
 def main(argv: list[str] | None = None) -> None:

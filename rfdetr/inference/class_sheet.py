@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_api
 
 from rfdetr.console import UserError
-from rfdetr.data.coco import load_image
-from rfdetr.data.faults import CocoSplit, ImageRecord
+from rfdetr.data.images import load_image
+from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.inference.visualise import BACKGROUND, MIN_SIDE, Colour, class_colours, draw, one_line
 from rfdetr.masks import to_rle
 
@@ -30,7 +30,7 @@ def class_sheet(split: CocoSplit) -> Image.Image:
     An example is cut out of its image with its surroundings, so that small objects are seen too,
     and shows all annotated objects there. Images that cannot be read are left out.
     """
-    labels = sorted(range(len(split.class_names)), key=split.per_class.__getitem__)
+    labels = sorted(range(len(split.class_names)), key=split.objects_per_class.__getitem__)
     labels = sorted(labels[:SHEET_CLASSES])
     columns = 1 + (len(labels) > 6) + (len(labels) > 40)
     rows = max(1, math.ceil(len(labels) / columns))
@@ -44,7 +44,7 @@ def class_sheet(split: CocoSplit) -> Image.Image:
         x = position // rows * EXAMPLES * side
         y = position % rows * row_height
         name = split.class_names[label]
-        title = f"{one_line(name)}: {split.per_class[label]}"
+        title = f"{one_line(name)}: {split.objects_per_class[label]}"
         pen.text((x + GAP, y + TITLE_HEIGHT / 2), title, colours[name], font, "lm")
         for image in _spread_examples(split, label):
             index = np.flatnonzero(image.labels == label)[0]

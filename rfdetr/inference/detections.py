@@ -18,7 +18,7 @@ from rfdetr.console import UserError, warn
 from rfdetr.data.augment import to_model_input
 from rfdetr.device import Precision, unless_out_of_memory
 from rfdetr.inference.visualise import class_colours, draw
-from rfdetr.masks import encode
+from rfdetr.masks import encode_window
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
 from rfdetr.placement import Placement
@@ -159,7 +159,7 @@ def draw_masks(
         masks = head.paste(pixels, one.queries[0, chosen[i]], one.boxes[0, chosen[i]], placement)
         height = placement.height
         width = placement.width
-        rles.append([encode(left, top, mask, height, width) for left, top, mask in masks])
+        rles.append([encode_window(left, top, mask, height, width) for left, top, mask in masks])
     return rles
 
 

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.console import progress_bar
-from rfdetr.data.coco import load_image
-from rfdetr.data.faults import CocoSplit
-from rfdetr.data.loaders import naming_workers, note_unread
+from rfdetr.data.images import load_image
+from rfdetr.data.loaders import note_unread
+from rfdetr.data.records import CocoSplit
+from rfdetr.data.workers import naming_workers
 from rfdetr.device import Precision
 from rfdetr.inference.detections import (
     AnyMaskHead,

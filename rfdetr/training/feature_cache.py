@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 
 from rfdetr import distributed
 from rfdetr.console import UserError, tick, warn
-from rfdetr.data.faults import CocoSplit
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate, make_loader
+from rfdetr.data.records import CocoSplit
 from rfdetr.device import free_memory_mb
 from rfdetr.files import free_disk
 from rfdetr.models.projector import LEVEL_SCALE
@@ -175,7 +175,7 @@ class FeatureCache:
             samples = threads.map(sample_of_file, [image.path for image in split.images])
             for image, sample in zip(split.images, samples):
                 file = image.path.stat()
-                told_by = (image.file_name, file.st_size, file.st_mtime_ns, image.exif)
+                told_by = (image.file_name, file.st_size, file.st_mtime_ns, image.apply_exif)
                 images.update(repr(told_by).encode())
                 images.update(sample + image.boxes.tobytes() + image.labels.tobytes())
         return {

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from rfdetr.console import UserError, warn
-from rfdetr.data.faults import CocoSplit
+from rfdetr.data.records import CocoSplit
 from rfdetr.runs.log import start_command
 from rfdetr.settings import STAGES
 from rfdetr.training.engine import Progress

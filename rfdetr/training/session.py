@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
 from rfdetr.console import tick
-from rfdetr.data.faults import CocoSplit
 from rfdetr.data.loaders import EpochSampler, SplitDataset, evaluation_loader
+from rfdetr.data.records import CocoSplit
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
@@ -136,8 +135,8 @@ def split_evaluator(
     split = session.splits[name]
     batch = min(EVALUATION_BATCH, settings.effective_batch)
     if settings.fast_dev_run:
-        split = copy.copy(split)
-        split.images = split.images[: batch * settings.fast_dev_run]
+        images = split.images[: batch * settings.fast_dev_run]
+        split = replace(split, images=images)
     dataset = SplitDataset(split, session.resolution, None, masks=False)
     rank = distributed.rank()
     loader = evaluation_loader(dataset, batch, settings.workers, rank, distributed.world_size())

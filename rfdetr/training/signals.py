@@ -11,7 +11,7 @@ import torch
 
 from rfdetr import distributed
 from rfdetr.console import Stopped
-from rfdetr.data.loaders import STOP_SIGNALS
+from rfdetr.data.workers import STOP_SIGNALS
 from rfdetr.sigterm import GRACE
 
 LOOK_AGAIN = 1.0  # seconds between two looks at whether a run waits for a batch that does not come

@@ -1,0 +1,278 @@
+"""Checks of an annotation file and its images; every fault is noted, in one pass.
+
+What the file lists comes first (`list_split`), so that the EXIF orientation can be decided for the
+whole dataset; then its images and annotations are checked (`check_split`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from tqdm.contrib.concurrent import thread_map
+
+from rfdetr.data.annotation_checks import SoundAnnotation, check_annotations, is_whole
+from rfdetr.data.exif import ExifDecision, SizedImage, settle_size, size_is_wrong
+from rfdetr.data.faults import Faults
+from rfdetr.data.image_cache import ImageCache
+from rfdetr.data.image_files import ImageEntry, ImageFile, inspect_image_file, stays_inside
+from rfdetr.data.layout import read_json
+from rfdetr.text import is_control
+
+NOT_USABLE = {"IMG_MISSING", "IMG_TYPE", "IMG_BOMB"}  # images with these are left out
+SKIPPED = ("IMG_CORRUPT", "IMG_UNREADABLE")  # training goes on without a few of these
+FEW_SKIPPED = 3  # images, or 1 % of the split; more are an error
+NOT_INSPECTED = ImageFile()
+
+
+@dataclass(frozen=True)
+class ListedSplit:
+    """What an annotation file lists and the image files tell, before annotations are checked."""
+
+    annotation_file: Path
+    categories: list[dict]  # the sound entries
+    entries: dict[int | str, ImageEntry]  # by id
+    files: dict[int | str, ImageFile] | None  # by id; None: images are not looked for
+    decoded: bool  # whether the files were read as a whole
+    annotations: list[dict]  # not checked
+    faults: Faults
+
+    def images(self) -> Iterator[tuple[ImageEntry, ImageFile]]:
+        """Each entry with its file."""
+        files = self.files or {}
+        for image_id, entry in self.entries.items():
+            yield entry, files.get(image_id, NOT_INSPECTED)
+
+
+@dataclass(frozen=True)
+class CheckedSplit:
+    """An annotation file after all checks of its own: what of it is usable, and its faults."""
+
+    annotation_file: Path
+    categories: list[dict]  # the sound entries
+    listed: dict[int | str, SizedImage]  # by id, those that cannot be read, too
+    images: list[SizedImage]  # of these the usable ones
+    files: dict[int | str, ImageFile]  # of the listed images, by id
+    annotations: dict[int | str, list[SoundAnnotation]]  # by image id
+    exif: ExifDecision
+    faults: Faults
+
+
+def check_file(
+    file: str | Path,
+    folder: Path | None = None,
+    decode: bool = False,
+    data: dict | None = None,
+    exif: ExifDecision | None = None,
+) -> CheckedSplit:
+    """`list_split` and `check_split` of one file alone; without `exif` orientation is applied."""
+    if exif is None:
+        exif = ExifDecision(apply=True, proofs=frozenset())
+    return check_split(list_split(file, folder, decode, data), exif)
+
+
+def list_split(
+    file: str | Path, folder: Path | None = None, decode: bool = False, data: dict | None = None
+) -> ListedSplit:
+    """Check the tables, categories and image entries of an annotation file.
+
+    data: what the file holds, where it was read before.  folder: where its images are looked for;
+    `decode`: read them as a whole, not their headers alone.  Raises UserError for no JSON.
+    """
+    if data is None:
+        data = read_json(file)
+    faults = Faults(Path(file))
+    categories = table_of(data, "categories", faults)
+    images = table_of(data, "images", faults)
+    annotations = table_of(data, "annotations", faults)
+    sound_categories = check_categories(categories, annotations, faults)
+    entries = check_image_entries(images, faults)
+    files = None
+    if folder is not None:
+        files = inspect_images(entries, folder, decode)
+    return ListedSplit(
+        annotation_file=Path(file),
+        categories=sound_categories,
+        entries=entries,
+        files=files,
+        decoded=decode,
+        annotations=annotations,
+        faults=faults,
+    )
+
+
+def check_split(split: ListedSplit, exif: ExifDecision) -> CheckedSplit:
+    """Check the images and annotations of a listed split; the faults are added to its own."""
+    listed = {entry.id: settle_size(entry, file, exif) for entry, file in split.images()}
+    if split.files is None:
+        usable = list(listed.values())
+    else:
+        usable = check_image_files(split, listed)
+    category_ids = {entry["id"] for entry in split.categories}
+    annotations = check_annotations(split.annotations, listed, category_ids, split.faults)
+    files = split.files or {}
+    note_exif_doubts(usable, files, exif, split.faults)
+    return CheckedSplit(
+        annotation_file=split.annotation_file,
+        categories=split.categories,
+        listed=listed,
+        images=usable,
+        files=files,
+        annotations=annotations,
+        exif=exif,
+        faults=split.faults,
+    )
+
+
+def table_of(data: dict, key: str, faults: Faults) -> list[dict]:
+    """The entries under a key of an annotation file that are objects."""
+    entries = data.get(key)
+    if not isinstance(entries, list):
+        faults.note("JSON_STRUCTURE", f"no list {key!r}")
+        return []
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            faults.note("JSON_STRUCTURE", f"{key}[{index}] is a {type(entry).__name__}")
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+# ---------------------------------------------------------------- categories
+
+
+def check_categories(entries: list[dict], annotations: list[dict], faults: Faults) -> list[dict]:
+    """The sound entries, one an id."""
+    sound: dict[int, dict] = {}
+    for index, entry in enumerate(entries):
+        category_id = entry.get("id")
+        name = entry.get("name")
+        place = f"categories[{index}]: id {category_id!r}, name {name!r}"
+        if not is_whole(category_id) or not isinstance(name, str):
+            faults.note("CAT_INVALID", place, entry)
+            continue
+        if sound.setdefault(category_id, entry) is not entry:
+            faults.note("CAT_ID_DUPLICATE", place, entry)
+        if any(map(is_control, name)):
+            faults.note("CAT_NAME_CONTROL", place, entry)
+    # Labelling tools give the placeholder the name of the class where there is only one class:
+    # that is no duplicate.
+    annotated = [entry.get("category_id") for entry in annotations]
+    used = {category_id for category_id in annotated if is_whole(category_id)}
+    left_out = placeholders(sound.values(), used)
+    names = Counter(
+        entry["name"]
+        for category_id, entry in sound.items()
+        if (category_id, entry["name"]) not in left_out
+    )
+    for name, times in names.items():
+        if times > 1:
+            faults.note("CAT_NAME_DUPLICATE", repr(name))
+    return list(sound.values())
+
+
+def placeholders(categories: Iterable[dict], used: set[int]) -> set[tuple[int, str]]:
+    """(id, name) of the categories that are another one's supercategory and not in `used`.
+
+    used: the category ids that have annotations.
+    """
+    parents = {
+        (entry["id"], entry["name"]): str(entry.get("supercategory")) for entry in categories
+    }
+    children = Counter(parents.values())
+    left_out = set()
+    for (category_id, name), parent in parents.items():
+        is_own_parent = parent == name
+        if category_id not in used and children[name] > is_own_parent:
+            left_out.add((category_id, name))
+    return left_out
+
+
+# ---------------------------------------------------------------- images
+
+
+def check_image_entries(entries: list[dict], faults: Faults) -> dict[int | str, ImageEntry]:
+    """The entries with a sound id; of several with the same one, the last."""
+    images: dict[int | str, ImageEntry] = {}
+    for index, entry in enumerate(entries):
+        image_id = entry.get("id")
+        file_name = entry.get("file_name")
+        place = f"images[{index}]: id {image_id!r}, file {file_name!r}"
+        if not is_whole(image_id) and type(image_id) is not str:
+            faults.note("IMG_ID_INVALID", place, entry)
+            continue
+        if image_id in images:
+            faults.note("IMG_ID_DUPLICATE", place, entry)
+        if not stays_inside(file_name):
+            faults.note("IMG_PATH", place, entry)
+            file_name = ""
+        sides = [as_whole(entry.get("width")), as_whole(entry.get("height"))]
+        if any(side is not None and not (is_whole(side) and side > 0) for side in sides):
+            faults.note("IMG_SIZE_INVALID", place, entry)
+            sides = [inf, inf]
+        elif None in sides:
+            sides = [inf, inf]
+        images[image_id] = ImageEntry(image_id, file_name, *sides)
+    return images
+
+
+def as_whole(side: object) -> object:
+    """640.0 is 640; anything else stays."""
+    return int(side) if isinstance(side, float) and side.is_integer() else side
+
+
+def inspect_images(
+    entries: dict[int | str, ImageEntry], folder: Path, decode: bool
+) -> dict[int | str, ImageFile]:
+    """Read the images' files, several at once; those without a sound file_name are left out."""
+    named = [entry for entry in entries.values() if entry.file_name]
+    with ImageCache(folder) as cache:
+        files = thread_map(
+            lambda entry: inspect_image_file(entry, folder, decode, cache),
+            named,
+            desc="Images",
+            unit="image",
+            leave=False,
+            disable=None if decode else True,
+        )
+    return {entry.id: file for entry, file in zip(named, files)}
+
+
+def check_image_files(split: ListedSplit, listed: dict[int | str, SizedImage]) -> list[SizedImage]:
+    """The usable images: those whose size is known and whose file may be read.
+
+    One that cannot be decoded stays: it counts as missed in scoring.
+    """
+    faults = split.faults
+    usable = []
+    for image_id, file in split.files.items():
+        entry = split.entries[image_id]
+        image = listed[image_id]
+        for code, more in file.faults.items():
+            faults.note(code, f"{file.path}{more}", image)
+        if size_is_wrong(entry, file):
+            sizes = f"{entry.width}x{entry.height}, the file has {image.width}x{image.height}"
+            faults.note("IMG_SIZE", f"{file.path}: {sizes}", image)
+        if not file.faults.keys() & NOT_USABLE and image.width < inf:
+            usable.append(image)
+    for code in SKIPPED:
+        if split.decoded or faults.count(code) > max(FEW_SKIPPED, len(listed) / 100):
+            faults.make_error(code)
+    return usable
+
+
+def note_exif_doubts(
+    images: list[SizedImage], files: dict[int | str, ImageFile], exif: ExifDecision, faults: Faults
+) -> None:
+    """Note the images whose orientation is a guess, and those that contradict the others."""
+    for image in images:
+        file = files.get(image.id, NOT_INSPECTED)
+        if file.orientation == 1:
+            continue
+        done = "applied" if image.apply_exif else "ignored"
+        place = f"{file.path}: orientation {file.orientation}, {done}"
+        if image.exif_proof is None and len(exif.proofs) != 1:
+            faults.note("IMG_EXIF_UNKNOWN", place)
+        if image.exif_proof is False and len(exif.proofs) == 2:
+            faults.note("IMG_EXIF_MIXED", place)

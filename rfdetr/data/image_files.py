@@ -1,0 +1,211 @@
+"""What an image file tells without its pixels: its kind, size, orientation and content."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+
+from PIL import Image
+
+from rfdetr.data.image_cache import ImageCache, stamp_of
+from rfdetr.data.images import FORMATS, ORIENTATION
+
+TIFF_SIDES = (256, 257)  # tags: width and height as they are stored
+HASHED_PARTS = 4  # of a file, spread from its beginning to its end
+HASHED_PART = 8192  # bytes of each
+
+# Errors that say nothing of the file and may be over the next time; systems lack some of them.
+REFUSALS = """
+EACCES EPERM EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY EMFILE ENFILE ENOMEM ENOBUFS ENOLCK ENXIO
+ENODEV ENONET ENETDOWN ENETUNREACH ENETRESET ECONNABORTED ECONNRESET ECONNREFUSED ENOTCONN
+ESHUTDOWN EHOSTDOWN EHOSTUNREACH EREMOTEIO ECOMM EPROTO EKEYEXPIRED EKEYREVOKED ENOKEY EDEADLK
+""".split()
+REFUSED = {getattr(errno, name) for name in REFUSALS if hasattr(errno, name)}
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """An entry of "images" with a sound id.  Width and height are infinite until the file tells."""
+
+    id: int | str
+    file_name: str  # empty where it is no plain path inside the folder
+    width: float
+    height: float
+
+    @property
+    def size(self) -> tuple[float, float]:
+        return self.width, self.height
+
+    @property
+    def has_size(self) -> bool:
+        return self.width < inf
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """What the file of an entry tells, whatever the annotations say."""
+
+    path: Path = Path()
+    faults: dict[str, str] = field(default_factory=dict)  # code -> what to add to the path
+    orientation: int = 1  # the EXIF tag, 1..8
+    stored_size: tuple[int, int] | None = None  # (width, height); None where it is not known
+    file_sha256: bytes = b""  # of the whole file where it was decoded
+    content_hash: int | None = None  # None where the file cannot be read
+
+
+def stays_inside(name: object) -> bool:
+    """Whether a file_name is a text without `..` that no system reads as an absolute path.
+
+    Absolute are UNC paths and drive letters, too.
+    """
+    if type(name) is not str or not name or "\0" in name:
+        return False
+    if ".." in re.split(r"[\\/]", name):
+        return False
+    return not re.match(r"[\\/]|[A-Za-z]:", name)
+
+
+def find_image(folder: Path, name: str) -> Path:
+    """The file that a file_name means: with backslashes, also what Windows would read."""
+    if "\\" in name and not os.path.exists(folder / name):
+        return folder / name.replace("\\", "/")
+    return folder / name
+
+
+def is_regular_file(path: str | Path) -> bool:
+    """Whether a path leads to a plain file: to open a pipe, socket or device may never end."""
+    return os.path.isfile(path)
+
+
+def kind_of_file(mode: int) -> str:
+    """In words, what a `stat` mode says that something is."""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFREG: "a plain file",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the system refused to read a file for the moment, whatever is in it."""
+    return isinstance(error, OSError) and error.errno in REFUSED
+
+
+def content_hash(path: Path) -> int:
+    """64 bits, as a signed number, that tell an image file again under any name, time or place.
+
+    They are of the sha256 of the file's size and of four parts of it, 32 KB in all, so that large
+    sets cost little. Checkpoints keep these numbers as `trained_on`: what is hashed must not
+    change.  Raises OSError.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        for part in range(HASHED_PARTS):
+            file.seek(max(size - HASHED_PART, 0) * part // (HASHED_PARTS - 1))
+            digest.update(file.read(HASHED_PART))
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+
+
+def inspect_image_file(
+    entry: ImageEntry, folder: Path, decode: bool, cache: ImageCache
+) -> ImageFile:
+    """Find an entry's file and read its header, or all of it where `decode` is set.
+
+    What `cache` knows of the same file is not read again.
+    """
+    path = find_image(folder, entry.file_name)
+    stamp = stamp_of(path)
+    name = f"{entry.file_name} {entry.width}x{entry.height}"
+    decoded_name = f"{name} decoded"
+    finding = cache.get(decoded_name, stamp)
+    # where the pixels are damaged, the header may be sound
+    if not decode and (finding is None or "IMG_CORRUPT" in finding[0]):
+        finding = cache.get(name, stamp)
+    if finding is None:
+        finding = read_image_file(path, entry.size, decode)
+        if "IMG_UNREADABLE" not in finding[0]:
+            cache.put(decoded_name if decode else name, stamp, finding)
+    faults, orientation, stored_size, file_sha256, hashed = finding
+    if is_behind_link(path, folder):
+        faults = {"IMG_LINK": ""} | faults
+    return ImageFile(
+        path=path,
+        faults=faults,
+        orientation=orientation,
+        stored_size=tuple(stored_size) if stored_size else None,
+        file_sha256=bytes.fromhex(file_sha256),
+        content_hash=hashed,
+    )
+
+
+def is_behind_link(path: Path, folder: Path) -> bool:
+    """Whether a file, or a folder on the way to it from `folder` on, is a symbolic link."""
+    depth = len(path.relative_to(folder).parts)
+    way = [path, *path.parents][: depth + 1]
+    return any(os.path.islink(part) for part in way)
+
+
+def read_image_file(path: Path, annotated_size: tuple[float, float], decode: bool) -> list:
+    """What the cache keeps of a file: [faults, orientation, stored size, sha256 in hex, hash].
+
+    As in ImageFile. Everything after the first fault keeps its default.
+    """
+    orientation = 1
+    file_sha256 = ""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            return [{"IMG_TYPE": f": {kind_of_file(mode)}"}, 1, None, "", None]
+        with Image.open(path, formats=FORMATS) as image:
+            orientation, stored_size = read_orientation(image, annotated_size)
+            if decode:
+                image.load()
+                file_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        return [{}, orientation, stored_size, file_sha256, content_hash(path)]
+    except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
+        return [fault_of(error), orientation, None, file_sha256, None]
+
+
+def fault_of(error: Exception) -> dict[str, str]:
+    """The code for an error of opening or decoding an image, with what to add to its path."""
+    if isinstance(error, Image.DecompressionBombError):
+        return {"IMG_BOMB": ""}
+    if getattr(error, "errno", None) in NO_FILE:
+        return {"IMG_MISSING": ""}
+    if is_refusal(error):
+        return {"IMG_UNREADABLE": f": {error.strerror}"}
+    return {"IMG_CORRUPT": f": {error}"}
+
+
+def read_orientation(
+    image: Image.Image, annotated_size: tuple[float, float]
+) -> tuple[int, tuple[int, int]]:
+    """(EXIF orientation 1..8, (width, height) as stored) of an opened image."""
+    if image.format == "TIFF":  # Pillow turns it upright while it loads
+        orientation = image.tag_v2.get(ORIENTATION, 1)
+        stored_size = tuple(image.tag_v2[tag] for tag in TIFF_SIDES)
+    else:
+        orientation = 1
+        stored_size = image.size
+        packets = str(image.info.get("xmp", "")) + str(image.info.get("XML:com.adobe.xmp", ""))
+        has_exif = "exif" in image.info or "tiff:Orientation" in packets
+        # For a PNG without EXIF in front of its pixels getexif() decodes them all.
+        if has_exif or annotated_size != stored_size:
+            try:
+                orientation = image.getexif().get(ORIENTATION, 1)
+            except Exception as error:  # damaged EXIF in a sound image
+                if is_refusal(error):
+                    raise
+    if orientation not in range(2, 9):
+        orientation = 1
+    return orientation, stored_size

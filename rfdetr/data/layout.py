@@ -1,0 +1,91 @@
+"""Where the files of a dataset lie, and what an annotation file holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+from rfdetr.console import UserError
+from rfdetr.data.image_files import kind_of_file
+
+SPLITS = ("train", "valid", "test")
+ANNOTATIONS = "_annotations.coco.json"
+COCO_NAMES = {"train": "train", "valid": "val", "test": "test"}  # in instances_val2017.json
+
+
+def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
+    """Split name -> (annotation file, image folder), for "train", "valid" and "test".
+
+    Takes ROOT/{train,valid,test}/_annotations.coco.json, else the standard COCO layout with its
+    newest year.  Raises UserError where there is neither.
+    """
+    root = Path(root)
+    splits = {}
+    for name in SPLITS:
+        file = root / name / ANNOTATIONS
+        if file.exists():
+            splits[name] = (file, file.parent)
+    if not splits:
+        splits = find_coco_splits(root)
+    if not splits:
+        raise UserError(
+            f"no COCO dataset in {root} ({describe_folder(root)}): expected "
+            "train/_annotations.coco.json beside the images, or "
+            "annotations/instances_train2017.json and train2017/. "
+            "Another folder is named with --dataset"
+        )
+    return splits
+
+
+def find_coco_splits(root: Path) -> dict[str, tuple[Path, Path]]:
+    """As find_splits: annotations/instances_train2017.json with (images/)train2017/."""
+    splits = {}
+    for name, coco_name in COCO_NAMES.items():
+        for file in sorted((root / "annotations").glob(f"instances_{coco_name}*.json")):
+            folder_name = file.stem.removeprefix("instances_")
+            for folder in (root / "images" / folder_name, root / folder_name):
+                if folder.is_dir():
+                    splits[name] = (file, folder)  # of several years the last one stays
+    return splits
+
+
+def describe_folder(folder: Path) -> str:
+    if not folder.is_dir():
+        return "not a folder"
+    names = sorted(entry.name for entry in folder.iterdir())[:10]
+    return f"there is: {', '.join(names) or 'nothing'}"
+
+
+def read_json(path: str | Path) -> dict:
+    """A COCO annotation file in any Unicode encoding, with or without BOM.
+
+    Raises UserError with line and column where it is no JSON object.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # reading a pipe would never end
+            kind = kind_of_file(mode)
+            raise UserError(f"{path}: not read, it is {kind}: put the annotation file there")
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:  # the latter: endless brackets
+        before = raw[: getattr(error, "start", 0)]
+        line = getattr(error, "lineno", before.count(b"\n") + 1)
+        column = getattr(error, "colno", len(before) - before.rfind(b"\n"))
+        raise no_annotation_file(path, line, column, str(error).split(":")[0]) from error
+    if not isinstance(data, dict):
+        fault = f"it holds a {type(data).__name__} instead of an object"
+        raise no_annotation_file(path, 1, 1, fault)
+    return data
+
+
+def no_annotation_file(path: str | Path, line: int, column: int, fault: str) -> UserError:
+    return UserError(
+        f"{path}: line {line}, column {column}: not a COCO annotation file: {fault}. "
+        "Was the export or download cut off? Export it again."
+    )
