@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from parity import ROOT, peer_environment
+from peer import ROOT, peer_environment
 from PIL import Image
 
 COLUMNS = (

@@ -1,4 +1,4 @@
-"""Hostile and damaged input: 500 cases of benchmarks/fuzz.py through the scripts, and properties
+"""Hostile and damaged input: 500 cases of testkit/fuzz_cases.py through the scripts, and properties
 they rest on; 60 random evaluations against pycocotools."""
 
 from __future__ import annotations
@@ -15,16 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
-from benchmarks import fuzz_evaluation
-from benchmarks.fuzz import (
-    KINDS,
-    SIDE,
-    Fuzzer,
-    damage_values,
-    damaged_json,
-    some_polygons,
-    some_rle,
-)
 from rfdetr.classes import COCO_NAMES, assign_rows, background_row, is_class_head, keep_class_rows
 from rfdetr.console import UserError
 from rfdetr.data.augment import random_view
@@ -34,6 +24,10 @@ from rfdetr.masks import rasterise, to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator
 from rfdetr.training.optim import Schedule
 from rfdetr.weights import checkpoint
+from testkit.damage import SIDE, damage_values, damaged_json, some_polygons, some_rle
+from testkit.fuzz_cases import KINDS
+from testkit.fuzzer import Fuzzer
+from testkit.random_evaluations import run_sets
 
 CASES = 84  # of each kind
 plainly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -59,7 +53,7 @@ def test_every_case_ends_in_success_or_in_one_paragraph(fuzzer, kind):
 
 
 def test_random_evaluations_equal_pycocotools(capsys):
-    outside = fuzz_evaluation.run_sets(first=0, count=60, seed=0)
+    outside = run_sets(first=0, count=60, seed=0)
     assert not outside, "python benchmarks/fuzz.py ...\n" + capsys.readouterr().out
 
 

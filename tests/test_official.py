@@ -23,7 +23,13 @@ import export
 import shrink_head
 import train_detector_stage1
 import train_seg_stage2
-from benchmarks.export_parity import (
+from rfdetr.classes import COCO_NAMES, assign_rows, coco_table
+from rfdetr.console import UserError
+from rfdetr.models.detector import Detector, select_detections
+from rfdetr.sizes import SIZES, ModelSize
+from rfdetr.weights import checkpoint
+from rfdetr.weights.official import load_pretrained, package_class, to_official, to_package
+from testkit.exported import (
     RECORDED,
     differences,
     hugging_face,
@@ -31,13 +37,7 @@ from benchmarks.export_parity import (
     own_predictions,
     picture,
 )
-from benchmarks.parity import layout
-from rfdetr.classes import COCO_NAMES, assign_rows, coco_table
-from rfdetr.console import UserError
-from rfdetr.models.detector import Detector, select_detections
-from rfdetr.sizes import SIZES, ModelSize
-from rfdetr.weights import checkpoint
-from rfdetr.weights.official import load_pretrained, package_class, to_official, to_package
+from testkit.made_up import layout
 
 TINY = SIZES["tiny"]
 ROWS = ["transformer.enc_out_class_embed", "class_embed"]

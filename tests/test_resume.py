@@ -22,13 +22,13 @@ import rfdetr.training.engine
 import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
-from benchmarks.stress import differences
 from rfdetr.console import Stopped, UserError
 from rfdetr.console import run_script as as_a_script
 from rfdetr.data.demo import make_demo
 from rfdetr.device import Precision
 from rfdetr.training.engine import Progress
 from rfdetr.training.keeper import check_history
+from testkit.finished_runs import differences
 
 pytestmark = pytest.mark.slow
 
