@@ -10,7 +10,6 @@ import json
 import random
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from testkit.damage import (
     some_rle,
 )
 from testkit.damaged_checkpoints import copy_of, damage_tensors, damaged_checkpoint, tensor_values
+from testkit.in_process import restored_signals
 
 SMALL = "--size tiny --resolution 64 --device cpu --workers 0 --batch 1 --accum 2 --min_steps 1 --tensorboard 0".split()
 
@@ -118,21 +118,10 @@ class Materials:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
-            own_signals(),
+            restored_signals(),
         ):
             importlib.import_module("train_detector_stage1").main(words)
         self.state = torch.load(self.run / "last.pt", weights_only=True)
-
-
-@contextlib.contextmanager
-def own_signals():
-    """Put back the signal handlers that a script set."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def on_dataset(rng: random.Random, base: Materials) -> Command:

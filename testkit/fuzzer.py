@@ -26,7 +26,8 @@ import torch
 
 from rfdetr.console import run_script
 from rfdetr.device import memory_mb
-from testkit.fuzz_cases import KINDS, Command, Materials, own_signals
+from testkit.fuzz_cases import KINDS, Command, Materials
+from testkit.in_process import restored_signals
 
 SECONDS = 5.0
 
@@ -94,7 +95,7 @@ class Fuzzer:
         urllib.request.urlopen = refuse_network
         os.chdir(self.place / "out")
         try:
-            with own_signals():
+            with restored_signals():
                 yield
         finally:
             os.chdir(before)
