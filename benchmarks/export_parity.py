@@ -3,10 +3,10 @@
 python benchmarks/export_parity.py
 python benchmarks/export_parity.py --record     (writes tests/fixtures/export_nano.pt)
 
-For every size a "trained" detector with made-up weights and classes, once with the 91-row head and once shrunk, goes
-through export's to_package; the package loads the file in its own environment (benchmarks/parity.py makes it), by
-from_checkpoint and by its class, and predicts an image of the model's own side. export_peer.py runs under the peer's
-Python, where `rfdetr` is the package.
+For every size a "trained" detector with made-up weights and classes, once with the 91-row head and
+once shrunk, goes through export's to_package; the package loads the file in its own environment
+(benchmarks/parity.py makes it), by from_checkpoint and by its class, and predicts an image of the
+model's own side. export_peer.py runs under the peer's Python, where `rfdetr` is the package.
 """
 
 # ruff: noqa: E402 (the repository is put on the path first)
@@ -50,7 +50,8 @@ def ask_peer(python: str, folder: Path) -> None:
 def compare_exports(python: str, size: str, resolution: int, record: bool) -> None:
     answers = {}
     with tempfile.TemporaryDirectory() as name:
-        folder, ours = Path(name), {}
+        folder = Path(name)
+        ours = {}
         for shrunk in (False, True):
             content = made_up_content(size, resolution, shrunk)
             for seed in range(
@@ -85,7 +86,8 @@ def compare_exports(python: str, size: str, resolution: int, record: bool) -> No
 
 def compare_backbones(python: str) -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder, files = Path(name), {}
+        folder = Path(name)
+        files = {}
         for size, (kind, width) in BACKBONES.items():
             files[size] = folder / "facebook" / f"dinov2-{kind}" / "model.safetensors"
             files[size].parent.mkdir(parents=True)

@@ -4,9 +4,10 @@ python benchmarks/fuzz.py --cases 10000 --seed 0
 python benchmarks/fuzz.py --cases 1 --seed 0 --first 4711 --kinds checkpoint --keep     (one case again, to look at)
 python benchmarks/fuzz.py --evaluation 1200     (instead: random evaluations against pycocotools)
 
-The cases themselves are in testkit/.  A case is made from (seed, kind, number) alone and runs in this process, through the script's main(argv), in a folder of
-its own. No traceback, no "defect of the program", at most 5 s of CPU time and 2 GB of memory, strict JSON in every
-file written, nothing changed outside what the command names as output.
+The cases themselves are in testkit/.  A case is made from (seed, kind, number) alone and runs in
+this process, through the script's main(argv), in a folder of its own. No traceback, no "defect of
+the program", at most 5 s of CPU time and 2 GB of memory, strict JSON in every file written, nothing
+changed outside what the command names as output.
 """
 
 # ruff: noqa: E402 (the repository is put on the path first)

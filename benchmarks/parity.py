@@ -4,11 +4,12 @@ python benchmarks/parity.py                       (makes runs/peer_env with the 
 python benchmarks/parity.py --peer_python ENV/bin/python --sizes nano base
 python benchmarks/parity.py --peer_python ENV/bin/python --record      (rewrites tests/fixtures/)
 
-Weights, images, targets and the points that mask losses look at are hashes of their names and indices, so that both
-sides make them bit for bit without passing files. Compared are the encoder's features, the projector's levels, logits,
-boxes and masks of every decoder layer and of the proposals, evaluating and training (13 groups), post-processing, the
-matching, every loss, and the gradient of every parameter. parity_peer.py runs under the peer's Python,
-where `rfdetr` is the package.  Exit code 1: a size is outside LIMIT.
+Weights, images, targets and the points that mask losses look at are hashes of their names and
+indices, so that both sides make them bit for bit without passing files. Compared are the encoder's
+features, the projector's levels, logits, boxes and masks of every decoder layer and of the
+proposals, evaluating and training (13 groups), post-processing, the matching, every loss, and the
+gradient of every parameter. parity_peer.py runs under the peer's Python, where `rfdetr` is the
+package.  Exit code 1: a size is outside LIMIT.
 """
 
 # ruff: noqa: E402 (the repository is put on the path first)
@@ -83,8 +84,10 @@ def record(dump: dict, path: Path) -> None:
 
 
 def check(size: str, dump: dict) -> bool:
-    """Compare a size at full scale and print its row; False where something lies outside the limits."""
-    start, model, theirs = time.time(), build_own(size, dump["shapes"]), dump["values"]
+    """Compare a size at full scale and print its row; False where it is outside the limits."""
+    start = time.time()
+    model = build_own(size, dump["shapes"])
+    theirs = dump["values"]
     used = dump["shapes"].keys() & to_official(model.state_dict()).keys()
     ours = own_values(model, model.size.resolution, theirs)
     worst = compare(ours, theirs | dump["gradients"])
@@ -137,7 +140,10 @@ def check(size: str, dump: dict) -> bool:
 
 
 def ask_peer(python: str, size: str, resolution: int, train: bool) -> dict:
-    """The package's numbers; gradients under our names (a key's bias alone has none but rounding's: it is fused)."""
+    """The package's numbers, gradients under our names.
+
+    A key's bias has no gradient of its own but rounding's: it is fused.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "peer.pt"

@@ -50,7 +50,10 @@ def write_values(size: str, resolution: int, train: bool, out: Path) -> None:
         model.state_dict() | {name: made_up(name, shape) for name, shape in shapes.items()}
     )
     images, targets = made_up_batch(resolution)
-    values, gradients, order, topk = {}, {}, [], torch.topk
+    values = {}
+    gradients = {}
+    order = []
+    topk = torch.topk
 
     def recording(*args, **kwargs):
         found = topk(*args, **kwargs)

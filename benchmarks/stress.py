@@ -2,10 +2,11 @@
 
 python benchmarks/stress.py --kills 200 --cases 10000
 
-Each kind of run is made once without a kill. The others are killed once or twice, at any moment of their lives, and
-must end with the same bits: weights, averages, optimizer, random state and figures. A line a kill; exit status 1 where
-anything was lost. The moments follow from --seed; where they fall in a run depends on the machine. Then
---cases damaged and hostile inputs (benchmarks/fuzz.py) go through all scripts.
+Each kind of run is made once without a kill. The others are killed once or twice, at any moment of
+their lives, and must end with the same bits: weights, averages, optimizer, random state and
+figures. A line a kill; exit status 1 where anything was lost. The moments follow from --seed; where
+they fall in a run depends on the machine. Then --cases damaged and hostile inputs
+(benchmarks/fuzz.py) go through all scripts.
 """
 
 # ruff: noqa: E402 (the repository is put on the path first)

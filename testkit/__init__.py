@@ -1,1 +1,1 @@
-"""What tests and benchmarks both need: fuzz cases, kills, made-up weights, references of the official package."""
+"""What tests and benchmarks both need: fuzz cases, kills, made-up weights and references."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import gzip
 import io
 import json
@@ -22,16 +21,17 @@ SIDE = 64
 
 # at the limits of what types, files and C libraries hold
 VALUES = [
-    None, True, False, 0, 1, -1, 2, 3, 300, 2**31, 2**53, 2**63, 10**30, 10**400, -0.0, 0.5, 1e-320, 1e7, 1e300,
-    math.nan, math.inf, -math.inf, "", "x", "1", "é血", "\ud800", "../..", "/etc/passwd", "C:\\x", "a\nb\n\nc",
-    "\x1b[2J", "x" * 5000, [], {}, [[]], [None], {"id": 1}, [1, 2, 3, 4], [0.5] * 6, ["1"] * 4, [math.nan] * 4,
-    [1e300] * 6, list(range(5000)),
-]  # fmt: skip
+    *(None, True, False, 0, 1, -1, 2, 3, 300, 2**31, 2**53, 2**63, 10**30, 10**400, -0.0, 0.5),
+    *(1e-320, 1e7, 1e300, math.nan, math.inf, -math.inf, "", "x", "1", "é血", "\ud800", "../.."),
+    *("/etc/passwd", "C:\\x", "a\nb\n\nc", "\x1b[2J", "x" * 5000, [], {}, [[]], [None], {"id": 1}),
+    *([1, 2, 3, 4], [0.5] * 6, ["1"] * 4, [math.nan] * 4, [1e300] * 6, list(range(5000))),
+]
 
 
 def damage_bytes(rng: random.Random, raw: bytes) -> bytes:
     """Cut, flipped, overwritten, with something before or behind, or something else altogether."""
-    at, length = rng.randrange(len(raw) + 1), rng.choice([1, 2, 8, 100, 5000])
+    at = rng.randrange(len(raw) + 1)
+    length = rng.choice([1, 2, 8, 100, 5000])
     way = rng.randrange(9)
     if way == 0:
         return raw[:at]
@@ -66,109 +66,106 @@ def damage_bytes(rng: random.Random, raw: bytes) -> bytes:
 
 def places(value: object, prefix: tuple = ()) -> list[tuple]:
     """The paths of everything inside nested lists and dicts, 50 deep."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
     if len(prefix) == 50:
         return []
-    return [
-        place for key, inner in items for place in ((*prefix, key), *places(inner, (*prefix, key)))
-    ]
+    items = []
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    paths = []
+    for key, inner in items:
+        path = (*prefix, key)
+        paths.append(path)
+        paths += places(inner, path)
+    return paths
+
+
+def inside(data: dict | list, path: list) -> dict | list:
+    """What lies at a path of keys and indices."""
+    for key in path:
+        data = data[key]
+    return data
 
 
 def damage_values(rng: random.Random, data: dict | list, values: list = VALUES) -> None:
     """Replace, remove, repeat or move some of what is in there, in place."""
     for _ in range(rng.choice([1, 1, 1, 2, 4, 10])):
-        found = places(data)
-        if not found:
+        paths = places(data)
+        if not paths:
             return
         # the tables and fields as often as the many numbers of polygons
-        depth = rng.choice(sorted({len(place) for place in found}))
-        *way, key = rng.choice([place for place in found if len(place) == depth])
-        parent = functools.reduce(lambda inner, step: inner[step], way, data)
+        depth = rng.choice(sorted({len(path) for path in paths}))
+        *way, key = rng.choice([path for path in paths if len(path) == depth])
+        parent = inside(data, way)
         action = rng.randrange(6)
         if action == 0:
             del parent[key]
         elif action == 1 and isinstance(parent, list):
             parent[key:key] = [copy.deepcopy(parent[key]) for _ in range(rng.choice([1, 2, 300]))]
         elif action == 2:
-            *way, key_2 = rng.choice(found)
-            with contextlib.suppress(
-                KeyError, IndexError, TypeError
-            ):  # inside what this very action has moved
-                other = functools.reduce(lambda inner, step: inner[step], way, data)
-                parent[key] = copy.deepcopy(other[key_2])
+            *way, other_key = rng.choice(paths)
+            # it may lie inside what this very action has moved
+            with contextlib.suppress(KeyError, IndexError, TypeError):
+                parent[key] = copy.deepcopy(inside(data, way)[other_key])
         elif action == 3 and type(parent[key]) in (int, float):
-            parent[key] = parent[key] * rng.choice([-1, 0, 1e6, 0.001, 10**9]) + rng.choice(
-                [0, 0.5, 1]
-            )
+            parent[key] *= rng.choice([-1, 0, 1e6, 0.001, 10**9])
+            parent[key] += rng.choice([0, 0.5, 1])
         elif action == 4 and isinstance(parent, dict) and isinstance(key, str):
             parent[rng.choice([key.upper(), key + "s", "", "id"])] = parent.pop(key)
         else:
-            parent[key] = copy.deepcopy(
-                rng.choice(values)
-            )  # the next case finds the values unchanged
+            # a copy, so that the next case finds the values unchanged
+            parent[key] = copy.deepcopy(rng.choice(values))
+
+
+ODD_NUMBERS = ["9" * 4000, "9" * 5000, "1e999", "-1e999", "1E-999", "NaN", "-Infinity", "01", "1."]
+ODD_NUMBERS += ["0x10"]
+KEYS = ["images", "annotations", "categories", "bbox", "id", "segmentation", "width"]
 
 
 def damaged_json(rng: random.Random, document: dict) -> bytes:
-    """The bytes of an annotation file: wrong encodings, endless nesting, repeated keys, numbers beyond all types."""
+    """The bytes of an annotation file with damage that JSON itself can have.
+
+    Wrong encodings, endless nesting, repeated keys, numbers beyond all types.
+    """
     text = json.dumps(document)
     way = rng.randrange(8)
     if way == 0:
         return text.encode(rng.choice(["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "cp037"]))
     if way == 1:
-        return text.replace("cells", "Gefäß").encode(rng.choice(["latin-1", "utf-8", "utf-16"]))
+        renamed = text.replace("cells", "Gefäß")
+        return renamed.encode(rng.choice(["latin-1", "utf-8", "utf-16"]))
     if way == 2:
-        depth, (open_, close) = (
-            rng.choice([50, 3000, 200_000]),
-            rng.choice([("[", "]"), ('{"a":', "}")]),
-        )
-        nested = open_ * depth + rng.choice(["1", ""]) + close * rng.choice([depth, depth - 1, 0])
-        return (
-            text.replace(
-                '"annotations": [', f'"annotations": [{nested},', rng.choice([0, 1])
-            ).encode()
-            or b"["
-        )
+        return deeply_nested(rng, text)
     if way == 3:
-        key = rng.choice(
-            ["images", "annotations", "categories", "bbox", "id", "segmentation", "width"]
-        )
-        return text.replace(
-            f'"{key}":', f'"{key}": {rng.choice(["1", "[]", "null", "{}"])}, "{key}":'
-        ).encode()
+        key = rng.choice(KEYS)
+        value = rng.choice(["1", "[]", "null", "{}"])
+        return text.replace(f'"{key}":', f'"{key}": {value}, "{key}":').encode()
     if way == 4:
-        number = rng.choice(
-            [
-                "9" * 4000,
-                "9" * 5000,
-                "1e999",
-                "-1e999",
-                "1E-999",
-                "NaN",
-                "-Infinity",
-                "01",
-                "1.",
-                "0x10",
-            ]
-        )
+        number = rng.choice(ODD_NUMBERS)
         numbers = list(re.finditer(r"-?\d+(\.\d+)?", text))
         chosen = rng.choice(numbers)
         return (text[: chosen.start()] + number + text[chosen.end() :]).encode()
     if way == 5:
-        return text.replace(
-            rng.choice([": ", ", ", "{", "]"]), rng.choice(["", "\r\n", "\0", "//x\n", ",,"])
-        ).encode()
+        old = rng.choice([": ", ", ", "{", "]"])
+        new = rng.choice(["", "\r\n", "\0", "//x\n", ",,"])
+        return text.replace(old, new).encode()
     return damage_bytes(rng, text.encode())
+
+
+def deeply_nested(rng: random.Random, text: str) -> bytes:
+    depth = rng.choice([50, 3000, 200_000])
+    opening, closing = rng.choice([("[", "]"), ('{"a":', "}")])
+    core = rng.choice(["1", ""])
+    nested = opening * depth + core + closing * rng.choice([depth, depth - 1, 0])
+    start = '"annotations": ['
+    return text.replace(start, f"{start}{nested},", rng.choice([0, 1])).encode()
 
 
 def some_rle(rng: random.Random, height: int, width: int) -> object:
     """An RLE, sound or damaged: text, runs, size."""
-    runs, left = [], height * width
+    runs = []
+    left = height * width
     while left and len(runs) < 400:
         runs.append(rng.randint(0, max(1, min(left, rng.choice([3, 50, left])))))
         left -= runs[-1]
@@ -194,7 +191,8 @@ def some_rle(rng: random.Random, height: int, width: int) -> object:
     elif way == 5:
         counts = [rng.choice([run, float(run), str(run), True, None, [run]]) for run in runs]
     elif way == 6:
-        size, counts = [10**9, 10**9], [10**18]
+        size = [10**9, 10**9]
+        counts = [10**18]
     elif way == 7:
         counts = [2**32 + height * width, -(2**32)]
     elif way == 8:
@@ -217,7 +215,7 @@ def some_rle(rng: random.Random, height: int, width: int) -> object:
 
 
 def some_polygons(rng: random.Random, height: int, width: int) -> object:
-    """Polygons, sound or not: odd, short, far away, endless, with what is no number, wrongly nested."""
+    """Polygons, sound or not: odd, short, far away, endless, no numbers, wrongly nested."""
 
     def points(count: int, low: float = -0.2, high: float = 1.2) -> list[float]:
         return [rng.uniform(low, high) * side for _ in range(count) for side in (width, height)]
@@ -259,11 +257,9 @@ def some_polygons(rng: random.Random, height: int, width: int) -> object:
 
 
 def damaged_image(rng: random.Random, raw: bytes) -> tuple[bytes, str]:
-    """(bytes, suffix) of an image file: cut, of another kind, of absurd or the least size, in any mode."""
-    suffix, way = (
-        rng.choice([".png", ".png", ".jpg", ".gif", ".tif", ".webp", ".bmp"]),
-        rng.randrange(8),
-    )
+    """(bytes, suffix) of an image file: cut, of another kind, of absurd size, in any mode."""
+    suffix = rng.choice([".png", ".png", ".jpg", ".gif", ".tif", ".webp", ".bmp"])
+    way = rng.randrange(8)
     if way == 0:
         return raw[: rng.randrange(len(raw))], ".png"
     if way == 1:
@@ -298,10 +294,8 @@ def damaged_image(rng: random.Random, raw: bytes) -> tuple[bytes, str]:
         return text, suffix
     mode = rng.choice(["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr"])
     sides = rng.choice([(SIDE, SIDE), (SIDE, SIDE), (1, 1), (1, 500), (20_000, 2), (63, 64)])
-    image, out = (
-        Image.new("RGB", sides, (9, 90, 200)).convert("L" if mode == "I;16" else mode),
-        io.BytesIO(),
-    )
+    image = Image.new("RGB", sides, (9, 90, 200)).convert("L" if mode == "I;16" else mode)
+    out = io.BytesIO()
     image = image.convert("I").convert("I;16") if mode == "I;16" else image
     kinds = {
         ".png": "PNG",

@@ -24,10 +24,21 @@ class Trap:
 def tensor_values(rng: random.Random) -> list:
     """What may stand in the place of a checkpoint's tensor."""
     return [
-        torch.full((3,), math.nan), torch.zeros(0), torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.bool),
-        torch.zeros(1).expand(10**9), torch.zeros(2, 2).to_sparse(), torch.zeros(2, dtype=torch.complex64), [1.0], 3.0,
-        torch.zeros(4, dtype=torch.float64), torch.tensor(1.0), torch.zeros(2, 3, device="meta"), "x", None,
-    ]  # fmt: skip
+        torch.full((3,), math.nan),
+        torch.zeros(0),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.bool),
+        torch.zeros(1).expand(10**9),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, dtype=torch.complex64),
+        [1.0],
+        3.0,
+        torch.zeros(4, dtype=torch.float64),
+        torch.tensor(1.0),
+        torch.zeros(2, 3, device="meta"),
+        "x",
+        None,
+    ]
 
 
 def damage_tensors(rng: random.Random, state: dict) -> None:

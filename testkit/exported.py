@@ -31,7 +31,7 @@ def picture(resolution: int, seed: int) -> np.ndarray:
 
 
 def made_up_content(size: str, resolution: int, shrunk: bool) -> dict:
-    """A detector of this repository for cells, dog and vessel, with the official mask head where the size has it."""
+    """A detector for cells, dog and vessel, with the official mask head where the size has it."""
     masks = "official" if SIZES[size].mask_head == "official" else None
     with torch.device("meta"):
         meta = to_official(Detector(SIZES[size], rows=91, mask_head=masks).state_dict())
@@ -45,26 +45,32 @@ def made_up_content(size: str, resolution: int, shrunk: bool) -> dict:
 def own_predictions(
     content: dict, image: np.ndarray, nudges: tuple[float, ...] = (0.0,)
 ) -> list[dict]:
-    """Scores (n,), boxes (n, 4) xyxy and masks (n, H, W) in pixels, names, for features scaled by 1 + each nudge."""
+    """For features scaled by 1 + each nudge: what is predicted on an image.
+
+    Scores (n,), boxes (n, 4) xyxy and masks (n, H, W) in pixels, and the classes' names.
+    """
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder) / "best.pt", content)
         model = RFDETR.from_checkpoint(Path(folder) / "best.pt", device="cpu")
     weight = model.model.backbone[0].encoder["encoder"].layernorm.weight
-    kept, found = weight.data, []
+    kept = weight.data
+    predictions = []
     for nudge in nudges:
         weight.data = kept * (1 + nudge)
         one = model.predict(image, threshold=0.0)
         boxes = torch.tensor(one.boxes, dtype=torch.float32)
-        found.append({"scores": torch.tensor(one.scores), "boxes": boxes, "names": one.names})
+        prediction = {"scores": torch.tensor(one.scores), "boxes": boxes, "names": one.names}
         if one.masks:
-            found[-1]["masks"] = torch.stack(
-                [torch.from_numpy(decode(mask)).bool() for mask in one.masks]
-            )
-    return found
+            masks = [torch.from_numpy(decode(mask)).bool() for mask in one.masks]
+            prediction["masks"] = torch.stack(masks)
+        predictions.append(prediction)
+    return predictions
 
 
 def differences(own: dict, theirs: dict) -> tuple[float, float, float, float]:
-    """The share of detections with a partner of the same class, then scores, boxes and masks of partners.
+    """The share of detections with a partner of the same class, then the partners' differences.
+
+    Of scores, of boxes in pixels, and the share of mask pixels.
 
     Equal scores may come in another order, so partners are those that are nearest in all.
     """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -16,3 +17,11 @@ def restored_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def output_of(main: Callable[[list[str]], None], *words: object) -> str:
+    """What a script prints to stdout.  Raises what its main raises."""
+    printed = io.StringIO()
+    with restored_signals(), contextlib.redirect_stdout(printed):
+        main([str(word) for word in words])
+    return printed.getvalue()

@@ -30,7 +30,7 @@ def hashed(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def made_up(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Weights for an official name, of sizes that keep activations sane and boxes moderate; nothing is 0 or 1."""
+    """Weights for an official name: activations stay sane, boxes moderate, nothing is 0 or 1."""
     noise = hashed(name, shape)
     if len(shape) == 1:
         scale = name.endswith((".weight", "lambda1"))
@@ -39,18 +39,19 @@ def made_up(name: str, shape: tuple[int, ...]) -> Tensor:
         return 0.5 * noise
     if name in ("refpoint_embed.weight", "query_feat.weight"):
         return noise * (0.3 if "refpoint" in name else 1)
-    small = (
-        0.3
-        if "bbox_embed" in name and "layers.2" in name
-        else 0.1
-        if "query_features_proj" in name
-        else 1
-    )
+    small = 1.0
+    if "bbox_embed" in name and "layers.2" in name:
+        small = 0.3
+    elif "query_features_proj" in name:
+        small = 0.1
     return noise * small * (shape[0] / noise.numel()) ** 0.5
 
 
 def made_up_batch(resolution: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Images (B, 3, R, R) and per image rows (t,), boxes (t, 4) cxcywh 0..1 and masks (t, R, R), ellipses in them."""
+    """Images (B, 3, R, R), and the targets of each image.
+
+    Rows (t,) of the class head, boxes (t, 4) cxcywh in 0..1, masks (t, R, R): ellipses in them.
+    """
     targets = []
     for image, count in enumerate(OBJECTS):
         noise = hashed(f"boxes {image}", (count, 4)) / math.sqrt(3)
@@ -65,7 +66,7 @@ def made_up_batch(resolution: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
 
 
 def made_up_points(rows: int, *shape: int, device: torch.device | None = None) -> Tensor:
-    """In place of torch.rand while losses are computed: the same numbers 0..1 in every row, whatever their order."""
+    """In place of torch.rand while losses are computed: the same numbers 0..1 in every row."""
     return (
         (hashed("points", (1, *shape)) / 12**0.5 + 0.5).clamp(0, 1).repeat(rows, *[1] * len(shape))
     )

@@ -26,7 +26,8 @@ from testkit.made_up import (
     made_up_points,
 )
 
-# size, resolution, with training: small inputs, other than the stored position grid, once fewer tokens than queries
+# size, resolution, with training: small inputs, other than the stored position grid, once with
+# fewer tokens than queries
 RECORDED = [
     ("nano", 320, True),
     ("nano", 384, False),
@@ -45,10 +46,11 @@ RECORDED = [
 def ranked_as(order: Tensor, agreement: list[float]):
     """Let every group rank its proposals in the recorded `order` (G, B, Q).
 
-    Rounding swaps near-equal scores, and then queries meet other proposals and nothing can be compared. `agreement`
-    receives the share of places where our own order is the same.
+    Rounding swaps near-equal scores, and then queries meet other proposals and nothing can be
+    compared. `agreement` receives the share of places where our own order is the same.
     """
-    topk, groups = Tensor.topk, iter(order.long())
+    topk = Tensor.topk
+    groups = iter(order.long())
 
     def replay(scores: Tensor, k: int, dim: int) -> SimpleNamespace:
         theirs = next(groups)
@@ -62,22 +64,24 @@ def ranked_as(order: Tensor, agreement: list[float]):
 def own_values(
     model, resolution: int, order: dict[str, Tensor], nudge: float = 0.0
 ) -> dict[str, Tensor]:
-    """Our numbers under the same names; `order` holds "order eval" and, to train as well, "order train"."""
+    """Our numbers under the peer's names.
+
+    `order` holds "order eval" and, to train as well, "order train".
+    """
     images, targets = made_up_batch(resolution)
-    images, agreement, values = images * (1 + nudge), [], {}
+    images = images * (1 + nudge)
+    agreement: list[float] = []
+    values: dict[str, Tensor] = {}
     backbone = model.eval().backbone[0]
     kept = features_kept(backbone.encoder["encoder"], backbone.projector, values)
     with torch.no_grad(), ranked_as(order["order eval"], agreement), kept:
         outputs = model(images)
     with torch.no_grad():
         if model.head is not None:
-            pixels, kernels = (
-                model.head.pixels(outputs["features"], images),
-                model.head.kernels(outputs["queries"]),
-            )
-            outputs["pred_masks"] = (
-                torch.einsum("bchw,bqc->bqhw", pixels, kernels) + model.head.bias
-            )
+            pixels = model.head.pixels(outputs["features"], images)
+            kernels = model.head.kernels(outputs["queries"])
+            logits = torch.einsum("bchw,bqc->bqhw", pixels, kernels)
+            outputs["pred_masks"] = logits + model.head.bias
         values |= flat_predictions("eval", outputs) | own_found(model, outputs, images, order)
     if "order train" in order:
         model.train().zero_grad()
@@ -107,7 +111,10 @@ def own_values(
 
 
 def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our post-processing, of their logits and boxes where these are whole, so that rounding changes no order."""
+    """Our post-processing.
+
+    Of their logits and boxes where these are whole, so that rounding changes no order.
+    """
     names = {"pred_logits": "eval logits/last", "pred_boxes": "eval boxes/last"}
     whole = {
         key: theirs[name] for key, name in names.items() if theirs[name].shape == outputs[key].shape
@@ -144,14 +151,17 @@ def build_own(size: str, shapes: dict[str, tuple[int, ...]]):
 
 
 def error(name: str, ours: Tensor, theirs: Tensor) -> float:
-    """Gradients: the distance relative to the norm; else the largest difference relative to the largest value."""
+    """The largest difference over the largest value; of gradients the distance over the norm."""
     if name.startswith("gradient/"):
         return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """The worst error of every kind of value (the name before the slash).  Raises KeyError for one that we lack."""
+    """The worst error of every kind of value (the name before the slash).
+
+    Raises KeyError for a value that we lack.
+    """
     worst: dict[str, float] = {}
     for name, value in theirs.items():
         if "/" in name:
@@ -166,11 +176,11 @@ def same_matches(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def sample(value: Tensor, count: int) -> Tensor:
-    """`count` entries spread over the tensor, for a recording that stays small; scalars stay scalars."""
+    """`count` entries spread over the tensor, for a small recording; scalars stay scalars."""
     return value.flatten()[:: max(1, value.numel() // count)][:count].clone()
 
 
 def projections(name: str, gradient: Tensor) -> list[float]:
-    """The norm of a gradient, and its product with a made-up direction of length 1: every entry counts."""
+    """The norm of a gradient, and its product with a made-up direction of length 1."""
     direction = hashed(name, tuple(gradient.shape))
     return [gradient.norm().item(), ((gradient * direction).sum() / direction.norm()).item()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shlex
 import shutil
@@ -30,7 +28,7 @@ from rfdetr.data.augment import multi_scale_sides
 from rfdetr.losses.criterion import detection_losses, mask_losses
 from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.optim import Schedule
-from testkit.in_process import restored_signals
+from testkit.in_process import output_of
 
 STILL = ["--lr", 0, "--lr_encoder", 0]  # nothing is learned
 
@@ -94,11 +92,8 @@ def single_run(train):
 
 def run_once(script, folder: Path, words: list[object]) -> Result:
     """A quick run that several tests look at."""
-    argv = [str(word) for word in (*words, "--output_dir", folder / "run")]
-    said = io.StringIO()
-    with restored_signals(), contextlib.redirect_stdout(said):
-        script.main(argv)
-    return Result(folder / "run", said.getvalue())
+    printed = output_of(script.main, *words, "--output_dir", folder / "run")
+    return Result(folder / "run", printed)
 
 
 @pytest.fixture(scope="module")

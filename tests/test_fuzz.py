@@ -42,7 +42,8 @@ def fuzzer(tmp_path_factory) -> Fuzzer:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_case_ends_in_success_or_in_one_paragraph(fuzzer, kind):
-    found, ends = [], set()
+    found = []
+    ends = set()
     for number in range(CASES):
         command, status, wrong = fuzzer.run(kind, number, seed=0)
         ends.add(status)
@@ -64,7 +65,8 @@ def damaged_dataset(rng: random.Random, fuzzer: Fuzzer) -> Path:
     shutil.copytree(fuzzer.base.data, root)
     split = rng.choice(["train", "train", "valid"])
     document = json.loads(json.dumps(fuzzer.base.documents[split]))
-    file, way = root / split / "_annotations.coco.json", rng.randrange(6)
+    file = root / split / "_annotations.coco.json"
+    way = rng.randrange(6)
     if way == 0:
         file.write_bytes(damaged_json(rng, document))
         return root
