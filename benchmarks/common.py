@@ -1,4 +1,4 @@
-"""What the benchmarks share: two sides, each in a process of its own, timed in turns within one run.
+"""What the benchmarks share: two sides, each in a process of its own, timed in turns.
 
 A script names its cases and how to build a side; `run` does the rest. Both processes of a case stay
 alive, and while one works the other waits at a pipe, so that noise of the machine falls on both: A
@@ -30,13 +30,14 @@ from PIL import Image
 COLUMNS = (
     "case | first side | second side | ratio of medians | of each pair | asked | peak memory, MB"
 )
-# settings and device -> step(); a step returns how many units (images, say) it did, or {"units": ..., "values": [...]}
+# settings and device -> step(); a step returns how many units (images, say) it did, or
+# {"units": ..., "values": [...]}
 Builder = Callable[[dict, torch.device], Callable[[], float | dict]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: the seconds a unit of the first side, divided by the second's, are to be <= `asked`.
+    """One comparison: seconds a unit of the first side over the second's, to be <= `asked`.
 
     A side is (name of its builder, settings); settings with amp "bf16" need hardware that computes
     in it.
@@ -230,7 +231,8 @@ def run(doc: str, cases: list[Case], builders: dict[str, Builder]) -> None:
 
     info = environment(args.device)
     print(
-        f"{info['cpu']}, device {info['device']}, {args.threads} threads, {info['os']}, commit {info['commit']}"
+        f"{info['cpu']}, device {info['device']}, {args.threads} threads, {info['os']}, "
+        f"commit {info['commit']}"
     )
     print(
         f"medians of {args.pairs} alternating pairs, {args.clock} time of a unit\n| {COLUMNS} |\n|"
@@ -256,7 +258,7 @@ def run(doc: str, cases: list[Case], builders: dict[str, Builder]) -> None:
 
 
 def peer_model(name: str, device: torch.device, amp: bool) -> tuple:
-    """(model, criterion, post-processing, optimizer) as the package's trainer has them, untrained."""
+    """Untrained (model, criterion, post-processing, optimizer), as the package's trainer has."""
     from rfdetr import config
     from rfdetr._namespace import _namespace_from_configs
     from rfdetr.models import build_criterion_from_config, build_model_from_config
@@ -329,7 +331,7 @@ def some_objects(count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
 def write_coco(
     folder: Path, images: int, objects: int, width: int = 640, height: int = 480
 ) -> Path:
-    """Splits "train" and "valid" of the same JPEGs, with polygons of 24 corners; returns `folder`."""
+    """Splits "train" and "valid" of the same JPEGs, polygons of 24 corners; returns `folder`."""
     rng = np.random.default_rng(0)
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     table = {

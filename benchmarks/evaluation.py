@@ -1,6 +1,6 @@
-"""COCO evaluation: ours against plain pycocotools, on generated objects and detections; the figures must agree.
+"""COCO evaluation: ours against plain pycocotools on generated data; the figures must agree.
 
-python benchmarks/evaluation.py   (2000 images, 200,000 detections: pycocotools takes 13 to 30 s a round)
+python benchmarks/evaluation.py   (2000 images, 200,000 detections, 13 to 30 s a round)
 python benchmarks/evaluation.py --pairs 1 --images 200
 
 Timed from detections in memory (arrays and RLEs) to the figures. Ours gives besides, where there
@@ -22,11 +22,14 @@ WIDTH = 640
 CLASSES = 20
 OBJECTS = 8
 DETECTIONS = 100
-FIGURES = "mAP mAP50 mAP75 mAP_small mAP_medium mAP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
+FIGURES = "mAP mAP50 mAP75 mAP_small mAP_medium mAP_large".split()
+FIGURES += "AR1 AR10 AR100 AR_small AR_medium AR_large".split()
 
 
 def objects_and_detections(images: int, masks: bool) -> tuple[dict, list[tuple]]:
-    """A COCO ground truth, and per image (id, boxes xywh (n, 4), scores (n,), category ids (n,), RLEs or None).
+    """A COCO ground truth, and the detections in each image.
+
+    Of an image: id, boxes (n, 4) xywh, scores (n,), category ids (n,), n RLEs or None.
 
     Half of an image's detections are its objects moved a little, the rest lies anywhere; masks are
     ellipses.

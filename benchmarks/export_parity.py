@@ -72,7 +72,8 @@ def compare_exports(python: str, size: str, resolution: int, record: bool) -> No
             answer = torch.load(folder / f"{label}.answer", weights_only=True)
             for route in ("from_checkpoint", "class"):
                 same, scores, boxes, masks = differences(own, answer[route])
-                found = f"{same:.0%} of {len(own['scores'])} found, scores {scores:.1e}, boxes {boxes:.1e} px"
+                found = f"{same:.0%} of {len(own['scores'])} found, "
+                found += f"scores {scores:.1e}, boxes {boxes:.1e} px"
                 found += f", {masks:.1e} of the mask pixels differ" if "masks" in own else ""
                 print(f"{size:<11} {label:<8} {route:<15} {found}", flush=True)
             answers[label] = {

@@ -1,4 +1,4 @@
-"""The package's predictions from exported files; export_parity.py runs this file under the peer's Python.
+"""The package's predictions from exported files; export_parity.py runs it with the peer's Python.
 
 python benchmarks/export_peer.py FOLDER
 """

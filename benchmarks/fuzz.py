@@ -1,7 +1,7 @@
-"""Damaged and hostile input for the scripts: every case has to end in success or in one paragraph and exit status 2.
+"""Damaged and hostile input for the scripts: each case ends in success or one paragraph and exit 2.
 
 python benchmarks/fuzz.py --cases 10000 --seed 0
-python benchmarks/fuzz.py --cases 1 --seed 0 --first 4711 --kinds checkpoint --keep     (one case again, to look at)
+python benchmarks/fuzz.py --cases 1 --seed 0 --first 4711 --kinds checkpoint --keep   (one again)
 python benchmarks/fuzz.py --evaluation 1200     (instead: random evaluations against pycocotools)
 
 The cases themselves are in testkit/.  A case is made from (seed, kind, number) alone and runs in

@@ -2,10 +2,9 @@
 
 python benchmarks/inference.py [--peer_python ENV/bin/python] [--device cuda] [--cases masks]
 
-Masks are wanted at the original's 640x480. Ours are the RLEs that predict.py and evaluate.py write,
-from a nano mask head on nano at 384; the peer is its SegNano at 312, whose post-processing enlarges
-100 masks to boolean images. Boxes of random weights are tiny, and ours works inside the boxes: it
-is given boxes an eighth to a third of the image wide.
+Masks are wanted at the original's 640x480. Ours are the RLEs that predict.py and evaluate.py write, from a nano mask
+head on nano at 384; the peer is its SegNano at 312, whose post-processing enlarges 100 masks to boolean images. Boxes
+of random weights are tiny, and ours works inside the boxes: it is given boxes an eighth to a third of the image wide.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ import numpy as np
 import torch
 from common import Case, peer_model, run, some_objects
 
-KEPT = 100
-HEIGHT = 480
-WIDTH = 640
+KEPT, HEIGHT, WIDTH = 100, 480, 640
 DETECTOR = {"model": "Nano", "side": 384, "masks": False}
 SEGMENTER = {"model": "SegNano", "side": 312, "masks": True}
 CASES = [
@@ -65,14 +62,15 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
 
     size = SIZES["nano"]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
-    model = Detector(size, rows=91, groups=1).to(device).eval()
-    head = MASK_HEADS["nano"](size.hidden).to(device)
+    model, head = (
+        Detector(size, rows=91, groups=1).to(device).eval(),
+        MASK_HEADS["nano"](size.hidden).to(device),
+    )
     if settings.get("compile"):
         compile_in_place(model.encoder, device)
     images = torch.randint(0, 256, (1, 3, size.resolution, size.resolution), dtype=torch.uint8)
     table = ClassTable(tuple(map(str, range(90))), tuple(range(1, 91)), tuple(range(1, 91)), 91, 0)
-    finder = DetectionRunner(table, precision)
-    boxes = some_objects(KEPT, 8)[0][None].to(device)
+    finder, boxes = DetectionRunner(table, precision), some_objects(KEPT, 8)[0][None].to(device)
 
     def step() -> float:
         found = next(finder(model, images, [0]))

@@ -1,4 +1,4 @@
-"""Loading: 640x480 JPEGs with eight polygon masks each -> 384x384 tensors with boxes and masks, one process.
+"""Loading: 640x480 JPEGs with eight polygon masks each -> 384x384 tensors, one process.
 
 python benchmarks/loading.py [--peer_python ENV/bin/python]
 

@@ -4,12 +4,11 @@ python benchmarks/mask_quality.py --dataset nuclei --checkpoint RUN/checkpoint_m
 python benchmarks/mask_quality.py --dataset nuclei --checkpoint F --heads nano standard --views 1 2 4 fresh -- --seed 1
 python benchmarks/mask_quality.py --dataset nuclei --joint nano official --joint_epochs 8
 
-A row is a run of stage 2: a head, and the flips of each image that are cached (1, 2, 4) or `fresh`,
-new augmentation each time the detector is run again. Box mAP is the frozen detector's, the same in
-every such row. `joint` rows are runs of train_seg_single_stage.py from scratch, whose time is to be
-compared with that of both stages; `official` is the package's own mask head. What follows `--` goes
-to the script as it is. Seconds are those of training (caching and reading included, evaluation
-not); `epoch` is the best of valid segm/mAP, `after` the time up to its end.
+A row is a run of stage 2: a head, and the flips of each image that are cached (1, 2, 4) or `fresh`, new augmentation
+each time the detector is run again. Box mAP is the frozen detector's, the same in every such row. `joint` rows are runs
+of train_seg_single_stage.py from scratch, whose time is to be compared with that of both stages; `official` is the
+package's own mask head. What follows `--` goes to the script as it is. Seconds are those of training (caching and
+reading included, evaluation not); `epoch` is the best of valid segm/mAP, `after` the time up to its end.
 """
 
 from __future__ import annotations
@@ -76,11 +75,9 @@ def one_run(args: argparse.Namespace, head: str, views: str) -> list[str]:
         )
     whole = time.perf_counter() - begin
     result = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    best = result["best"]
-    epochs = result["epochs"]
+    best, epochs = result["best"], result["epochs"]
     scores = epochs[best["epoch"] - 1]["valid_ema" if best["weights"] == "ema" else "valid"]
-    mask = scores["segm"]
-    box = scores["bbox"]["mAP"]
+    mask, box = scores["segm"], scores["bbox"]["mAP"]
     # what is neither an epoch's training nor its evaluation is the start, with the caching in it
     measured = sum(e["train"]["epoch_s"] + e["train"].get("evaluation_s", 0) for e in epochs)
     seconds = [whole - measured] + [e["train"]["epoch_s"] for e in epochs]
@@ -98,8 +95,7 @@ def one_run(args: argparse.Namespace, head: str, views: str) -> list[str]:
 
 
 def main() -> None:
-    own = sys.argv[1:]
-    more = []
+    own, more = sys.argv[1:], []
     if "--" in own:
         own, more = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(

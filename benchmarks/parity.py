@@ -1,4 +1,4 @@
-"""Is our detector the published one?  Compares it with PyPI's rfdetr 1.11, size by size, on the same weights.
+"""Is our detector the published one?  Compares it with PyPI's rfdetr 1.11 on the same weights.
 
 python benchmarks/parity.py                       (makes runs/peer_env with the package first)
 python benchmarks/parity.py --peer_python ENV/bin/python --sizes nano base
@@ -45,7 +45,8 @@ from testkit.official import (
 )
 
 LIMIT = 1e-4  # of every figure, for gradients of the middle tensor
-NOISE = 2  # the worst tensor's gradient: at most so many times what ours move when images are nudged by +-1e-7
+# the worst tensor's gradient: at most so many times what ours move when images are nudged by 1e-7
+NOISE = 2
 COLUMNS = [
     "size",
     "tensors used / in the file",
@@ -94,7 +95,7 @@ def check(size: str, dump: dict) -> bool:
     middle = statistics.median(
         error(name, ours[name], gradient) for name, gradient in dump["gradients"].items()
     )
-    # rounding decides the gradient of a sampling point on a cell's edge: how far does ours move by itself?
+    # rounding decides the gradient of a sampling point on a cell's edge: how far do ours move?
     moved = (own_values(model, model.size.resolution, theirs, nudge) for nudge in (1e-7, -1e-7))
     noise = max(compare(values, ours)["gradient"] for values in moved)
     found = [error(key, ours[key], theirs[key]) for key in ("found scores", "found boxes")]

@@ -2,15 +2,14 @@
 
 python benchmarks/stage2.py [--peer_python ENV/bin/python] [--device cuda] [--cases epoch]
 
-"first epoch" reads the images, runs the frozen detector on the views that the epoch draws, keeps
-them on disk and trains; "cached epochs" train from views that are all there. Seconds are those of
-an image. Further cases compare ours with itself: 200 objects an image with 8 (a training step from
-the cache), 64 images with 16, the cache on disk with the one in memory, and reads from the cache on
-disk after 50 epochs with the first ones. At the end train_seg_stage2.py itself runs at batch 4 with
-the cache in memory, on disk and off, for the memory of the whole process (evaluation included).
+"first epoch" reads the images, runs the frozen detector on the views that the epoch draws, keeps them on disk and
+trains; "cached epochs" train from views that are all there. Seconds are those of an image. Further cases compare ours
+with itself: 200 objects an image with 8 (a training step from the cache), 64 images with 16, the cache on disk with the
+one in memory, and reads from the cache on disk after 50 epochs with the first ones. At the end train_seg_stage2.py
+itself runs at batch 4 with the cache in memory, on disk and off, for the memory of the whole process (evaluation
+included).
 
-Random weights match no object, so every object keeps the query that fits it least badly, whatever
-the overlap.
+Random weights match no object, so every object keeps the query that fits it least badly, whatever the overlap.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ for amp in ("bf16", "fp32"):
                 asked,
             )
         )
-EPOCHS = BASE | {"part": "cached epochs"}
-READS = BASE | {"part": "reads"}
+EPOCHS, READS = BASE | {"part": "cached epochs"}, BASE | {"part": "reads"}
 CASES += [
     Case("200 objects an image : 8", ("ours", EPOCHS | {"objects": 200}), ("ours", EPOCHS), 3.0),
     Case("64 images : 16", ("ours", EPOCHS | {"images": 64}), ("ours", EPOCHS), 1.1),
@@ -69,17 +67,17 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 
     feature_cache.MATCH_IOU = -1.0
-    size = SIZES["nano"]
-    count = settings["images"]
-    recipe = size.recipe
-    table = ClassTable(("thing",), (1,), (0,), 2, 1)
+    size, count = SIZES["nano"], settings["images"]
+    recipe, table = size.recipe, ClassTable(("thing",), (1,), (0,), 2, 1)
     split = read_dataset(write_coco(Path(FOLDER.name) / "data", count, settings["objects"]))[
         "train"
     ]
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
     detector = Detector(size, 2, background=True, groups=1).to(device).requires_grad_(False).eval()
-    head = MASK_HEADS[size.mask_head](size.hidden).to(device)
-    progress = Progress(micro_batch=recipe.seg_batch)
+    head, progress = (
+        MASK_HEADS[size.mask_head](size.hidden).to(device),
+        Progress(micro_batch=recipe.seg_batch),
+    )
     groups = [{"params": list(head.parameters()), "base_lr": recipe.seg_lr, "lr": recipe.seg_lr}]
     objective = feature_cache.MaskObjective(
         detector, table, LossWeights(), precision, (), 0, progress
@@ -99,8 +97,10 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
 
     def cached() -> feature_cache.CachedLoader:
         """From a cache of its own, with no view in it."""
-        dataset = SplitDataset(split, size.resolution, None, masks=True)
-        parent = Path(FOLDER.name, uuid.uuid4().hex)
+        dataset, parent = (
+            SplitDataset(split, size.resolution, None, masks=True),
+            Path(FOLDER.name, uuid.uuid4().hex),
+        )
         cache = feature_cache.FeatureCache(objective, dataset, recipe.cache_views, parent)
         return feature_cache.CachedLoader(cache.open(settings["cache"] == "disk"), sampler)
 
@@ -129,8 +129,7 @@ def whole_process(device: str) -> None:
     from rfdetr.sizes import SIZES
     from rfdetr.weights import checkpoint
 
-    folder = Path(FOLDER.name)
-    size = SIZES["nano"]
+    folder, size = Path(FOLDER.name), SIZES["nano"]
     write_coco(folder / "data", 16, 8)
     table = ClassTable(("thing",), (1,), (0,), 2, 1)
     state = Detector(size, 2, background=True).state_dict()
@@ -158,8 +157,10 @@ def whole_process(device: str) -> None:
             raise RuntimeError(done.stderr[-2000:])
         # the second epoch's peak covers the first one's evaluation
         epochs = json.loads((folder / cache / "metrics.json").read_text(encoding="utf-8"))["epochs"]
-        peak = epochs[-1]["train"]["peak_memory_mb"]
-        what = "allocated" if device == "cuda" else "resident"
+        peak, what = (
+            epochs[-1]["train"]["peak_memory_mb"],
+            "allocated" if device == "cuda" else "resident",
+        )
         print(f"train_seg_stage2.py, batch 4, --cache {cache}: {peak:.0f} MB {what}")
 
 

@@ -1,4 +1,4 @@
-"""A detector training step, nano at 384: forward, criterion, backward, clipping, AdamW; eight objects an image.
+"""A detector training step, nano at 384, eight objects an image: forward to AdamW.
 
 python benchmarks/train_step.py [--peer_python ENV/bin/python] [--device cuda] [--cases "batch 1"]
 

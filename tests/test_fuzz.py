@@ -147,11 +147,17 @@ def test_rles_are_read_as_pycocotools_reads_them(height, width, seed):
         assert (mask_utils.decode(to_rle(rle, height, width)) == mask).all()
 
 
+POLYGON = st.lists(st.floats(-80, 160), min_size=6, max_size=20)
+
+
 @plainly
 @given(
-    st.lists(st.lists(st.floats(-80, 160), min_size=6, max_size=20).filter(lambda p: len(p) % 2 == 0), min_size=1),
-    st.integers(1, 80), st.integers(1, 80), st.sampled_from(["dihedral", "crops"]), st.integers(0, 2**32),
-)  # fmt: skip
+    st.lists(POLYGON.filter(lambda polygon: len(polygon) % 2 == 0), min_size=1),
+    st.integers(1, 80),
+    st.integers(1, 80),
+    st.sampled_from(["dihedral", "crops"]),
+    st.integers(0, 2**32),
+)
 def test_drawn_polygons_stay_in_their_rectangle(polygons, height, width, augment, seed):
     torch.manual_seed(seed)
     _, place = random_view(torch.zeros(3, height, width, dtype=torch.uint8), augment, 48)

@@ -29,7 +29,7 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Full names of the modules that a file imports, wherever in it; `from rfdetr import x` is rfdetr.x."""
+    """Full names of the modules that a file imports; `from rfdetr import x` is rfdetr.x."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

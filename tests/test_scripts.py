@@ -209,10 +209,9 @@ def test_shrink_tells_rows_and_the_better_weights(stage1, shrunk):
 
 def test_shrink_names_the_near_matches_of_a_wrong_name(stage1, workplace):
     out = workplace / "not_written.pth"
-    done = run_script(
-        "shrink_head.py", "--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out, "--keep", "cell", "vessel",
-        cwd=workplace, check=False,
-    )  # fmt: skip
+    files = ["--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out]
+    words = ["shrink_head.py", *files, "--keep", "cell", "vessel"]
+    done = run_script(*words, cwd=workplace, check=False)
     assert done.returncode == 2 and not out.exists()
     assert (
         "'cell' (did you mean 'cells'" in done.stderr
