@@ -60,14 +60,13 @@ def signal_at_step(monkeypatch, step: int, number: int) -> None:
     monkeypatch.setattr(rfdetr.training.engine, "optimise", interrupted)
 
 
+# optimizer step, signal, exit status: at the end of the first epoch, and inside the second
+STOPS = [(2, signal.SIGINT, 130), (3, signal.SIGTERM, 143)]
+
+
 @pytest.mark.parametrize("kind", SCRIPTS)
-@pytest.mark.parametrize(
-    "step, number, status",
-    [(2, signal.SIGINT, 130), (3, signal.SIGTERM, 143)],
-    ids=["after the first epoch", "inside the second"],
-)
 def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_was(
-    kind, step, number, status, few, call, capsys, monkeypatch, request
+    kind, few, call, capsys, monkeypatch, request
 ):
     flags = [*quick_flags(few), "--epochs", 2]
     if kind == "stage1":
@@ -75,17 +74,19 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_was(
     if kind == "stage2":
         flags += ["--checkpoint", request.getfixturevalue("shrunk").folder]
     call(SCRIPTS[kind], *flags, "--output_dir", "whole")
-    with monkeypatch.context() as patched:
-        signal_at_step(patched, step, number)
-        with pytest.raises(Stopped) as stopped:
-            call(SCRIPTS[kind], *flags, "--output_dir", "stopped")
-    assert stopped.value.code == status
-    state = load(Path("stopped/checkpoint.pt"))
-    assert state["training"]["progress"]["step"] == step
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert words[0] == "python" and words[-2:] == ["--resume", "stopped"]
-    call(SCRIPTS[kind], *words[2:])
-    assert_same_run(Path("stopped"), Path("whole"))
+    for step, number, status in STOPS:
+        folder = Path(f"stopped{step}")
+        with monkeypatch.context() as patched:
+            signal_at_step(patched, step, number)
+            with pytest.raises(Stopped) as stopped:
+                call(SCRIPTS[kind], *flags, "--output_dir", folder)
+        assert stopped.value.code == status
+        state = load(folder / "checkpoint.pt")
+        assert state["training"]["progress"]["step"] == step
+        words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        assert words[0] == "python" and words[-2:] == ["--resume", str(folder)]
+        call(SCRIPTS[kind], *words[2:])
+        assert_same_run(folder, Path("whole"))
 
 
 def test_resume_auto_and_more_epochs(few, call, capsys):
