@@ -1,8 +1,8 @@
-"""What the benchmarks share: two sides, each in a process of its own, timed in turns within one run.
+"""What the benchmarks share: two sides, each in a process of its own, timed in turns.
 
-A script names its cases and how to build a side; `run` does the rest. Both processes of a case stay alive, and while
-one works the other waits at a pipe, so that noise of the machine falls on both: A B A B ...  The peer is PyPI's rfdetr,
-whose package has the name of ours, hence the processes.
+A script names its cases and how to build a side; `run` does the rest. Both processes of a case stay
+alive, and while one works the other waits at a pipe, so that noise of the machine falls on both: A
+B A B ...  The peer is PyPI's rfdetr, whose package has the name of ours, hence the processes.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from parity import ROOT, peer_environment
+from peer import ROOT, peer_environment
 from PIL import Image
 
 COLUMNS = (
     "case | first side | second side | ratio of medians | of each pair | asked | peak memory, MB"
 )
-# settings and device -> step(); a step returns how many units (images, say) it did, or {"units": ..., "values": [...]}
+# settings and device -> step(); a step returns how many units (images, say) it did, or
+# {"units": ..., "values": [...]}
 Builder = Callable[[dict, torch.device], Callable[[], float | dict]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: the seconds a unit of the first side, divided by the second's, are to be <= `asked`.
+    """One comparison: seconds a unit of the first side over the second's, to be <= `asked`.
 
-    A side is (name of its builder, settings); settings with amp "bf16" need hardware that computes in it.
+    A side is (name of its builder, settings); settings with amp "bf16" need hardware that computes
+    in it.
     """
 
     name: str
@@ -74,7 +76,11 @@ class Worker:
         )
 
     def ask(self, question: str) -> dict:
-        """ "round": {"seconds" a unit, "values"}; "end": {"memory_mb", "versions"}.  RuntimeError if the side ended."""
+        """Send "round" or "end" to the side.
+
+        Answers are {"seconds" a unit, "values"} and {"memory_mb", "versions"}. Raises RuntimeError
+        if the side has ended.
+        """
         try:
             self.process.stdin.write(question + "\n")
             answer = self.process.stdout.readline()
@@ -98,7 +104,8 @@ def serve(build: Builder, args: argparse.Namespace) -> None:
     os.dup2(2, 1)  # what libraries print must not reach the pipe
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    settings, device = json.loads(args.settings), torch.device(args.device)
+    settings = json.loads(args.settings)
+    device = torch.device(args.device)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     step = build(settings, device)
     step()
@@ -224,18 +231,17 @@ def run(doc: str, cases: list[Case], builders: dict[str, Builder]) -> None:
 
     info = environment(args.device)
     print(
-        f"{info['cpu']}, device {info['device']}, {args.threads} threads, {info['os']}, commit {info['commit']}"
+        f"{info['cpu']}, device {info['device']}, {args.threads} threads, {info['os']}, "
+        f"commit {info['commit']}"
     )
     print(
         f"medians of {args.pairs} alternating pairs, {args.clock} time of a unit\n| {COLUMNS} |\n|"
         + "---|" * 7,
         flush=True,
     )
-    pythons, has_bf16, found = (
-        {},
-        pick_precision("auto", torch.device(args.device)).dtype is torch.bfloat16,
-        set(),
-    )
+    pythons = {}
+    has_bf16 = pick_precision("auto", torch.device(args.device)).dtype is torch.bfloat16
+    found = set()
     if "peer" in builders:
         pythons["peer"] = args.peer_python or peer_environment()
     for case in cases:
@@ -252,7 +258,7 @@ def run(doc: str, cases: list[Case], builders: dict[str, Builder]) -> None:
 
 
 def peer_model(name: str, device: torch.device, amp: bool) -> tuple:
-    """(model, criterion, post-processing, optimizer) of the package as its trainer has them, with random weights."""
+    """Untrained (model, criterion, post-processing, optimizer), as the package's trainer has."""
     from rfdetr import config
     from rfdetr._namespace import _namespace_from_configs
     from rfdetr.models import build_criterion_from_config, build_model_from_config
@@ -277,14 +283,15 @@ def peer_model(name: str, device: torch.device, amp: bool) -> tuple:
 
 
 def peer_train_step(settings: dict, device: torch.device) -> Callable[[], float]:
-    """The package's joint training step; on a CPU its trainer computes in fp32 whatever is asked."""
+    """The package's joint training step; on a CPU its trainer always computes in fp32."""
     from rfdetr.utilities.tensors import nested_tensor_from_tensor_list
 
     amp = settings["amp"] == "bf16" and device.type == "cuda"
     model, criterion, _, optimizer = peer_model(settings["model"], device, amp)
     model.train()
     criterion.train()
-    batch, side = settings["batch"], settings["side"]
+    batch = settings["batch"]
+    side = settings["side"]
     images = nested_tensor_from_tensor_list(list(torch.randn(batch, 3, side, side, device=device)))
     targets = []
     for _ in range(batch):
@@ -311,7 +318,10 @@ def peer_train_step(settings: dict, device: torch.device) -> Callable[[], float]
 
 
 def some_objects(count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boxes (n, 4) cxcywh 0..1, an eighth to a third of the image wide, and their ellipses (n, side, side) uint8."""
+    """Boxes (n, 4) cxcywh 0..1 and the ellipses in them (n, side, side) uint8.
+
+    A box is an eighth to a third of the image wide.
+    """
     boxes = torch.cat((torch.rand(count, 2) * 0.6 + 0.2, torch.rand(count, 2) * 0.2 + 0.13), dim=1)
     x, y, w, h = boxes[..., None, None].unbind(1)
     axis = (torch.arange(side) + 0.5) / side
@@ -321,8 +331,9 @@ def some_objects(count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
 def write_coco(
     folder: Path, images: int, objects: int, width: int = 640, height: int = 480
 ) -> Path:
-    """A generated split "train" of JPEGs with polygons of 24 corners; "valid" is the same.  Returns `folder`."""
-    rng, angle = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    """Splits "train" and "valid" of the same JPEGs, polygons of 24 corners; returns `folder`."""
+    rng = np.random.default_rng(0)
+    angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     table = {
         "images": [],
         "annotations": [],

@@ -1,10 +1,11 @@
-"""COCO evaluation: ours against plain pycocotools, on generated objects and detections; the figures must agree.
+"""COCO evaluation: ours against plain pycocotools on generated data; the figures must agree.
 
-python benchmarks/evaluation.py   (2000 images, 200,000 detections: pycocotools takes 13 to 30 s a round)
+python benchmarks/evaluation.py   (2000 images, 200,000 detections, 13 to 30 s a round)
 python benchmarks/evaluation.py --pairs 1 --images 200
 
-Timed from detections in memory (arrays and RLEs) to the figures. Ours gives besides, where there are masks, the
-overlap figures of masks (gIoU, cIoU, Dice) and each class's own. The last line of a case: how far the figures differ.
+Timed from detections in memory (arrays and RLEs) to the figures. Ours gives besides, where there
+are masks, the overlap figures of masks (gIoU, cIoU, Dice) and each class's own. The last line of a
+case: how far the figures differ.
 """
 
 from __future__ import annotations
@@ -16,21 +17,31 @@ import numpy as np
 import torch
 from common import Case, run
 
-HEIGHT, WIDTH, CLASSES, OBJECTS, DETECTIONS = 480, 640, 20, 8, 100
-FIGURES = "mAP mAP50 mAP75 mAP_small mAP_medium mAP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
+HEIGHT = 480
+WIDTH = 640
+CLASSES = 20
+OBJECTS = 8
+DETECTIONS = 100
+FIGURES = "mAP mAP50 mAP75 mAP_small mAP_medium mAP_large".split()
+FIGURES += "AR1 AR10 AR100 AR_small AR_medium AR_large".split()
 
 
 def objects_and_detections(images: int, masks: bool) -> tuple[dict, list[tuple]]:
-    """A COCO ground truth, and per image (id, boxes xywh (n, 4), scores (n,), category ids (n,), RLEs or None).
+    """A COCO ground truth, and the detections in each image.
 
-    Half of an image's detections are its objects moved a little, the rest lies anywhere; masks are ellipses.
+    Of an image: id, boxes (n, 4) xywh, scores (n,), category ids (n,), n RLEs or None.
+
+    Half of an image's detections are its objects moved a little, the rest lies anywhere; masks are
+    ellipses.
     """
     from pycocotools import mask as mask_api
 
-    rng, angle = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    rng = np.random.default_rng(0)
+    angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
 
     def rles(boxes: np.ndarray) -> list[dict]:
-        centre, radius = boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:] / 2
+        centre = boxes[:, :2] + boxes[:, 2:] / 2
+        radius = boxes[:, 2:] / 2
         corners = centre[:, None] + radius[:, None] * np.stack(
             (np.cos(angle), np.sin(angle)), axis=1
         )
@@ -50,7 +61,8 @@ def objects_and_detections(images: int, masks: bool) -> tuple[dict, list[tuple]]
     }
     found = []
     for image in range(1, images + 1):
-        boxes, labels = boxes_anywhere(OBJECTS), rng.integers(1, CLASSES + 1, OBJECTS)
+        boxes = boxes_anywhere(OBJECTS)
+        labels = rng.integers(1, CLASSES + 1, OBJECTS)
         truth["images"].append(
             {"id": image, "width": WIDTH, "height": HEIGHT, "file_name": f"{image}.jpg"}
         )

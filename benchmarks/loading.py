@@ -1,10 +1,10 @@
-"""Loading: 640x480 JPEGs with eight polygon masks each -> 384x384 tensors with boxes and masks, one process.
+"""Loading: 640x480 JPEGs with eight polygon masks each -> 384x384 tensors, one process.
 
 python benchmarks/loading.py [--peer_python ENV/bin/python]
 
-"plain" decodes and resizes only (ours without its cache in RAM, against the peer's validation pipeline), "augmented"
-flips and crops as each side does for training. Seconds are those of an image; the issue asks for 4 times the peer's
-images a second, which is a ratio of 0.25.
+"plain" decodes and resizes only (ours without its cache in RAM, against the peer's validation
+pipeline), "augmented" flips and crops as each side does for training. Seconds are those of an
+image; the issue asks for 4 times the peer's images a second, which is a ratio of 0.25.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from common import Case, run, write_coco
 
-IMAGES, SIDE = 32, 384
+IMAGES = 32
+SIDE = 384
 FOLDER = tempfile.TemporaryDirectory()
 CASES = [
     Case(f"loading, {name}", ("ours", {"augment": augment}), ("peer", {"augment": augment}), 0.25)

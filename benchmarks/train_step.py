@@ -1,9 +1,9 @@
-"""A detector training step, nano at 384: forward, criterion, backward, clipping, AdamW; eight objects an image.
+"""A detector training step, nano at 384, eight objects an image: forward to AdamW.
 
 python benchmarks/train_step.py [--peer_python ENV/bin/python] [--device cuda] [--cases "batch 1"]
 
-Ours begins with uint8 images, as the loader gives them; the peer is handed normalised floats. Neither keeps an average
-of the weights here. Seconds are those of an image.
+Ours begins with uint8 images, as the loader gives them; the peer is handed normalised floats.
+Neither keeps an average of the weights here. Seconds are those of an image.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.training.objective import DetectorObjective
     from rfdetr.training.optim import parameter_groups
 
-    size, batch = SIZES["nano"], settings["batch"]
-    recipe, progress = size.recipe, Progress(micro_batch=batch)
+    size = SIZES["nano"]
+    batch = settings["batch"]
+    recipe = size.recipe
+    progress = Progress(micro_batch=batch)
     model = Detector(size, rows=91).to(device).train()
     precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
     objective = DetectorObjective(

@@ -51,12 +51,16 @@ class Setting:
             if self.read_one is not read_switch:
                 raise ValueError(f"expected no true or false, got {value}")
             return value
+        if isinstance(value, (int, float)) and self.read_one in (str, Path):
+            raise ValueError(f"expected a text, got {value!r}")
         if not isinstance(value, (str, int, float, Path)):
             raise ValueError(f"expected one value, got {value!r}")
         return self.read_text(str(value))
 
     def read_text(self, text: str) -> object:
         """The checked value of one text; ValueError says what fits."""
+        if "\0" in text:
+            raise ValueError("expected no NUL character")
         if text in self.words:
             return text
         if self.choices and text not in self.choices:

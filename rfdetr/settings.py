@@ -387,7 +387,9 @@ def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dic
         )
     checked = {}
     for name in known.keys() & values.keys():
-        if values[name] is None and not known[name].none and not strict:
+        if not strict and not known[name].kept:
+            continue  # of the command that began the run
+        if not strict and values[name] is None and not known[name].none:
             continue  # left open by an earlier version
         try:
             checked[name] = known[name].read(values[name])

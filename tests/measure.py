@@ -1,7 +1,8 @@
 """How the code reads, in figures: it reports, and fails nothing.
 
 python -m tests.measure            every file of the evening's path, and the totals
-python -m tests.measure --all      every file outside tests and benchmarks
+python -m tests.measure --all      every file outside tests, testkit and benchmarks
+python -m tests.measure --tests    tests, testkit and benchmarks
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDE = 100  # characters
 # What one reads to know how the system works, in this order.
 EVENING = """
-train_detector_stage1.py train_seg_stage2.py train_seg_single_stage.py rfdetr/main.py rfdetr/settings.py
+train_detector_stage1.py train_seg_stage2.py train_seg_single_stage.py
+rfdetr/main.py rfdetr/settings.py
 rfdetr/models/*.py rfdetr/losses/*.py
-rfdetr/training/engine.py rfdetr/training/objective.py rfdetr/training/optim.py rfdetr/training/frozen.py
-rfdetr/training/feature_cache.py
+rfdetr/training/engine.py rfdetr/training/objective.py rfdetr/training/optim.py
+rfdetr/training/frozen.py rfdetr/training/feature_cache.py
 rfdetr/data/coco.py rfdetr/data/augment.py rfdetr/data/loaders.py
 rfdetr/inference/detections.py rfdetr/inference/evaluation.py
 rfdetr/sizes.py rfdetr/classes.py rfdetr/boxes.py
@@ -91,23 +93,29 @@ def is_double(node: ast.Assign) -> bool:
     return isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
 
 
-def files(everything: bool) -> list[Path]:
-    if not everything:
-        return [path for pattern in EVENING for path in sorted(ROOT.glob(pattern))]
-    return sorted([*ROOT.glob("*.py"), *ROOT.glob("rfdetr/**/*.py")])
+ALL = ["*.py", "rfdetr/**/*.py"]
+TESTS = ["tests/*.py", "testkit/*.py", "benchmarks/*.py"]
+
+
+def files(patterns: list[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--all", action="store_true", help="every file, not the evening's path alone"
-    )
+    parser.add_argument("--all", action="store_true", help="every file of the program")
+    parser.add_argument("--tests", action="store_true", help="what tests and measures it")
     args = parser.parse_args()
+    patterns = EVENING
+    if args.all:
+        patterns = ALL
+    elif args.tests:
+        patterns = TESTS
     total = Measures()
     print(f"{'file':<44}{'lines':>7}{'tokens a line':>15}{'wide':>6}{'a, b = x, y':>13}")
-    for path in files(args.all):
+    for path in files(patterns):
         one = measure(path)
         total += one
         print_row(path.relative_to(ROOT).as_posix(), one)

@@ -147,7 +147,9 @@ def test_what_was_decided_on_exif_is_not_remembered_for_another_flag(dataset):
     turn(dataset, 1, 3, (WIDTH, HEIGHT))
     os.utime(dataset / "train/1.jpg", (1, 1))
     for wanted in ("apply", "ignore", "apply"):
-        assert read_dataset(dataset, exif=wanted)["train"].images[0].apply_exif == (wanted == "apply")
+        assert read_dataset(dataset, exif=wanted)["train"].images[0].apply_exif == (
+            wanted == "apply"
+        )
 
 
 def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatch):

@@ -330,6 +330,8 @@ class Samples(Dataset):
         return torch.zeros(8), torch.ones(3)
     def prepare_for_workers(self, workers):
         pass
+    def images_in_work(self, processes):
+        return []
 
 def main(argv):
     resource.setrlimit(resource.RLIMIT_NOFILE, (HANDLES, HANDLES))

@@ -35,7 +35,9 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PACKAGE = sorted((ROOT / "rfdetr").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
-SOURCES = [*PACKAGE, *SCRIPTS, *sorted((ROOT / "benchmarks").rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
+TESTKIT = sorted((ROOT / "testkit").rglob("*.py"))
 
 
 def module_of(path: Path) -> str:
@@ -43,7 +45,7 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Full names of the modules that a file imports, wherever in it; `from rfdetr import x` is rfdetr.x."""
+    """Full names of the modules that a file imports; `from rfdetr import x` is rfdetr.x."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -111,5 +113,27 @@ def test_walls(part, forbidden):
 
 def test_nothing_imports_a_script():
     scripts = {path.stem for path in SCRIPTS}
-    for path in SOURCES:
+    for path in [*PACKAGE, *SCRIPTS, *BENCHMARKS]:  # tests and testkit run them
         assert not imports_of(path) & scripts, path
+
+
+def tops_of(path: Path) -> set[str]:
+    """The first words of what a file imports: packages, and modules that lie beside it."""
+    return {module.split(".")[0] for module in imports_of(path)}
+
+
+def test_tests_and_benchmarks_do_not_import_each_other():
+    """What both need lies in testkit/, which imports neither."""
+    tests = {"tests"} | {path.stem for path in TESTS}
+    benchmarks = {"benchmarks"} | {path.stem for path in BENCHMARKS}
+    for path in TESTS:
+        assert not tops_of(path) & benchmarks, path
+    for path in BENCHMARKS:
+        assert not tops_of(path) & tests, path
+    for path in TESTKIT:
+        assert not tops_of(path) & (tests | benchmarks), path
+
+
+def test_what_is_used_needs_nothing_that_only_tests_it():
+    for path in [*PACKAGE, *SCRIPTS]:
+        assert not tops_of(path) & {"tests", "benchmarks", "testkit", "conftest"}, path

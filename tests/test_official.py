@@ -23,15 +23,6 @@ import export
 import shrink_head
 import train_detector_stage1
 import train_seg_stage2
-from benchmarks.export_parity import (
-    RECORDED,
-    differences,
-    hugging_face,
-    made_up_content,
-    own_predictions,
-    picture,
-)
-from benchmarks.parity import layout
 from rfdetr.classes import COCO_NAMES, assign_rows, coco_table
 from rfdetr.console import UserError
 from rfdetr.models.detector import Detector, select_detections
@@ -40,6 +31,15 @@ from rfdetr.weights import checkpoint
 from rfdetr.weights.fitting import load_pretrained
 from rfdetr.weights.official import to_official
 from rfdetr.weights.package import package_class, to_package
+from testkit.exported import (
+    RECORDED,
+    differences,
+    hugging_face,
+    made_up_content,
+    own_predictions,
+    picture,
+)
+from testkit.made_up import layout
 
 TINY = SIZES["tiny"]
 ROWS = ["transformer.enc_out_class_embed", "class_embed"]

@@ -13,21 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.parity import (
-    RECORDED,
-    build_own,
-    error,
-    layout,
-    own_values,
-    projections,
-    same_matches,
-    sample,
-)
 from rfdetr.console import UserError
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 from rfdetr.weights.fitting import load_pretrained
 from rfdetr.weights.official import from_official, official_names, to_official
+from testkit.made_up import layout
+from testkit.official import (
+    RECORDED,
+    build_own,
+    error,
+    own_values,
+    projections,
+    same_matches,
+    sample,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OFFICIAL = [name for name, size in SIZES.items() if size.weights_url]

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: the files they leave, what they say, and that the stages fit together."""
+"""The scripts as a user runs them: their files, what they say, and that stages fit together."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ def test_best_pt_holds_the_best_weights_and_no_optimizer(stage1):
 
 
 def test_shrunk_head_has_n_plus_one_rows_bit_for_bit(stage1, shrunk):
-    old, new = load(stage1.folder / "best.pt")["model"], load(shrunk.folder)["model"]
+    old = load(stage1.folder / "best.pt")["model"]
+    new = load(shrunk.folder)["model"]
     assert load(shrunk.folder)["model"]["class_embed.0.weight"].shape[0] == 4
     rows = [29, 12, 26, 0]  # in the order of --keep, the free row 0 last
     heads = [name for name in old if "class_embed" in name]
@@ -208,10 +209,9 @@ def test_shrink_tells_rows_and_the_better_weights(stage1, shrunk):
 
 def test_shrink_names_the_near_matches_of_a_wrong_name(stage1, workplace):
     out = workplace / "not_written.pth"
-    done = run_script(
-        "shrink_head.py", "--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out, "--keep", "cell", "vessel",
-        cwd=workplace, check=False,
-    )  # fmt: skip
+    files = ["--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out]
+    words = ["shrink_head.py", *files, "--keep", "cell", "vessel"]
+    done = run_script(*words, cwd=workplace, check=False)
     assert done.returncode == 2 and not out.exists()
     assert (
         "'cell' (did you mean 'cells'" in done.stderr
@@ -224,7 +224,8 @@ def test_shrinking_a_resumable_file_cuts_its_average_too(stage1, call, capsys):
     import shrink_head
 
     call(shrink_head.main, "--in_ckpt", stage1.folder / "last.pt", "--out_ckpt", "small.pth")
-    old, new = load(stage1.folder / "last.pt"), load(Path("small.pth"))
+    old = load(stage1.folder / "last.pt")
+    new = load(Path("small.pth"))
     for key in ("model", "ema"):
         for name in ("class_embed.0.weight", "transformer.enc_out_class_embed.0.bias"):
             assert torch.equal(new[key][name], old[key][name][[12, 26, 29, 0]])
@@ -272,7 +273,7 @@ def test_stage2_trains_the_mask_head(stage2):
 
 
 def test_stage2_knows_classes_by_name_in_the_checkpoints_order(stage2):
-    """The shrunk file's rows are glomerulus, cells, blood_vessel; the dataset's labels are in another order."""
+    """The dataset's labels are in another order than the shrunk file's rows."""
     content = load(stage2.folder / "best.pt")
     rows = dict(zip(content["classes"]["names"], content["classes"]["rows"]))
     assert rows == {"glomerulus": 0, "cells": 1, "blood_vessel": 2}
@@ -280,7 +281,7 @@ def test_stage2_knows_classes_by_name_in_the_checkpoints_order(stage2):
 
 
 def test_stage2_scores_its_detector_as_stage1_did(stage1, stage2):
-    """Dropping rows that never claimed a proposal and reordering the others changes nothing that is measured."""
+    """Dropping unused rows and reordering the others changes nothing that is measured."""
     best = metrics_of(stage1.folder)["best"]["value"]
     found = metrics_of(stage2.folder)["epochs"][0]["valid"]["bbox"]["mAP"]
     assert found == pytest.approx(best, abs=0.02)

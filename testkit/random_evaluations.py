@@ -3,11 +3,12 @@
 python benchmarks/fuzz.py --evaluation 1200
 python benchmarks/fuzz.py --evaluation 1 --seed 0 --first 4711     (one of them again)
 
-A set is made from (seed, number) alone: a COCO ground truth and what was found in each of its images,
-with everything that decides a figure: none to hundreds of objects and detections, crowds, objects
-without a mask, equal scores, boxes and masks that are equal or empty, areas at COCO's limits, images
-with nothing in them, numbers that are not finite, ids that are 0, negative, huge or texts.  Ours gets
-the detections that can count (`counting`), as in an evaluation; pycocotools gets all of them.
+A set is made from (seed, number) alone: a COCO ground truth and the detections in each of its
+images, with everything that decides a figure: none to hundreds of objects and detections, crowds,
+objects without a mask, equal scores, boxes and masks that are equal or empty, areas at COCO's
+limits, images with nothing in them, numbers that are not finite, ids that are 0, negative, huge or
+texts.  Ours gets the detections that can count (`counting`), as in an evaluation; pycocotools gets
+all of them.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ class RandomSet:
         return {"size": [height, width], "counts": rle["counts"].decode()}
 
     def add_object(self, image: dict, box: Array, label: int) -> None:
-        rng, height, width = self.rng, image["height"], image["width"]
+        rng = self.rng
+        height = image["height"]
+        width = image["width"]
         rle = self.rle(box, height, width)
         corners = box[:2] + DIAMOND * (box[2:] - box[:2])
         shapes = [rle, uncompressed(rle), [corners.ravel().tolist()], [], None]
@@ -116,7 +119,9 @@ class RandomSet:
 
     def add_detections(self, image: dict, objects: Array, object_labels: Array) -> None:
         """Some on an object or a little beside it, the others anywhere; in any order of scores."""
-        rng, height, width = self.rng, image["height"], image["width"]
+        rng = self.rng
+        height = image["height"]
+        width = image["width"]
         count = int(rng.choice([101, 250, 400]) if self.dense else rng.choice([0, 1, 10, 30, 130]))
         boxes = self.boxes(count, height, width)
         labels = rng.choice(self.classes, count)
@@ -209,7 +214,7 @@ def flat(summary: dict) -> dict[str, float]:
 
 
 def differences(case: RandomSet) -> dict[str, float]:
-    """How far each of our figures lies from pycocotools', the overlap from that of all detections."""
+    """How far each of our figures lies from pycocotools'; the overlap, from that of all."""
     full = CocoEvaluator(copy.deepcopy(case.truth), masks=True)
     ours = CocoEvaluator(copy.deepcopy(case.truth), masks=True)
     for image_id, boxes, scores, labels, rles in case.found:
@@ -234,7 +239,8 @@ def differences(case: RandomSet) -> dict[str, float]:
 
 def run_sets(first: int, count: int, seed: int) -> int:
     """Compare the sets `first`, `first` + 1, ...; prints and counts those outside LIMIT."""
-    outside, largest = 0, 0.0
+    outside = 0
+    largest = 0.0
     for number in range(first, first + count):
         found = differences(RandomSet(number, seed))
         largest = max(largest, *found.values())
@@ -243,6 +249,7 @@ def run_sets(first: int, count: int, seed: int) -> int:
             outside += 1
             print(f"--evaluation 1 --first {number}: {', '.join(wrong)}", flush=True)
     print(
-        f"{count} evaluations against pycocotools: largest difference {largest:.1e}, {outside} over {LIMIT}"
+        f"{count} evaluations against pycocotools: largest difference {largest:.1e}, "
+        f"{outside} over {LIMIT}"
     )
     return outside

@@ -1,0 +1,1 @@
+"""What tests and benchmarks both need: fuzz cases, kills, made-up weights and references."""
