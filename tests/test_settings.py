@@ -346,7 +346,7 @@ def values_for(field, setting) -> st.SearchStrategy:
     if field.type.startswith("bool"):
         return st.booleans()
     if setting.choices:
-        return st.sampled_from(setting.choices)
+        return st.sampled_from(sorted(setting.choices))
     words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=9)
     if field.type.startswith("tuple"):
         return st.lists(words, max_size=3).map(tuple)
