@@ -58,7 +58,7 @@ from rfdetr.console import run_script
 from rfdetr.data.demo import CLASS_NAMES, make_demo
 from rfdetr.device import memory_mb
 from rfdetr.models.detector import Detector
-from rfdetr.runs.environment import environment as run_environment
+from rfdetr.runs import environment as run_environment
 from rfdetr.sizes import SIZES
 from rfdetr.weights.official import to_official
 
