@@ -144,7 +144,8 @@ def assign_rows(names: list[str], ids: list[int], head: str) -> ClassTable:
 def keep_classes(table: ClassTable, keep: list[str]) -> ClassTable:
     """The table of `keep` alone, in that order, with the rows of the head as it is now.
 
-    Raises UserError for a name that is not in the table, with its near matches, and for one that repeats.
+    Raises UserError for a name that is not in the table, with its near matches, and for one that
+    repeats.
     """
     unknown = [_with_near_matches(name, table.names) for name in keep if name not in table.names]
     if unknown:

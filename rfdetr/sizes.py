@@ -1,4 +1,4 @@
-"""The model sizes: one frozen dataclass each, the only home of every architecture and recipe number."""
+"""The model sizes, the only home of every number of an architecture and its recipe."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ class Recipe:
     lr_min_factor: float = 0.0
     ema_decay: float = 0.993
     group_detr: int = 13
-    augment: str = (
-        "crops"  # "crops": flip + random crop; "dihedral": 8 flips and rotations + colour jitter
-    )
+    augment: str = "crops"  # flip and random crop; "dihedral": 8 flips and rotations, colour jitter
     amp: str = "auto"
     drop_path: float = 0.0
     multi_scale: bool = True
@@ -65,10 +63,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """One size of the RF-DETR family.  Source of the numbers: PyPI rfdetr 1.11, config.py and model_weights.py.
+    """One size of the RF-DETR family.
 
-    Pixels unless said otherwise. `feature_layers` counts blocks: 3 is the output of the third block; the blocks with
-    the 0-based same numbers attend globally, all others inside windows (windows x windows of them).
+    Sides are in pixels unless said otherwise. `feature_layers` counts blocks: 3 is the output of
+    the third block; the blocks with the 0-based same numbers attend globally, all others inside
+    windows (windows x windows of them).
+    Source of the numbers: PyPI rfdetr 1.11, config.py and model_weights.py.
     """
 
     name: str
@@ -91,9 +91,7 @@ class ModelSize:
     queries: int = 300
     select: int = 300  # detections kept per image
     standardise: bool = False  # per image and channel, inside the backbone
-    mask_head: str = (
-        "standard"  # "official": the package's own head, whose weights come with the detector's
-    )
+    mask_head: str = "standard"  # or "nano"; "official": the published head and its weights
     weights_url: str | None = None
     weights_md5: str | None = None
     recipe: Recipe = Recipe()
@@ -119,7 +117,7 @@ class ModelSize:
 
     @property
     def used_depth(self) -> int:
-        """Blocks that influence an output; later ones exist in the official files and are never run."""
+        """Blocks that influence an output; official files have later ones, which are never run."""
         return max(self.feature_layers)
 
     @property
@@ -127,73 +125,154 @@ class ModelSize:
         return self.weights_url and f"rf-detr-{self.name}.pth"
 
 
-_TINY = Recipe(
-    accum=1, lr=1e-3, lr_encoder=1e-3, lr_layer_decay=1.0, lr_decoder_factor=1.0, warmup_steps=50, flat_fraction=0.6,
-    lr_min_factor=0.02, ema_decay=0.99, group_detr=1, augment="dihedral", amp="off", multi_scale=False, workers=0,
-    min_steps=400, seg_batch=16, seg_accum=1, seg_lr=2e-3, seg_min_steps=60, single_lr=1e-3, single_lr_encoder=1e-3,
-)  # fmt: skip
-_URL = "https://storage.googleapis.com/rfdetr/"
-_PATCH16 = dict(dim=384, heads=6, patch=16, windows=2, feature_layers=(3, 6, 9, 12))
-_PATCH14 = dict(
-    patch=14,
-    windows=4,
-    position_grid=37,
-    feature_layers=(2, 5, 8, 11),
-    resolution=560,
-    decoder_layers=3,
+WEIGHTS = "https://storage.googleapis.com/rfdetr/"
+
+TINY = ModelSize(
+    name="tiny",
+    resolution=160,
+    patch=8,
+    windows=2,
+    dim=96,
+    heads=3,
+    position_grid=20,
+    feature_layers=(1, 2),
+    decoder_layers=2,
+    depth=2,
+    mlp_ratio=3.0,
+    hidden=96,
+    self_heads=4,
+    cross_heads=8,
+    feedforward=256,
+    queries=100,
+    select=100,
+    standardise=True,
+    mask_head="nano",
+    recipe=Recipe(
+        accum=1,
+        lr=1e-3,
+        lr_encoder=1e-3,
+        lr_layer_decay=1.0,
+        lr_decoder_factor=1.0,
+        warmup_steps=50,
+        flat_fraction=0.6,
+        lr_min_factor=0.02,
+        ema_decay=0.99,
+        group_detr=1,
+        augment="dihedral",
+        amp="off",
+        multi_scale=False,
+        workers=0,
+        min_steps=400,
+        seg_batch=16,
+        seg_accum=1,
+        seg_lr=2e-3,
+        seg_min_steps=60,
+        single_lr=1e-3,
+        single_lr_encoder=1e-3,
+    ),
 )
 
-SIZES: dict[str, ModelSize] = {
-    size.name: size
-    for size in (
-        ModelSize(
-            name="tiny", resolution=160, patch=8, windows=2, dim=96, heads=3, position_grid=20, depth=2, mlp_ratio=3.0,
-            feature_layers=(1, 2), decoder_layers=2, hidden=96, self_heads=4, cross_heads=8, feedforward=256,
-            queries=100, select=100, standardise=True, mask_head="nano", recipe=_TINY,
-        ),
-        ModelSize(
-            name="nano", resolution=384, position_grid=24, decoder_layers=2, mask_head="nano", **_PATCH16,
-            weights_url=_URL + "nano_coco/checkpoint_best_regular.pth", weights_md5="fb6504cce7fbdc783f7a46991f07639f",
-        ),
-        ModelSize(
-            name="small", resolution=512, position_grid=32, decoder_layers=3, **_PATCH16,
-            weights_url=_URL + "small_coco/checkpoint_best_regular.pth", weights_md5="fb37061c1af7bace359c91b723a8d5c1",
-        ),
-        ModelSize(
-            name="medium", resolution=576, position_grid=36, decoder_layers=4, **_PATCH16,
-            weights_url=_URL + "medium_coco/checkpoint_best_regular.pth",
-            weights_md5="7223f764a87b863f02eb8d52bf0ce2ee",
-        ),
-        ModelSize(
-            name="base", dim=384, heads=6, **_PATCH14,
-            weights_url=_URL + "rf-detr-base-coco.pth", weights_md5="b4d3ce46099eaed50626ede388caf979",
-        ),
-        ModelSize(
-            name="large", dim=768, heads=12, levels=("P3", "P5"), hidden=384, self_heads=12, cross_heads=24, points=4,
-            **_PATCH14, weights_url=_URL + "rf-detr-large.pth", weights_md5="992c8e862aa733a7bb2777e45d49f1a0",
-        ),
-        ModelSize(
-            name="large-2026", resolution=704, position_grid=44, decoder_layers=4, **_PATCH16,
-            weights_url=_URL + "rf-detr-large-2026.pth", weights_md5="5cb72153541cbcb9aa6efa26222acc75",
-        ),
-        *(
-            ModelSize(
-                name=f"seg-{name}", resolution=side, windows=windows, position_grid=side // 12, decoder_layers=layers,
-                queries=queries, select=queries, dim=384, heads=6, patch=12, feature_layers=(3, 6, 9, 12),
-                mask_head="official", recipe=Recipe(single_mask_loss_coef=5.0, single_dice_loss_coef=5.0),
-                weights_url=f"{_URL}rf-detr-seg-{file}-ft.pth", weights_md5=md5,
-            )
-            for name, file, side, windows, layers, queries, md5 in (
-                ("nano", "n", 312, 1, 4, 100, "9995497791d0ff1664a1d9ddee9cfd20"),
-                ("small", "s", 384, 2, 4, 100, "0a2a3006381d0c42853907e700eadd08"),
-                ("medium", "m", 432, 2, 5, 200, "a49af1562c3719227ad43d0ca53b4c7a"),
-                ("large", "l", 504, 2, 5, 200, "275f7b094909544ed2841c94a677d07e"),
-                ("xlarge", "xl", 624, 2, 6, 300, "3693b35d0eea86ebb3e0444f4a611fba"),
-                ("2xlarge", "2xl", 768, 2, 6, 300, "040bc3412af840fa8a47e0ff69b552ba"),
-            )
-        ),
+BASE = ModelSize(
+    name="base",
+    resolution=560,
+    patch=14,
+    windows=4,
+    dim=384,
+    heads=6,
+    position_grid=37,
+    feature_layers=(2, 5, 8, 11),
+    decoder_layers=3,
+    weights_url=WEIGHTS + "rf-detr-base-coco.pth",
+    weights_md5="b4d3ce46099eaed50626ede388caf979",
+)
+
+LARGE = replace(
+    BASE,
+    name="large",
+    dim=768,
+    heads=12,
+    levels=("P3", "P5"),
+    hidden=384,
+    self_heads=12,
+    cross_heads=24,
+    points=4,
+    weights_url=WEIGHTS + "rf-detr-large.pth",
+    weights_md5="992c8e862aa733a7bb2777e45d49f1a0",
+)
+
+
+def _patch16(
+    name: str, resolution: int, decoder_layers: int, file: str, md5: str, mask_head: str
+) -> ModelSize:
+    """One of the newer detectors, whose position grid is that of their resolution."""
+    return ModelSize(
+        name=name,
+        resolution=resolution,
+        patch=16,
+        windows=2,
+        dim=384,
+        heads=6,
+        position_grid=resolution // 16,
+        feature_layers=(3, 6, 9, 12),
+        decoder_layers=decoder_layers,
+        mask_head=mask_head,
+        weights_url=WEIGHTS + file,
+        weights_md5=md5,
     )
-}  # fmt: skip
+
+
+def _seg(
+    name: str, resolution: int, windows: int, decoder_layers: int, queries: int, file: str, md5: str
+) -> ModelSize:
+    """One of the published mask models."""
+    return ModelSize(
+        name=f"seg-{name}",
+        resolution=resolution,
+        patch=12,
+        windows=windows,
+        dim=384,
+        heads=6,
+        position_grid=resolution // 12,
+        feature_layers=(3, 6, 9, 12),
+        decoder_layers=decoder_layers,
+        queries=queries,
+        select=queries,
+        mask_head="official",
+        weights_url=WEIGHTS + file,
+        weights_md5=md5,
+        recipe=Recipe(single_mask_loss_coef=5.0, single_dice_loss_coef=5.0),
+    )
+
+
+_ALL = [
+    TINY,
+    _patch16(
+        "nano", 384, 2,
+        "nano_coco/checkpoint_best_regular.pth", "fb6504cce7fbdc783f7a46991f07639f", "nano",
+    ),
+    _patch16(
+        "small", 512, 3,
+        "small_coco/checkpoint_best_regular.pth", "fb37061c1af7bace359c91b723a8d5c1", "standard",
+    ),
+    _patch16(
+        "medium", 576, 4,
+        "medium_coco/checkpoint_best_regular.pth", "7223f764a87b863f02eb8d52bf0ce2ee", "standard",
+    ),
+    BASE,
+    LARGE,
+    _patch16(
+        "large-2026", 704, 4,
+        "rf-detr-large-2026.pth", "5cb72153541cbcb9aa6efa26222acc75", "standard",
+    ),
+    # name, resolution, windows, decoder layers, queries
+    _seg("nano", 312, 1, 4, 100, "rf-detr-seg-n-ft.pth", "9995497791d0ff1664a1d9ddee9cfd20"),
+    _seg("small", 384, 2, 4, 100, "rf-detr-seg-s-ft.pth", "0a2a3006381d0c42853907e700eadd08"),
+    _seg("medium", 432, 2, 5, 200, "rf-detr-seg-m-ft.pth", "a49af1562c3719227ad43d0ca53b4c7a"),
+    _seg("large", 504, 2, 5, 200, "rf-detr-seg-l-ft.pth", "275f7b094909544ed2841c94a677d07e"),
+    _seg("xlarge", 624, 2, 6, 300, "rf-detr-seg-xl-ft.pth", "3693b35d0eea86ebb3e0444f4a611fba"),
+    _seg("2xlarge", 768, 2, 6, 300, "rf-detr-seg-2xl-ft.pth", "040bc3412af840fa8a47e0ff69b552ba"),
+]  # fmt: skip
+SIZES: dict[str, ModelSize] = {size.name: size for size in _ALL}
 
 
 def with_queries(size: ModelSize, queries: int | None, select: int | None) -> ModelSize:
@@ -205,34 +284,45 @@ def with_queries(size: ModelSize, queries: int | None, select: int | None) -> Mo
 
 
 def check_resolution(size: ModelSize, resolution: int | None) -> int:
-    """The input side in pixels: the size's own, or `resolution` if it fits the grid; UserError names the nearest."""
+    """The input side in pixels: the size's own, or `resolution` if it fits the windows.
+
+    Raises UserError that names the nearest sides that fit.
+    """
     if resolution is None:
         return size.resolution
-    if not size.block <= resolution <= MOST_PIXELS or resolution % size.block:
-        below = min(max(resolution // size.block, 1), MOST_PIXELS // size.block - 1) * size.block
-        raise UserError(
-            f"--resolution {resolution} does not fit {size.name}: it must be a multiple of {size.block} (patch "
-            f"{size.patch} x {size.windows} windows) up to {MOST_PIXELS}, the nearest are {below} and "
-            f"{below + size.block}"
-        )
-    return resolution
+    block = size.block
+    if resolution % block == 0 and block <= resolution <= MOST_PIXELS:
+        return resolution
+    most_blocks = MOST_PIXELS // block
+    blocks_below = min(max(resolution // block, 1), most_blocks - 1)
+    below = blocks_below * block
+    raise UserError(
+        f"--resolution {resolution} does not fit {size.name}: it must be a multiple of {block} "
+        f"(patch {size.patch} x {size.windows} windows) up to {MOST_PIXELS}, the nearest are "
+        f"{below} and {below + block}"
+    )
 
 
 def size_from_dict(values: dict) -> ModelSize:
-    """Rebuild a size from a checkpoint's plain dict.  ValueError or TypeError for unknown names and absurd values."""
-    if unknown := values.keys() - {field.name for field in fields(ModelSize)}:
+    """A size from a checkpoint's plain dict.
+
+    Raises ValueError or TypeError for unknown names and absurd values.
+    """
+    unknown = values.keys() - {field.name for field in fields(ModelSize)}
+    if unknown:
         raise ValueError(f"unknown size fields {sorted(unknown)}")
-    size = ModelSize(**values | {"recipe": Recipe(**values.get("recipe", {}))})
-    for own, known in (
-        (size, list(SIZES.values())),
-        (size.recipe, [size.recipe for size in SIZES.values()]),
-    ):
-        for name, value in vars(own).items():
-            kinds = {type(getattr(one, name)) for one in known}
-            numbers = value if type(value) is tuple else [value]
-            absurd = any(
-                type(number) in (int, float) and not 0 <= number <= 10_000 for number in numbers
-            )
-            if type(value) not in kinds or absurd:
-                raise ValueError(f"size field {name} is {str(value)[:50]}")
+    recipe = Recipe(**values.get("recipe", {}))
+    size = ModelSize(**values | {"recipe": recipe})
+    _require_plausible(size, list(SIZES.values()))
+    _require_plausible(recipe, [known.recipe for known in SIZES.values()])
     return size
+
+
+def _require_plausible(own: ModelSize | Recipe, known: list[ModelSize] | list[Recipe]) -> None:
+    """Raise ValueError for a value of a type that no known one has, and for absurd numbers."""
+    for name, value in vars(own).items():
+        types = {type(getattr(one, name)) for one in known}
+        entries = value if type(value) is tuple else (value,)
+        absurd = any(type(entry) in (int, float) and not 0 <= entry <= 10_000 for entry in entries)
+        if type(value) not in types or absurd:
+            raise ValueError(f"size field {name} is {str(value)[:50]}")

@@ -38,7 +38,8 @@ def test_a_model_survives_its_checkpoint(saved, small_model):
     assert checkpoint.fingerprint(model) == checkpoint.fingerprint(small_model)
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        expected, found = small_model.eval()(images), model(images)
+        expected = small_model.eval()(images)
+        found = model(images)
     for key in ("pred_logits", "pred_boxes", "queries", "features"):
         assert torch.equal(expected[key], found[key])
 
@@ -48,7 +49,8 @@ def test_inference_needs_one_group_of_queries_alone(saved, small_model):
     assert model.query_feat.weight.shape[0] == 10 and small_model.query_feat.weight.shape[0] == 20
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
-        expected, found = small_model.eval()(images), model(images)
+        expected = small_model.eval()(images)
+        found = model(images)
     torch.testing.assert_close(expected["pred_logits"], found["pred_logits"])
 
 
@@ -153,7 +155,7 @@ def test_the_fingerprint_sees_one_bit_and_buffers(small_model):
     assert checkpoint.fingerprint(small_model) != second
 
 
-# ---------------------------------------------------------------- values that no sound checkpoint has
+# ---------------- values that no sound checkpoint has
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -211,7 +213,7 @@ def test_a_side_beyond_the_position_grid_is_only_taken_when_asked_for(
             checkpoint.input_side(content, asked, Path("x.pt"))
 
 
-# ---------------------------------------------------------------- archives and files that are not what they seem
+# ---------------- archives and files that are not what they seem
 
 
 def repacked(
@@ -289,7 +291,8 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(saved, monkeypat
     other = saved.with_name("other.pt")
     shutil.copy(saved, other)
     saved.write_bytes(saved.read_bytes()[:5000])  # what another program has written of it so far
-    load, calls = torch.load, []
+    load = torch.load
+    calls = []
 
     def replaced(*args, **named):
         calls.append(1)

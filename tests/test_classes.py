@@ -59,7 +59,7 @@ def test_a_dataset_head_has_a_background_row_last():
 
 
 NAMES = st.lists(
-    st.one_of(st.sampled_from(list(COCO_NAMES.values())), st.text("abcxyz", min_size=1, max_size=4)),
+    st.sampled_from(list(COCO_NAMES.values())) | st.text("abcxyz", min_size=1, max_size=4),
     min_size=1, max_size=130, unique=True,
 )  # fmt: skip
 
@@ -145,12 +145,12 @@ def test_rows_outside_the_head_are_refused():
         keep_class_rows({"class_embed.0.bias": torch.randn(9)}, [3, 9])
 
 
-# ---------------------------------------------------------------- logits before and after
+# ---------------- logits before and after
 
 
 @pytest.fixture
 def wide(small_size) -> dict:
-    """A detector's checkpoint with a 91-row head and classes on some of its rows; its EMA is another model."""
+    """A checkpoint with a 91-row head and classes on some of its rows; its EMA is another model."""
     torch.manual_seed(0)
     table = assign_rows(["cells", "dog", "vessel"], [1, 2, 3], "coco91")
     # 4 x 8 tokens on a 64-pixel side and 10 queries: the ranking matters

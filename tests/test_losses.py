@@ -1,4 +1,4 @@
-"""Matching and losses against slow, explicit versions, and the divisor that makes accumulation exact."""
+"""Matching and losses against slow, explicit versions; accumulation is exact."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ def explicit_cost(logits: torch.Tensor, guess: torch.Tensor, row: int, box: torc
 @pytest.mark.parametrize("seed", range(4))
 def test_matching_is_the_cheapest_assignment_of_each_group(seed):
     torch.manual_seed(seed)
-    groups, per_group, counts = 2, 4, [2, 0, 3]
+    groups = 2
+    per_group = 4
+    counts = [2, 0, 3]
     found = prediction(3, groups * per_group)
-    rows, boxes = torch.randint(3, (5,)), random_boxes(5)
+    rows = torch.randint(3, (5,))
+    boxes = random_boxes(5)
     ((image, query, obj),) = match([found], rows, boxes, counts, groups)
     assert len(image) == groups * 5
     starts = [0, 2, 2]
@@ -71,7 +74,9 @@ def test_matching_is_the_cheapest_assignment_of_each_group(seed):
 def test_predictions_are_matched_independently():
     torch.manual_seed(0)
     several = [prediction(2, 5) for _ in range(3)]
-    rows, boxes, counts = torch.randint(3, (4,)), random_boxes(4), [3, 1]
+    rows = torch.randint(3, (4,))
+    boxes = random_boxes(4)
+    counts = [3, 1]
     together = match(several, rows, boxes, counts, groups=1)
     for one, expected in zip(several, together):
         (alone,) = match([one], rows, boxes, counts, groups=1)
@@ -103,13 +108,15 @@ def test_more_objects_than_queries_match_as_many_as_there_are():
     assert sorted(query.tolist()) == [0, 1, 2] and len(set(obj.tolist())) == 3
 
 
-# ---------------------------------------------------------------- class, box, giou
+# ---------------- class, box, giou
 
 
 def test_class_loss_is_the_explicit_loop():
     torch.manual_seed(1)
     logits = torch.randn(2, 3, 4)
-    image, query, rows = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1]), torch.tensor([3, 0, 2])
+    image = torch.tensor([0, 1, 1])
+    query = torch.tensor([2, 0, 1])
+    rows = torch.tensor([3, 0, 2])
     iou = torch.tensor([0.7, 0.0, 0.95])
     expected = 0.0
     for b, q, k in itertools.product(range(2), range(3), range(4)):
@@ -134,7 +141,8 @@ def test_box_losses_are_the_explicit_sums():
     truth = torch.cat([t["boxes"] for t in targets])
     l1 = giou = 0.0
     for i, q, o in zip(image.tolist(), query.tolist(), obj.tolist()):
-        a, b = found["pred_boxes"][i, q], truth[o]
+        a = found["pred_boxes"][i, q]
+        b = truth[o]
         l1 += (a - b).abs().sum().item()
         giou += (
             1
@@ -154,10 +162,8 @@ def test_every_layer_and_the_proposals_have_their_losses(small_model):
     outputs = small_model.train()(torch.randn(1, 3, 64, 64))
     targets = [{"rows": torch.tensor([1]), "boxes": random_boxes(1)}]
     losses, _ = detection_losses(outputs, targets, 2, 2.0, LossWeights())
-    kinds, layers = (
-        ("loss_class", "loss_box", "loss_giou"),
-        ("", "_0", "_enc"),
-    )  # two decoder layers
+    kinds = ("loss_class", "loss_box", "loss_giou")
+    layers = ("", "_0", "_enc")  # two decoder layers
     assert losses.keys() == {kind + layer for kind in kinds for layer in layers}
 
 
@@ -171,12 +177,13 @@ def test_images_without_objects_teach_the_classes_alone(small_model):
     assert all(p.grad is None or p.grad.isfinite().all() for p in small_model.parameters())
 
 
-# ---------------------------------------------------------------- masks
+# ---------------- masks
 
 
 def test_mask_losses_are_the_explicit_means():
     torch.manual_seed(3)
-    logits, target = torch.randn(3, 5, 5), (torch.rand(3, 5, 5) > 0.5).float()
+    logits = torch.randn(3, 5, 5)
+    target = (torch.rand(3, 5, 5) > 0.5).float()
     losses = mask_losses(logits, target, 6.0, LossWeights(mask=2.0, dice=0.5))
     bce = dice = 0.0
     for one, truth in zip(logits, target):
@@ -197,7 +204,7 @@ def test_perfect_masks_cost_nothing_and_none_at_all_cost_zero():
     sum(none.values()).backward()
 
 
-# ---------------------------------------------------------------- the divisor
+# ---------------- the divisor
 
 
 def test_one_batch_of_four_is_four_batches_of_one(small_size):
@@ -218,7 +225,8 @@ def test_one_batch_of_four_is_four_batches_of_one(small_size):
             sum(losses.values()).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    whole, parts = gradient([slice(0, 4)]), gradient([slice(i, i + 1) for i in range(4)])
+    whole = gradient([slice(0, 4)])
+    parts = gradient([slice(i, i + 1) for i in range(4)])
     assert len(whole) == len(parts)
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)

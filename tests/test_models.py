@@ -22,7 +22,7 @@ OFFICIAL = [name for name, size in SIZES.items() if size.weights_url]
 
 
 def package_mask_head_parameters(size) -> int:
-    """Parameters of the published package's segmentation head at this size (counted from its layers' shapes)."""
+    """Parameters of the published segmentation head at this size, from its layers' shapes."""
     c = size.hidden
     block = 9 * c + c + 2 * c + c * c + c
     mlp = 2 * c + 4 * c * c + 4 * c + 4 * c * c + c
@@ -170,10 +170,12 @@ def test_every_used_parameter_gets_a_gradient_and_no_other(small_model):
     )
     image = torch.tensor([0, 1, 1])
     pixels = small_model.mask_head.pixels(outputs["features"], images)
-    queries, boxes = outputs["queries"][image, :3].diagonal().T, torch.rand(3, 4) * 0.3 + 0.2
+    queries = outputs["queries"][image, :3].diagonal().T
+    boxes = torch.rand(3, 4) * 0.3 + 0.2
     total = total + small_model.mask_head.grid_logits(pixels, queries, boxes, image).square().mean()
     total.backward()
-    encoder, size = "backbone.0.encoder.encoder.", small_model.size
+    encoder = "backbone.0.encoder.encoder."
+    size = small_model.size
     unused = [f"{encoder}encoder.layer.{i}." for i in range(size.used_depth, size.depth)]
     unused = tuple(unused + [f"{encoder}embeddings.mask_token"])
     unused = {name for name, _ in small_model.named_parameters() if name.startswith(unused)}
@@ -234,7 +236,8 @@ def test_standardised_images_make_brightness_and_contrast_irrelevant(small_model
     small_model.eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
-        a, b = small_model(images), small_model(images * 3 + 1)
+        a = small_model(images)
+        b = small_model(images * 3 + 1)
     torch.testing.assert_close(a["features"], b["features"], atol=0.1, rtol=0.1)
 
 
@@ -302,11 +305,10 @@ def test_move_boxes_is_relative_to_the_box():
 def test_pasted_masks_agree_with_the_training_grid(name):
     torch.manual_seed(0)
     head = MASK_HEADS[name](96).eval()
-    features, images = torch.randn(1, 96, 16, 16), torch.randn(1, 3, 128, 128)
-    queries, boxes = (
-        torch.randn(3, 96),
-        torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.3, 0.6, 0.3, 0.3], [0.9, 0.1, 0.3, 0.4]]),
-    )
+    features = torch.randn(1, 96, 16, 16)
+    images = torch.randn(1, 3, 128, 128)
+    queries = torch.randn(3, 96)
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.3, 0.6, 0.3, 0.3], [0.9, 0.1, 0.3, 0.4]])
     with torch.inference_mode():
         pixels = head.pixels(features, images)
         grid = head.grid_logits(pixels, queries, boxes, torch.zeros(3, dtype=torch.long)) > 0
@@ -361,8 +363,10 @@ class LargestTensor(TorchDispatchMode):
 def test_masks_of_many_queries_take_no_more_memory_than_those_of_a_few(name):
     torch.manual_seed(0)
     head = OfficialMaskHead(96, 2).eval() if name == "official" else MASK_HEADS[name](96).eval()
-    features, images = torch.randn(1, 96, 16, 16), torch.randn(1, 3, 256, 256)
-    queries, boxes = torch.randn(300, 96), torch.rand(300, 4) * 0.5 + 0.25
+    features = torch.randn(1, 96, 16, 16)
+    images = torch.randn(1, 3, 256, 256)
+    queries = torch.randn(300, 96)
+    boxes = torch.rand(300, 4) * 0.5 + 0.25
     largest = {}
     with torch.inference_mode():
         pixels = head.pixels(features, images)[0]

@@ -1,7 +1,8 @@
-"""Files of the published package in and out: loading, cutting, masks on top, export, and DINOv2 alone as a start.
+"""Files of the published package: loading, shrinking, masks on top, export; DINOv2 as a start.
 
-tests/fixtures/export_nano.pt is what PyPI's rfdetr 1.11.2 predicted from exported files (benchmarks/export_parity.py
---record); weights and images are hashes that both sides make themselves.
+tests/fixtures/export_nano.pt is what PyPI's rfdetr 1.11.2 predicted from exported files
+(benchmarks/export_parity.py --record); weights and images are hashes that both sides make
+themselves.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ROWS = ["transformer.enc_out_class_embed", "class_embed"]
 
 
 def official_state(rows: int = 91, size: ModelSize = TINY) -> dict[str, Tensor]:
-    """Random weights of the smallest architecture under official names, as a file of the package holds them."""
+    """Random weights of the smallest architecture, as a file of the package holds them."""
     torch.manual_seed(0)
     state = Detector(size, rows=rows, groups=TINY.recipe.group_detr).state_dict()
     for name, tensor in state.items():
@@ -90,11 +91,11 @@ def outputs_of(content: dict, names: list[str], side: int = 160) -> tuple[dict, 
     return outputs, select_detections(outputs, rows, 50)
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ---------------- loading
 
 
 def lightning(state: dict[str, Tensor], args: object) -> dict:
-    """As Lightning writes a run's last.ckpt: no "model", callbacks with the average, an optimizer."""
+    """A last.ckpt of Lightning's: no "model", an average in callbacks, an optimizer."""
     average = {f"module.model.{name}": tensor + 1 for name, tensor in state.items()}
     return {
         "state_dict": {f"model._orig_mod.{name}": tensor for name, tensor in state.items()},
@@ -193,7 +194,7 @@ def test_a_file_of_another_resolution_keeps_its_grid_and_queries(tmp_path):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- shrinking
+# ---------------- shrinking
 
 
 def as_stored(path: Path) -> dict:
@@ -217,7 +218,8 @@ def test_shrink_takes_the_rows_of_the_names(file, keep, own, request, call, caps
     proposal_bias(path, own, 20.0)  # a kept class ranks every proposal, before and after
     call(shrink_head.main, "--in_ckpt", path, "--out_ckpt", tmp_path / "cut.pth", "--keep", *keep)
     assert "3 rows" in capsys.readouterr().out
-    before, after = checkpoint.load(path), checkpoint.load(tmp_path / "cut.pth")
+    before = checkpoint.load(path)
+    after = checkpoint.load(tmp_path / "cut.pth")
     rows = {"coco_file": [1, 18, 0], "tuned_file": [2, 0, 3]}[file]
     for name, tensor in before["model"].items():
         cut = tensor[rows] if name.startswith(tuple(ROWS)) else tensor
@@ -244,7 +246,7 @@ def test_a_dropped_class_that_held_proposals_moves_scores(
     assert (before - after).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------- masks on an official detector
+# ---------------- masks on an official detector
 
 
 @pytest.fixture
@@ -312,11 +314,11 @@ def test_stage2_asks_for_the_shrink_of_a_tuned_file(few, call, tmp_path):
     assert "shrink_head.py --in_ckpt" in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- out
+# ---------------- out
 
 
 def trained(head: str, mask_head: str | None = None) -> dict:
-    """A checkpoint of this repository with weights that are all different, called nano for the package's sake."""
+    """A checkpoint of this repository; the package has no tiny, so its size is called nano."""
     table = assign_rows(["cells", "dog", "vessel"], [1, 2, 3], head)
     state = {k: v for k, v in official_state(table.rows_total).items() if k != "_kp_active_mask"}
     model = Detector(TINY, table.rows_total, table.background_last, mask_head, groups=2)
@@ -369,7 +371,8 @@ def test_an_exported_file_comes_back(head, call, capsys, tmp_path):
 
 def test_official_and_tuned_files_come_back_bit_for_bit(coco_file, tuned_file):
     for path in (coco_file, tuned_file):
-        exported, state = to_package(checkpoint.load(path)), as_stored(path)["model"]
+        exported = to_package(checkpoint.load(path))
+        state = as_stored(path)["model"]
         assert exported["model"].keys() == state.keys() - {"_kp_active_mask"}
         assert all(torch.equal(tensor, state[name]) for name, tensor in exported["model"].items())
     assert (
@@ -406,7 +409,7 @@ def test_the_packages_names_of_the_sizes():
     ]  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------- DINOv2 alone
+# ---------------- DINOv2 alone
 
 
 def test_dinov2_goes_into_the_encoder_and_nowhere_else(tmp_path):
@@ -439,17 +442,16 @@ def test_the_layout_is_what_the_package_hands_its_encoder():
 
 def test_other_patches_and_grids_are_resampled(tmp_path):
     state = hugging_face("tiny")  # DINOv2's own 14 pixels and 37x37
-    kernel, positions = (
-        "embeddings.patch_embeddings.projection.weight",
-        "embeddings.position_embeddings",
-    )
+    kernel = "embeddings.patch_embeddings.projection.weight"
+    positions = "embeddings.position_embeddings"
     state["embeddings.register_tokens"] = torch.zeros(1, 4, TINY.dim)
     torch.save(state, tmp_path / "dinov2.bin")
     own = checkpoint.load_backbone(tmp_path / "dinov2.bin", 16)["model"]
     patches = torch.randn(5, 3, 14, 14)
     larger = torch.nn.functional.interpolate(patches, size=(16, 16), mode="bicubic", antialias=True)
-    new, old = own[f"backbone.0.encoder.encoder.{kernel}"].flatten(1), state[kernel].flatten(1)
-    # an enlarged patch answers the new kernel as the patch itself answers the old one (FlexiViT's definition)
+    new = own[f"backbone.0.encoder.encoder.{kernel}"].flatten(1)
+    old = state[kernel].flatten(1)
+    # FlexiViT: an enlarged patch answers the new kernel as the patch itself answers the old one
     torch.testing.assert_close(
         larger.flatten(1) @ new.T, patches.flatten(1) @ old.T, atol=1e-4, rtol=1e-4
     )

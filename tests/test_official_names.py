@@ -1,7 +1,8 @@
 """Names both ways, loading what fits, and the published package's own numbers.
 
-tests/fixtures/ holds what PyPI's rfdetr 1.11 computed (benchmarks/parity.py --record); weights and images are hashes
-that both sides make themselves, so these tests need neither the package nor its weights.
+tests/fixtures/ holds what PyPI's rfdetr 1.11 computed (benchmarks/parity.py --record); weights and
+images are hashes that both sides make themselves, so these tests need neither the package nor its
+weights.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def tiny_file(rows: int = 91, groups: int = 3) -> dict[str, torch.Tensor]:
     return to_official({name: torch.randn(tensor.shape) for name, tensor in state.items()})
 
 
-# ------------------------------------------------------------------------------------------- the package's numbers
+# ---------------- the package's numbers
 
 
 @pytest.mark.parametrize("size, resolution, train", RECORDED)
@@ -81,13 +82,14 @@ def test_same_numbers_as_the_published_package(size, resolution, train):
         gradients = {name for name in ours if name.startswith("gradient/")}
         assert gradients == recorded["gradients"].keys()
         for name, expected in recorded["gradients"].items():
-            # sampling points on a cell's edge turn their gradient with the last bit: no closer than this
+            # sampling points on a cell's edge turn their gradient with the last bit: no closer than
+            # this
             assert projections(name, ours[name]) == pytest.approx(
                 expected, abs=0.01 * expected[0] + 1e-9
             ), name
 
 
-# ------------------------------------------------------------------------------------------------------------ names
+# ---------------- names
 
 
 @pytest.mark.parametrize("size", OFFICIAL)
@@ -138,16 +140,17 @@ def test_the_official_names_of_a_tensor():
     assert official_names(BLOCK + "attn.proj.weight") == [BLOCK + "attention.output.dense.weight"]
 
 
-# ---------------------------------------------------------------------------------------------------------- loading
+# ---------------- loading
 
 
 def test_everything_loads_and_says_so():
-    file, model = tiny_file(), tiny()
+    file = tiny_file()
+    model = tiny()
     report = load_pretrained(model, file, [])
     assert set(report.loaded) == set(model.state_dict())
     assert (
-        report.summary()
-        == f"Pretrained weights: {len(model.state_dict())} tensors loaded, 0 left at their initial value"
+        report.summary() == f"Pretrained weights: {len(model.state_dict())} tensors loaded, "
+        "0 left at their initial value"
     )
     expected = from_official(file)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
@@ -202,7 +205,8 @@ def test_what_does_not_fit_is_skipped_with_both_shapes():
 
 @pytest.mark.parametrize("in_file, in_model", [(3, 1), (1, 3)])
 def test_other_numbers_of_groups_share_the_first_ones(in_file, in_model):
-    file, model = tiny_file(groups=in_file), tiny(groups=in_model)
+    file = tiny_file(groups=in_file)
+    model = tiny(groups=in_model)
     before = model.refpoint_embed.weight.detach().clone()
     report = load_pretrained(model, file, [])
     both = TINY.queries * min(in_file, in_model)
@@ -229,8 +233,11 @@ def test_fewer_queries_are_taken_from_every_group():
 
 def test_a_position_grid_of_another_side_is_resampled():
     name = "backbone.0.encoder.encoder.embeddings.position_embeddings"
-    file, model = tiny_file(), tiny()
-    theirs, ours, dim = TINY.position_grid + 4, TINY.position_grid, TINY.dim
+    file = tiny_file()
+    model = tiny()
+    theirs = TINY.position_grid + 4
+    ours = TINY.position_grid
+    dim = TINY.dim
     file[name] = torch.cat(
         (torch.full((1, 1, dim), 5.0), torch.full((1, theirs**2, dim), 2.0)), dim=1
     )

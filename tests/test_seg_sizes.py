@@ -1,4 +1,4 @@
-"""The official mask models: their head, its costs and losses at points, and the scripts on one of them."""
+"""The official mask models: their head, its costs and losses at points, and the scripts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def targets_of(counts: list[int], side: int = 64) -> list[dict]:
     ]
 
 
-# ---------------------------------------------------------------- head
+# ---------------- head
 
 
 def test_every_layer_and_the_proposals_learn_masks_and_every_parameter_gets_a_gradient(seg_model):
@@ -112,7 +112,7 @@ def test_inference_gives_the_last_layers_masks_for_the_chosen_queries_alone(seg_
     assert torch.equal(torch.stack([mask for _, _, mask in masks]), whole)
 
 
-# ---------------------------------------------------------------- costs and losses at points
+# ---------------- costs and losses at points
 
 
 def test_true_masks_are_read_where_the_points_lie():
@@ -137,10 +137,8 @@ def test_mask_costs_are_the_explicit_pairs():
         "kernels": torch.randn(2, 5, 4),
         "mask_bias": torch.ones(1),
     }
-    masks, has_mask = (
-        (torch.rand(3, 32, 32) > 0.5).to(torch.uint8),
-        torch.tensor([True, True, False]),
-    )
+    masks = (torch.rand(3, 32, 32) > 0.5).to(torch.uint8)
+    has_mask = torch.tensor([True, True, False])
     state = torch.get_rng_state()
     costs = mask_costs(prediction, masks, has_mask, [1, 2], LossWeights(mask=3.0, dice=2.0))
     torch.set_rng_state(state)
@@ -167,7 +165,9 @@ def test_logits_and_truth_are_those_of_the_matched_pairs():
     kernels = torch.arange(6.0).reshape(2, 3, 1)
     prediction = {"pixels": ones, "kernels": kernels, "mask_bias": torch.tensor([0.5])}
     masks = torch.tensor([0, 1, 1]).reshape(3, 1, 1).expand(3, 16, 16)
-    image, query, obj = torch.tensor([0, 0, 1]), torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2])
+    image = torch.tensor([0, 0, 1])
+    query = torch.tensor([2, 0, 1])
+    obj = torch.tensor([0, 1, 2])
     logits, truth = sample_matched_masks(prediction, (image, query, obj), masks)
     torch.testing.assert_close(logits, torch.tensor([2.5, 0.5, 4.5])[:, None].expand_as(logits))
     assert truth.equal(torch.tensor([0.0, 1.0, 1.0])[:, None].expand_as(truth))
@@ -181,7 +181,7 @@ def test_objects_without_a_mask_give_no_mask_loss(seg_model):
     assert losses["loss_mask"] == 0 and losses["loss_box"] > 0
 
 
-# ---------------------------------------------------------------- files and scripts
+# ---------------- files and scripts
 
 
 def test_an_official_file_loads_with_every_tensor_and_predicts_masks(
@@ -297,7 +297,8 @@ def test_the_script_fine_tunes_a_published_size(few, tmp_path):
     assert f"{len(model.state_dict())} tensors loaded, 0 left" in done.stdout
     assert torch.load(tmp_path / "run/best.pt")["args"]["dice_loss_coef"] == 5.0
     run_script(
-        "predict.py", "--checkpoint", "run/best.pt", "--input", few / "valid", "--output", "found", "--threshold", 0,
+        "predict.py", "--checkpoint", "run/best.pt", "--input", few / "valid",
+        "--output", "found", "--threshold", 0,
         cwd=tmp_path,
     )  # fmt: skip
     assert all(

@@ -19,7 +19,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT; the server's `cuts` are the numbers of bytes after which its next answers break off."""
+    """Serves CONTENT; the server's `cuts`: after how many bytes its next answers break off."""
 
     def do_GET(self):
         server = self.server
@@ -51,7 +51,9 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.cuts, server.ranges, server.can_resume = [], [], True
+    server.cuts = []
+    server.ranges = []
+    server.can_resume = True
     server.url = f"http://127.0.0.1:{server.server_address[1]}/weights.pth"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -90,12 +92,14 @@ def test_a_broken_transfer_goes_on_where_it_stopped(server, cache):
 
 
 def test_a_server_that_cannot_resume_sends_the_whole_file_again(server, cache):
-    server.can_resume, server.cuts = False, [100_000]
+    server.can_resume = False
+    server.cuts = [100_000]
     assert weights.find_weights("auto", nano(server.url)).read_bytes() == CONTENT
 
 
 def test_a_transfer_that_never_gets_further_ends(server, cache):
-    server.can_resume, server.cuts = False, [100_000] * 20
+    server.can_resume = False
+    server.cuts = [100_000] * 20
     with pytest.raises(UserError, match="breaks off at 100000 bytes"):
         weights.find_weights("auto", nano(server.url))
     assert list(cache.iterdir()) == []

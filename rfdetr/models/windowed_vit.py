@@ -131,8 +131,7 @@ class WindowedViT(nn.Module):
         fused = fused_attention_pays(images.device)
         for i, block in enumerate(self.encoder["layer"][: self.size.used_depth]):
             block.attn.fused_attn = fused
-            # attention alone mixes tokens, so a global block is a plain block on all windows in one
-            # row
+            # attention alone mixes tokens: a global block is a block on all windows in one row
             rows = B if i in self.size.feature_layers else B * N * N
             x = x.reshape(rows, -1, x.shape[-1])
             if self.grad_checkpoint and self.training:
