@@ -1,6 +1,6 @@
 """Score a checkpoint on a split: COCO box and mask figures, and mask overlap.
 
-python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --split valid --json scores.json
+python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --json scores.json
 """
 
 from __future__ import annotations
@@ -96,22 +96,26 @@ def trained_fraction(content: dict) -> float | None:
 def refuse_other_division(
     settings: EvaluationSettings, trained: float, trained_on: set[int], splits: dict[str, CocoSplit]
 ) -> None:
-    """UserError where train/ is divided otherwise than in training: images that were trained on would be scored.
+    """UserError where train/ is divided otherwise than in training: images that were trained on
+    would be scored.
 
-    Another dataset, none of whose images the checkpoint was trained on, may be divided as one likes.
+    Another dataset, none of whose images the checkpoint was trained on, may be divided as one
+    likes.
     """
     here = {*splits["train"].content_hashes, *splits["valid"].content_hashes}
     if trained_on and not trained_on & here:
         return
     raise UserError(
         f"--val_fraction {settings.val_fraction}: {settings.checkpoint} was trained with "
-        f"--val_fraction {trained}, so that images it was trained on would be scored. Leave the flag "
-        f"out, or give --val_fraction {trained}"
+        f"--val_fraction {trained}, so that images it was trained on would be scored. Leave the "
+        f"flag out, or give --val_fraction {trained}"
     )
 
 
 def tell_trained_images(trained_on: set[int], split: CocoSplit, name: str) -> None:
-    """Warn where images of a split, by their content, are among those that the checkpoint was trained on."""
+    """Warn where images of a split, by their content, are among those that the checkpoint was
+    trained on.
+    """
     files = [image.file_name for image in split.images if image.content_hash in trained_on]
     if not files:
         return

@@ -65,13 +65,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     write_json(settings.output / "predictions.json", records)
     tick(
-        f"{len(records)} objects in {len(paths) - unreadable} files: {settings.output} (pictures and "
-        "predictions.json)"
+        f"{len(records)} objects in {len(paths) - unreadable} files: {settings.output} "
+        "(pictures and predictions.json)"
     )
     if damaged:
         print(
-            f"Damaged: {', '.join(damaged)}. What could be decoded is in {settings.output}. For the "
-            "rest, copy or convert the video again, and run this again",
+            f"Damaged: {', '.join(damaged)}. What could be decoded is in {settings.output}. "
+            "For the rest, copy or convert the video again, and run this again",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     if len(new_table.names) < len(table.names) or table.rows_total > len(table.names) + 1:
         print(
             "Kept logits are unchanged while the ranking of proposals is. A dropped row that had "
-            "claimed a proposal no longer does, and query i keeps its own embedding, so that scores "
-            "may then move a little."
+            "claimed a proposal no longer does, and query i keeps its own embedding, so that "
+            "scores may then move a little."
         )
     say_which_weights_are_better(source)
     tick(f"Written: {target}")
@@ -63,7 +63,8 @@ def without_placeholders(keep: tuple[str, ...], content: dict, table: ClassTable
     for name in keep:
         if name in content.get("left_out", []) and name not in table.names:
             warn(
-                f"{name!r} is a placeholder category without objects that was never trained: left out"
+                f"{name!r} is a placeholder category without objects that was never trained: "
+                "left out"
             )
         else:
             kept.append(name)
@@ -80,7 +81,7 @@ def print_rows(table: ClassTable, new_table: ClassTable) -> None:
 
 
 def say_which_weights_are_better(path: Path) -> None:
-    """Whether the run's regular or its EMA weights scored higher, as far as its metrics.json tells."""
+    """Whether the run's regular or EMA weights scored higher, as far as metrics.json tells."""
     best = highest_box_map(path.parent)
     if len(best) < 2:
         return
@@ -89,7 +90,8 @@ def say_which_weights_are_better(path: Path) -> None:
     print(f"In this run the {better} weights scored higher: {scores}")
     if other in path.name:
         warn(
-            f"{path.name} holds the {other} weights; checkpoint_best_{better}.pth holds the better ones"
+            f"{path.name} holds the {other} weights; "
+            f"checkpoint_best_{better}.pth holds the better ones"
         )
 
 

@@ -1,6 +1,6 @@
 """Stage 1: fine-tune an RF-DETR detector on the boxes of a COCO-format dataset.
 
-python train_detector_stage1.py --size nano --epochs 50 --batch 4 --accum 4 --workers 2 --multi_scale 1
+python train_detector_stage1.py --size nano --epochs 50 --batch 4 --accum 4 --workers 2
 """
 
 from __future__ import annotations

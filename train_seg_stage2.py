@@ -2,7 +2,7 @@
 
 python train_seg_stage2.py --size nano --stage1_run runs/detector_nano_384_1
     --checkpoint runs/detector_nano_384_1/checkpoint_mydata.pth --epochs 50 --batch 4 --accum 2
-python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth     (classes of COCO: no stage 1 at all)
+python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth    (COCO's classes: no stage 1)
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def detector_file(settings: SegmentationSettings) -> Path:
-    """The checkpoint that was asked for, else best.pt or last.pt of the stage-1 run.  Raises UserError."""
+    """The checkpoint that was asked for, else best.pt or last.pt of the stage-1 run.  Raises
+    UserError.
+    """
     run = settings.stage1_run
     if settings.checkpoint:
         return settings.checkpoint
@@ -123,22 +125,25 @@ def warn_of_other_exif(content: dict, train: CocoSplit, path: Path) -> None:
 
 
 def mask_head_name(settings: SegmentationSettings, content: dict, path: Path) -> str:
-    """The mask head to train; a mask model's own is not trained on a frozen detector.  Raises UserError."""
+    """The mask head to train; a mask model's own is not trained on a frozen detector.  Raises
+    UserError.
+    """
     name = settings.mask_head
     if name == "auto":
         name = settings.model_size.mask_head
     if name == "official" and content["mask_head"] == "official":
         raise UserError(
             f"{path} has {settings.size}'s own mask head already, which is trained with the "
-            f"detector: python train_seg_single_stage.py --size {settings.size}. For a light one on "
-            "its frozen detector: --mask_head nano"
+            f"detector: python train_seg_single_stage.py --size {settings.size}. For a light one "
+            "on its frozen detector: --mask_head nano"
         )
     return "standard" if name == "official" else name
 
 
 def frozen_detector(session: Session, content: dict, path: Path) -> tuple[Detector, ClassTable]:
-    """The detector without masks, its class heads cut to the dataset's classes where that is asked for or goes
-    without saying, and its class table in the dataset's order.  Raises UserError."""
+    """The detector without masks, its class heads cut to the dataset's classes where that is asked
+    for or goes without saying, and its class table in the dataset's order.  Raises UserError.
+    """
     settings = session.settings
     names = session.train.class_names
     table = checkpoint.table_of(content)
@@ -199,7 +204,9 @@ def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
 def packer(
     session: Session, detector: Detector, table: ClassTable, head_name: str
 ) -> Callable[[dict], dict]:
-    """Turns the mask head's weights into a checkpoint's content, after a look at whether the detector is as it was."""
+    """Turns the mask head's weights into a checkpoint's content, after a look at whether the
+    detector is as it was.
+    """
     frozen = checkpoint.fingerprint(detector)
 
     def pack(head_state: dict) -> dict:

@@ -1,4 +1,5 @@
-"""Tell before anything runs whether it will: packages, device, disk, and every problem of the dataset at once.
+"""Tell before anything runs whether it will: packages, device, disk, and every problem of the
+dataset at once.
 
 python validate_setup.py --dataset dataset --size nano --check_images 1
 """

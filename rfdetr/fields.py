@@ -1,6 +1,7 @@
 """Kinds of settings: how a value is written on the command line or in YAML, and what it may be.
 
-`settings.py` declares its dataclasses with these, so that a default, its bounds and its help stand in one line.
+`settings.py` declares its dataclasses with these, so that a default, its bounds and its help stand
+in one line.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ OF_SIZE = "the size's own"  # a default that `sizes.py` has
 class Setting:
     """One setting's form: `read` turns what a user wrote into its checked value.
 
-    `several`: a list of such values. `none`: None is a value too, it means what `help` says of the default.
-    `words`: texts taken as they are beside the kind's own values ("auto"). `of_size`: the default is the size's.
-    `kept`: False for what belongs to one command and not to the run that it starts. `bare`: the value of a flag that
-    is given without one.
+    `several`: a list of such values. `none`: None is a value too, it means what `help` says of the
+    default. `words`: texts taken as they are beside the kind's own values ("auto"). `of_size`: the
+    default is the size's. `kept`: False for what belongs to one command and not to the run that it
+    starts. `bare`: the value of a flag that is given without one.
     """
 
     read_one: Callable[[str], object]
@@ -37,7 +38,9 @@ class Setting:
     bare: object = None
 
     def read(self, value: object) -> object:
-        """The checked value of a text, or of a plain value from YAML or a checkpoint; ValueError says what fits."""
+        """The checked value of a text, or of a plain value from YAML or a checkpoint; ValueError
+        says what fits.
+        """
         if value is None and self.none:
             return None
         if self.several:
@@ -135,6 +138,8 @@ def path(default, help: str, metavar: str | None = None):
 
 
 def for_this_command(field: dataclasses.Field, bare: object = None) -> dataclasses.Field:
-    """A setting that is no part of the run it starts; `bare`: its value where the flag is given without one."""
+    """A setting that is no part of the run it starts; `bare`: its value where the flag is given
+    without one.
+    """
     setting = dataclasses.replace(field.metadata["setting"], kept=False, bare=bare)
     return dataclasses.field(default=field.default, metadata={"setting": setting})

@@ -144,7 +144,8 @@ def fit(
     evaluator: SplitEvaluator,
     pack: Callable[[dict], dict],
 ) -> dict | None:
-    """Train to the last epoch; after each, evaluate, save and write metrics.json.  Returns the best epoch's record.
+    """Train to the last epoch; after each, evaluate, save and write metrics.json.  Returns the best
+    epoch's record.
 
     loader: batches in the order of its `batch_sampler`, an EpochSampler. `evaluator` scores the
     trained module on valid. `pack` turns its state dict into a self-contained checkpoint's content.
@@ -194,7 +195,9 @@ def fit(
 def make_keeper(
     session: Session, trainer: Trainer, pack: Callable[[dict], dict]
 ) -> CheckpointKeeper:
-    """What every checkpoint of the run holds beside the weights: settings, and what its images were."""
+    """What every checkpoint of the run holds beside the weights: settings, and what its images
+    were.
+    """
     train = session.train
     trained_on = torch.tensor(train.content_hashes, dtype=torch.int64)
     if session.trained_on is not None:
@@ -229,7 +232,7 @@ def go_on(session: Session, keeper: CheckpointKeeper) -> None:
 
 
 def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
-    """Save a run that is asked to stop, and say how to go on; its own settings come back with it."""
+    """Save a run that is asked to stop, and say how to go on; its settings come back with it."""
     keeper.save("checkpoint.pt")
     words = [*distributed.launcher(), sys.argv[0], "--resume", str(session.folder)]
     file = session.folder / "checkpoint.pt"
@@ -237,7 +240,9 @@ def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
 
 
 def evaluate(trainer: Trainer, evaluator: SplitEvaluator, record: dict) -> dict[str, dict]:
-    """Scores of the regular and, where there are any, the averaged weights, also put into the epoch's record."""
+    """Scores of the regular and, where there are any, the averaged weights, also put into the
+    epoch's record.
+    """
     begin = time.perf_counter()
     scores = {"regular": evaluator.evaluate(trainer.model)}
     record["valid"] = scores["regular"]
@@ -256,7 +261,7 @@ def best_model(trainer: Trainer, best: dict) -> nn.Module:
 
 
 def finish(session: Session, table: ClassTable, masks: bool, next_command: str) -> None:
-    """Score the test split with the best weights, say where the files are, and what to type next."""
+    """Score the test split with the best weights; say where the files are and what to type next."""
     if "test" in session.splits:
         content = None
         if distributed.is_main():  # it may still be writing it, and on another machine's disk

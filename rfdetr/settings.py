@@ -1,8 +1,9 @@
 """Every setting of every script, once: default, bounds, unit and help.
 
-Flags, `--config FILE.yaml`, a run's config.yaml and what a checkpoint keeps are made from these fields. They are
-resolved once (`resolve`): the size's recipe < the file < a resumed run's own < the command line. Afterwards nothing
-changes them: what a run finds out (how many images fit at once, where its cache lies) is the run's state.
+Flags, `--config FILE.yaml`, a run's config.yaml and what a checkpoint keeps are made from these
+fields. They are resolved once (`resolve`): the size's recipe < the file < a resumed run's own < the
+command line. Afterwards nothing changes them: what a run finds out (how many images fit at once,
+where its cache lies) is the run's state.
 """
 
 from __future__ import annotations
@@ -348,7 +349,8 @@ def settings_of(kind: type) -> dict[str, Setting]:
 def resolve(kind: type[S], given: dict, stored: dict | None = None, file: dict | None = None) -> S:
     """The settings of a script: the size's recipe < `file` < `stored` (a resumed run's) < `given`.
 
-    Each maps names to values as `read_layer` returns them. Raises UserError where one is missing or two do not fit.
+    Each maps names to values as `read_layer` returns them. Raises UserError where one is missing or
+    two do not fit.
     """
     layers = (file or {}) | (stored or {}) | given
     values = {field.name: layers.get(field.name, field.default) for field in fields(kind)}
@@ -374,8 +376,8 @@ def fill_in_from_size(kind: type[TrainingSettings], values: dict) -> None:
 def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dict:
     """The checked values of a --config file or a stored run, by name.
 
-    Unknown names are errors with the near match where `strict`, else passed over: an earlier version's run may have
-    had more. Raises UserError naming `where`, the setting and what it takes.
+    Unknown names are errors with the near match where `strict`, else passed over: an earlier
+    version's run may have had more. Raises UserError naming `where`, the setting and what it takes.
     """
     known = settings_of(kind)
     unknown = [name for name in values if name not in known]
@@ -399,7 +401,9 @@ def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dic
 
 
 def plain(settings: object) -> dict:
-    """The settings that belong to a run as plain values, for YAML, JSON and checkpoints; `read_layer` reads them."""
+    """The settings that belong to a run as plain values, for YAML, JSON and checkpoints;
+    `read_layer` reads them.
+    """
     kept = {}
     for name, setting in settings_of(type(settings)).items():
         value = getattr(settings, name)

@@ -1,4 +1,6 @@
-"""What validate_setup.py says: the machine, every problem of the dataset, and what is possible with it."""
+"""What validate_setup.py says: the machine, every problem of the dataset, and what is possible with
+it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ PICTURES = (".webp", ".png", ".jpg")
 
 
 def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
-    """Print all of it, and write it where --json asks for it; UserError where the dataset has errors."""
+    """Print all of it, and write it where --json asks for it; UserError where the dataset has
+    errors.
+    """
     refuse_files_of_dataset(settings)
     size = SIZES[settings.size]
     resolution = check_resolution(size, settings.resolution)
@@ -88,7 +92,9 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
 
 
 def refuse_files_of_dataset(settings: ValidationSettings) -> None:
-    """UserError where --json or --preview would overwrite a file of the dataset, or cannot be written."""
+    """UserError where --json or --preview would overwrite a file of the dataset, or cannot be
+    written.
+    """
     dataset = settings.dataset.resolve()
     for path in (settings.json, settings.preview):
         if path and path.is_file() and dataset in path.resolve().parents:
@@ -143,7 +149,9 @@ def describe_split(split: CocoSplit, resolution: int) -> dict:
 
 
 def print_splits(splits: dict[str, dict]) -> None:
-    """One line a split, then one row a class: label, category id in the first split, name, objects per split."""
+    """One line a split, then one row a class: label, category id in the first split, name, objects
+    per split.
+    """
     for name, row in splits.items():
         sizes = ", ".join(f"{count} {size}" for size, count in row["sizes"].items())
         print(

@@ -61,7 +61,7 @@ def decide_exif(
 
 
 def exif_proof(entry: ImageEntry, file: ImageFile) -> bool | None:
-    """Whether the annotated size proves that the orientation counts; None where it tells nothing."""
+    """Whether the annotated size proves that the orientation counts; None: it tells nothing."""
     if file.orientation == 1 or file.stored_size is None:
         return None
     turned_size = turned(file)

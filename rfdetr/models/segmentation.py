@@ -52,7 +52,9 @@ def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
 
 
 def between(places: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For places in 0..cells along an axis: the cells with the centres around each, and how near the second one is."""
+    """For places in 0..cells along an axis: the cells with the centres around each, and how near
+    the second one is.
+    """
     places = (places - 0.5).clamp(0, cells - 1)
     low = places.long()
     return low, (low + 1).clamp(max=cells - 1), places - low
@@ -286,7 +288,7 @@ class OfficialMaskHead(nn.Module):
     def paste(
         self, pixels: Tensor, queries: Tensor, boxes: Tensor, placement: Placement
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """As MaskHead.paste, but a mask is not bound to its box: it may fill all that is visible."""
+        """As MaskHead.paste, but a mask is not bound to its box: it may fill what is visible."""
         whole = [0, 0, placement.width, placement.height]
         rows, columns = placement.visible_pixels(whole)
         sampler = PixelSampler(placement, pixels)

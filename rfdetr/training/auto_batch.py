@@ -36,7 +36,8 @@ def find_micro_batch(
     effective: int,
     resolution: int,
 ) -> int:
-    """How many images fit into one forward and backward pass on the worst case: a divisor of `effective`.
+    """How many images fit into one forward and backward pass on the worst case: a divisor of
+    `effective`.
 
     A GPU is tried with ever fewer; a CPU, which does not refuse, by what one image takes.
     """

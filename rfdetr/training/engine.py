@@ -55,7 +55,7 @@ class Progress:
 
     @property
     def position(self) -> int:
-        """Where the schedule stands: the optimizer steps done, had every epoch had as many as now."""
+        """The schedule's step: the optimizer steps done, had every epoch had as many as now."""
         return self.epoch * self.steps + self.step_in_epoch
 
     def finish_epoch(self) -> None:
@@ -64,7 +64,9 @@ class Progress:
         self.sums = {}
 
     def count_epochs_in(self, steps: int) -> None:
-        """Give an epoch `steps` optimizer steps from now on; the running one keeps the share that is done."""
+        """Give an epoch `steps` optimizer steps from now on; the running one keeps the share that
+        is done.
+        """
         if self.steps:
             self.step_in_epoch = self.step_in_epoch * steps // self.steps
         self.step_in_epoch = min(self.step_in_epoch, steps)
@@ -73,10 +75,11 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """All that a run trains with. A batch is anything with a length, slices, `objects`,
-    `indices` and `unread`. `losses(model, batch, objects)` gives {name: weighted scalar}, each already divided by
-    `objects`, the objects of the whole effective batch, and may give COUNTS; `schedule(position)` the factor on each
-    group's base_lr."""
+    """All that a run trains with. A batch is anything with a length, slices, `objects`, `indices`
+    and `unread`. `losses(model, batch, objects)` gives {name: weighted scalar}, each already
+    divided by `objects`, the objects of the whole effective batch, and may give COUNTS;
+    `schedule(position)` the factor on each group's base_lr.
+    """
 
     model: nn.Module
     losses: Callable[[nn.Module, Batch, float], dict[str, Tensor]]
@@ -92,8 +95,8 @@ class Trainer:
 def train_one_epoch(
     trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, bool], None]
 ) -> dict:
-    """Train on every batch of `loader`, one optimizer step each; returns the epoch's mean losses, counts, rates and
-    times.
+    """Train on every batch of `loader`, one optimizer step each; returns the epoch's mean losses,
+    counts, rates and times.
 
     `after_step(batch, finite)` is called after each step, for signals and timed saves.
     """
@@ -144,10 +147,11 @@ def train_one_epoch(
 
 
 def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """One optimizer step on an effective batch; returns its losses over all ranks and the gradient norm.
+    """One optimizer step on an effective batch; returns its losses over all ranks and the gradient
+    norm.
 
-    Out of memory: the batch is cut into smaller parts, which changes nothing but memory, and the step is repeated. A
-    loss that is not finite skips the step.
+    Out of memory: the batch is cut into smaller parts, which changes nothing but memory, and the
+    step is repeated. A loss that is not finite skips the step.
     """
     trainer.optimizer.zero_grad(set_to_none=True)
     losses = backward_in_parts(trainer, batch)
@@ -219,12 +223,14 @@ def set_random_states(states: dict) -> None:
 
 
 def lower_micro_batch(progress: Progress, images: int) -> None:
-    """Halve the images in one forward pass, saying so.  Raises UserError with what is left to try at one image."""
+    """Halve the images in one forward pass, saying so.  Raises UserError with what is left to try
+    at one image.
+    """
     size = min(progress.micro_batch, images)
     if size <= 1:
         raise UserError(f"out of memory with a single image. {OUT_OF_MEMORY_ADVICE}")
     progress.micro_batch = -(-size // 2)
     warn(
-        f"out of memory: going on with --batch {progress.micro_batch} and the accumulation raised to match "
-        f"(the effective batch stays {images})"
+        f"out of memory: going on with --batch {progress.micro_batch} and the accumulation raised "
+        f"to match (the effective batch stays {images})"
     )

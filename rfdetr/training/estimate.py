@@ -1,4 +1,6 @@
-"""What stage 1 takes on this machine: one size is measured by a real step, the others follow from their shapes."""
+"""What stage 1 takes on this machine: one size is measured by a real step, the others follow from
+their shapes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ PATIENCE = 8.0  # seconds: a first step that took longer is not repeated, though
 
 
 def shape_of(name: str, resolution: int) -> tuple[int, float, float]:
-    """(parameters, FLOP, MB kept for the backward pass) of a training step's forward pass on one image.
+    """(parameters, FLOP, MB kept for the backward pass) of a training step's forward pass on one
+    image.
 
     On torch's meta device, which knows shapes and computes nothing.
     """
@@ -71,7 +74,9 @@ def measure(name: str, resolution: int, precision: Precision) -> tuple[float, fl
 
 
 def measure_apart(name: str, resolution: int, precision: Precision) -> tuple[float, float, float]:
-    """`measure` in a process of its own, whose peak is its own, and which alone ends where the memory does."""
+    """`measure` in a process of its own, whose peak is its own, and which alone ends where the
+    memory does.
+    """
 
     def in_a_process() -> tuple[float, float, float]:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -93,9 +98,10 @@ def measure_apart(name: str, resolution: int, precision: Precision) -> tuple[flo
 def estimate(name: str, resolution: int, precision: Precision, images: int) -> list[dict]:
     """A row for each size at its own resolution, and for `name` at `resolution`.
 
-    size, resolution, parameters, memory_mb at batch 1 and 4, epoch_s for so many images in the training split, and
-    whether a step was measured: of `name` and of tiny (of nano, where `name` is tiny). The others lie on the line
-    through these two.  Raises UserError where a single image does not fit.
+    size, resolution, parameters, memory_mb at batch 1 and 4, epoch_s for so many images in the
+    training split, and whether a step was measured: of `name` and of tiny (of nano, where `name` is
+    tiny). The others lie on the line through these two.  Raises UserError where a single image does
+    not fit.
     """
     sides = {key: size.resolution for key, size in SIZES.items() if not key.startswith("seg-")} | {
         name: resolution
@@ -129,7 +135,9 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
 
 
 def on_line(points: list[tuple[float, float]], x: float) -> float:
-    """The y at x of the line through two points, or through the second and zero where that line starts below zero."""
+    """The y at x of the line through two points, or through the second and zero where that line
+    starts below zero.
+    """
     (x1, y1), (x2, y2) = sorted(points)
     slope = (y2 - y1) / (x2 - x1)
     return y1 + slope * (x - x1) if y1 > slope * x1 else y2 * x / x2

@@ -1,8 +1,9 @@
 """What a frozen detector gives the mask head, computed once and kept.
 
-The detector never changes in stage 2, so one look at a few fixed views of each image (flips) serves every epoch and
-every later run: feature maps, the queries matched to objects, their boxes, and the objects' masks on the grid the loss
-looks at. A view is computed when an epoch first draws it. Images are not kept: they are read and flipped.
+The detector never changes in stage 2, so one look at a few fixed views of each image (flips) serves
+every epoch and every later run: feature maps, the queries matched to objects, their boxes, and the
+objects' masks on the grid the loss looks at. A view is computed when an epoch first draws it.
+Images are not kept: they are read and flipped.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ SPARE_DISK = 64 << 20  # bytes to leave free
 
 
 def sample_of_file(path: Path) -> bytes:
-    """sha256 of a file's content: all of a small one, of a larger one SAMPLES blocks from its beginning to its end.
+    """sha256 of a file's content: all of a small one, of a larger one SAMPLES blocks from its
+    beginning to its end.
 
-    Size and time alone are not enough: they are often restored with a copy. Empty where the file cannot be read.
+    Size and time alone are not enough: they are often restored with a copy. Empty where the file
+    cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -121,7 +124,9 @@ def feature_shape(size: ModelSize, resolution: int) -> tuple[int, int, int]:
 
 
 def fits_in_memory(split: CocoSplit, size: ModelSize, resolution: int) -> bool:
-    """Whether a frozen detector's outputs on a whole split may be kept: a quarter of the free memory."""
+    """Whether a frozen detector's outputs on a whole split may be kept: a quarter of the free
+    memory.
+    """
     features = 4 * math.prod(feature_shape(size, resolution))  # fp32
     queries = 4 * size.hidden * size.select
     pixels = 3 * resolution**2
@@ -129,14 +134,15 @@ def fits_in_memory(split: CocoSplit, size: ModelSize, resolution: int) -> bool:
 
 
 class FeatureCache:
-    """`views` fixed views of every image of a dataset (unaugmented, with masks), as the mask head learns from them.
+    """`views` fixed views of every image of a dataset (unaugmented, with masks), as the mask head
+    learns from them.
 
-    They lie in memory, or in a file in a folder of `parent` that is named after all that they depend
-    on. First comes a state (int64) a view: 0 until it is there, then (objects + 1) << 32 | crc32.
-    Then the records, each at its own offset: features fp16 (C, h, w), matched objects (`item`), and
-    room for more, up to all that have a mask. The state is written last, so that a kill costs no
-    more than one view, and processes that fill a file at once only do the same work twice. The file
-    is read, not mapped: writing to a full disk is an error then, and no crash.
+    They lie in memory, or in a file in a folder of `parent` that is named after all that they
+    depend on. First comes a state (int64) a view: 0 until it is there, then (objects + 1) << 32 |
+    crc32. Then the records, each at its own offset: features fp16 (C, h, w), matched objects
+    (`item`), and room for more, up to all that have a mask. The state is written last, so that a
+    kill costs no more than one view, and processes that fill a file at once only do the same work
+    twice. The file is read, not mapped: writing to a full disk is an error then, and no crash.
     """
 
     def __init__(self, objective: MaskObjective, dataset: SplitDataset, views: int, parent: Path):
@@ -179,7 +185,7 @@ class FeatureCache:
                 images.update(repr(told_by).encode())
                 images.update(sample + image.boxes.tobytes() + image.labels.tobytes())
         return {
-            "what": "a frozen detector's features for train_seg_stage2.py; the folder may be deleted",
+            "what": "a frozen detector's features, for stage 2; the folder may be deleted",
             "format": FORMAT,
             "detector": checkpoint.fingerprint(self.objective.detector),
             "size": asdict(self.objective.detector.size) | {"recipe": None},
@@ -208,7 +214,8 @@ class FeatureCache:
         return np.zeros(views, "<i8")
 
     def open(self, on_disk: bool) -> FeatureCache:
-        """Get ready to read and fill memory, or the folder's file, which all ranks of a machine share.
+        """Get ready to read and fill memory, or the folder's file, which all ranks of a machine
+        share.
 
         A file of a wrong size is made anew.  Raises UserError where the disk refuses.
         """
@@ -357,7 +364,9 @@ def unpack_grids(packed: np.ndarray) -> Tensor:
 
 @dataclass
 class Views(Dataset):
-    """What the loader's processes read: views with their samples, without objects where the cache has the view."""
+    """What the loader's processes read: views with their samples, without objects where the cache
+    has the view.
+    """
 
     dataset: SplitDataset
     views: int
@@ -378,7 +387,9 @@ class Views(Dataset):
 
 
 class CachedLoader:
-    """FrozenBatches in a sampler's order. Where memory does not hold the images, `workers` processes read them."""
+    """FrozenBatches in a sampler's order. Where memory does not hold the images, `workers`
+    processes read them.
+    """
 
     def __init__(self, cache: FeatureCache, sampler: EpochSampler, workers: int = 0):
         if cache.dataset.cache is not None:

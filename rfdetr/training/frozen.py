@@ -26,9 +26,10 @@ MATCH_IOU = 0.5  # a query that misses its object by more teaches the mask head 
 class FrozenBatch:
     """A batch as the mask head sees it.
 
-    images uint8 (n, 3, R, R); features (n, C, h, w); one list entry an image: queries (m, C), boxes (m, 4) cxcywh
-    0..1 as predicted, grids uint8 (m, GRID, GRID), the object's mask inside the enlarged box; counts: of all objects,
-    found by a query or not; indices: in the split; unread: as in Batch.
+    images uint8 (n, 3, R, R); features (n, C, h, w); one list entry an image: queries (m, C), boxes
+    (m, 4) cxcywh 0..1 as predicted, grids uint8 (m, GRID, GRID), the object's mask inside the
+    enlarged box; counts: of all objects, found by a query or not; indices: in the split; unread: as
+    in Batch.
     """
 
     images: Tensor
@@ -65,7 +66,8 @@ def freeze(
 ) -> FrozenBatch:
     """Run the frozen detector on a batch with masks and keep what the mask head learns from.
 
-    Objects are matched to queries as in training; matches below MATCH_IOU and objects without a mask are left out.
+    Objects are matched to queries as in training; matches below MATCH_IOU and objects without a
+    mask are left out.
     """
     device = precision.device
     with precision.autocast():
@@ -127,9 +129,11 @@ def flipped(sample: dict, view: int) -> dict:
 
 @dataclass(frozen=True)
 class MaskObjective:
-    """The mask head's losses on a cached batch, or on a fresh one that the frozen detector is run on first.
+    """The mask head's losses on a cached batch, or on a fresh one that the frozen detector is run
+    on first.
 
-    Beside them it counts the batch's objects, and those that the detector has matched: all that teaches anything.
+    Beside them it counts the batch's objects, and those that the detector has matched: all that
+    teaches anything.
     """
 
     detector: Detector

@@ -1,4 +1,6 @@
-"""What a run watches for: steps without a finite loss, images that cannot be read, epochs that teach nothing."""
+"""What a run watches for: steps without a finite loss, images that cannot be read, epochs that
+teach nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ NAN_STEPS = 10  # steps in a row without a finite loss end the run
 class RunHealth:
     """Looks at each step and each epoch; what can go on is a warning, what cannot a UserError.
 
-    nan_batches: the run's list of steps without a finite loss, which grows here. run: None but on rank 0.
+    nan_batches: the run's list of steps without a finite loss, which grows here. run: None but on
+    rank 0.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class RunHealth:
             )
 
     def after_epoch(self, record: dict) -> None:
-        """Count the unread images of all ranks into an epoch's "train" record; UserError where they are too many."""
+        """Count the unread images of all ranks into an epoch's "train" record; UserError where they
+        are too many.
+        """
         unread = set().union(*distributed.gather_objects(self.progress.unread))
         self.progress.unread = sorted(unread)
         check_unread(self.progress.unread, self.train)
@@ -77,8 +82,8 @@ class RunHealth:
         if not record.get("objects") or record["matched_objects"]:
             return
         message = (
-            f"epoch {epoch} has taught the mask head nothing: the frozen detector finds none of its "
-            f"{record['objects']:.0f} objects (no box overlaps one by more than half)"
+            f"epoch {epoch} has taught the mask head nothing: the frozen detector finds none of "
+            f"its {record['objects']:.0f} objects (no box overlaps one by more than half)"
         )
         if epoch == 1 and not dry_run:
             raise UserError(

@@ -53,7 +53,9 @@ class CheckpointKeeper:
     # ------------------------------------------------------------ the state of a run
 
     def save(self, *names: str) -> None:
-        """Write the state under each name: files of their own, so that damage to one leaves another."""
+        """Write the state under each name: files of their own, so that damage to one leaves
+        another.
+        """
         self.last_save = time.monotonic()
         if distributed.is_main():
             state = self.state()
@@ -116,7 +118,8 @@ class CheckpointKeeper:
     # ------------------------------------------------------------ the best epoch
 
     def keep_best(self, epoch: int, scores: dict[str, dict]) -> bool:
-        """Write best.pt, and the best of each, where an epoch's scores ask for it; True for a new best.
+        """Write best.pt, and the best of each, where an epoch's scores ask for it; True for a new
+        best.
 
         scores: "regular" and, where there is one, "ema" -> the summary of metrics.json's "valid".
         """
@@ -202,7 +205,8 @@ def is_better(value: float | None, than: float | None) -> bool:
 
 
 def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
-    """Take over moments and the last rates alone: flags given anew win, no stranger's setting reaches a kernel.
+    """Take over moments and the last rates alone: flags given anew win, no stranger's setting
+    reaches a kernel.
 
     Raises ValueError for moments of other shapes: a fused step would write beyond smaller ones.
     """
@@ -226,7 +230,9 @@ def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
 
 
 def check_history(state: dict) -> None:
-    """Raise ValueError where a checkpoint's "training" has no history of scores as state() writes it."""
+    """Raise ValueError where a checkpoint's "training" has no history of scores as state() writes
+    it.
+    """
     if state["best"] is not None and not is_best_record(state["best"]):
         raise ValueError("its best epoch is none")
     for weights, value in state["each"].items():

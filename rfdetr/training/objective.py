@@ -1,4 +1,6 @@
-"""What a detector is trained for: its losses on a batch of images, and its mask head's where it has one."""
+"""What a detector is trained for: its losses on a batch of images, and its mask head's where it has
+one.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from rfdetr.training.engine import Progress
 
 @dataclass(frozen=True)
 class DetectorObjective:
-    """losses(model, batch, objects) -> {name: weighted scalar}; a mask head learns on the matched queries."""
+    """losses(model, batch, objects) -> {name: weighted scalar}; a mask head learns on the matched
+    queries.
+    """
 
     table: ClassTable
     weights: LossWeights
@@ -56,7 +60,9 @@ class DetectorObjective:
     def matched_masks(
         self, model: Detector, images: Tensor, outputs: dict, targets: list[dict], matches: tuple
     ) -> tuple[Tensor, Tensor]:
-        """Mask logits and true masks (M, GRID, GRID) of the matched queries whose objects have a mask."""
+        """Mask logits and true masks (M, GRID, GRID) of the matched queries whose objects have a
+        mask.
+        """
         image, query, obj = matches
         has_mask = torch.cat([target["has_mask"] for target in targets])[obj]
         image = image[has_mask]
@@ -73,7 +79,7 @@ class DetectorObjective:
 
 
 def input_sides(settings: TrainingSettings, size: ModelSize, resolution: int) -> tuple[int, ...]:
-    """What multi-scale training draws each step's side from; empty where the side stays the same."""
+    """What multi-scale training draws each step's side from; empty: the side stays the same."""
     if not settings.multi_scale:
         return ()
     return tuple(multi_scale_sides(size, resolution, settings.expanded_scales))

@@ -15,7 +15,8 @@ from rfdetr.sizes import Recipe
 def parameter_groups(
     model: Detector, lr: float, lr_encoder: float, weight_decay: float
 ) -> list[dict]:
-    """AdamW groups with RF-DETR's rates: layer-wise decay on the encoder, a factor on the decoder's layers.
+    """AdamW groups with RF-DETR's rates: layer-wise decay on the encoder, a factor on the decoder's
+    layers.
 
     The encoder's biases, norms, embeddings and layer scales get no weight decay, everything else
     does, as published. Groups are parts of the model, not rates, so that a run that is resumed with
@@ -42,12 +43,14 @@ def parameter_group(parameters: list[nn.Parameter], lr: float, weight_decay: flo
 
 @dataclass(frozen=True)
 class Schedule:
-    """The factor on every base rate at an optimizer step: a linear warm-up, then the kind's own way.
+    """The factor on every base rate at an optimizer step: a linear warm-up, then the kind's own
+    way.
 
     "cosine": flat first, then a cosine down to the floor. "step": a tenth from 80 % on. "constant".
     It follows from the step and the total alone: a finished run that is resumed with more epochs
     goes on where the longer schedule stands at that step. Where a resumed run's epochs have more or
-    fewer steps than before, the step is the one that as many epochs come to now (Progress.position).
+    fewer steps than before, the step is the one that as many epochs come to now
+    (Progress.position).
     """
 
     total: int  # steps

@@ -1,4 +1,6 @@
-"""What a run says and notes of itself: its banner, an epoch's scores, its place in metrics.json and TensorBoard."""
+"""What a run says and notes of itself: its banner, an epoch's scores, its place in metrics.json and
+TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def record_epoch(run: Run, record: dict, best: dict | None) -> None:
 
 
 def draw_pictures(run: Run, evaluator: SplitEvaluator, model: nn.Module, epoch: int) -> None:
-    """Draw valid images beside what the model finds, into predictions/ and TensorBoard; what fails is a warning."""
+    """Draw valid images beside what the model finds, into predictions/ and TensorBoard; what fails
+    is a warning.
+    """
     folder = run.folder / "predictions"
     with run.optional(f"drawing pictures into {folder}"):
         folder.mkdir(exist_ok=True)

@@ -16,7 +16,9 @@ STATES = ("last.pt", "checkpoint.pt")
 
 
 def newest_run(stem: str) -> Path:
-    """The run under runs/ that was changed last, its folder beginning with `stem`; UserError where there is none."""
+    """The run under runs/ that was changed last, its folder beginning with `stem`; UserError where
+    there is none.
+    """
     runs = []
     for folder in Path("runs").glob(f"{stem}_*"):
         if any((folder / name).exists() for name in STATES):
@@ -30,7 +32,8 @@ def newest_run(stem: str) -> Path:
 
 
 def latest_state(folder: Path, stage: str) -> dict:
-    """The content of whichever of a run's last.pt and checkpoint.pt is further; a damaged one is named, the other taken.
+    """The content of whichever of a run's last.pt and checkpoint.pt is further; a damaged one is
+    named, the other taken.
 
     Raises UserError where neither can be used, or the run is of another stage.
     """
@@ -83,8 +86,8 @@ def resumed_progress(
 ) -> Progress:
     """Where a resumed run stands.  Splits that are no longer what it saw are said.
 
-    digests: as `data_digest` gives them now. Numbers of unread images are forgotten where train is another.
-    Checkpoints of earlier versions hold no digests: there the numbers that exist are kept.
+    digests: as `data_digest` gives them now. Numbers of unread images are forgotten where train is
+    another. Checkpoints of earlier versions hold no digests: there the numbers that exist are kept.
     """
     progress = Progress(**resumed["training"]["progress"])
     before = resumed["training"].get("data")
@@ -94,7 +97,8 @@ def resumed_progress(
     if changed:
         warn(
             f"--resume: {' and '.join(changed)} of {dataset} have other images or annotations than "
-            f"epochs 1-{max(progress.epoch, 1)} saw: their scores cannot be compared with what follows"
+            f"epochs 1-{max(progress.epoch, 1)} saw: their scores cannot be compared "
+            "with what follows"
         )
     images = len(splits["train"].images)
     if "train" in changed:

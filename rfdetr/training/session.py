@@ -55,7 +55,8 @@ class Session:
 
 
 def class_table(session: Session, head: str) -> ClassTable:
-    """The class head's rows: new ones (`head` as in assign_rows), or a resumed run's, in the dataset's order of now.
+    """The class head's rows: new ones (`head` as in assign_rows), or a resumed run's, in the
+    dataset's order of now.
 
     Raises UserError where the dataset's classes are no longer the run's.
     """
@@ -78,7 +79,9 @@ def adapt_encoder(session: Session, model: Detector) -> None:
 
 
 def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSampler]:
-    """The training images and their order; each list of the sampler is one optimizer step of this rank."""
+    """The training images and their order; each list of the sampler is one optimizer step of this
+    rank.
+    """
     settings = session.settings
     augment = session.size.recipe.augment
     dataset = SplitDataset(session.train, session.resolution, augment, masks)
@@ -98,7 +101,8 @@ def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSam
 def make_trainer(
     session: Session, model: nn.Module, losses: Callable, groups: list[dict], steps: int
 ) -> Trainer:
-    """AdamW (fused where torch has it), a gradient scaler for fp16 alone, an average of the weights, the schedule.
+    """AdamW (fused where torch has it), a gradient scaler for fp16 alone, an average of the
+    weights, the schedule.
 
     `steps`: optimizer steps in an epoch. `losses` as in Trainer.
     """

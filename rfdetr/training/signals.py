@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and a terminal that goes away: the run ends its step, saves, and says how to go on."""
+"""Ctrl-C, SIGTERM and a terminal that goes away: the run ends its step, saves, and says how to go
+on.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def start_from(
 def start_detector(
     model: Detector, table: ClassTable, settings: DetectorTraining, init_ckpt: Path | None = None
 ) -> Tensor | None:
-    """Give a new detector the weights that the settings name; `init_ckpt` goes before --pretrain_weights.
+    """Give a new detector the weights that the settings name; `init_ckpt` goes before
+    --pretrain_weights.
 
     Returns as start_from; raises UserError for files that cannot be had or read.
     """
