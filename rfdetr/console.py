@@ -7,7 +7,6 @@ the first process to say it prints it, and no other repeats it. No caller asks w
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 TICK = "✓"
 WARN = "⚠"
-LARGEST = 10**9  # of a flag's value: what is larger is a slip, and no library takes it
 
 
 class UserError(Exception):
@@ -42,32 +40,6 @@ class Stopped(BaseException):
     def __init__(self, code: int):
         super().__init__(f"stopped with exit status {code}")
         self.code = code
-
-
-def boolean(text: str) -> bool:
-    """argparse type of the guide's 0|1 flags; also takes true/false and yes/no."""
-    value = text.strip().lower()
-    if value in ("1", "true", "yes"):
-        return True
-    if value in ("0", "false", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected 0, 1, true, false, yes or no, got {text!r}")
-
-
-def number(kind: type, low: float = -LARGEST, high: float = LARGEST) -> Callable[[str], float]:
-    """argparse type: an int or float within [low, high]; the error names the accepted range."""
-
-    def parse(text: str):
-        expected = f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}"
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(expected) from None
-        if not low <= value <= high:  # true of nan, too
-            raise argparse.ArgumentTypeError(expected)
-        return value
-
-    return parse
 
 
 # ---------------------------------------------------------------- messages

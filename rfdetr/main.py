@@ -164,7 +164,7 @@ def fit(
             keeper.save("checkpoint.pt")
         signals.stop_if_asked()
 
-    with signals, naming_workers(loader.dataset):
+    with signals, naming_workers(loader.dataset.images_in_work):
         while progress.epoch < settings.last_epoch:
             if 0 < settings.stop_after <= keeper.evaluations_without_gain:
                 tick(f"Stopped early: {settings.stop_after} evaluations without gain (--patience)")

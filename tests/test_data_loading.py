@@ -335,7 +335,8 @@ class Samples(Dataset):
 
 def main(argv):
     resource.setrlimit(resource.RLIMIT_NOFILE, (HANDLES, HANDLES))
-    with naming_workers(samples := Samples()):
+    samples = Samples()
+    with naming_workers(samples.images_in_work):
         list(make_loader(samples, [[i, i, i, i] for i in range(50)], 2, collate_fn=list))
 
 run_script(main, [])
@@ -371,6 +372,6 @@ def test_too_few_file_handles_are_named_and_nothing_hangs(limit, tmp_path):
 def test_what_the_workers_lack_is_named(error, message, split):
     with (
         pytest.raises(UserError, match=message),
-        naming_workers(SplitDataset(split, 64, None, masks=False)),
+        naming_workers(SplitDataset(split, 64, None, masks=False).images_in_work),
     ):
         raise error

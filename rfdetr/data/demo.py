@@ -24,8 +24,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from rfdetr.console import UserError, number, run_script, tick
+from rfdetr.console import UserError, run_script, tick
 from rfdetr.data.layout import ANNOTATIONS, SPLITS
+from rfdetr.fields import MOST, number
 
 CLASS_NAMES = ("cells", "blood_vessel", "glomerulus")  # category ids 1, 2, 3
 DESCRIPTION = "rfdetr demo data"  # in "info": tells an earlier demo from somebody's own folder
@@ -392,6 +393,19 @@ def is_demo_file(path: Path, folders: list[Path]) -> bool:
     return re.fullmatch(r"demo_\d{5,}\.png", path.name) is not None
 
 
+def within(low: int, high: int = MOST) -> Callable[[str], int]:
+    """An argparse type: a whole number in the range."""
+    read = number(int, low, high)
+
+    def parse(text: str) -> int:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rfdetr.data.demo", description="Write a generated demo dataset."
@@ -401,12 +415,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     for split, least, default in (("train", 1, 200), ("valid", 0, 50), ("test", 0, 0)):
         parser.add_argument(
-            f"--{split}", type=number(int, least), default=default, help="number of images"
+            f"--{split}", type=within(least), default=default, help="number of images"
         )
     parser.add_argument(
-        "--size", type=number(int, 64, 2048), default=192, help="side of the images in pixels"
+        "--size", type=within(64, 2048), default=192, help="side of the images in pixels"
     )
-    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--seed", type=within(0), default=0)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     try:

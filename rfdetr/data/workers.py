@@ -9,14 +9,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rfdetr.console import UserError
-
-if TYPE_CHECKING:
-    from rfdetr.data.loaders import SplitDataset
 
 # sent by a user, a job scheduler, a terminal that goes away; Windows has not all of them
 STOP_SIGNALS = [
@@ -71,8 +67,10 @@ def is_out_of_files(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def naming_workers(dataset: SplitDataset) -> Iterator[None]:
-    """Raise a UserError where a worker of the dataset's loader dies: at which image, and why.
+def naming_workers(images_in_work: Callable[[set[int]], list[str]]) -> Iterator[None]:
+    """Raise a UserError where a loader's worker dies: at which image, and why.
+
+    images_in_work: the files that the processes of these numbers took last.
 
     torch notices that by a signal, wherever the main process is.
     """
@@ -89,7 +87,7 @@ def naming_workers(dataset: SplitDataset) -> Iterator[None]:
         if not DEAD_WORKER.search(text):
             raise
         numbers = {int(number) for number in re.findall(r"\d+", text)}  # with its process id
-        images = dataset.images_in_work(numbers)
+        images = images_in_work(numbers)
         raise UserError(
             f"a data worker died ({reason}) at the image {' or '.join(images) or '(unknown)'}. "
             "Either the image crashes its decoder, or memory, shared memory (/dev/shm) or file "

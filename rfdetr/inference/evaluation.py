@@ -85,7 +85,7 @@ class SplitEvaluator:
         """
         head = self._head(model)
         images = []
-        with naming_workers(self.loader.dataset):
+        with naming_workers(self.loader.dataset.images_in_work):
             for detections in self.detections(model):
                 images += self._in_originals(detections, head)
         evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
