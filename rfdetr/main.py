@@ -33,7 +33,7 @@ from rfdetr.training.keeper import CheckpointKeeper
 from rfdetr.training.report import draw_pictures, print_banner, print_scores, record_epoch
 from rfdetr.training.resume import data_digest, resumed_progress
 from rfdetr.training.session import Session, split_evaluator
-from rfdetr.training.signals import StopSignals
+from rfdetr.training.signals import StopSignals, WatchedLoader
 from rfdetr.weights import checkpoint
 
 SPARE_DISK = 64 << 20  # bytes
@@ -171,7 +171,7 @@ def fit(
                 break
             epoch = progress.epoch + 1
             loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch)
-            batches = signals.batches_of(loader)
+            batches = WatchedLoader(loader, signals)
             record = {"epoch": epoch, "train": train_one_epoch(trainer, batches, after_step)}
             health.after_epoch(record["train"])
             health.check_matches(epoch, record["train"], bool(settings.fast_dev_run))

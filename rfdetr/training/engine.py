@@ -58,6 +58,28 @@ class Progress:
         """The schedule's step: the optimizer steps done, had every epoch had as many as now."""
         return self.epoch * self.steps + self.step_in_epoch
 
+    def count_step(self, losses: dict[str, float]) -> bool:
+        """Count a step and add up its losses, if they are finite; returns whether they are."""
+        finite = math.isfinite(losses["loss"])
+        self.step += 1
+        self.step_in_epoch += 1
+        if not finite:
+            self.nan_steps += 1
+            return False
+        self.nan_steps = 0
+        for name, value in (losses | {"steps": 1.0}).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        return True
+
+    def means(self) -> dict[str, float]:
+        """The epoch's mean losses over its finite steps, and the sums of what is counted."""
+        steps = max(self.sums.get("steps", 0.0), 1.0)
+        means = {}
+        for name, value in self.sums.items():
+            if name != "steps":
+                means[name] = value if name in COUNTS else value / steps
+        return means
+
     def finish_epoch(self) -> None:
         self.epoch += 1
         self.step_in_epoch = 0
@@ -95,16 +117,19 @@ class Trainer:
 def train_one_epoch(
     trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, bool], None]
 ) -> dict:
-    """Train on every batch of `loader`, one optimizer step each; returns the epoch's mean losses,
-    counts, rates and times.
+    """Train on every batch of `loader`, one optimizer step each.
 
-    `after_step(batch, finite)` is called after each step, for signals and timed saves.
+    Returns the epoch's mean losses, counts, rates and times. `after_step(batch, finite)` is called
+    after each step, for signals and timed saves.
     """
-    progress, device = trainer.progress, trainer.device
+    progress = trainer.progress
     trainer.model.train()
-    data_s = compute_s = images = 0.0
+    data_s = 0.0
+    compute_s = 0.0
+    images = 0
     bar = progress_bar(loader, f"epoch {progress.epoch + 1}")
-    begin = mark = time.perf_counter()
+    begin = time.perf_counter()
+    mark = begin
     for batch in bar:
         data_s += time.perf_counter() - mark
         mark = time.perf_counter()
@@ -112,38 +137,34 @@ def train_one_epoch(
         for group in trainer.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         losses = optimise(trainer, batch)
-        finite = math.isfinite(losses["loss"])
-        progress.step += 1
-        progress.step_in_epoch += 1
-        progress.nan_steps = 0 if finite else progress.nan_steps + 1
-        if finite:
-            for name, value in (losses | {"steps": 1.0}).items():
-                progress.sums[name] = progress.sums.get(name, 0.0) + value
+        finite = progress.count_step(losses)
         images += len(batch) * distributed.world_size()
         compute_s += time.perf_counter() - mark
         rate = images / (time.perf_counter() - begin)
-        parts = " ".join(
-            f"{name.removeprefix('loss_')} {losses[name]:.2f}" for name in SHOWN if name in losses
-        )
-        text = (
-            f"loss {losses['loss']:.2f} ({parts}), {rate:.1f} images/s, {memory_mb(device):.0f} MB"
-        )
+        memory = memory_mb(trainer.device)
+        text = f"{losses_in_words(losses)}, {rate:.1f} images/s, {memory:.0f} MB"
         bar.set_postfix_str(text, refresh=False)
         after_step(batch, finite)
         mark = time.perf_counter()
     bar.close()
     seconds = time.perf_counter() - begin
-    sums = dict(progress.sums)
-    steps = max(sums.pop("steps", 0.0), 1.0)
-    means = {name: value if name in COUNTS else value / steps for name, value in sums.items()}
-    return means | {
+    return progress.means() | {
         "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
         "images_per_s": images / seconds,
         "data_s": data_s,
         "compute_s": compute_s,
         "epoch_s": seconds,
-        "peak_memory_mb": memory_mb(device),
+        "peak_memory_mb": memory_mb(trainer.device),
     }
+
+
+def losses_in_words(losses: dict[str, float]) -> str:
+    """For the progress bar: the sum, and the parts that are SHOWN."""
+    parts = []
+    for name in SHOWN:
+        if name in losses:
+            parts.append(f"{name.removeprefix('loss_')} {losses[name]:.2f}")
+    return f"loss {losses['loss']:.2f} ({' '.join(parts)})"
 
 
 def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -65,19 +66,6 @@ class StopSignals:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.stop()
 
-    def batches_of(self, loader: Iterable) -> Iterator:
-        """The loader's batches, and a note of when one is waited for."""
-        batches = iter(loader)
-        while True:
-            self.waiting = True
-            try:
-                batch = next(batches, None)
-            finally:
-                self.waiting = False
-            if batch is None:
-                return
-            yield batch
-
     @contextmanager
     def stopping_at_once(self) -> Iterator[None]:
         """For what takes long and changes nothing of the run's state."""
@@ -99,3 +87,26 @@ class StopSignals:
         self.at_once = False
         self.save()
         raise Stopped(128 + (self.received or signal.SIGTERM))
+
+
+@dataclass(frozen=True)
+class WatchedLoader:
+    """A loader that tells when one of its batches is waited for."""
+
+    loader: Iterable
+    signals: StopSignals
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        batches = iter(self.loader)
+        while True:
+            self.signals.waiting = True
+            try:
+                batch = next(batches, None)
+            finally:
+                self.signals.waiting = False
+            if batch is None:
+                return
+            yield batch
