@@ -61,12 +61,14 @@ def training_settings(
 def read_run(kind: type[TrainingSettings], name: str) -> tuple[Path, dict]:
     """The folder that --resume names, locked, and its latest state.  Raises UserError."""
     from rfdetr.runs.lock import lock_run  # with torch behind it: not for every --help
-    from rfdetr.training.resume import latest_state, newest_run
+    from rfdetr.training.resume import latest_state, newest_run, require_stage
 
     folder = newest_run(kind.run_stem) if name == "auto" else Path(name)
     if folder.is_dir() and os.environ.get("RANK", "0") == "0":
         lock_run(folder)
-    return folder, latest_state(folder, kind.stage)
+    content = latest_state(folder)
+    require_stage(content, kind.stage, folder)
+    return folder, content
 
 
 def own_choices_of_an_earlier_run(kind: type, stored: dict, resumed: dict) -> dict:

@@ -409,11 +409,13 @@ def test_batch_and_accumulation_are_one_effective_batch(stage1_run, plain):
 @pytest.mark.slow
 def test_batch_auto_keeps_the_effective_batch(stage1_run, monkeypatch):
     flags = ["--batch", "auto", "--accum", 2, "--fast_dev_run", 1]
-    roomy = stage1_run(*flags).metrics["args"]
-    assert (roomy["batch"], roomy["accum"]) == (8, 1)
+    roomy = stage1_run(*flags)
+    assert roomy.last["training"]["progress"]["micro_batch"] == 8
+    assert "8 x 1 accumulated" in roomy.output
     monkeypatch.setattr(rfdetr.training.auto_batch, "free_memory_mb", lambda: 0.0)
-    tight = stage1_run(*flags).metrics["args"]
-    assert (tight["batch"], tight["accum"]) == (1, 8)
+    tight = stage1_run(*flags)
+    assert tight.last["training"]["progress"]["micro_batch"] == 1
+    assert "1 x 8 accumulated" in tight.output
 
 
 @pytest.mark.slow

@@ -31,11 +31,11 @@ def newest_run(stem: str) -> Path:
     return max(runs, key=lambda folder: folder.stat().st_mtime)
 
 
-def latest_state(folder: Path, stage: str) -> dict:
+def latest_state(folder: Path) -> dict:
     """The content of whichever of a run's last.pt and checkpoint.pt is further; a damaged one is
     named, the other taken.
 
-    Raises UserError where neither can be used, or the run is of another stage.
+    Raises UserError where neither can be used.
     """
     states = []
     problems = []
@@ -56,10 +56,14 @@ def latest_state(folder: Path, stage: str) -> dict:
     _, _, path, content = max(states, key=lambda state: state[:2])
     for problem in problems:
         warn(f"{problem}: going on from the other one, {path}")
+    return content
+
+
+def require_stage(content: dict, stage: str, folder: Path) -> None:
+    """Raise UserError where a run is another script's."""
     if content["stage"] != stage:
         script = STAGES[content["stage"]].script
         raise UserError(f"{folder} is another script's: python {script} --resume {folder}")
-    return content
 
 
 def no_state_message(folder: Path, problems: list[str]) -> str:
