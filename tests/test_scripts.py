@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 COMMON_FILES = {
     "best.pt",
+    "config.yaml",
     "last.pt",
     "checkpoint.pt",
     "metrics.json",
