@@ -15,8 +15,8 @@ from conftest import quick_flags
 
 import rfdetr.distributed
 import rfdetr.main
-import rfdetr.training.report
 import rfdetr.training.engine
+import rfdetr.training.report
 import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
