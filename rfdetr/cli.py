@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 from rfdetr.console import UserError, warn
 from rfdetr.fields import Setting
 from rfdetr.settings import SingleSettings, TrainingSettings, read_layer, resolve
+from rfdetr.sizes import SIZES
 
 S = TypeVar("S")
 T = TypeVar("T", bound=TrainingSettings)
@@ -49,6 +50,8 @@ def training_settings(
     resumed = None
     if given.get("resume"):
         folder, resumed = read_run(kind, given["resume"])
+        if "size" in given:
+            require_size_of_run(resumed, given["size"], folder)
         stored = read_layer(kind, resumed["args"], f"--resume {folder}: stored", strict=False)
         stored |= own_choices_of_an_earlier_run(kind, stored, resumed)
         given["output_dir"] = folder
@@ -69,6 +72,13 @@ def read_run(kind: type[TrainingSettings], name: str) -> tuple[Path, dict]:
     content = latest_state(folder)
     require_stage(content, kind.stage, folder)
     return folder, content
+
+
+def require_size_of_run(resumed: dict, size: str, folder: Path) -> None:
+    """UserError with the right --size where the run is of another: before its resolution is judged."""
+    from rfdetr.weights.checkpoint import require_size
+
+    require_size(resumed, SIZES[size], folder)
 
 
 def own_choices_of_an_earlier_run(kind: type, stored: dict, resumed: dict) -> dict:

@@ -51,6 +51,8 @@ class Setting:
 
     def _read_one(self, value: object) -> object:
         if isinstance(value, bool):
+            if not value and "off" in self.choices:  # YAML reads a plain off as false
+                return "off"
             if self.read_one is not read_switch:
                 raise ValueError(f"expected no true or false, got {value}")
             return value

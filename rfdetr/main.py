@@ -19,13 +19,14 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
+from rfdetr.files import atomic_write
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
 from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.record import Run
-from rfdetr.settings import TrainingSettings, plain, write_yaml
+from rfdetr.settings import TrainingSettings, plain, yaml_text
 from rfdetr.sizes import ModelSize
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.health import RunHealth
@@ -55,8 +56,8 @@ def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
     progress = Progress()
     if resumed:
         progress = resumed_progress(resumed, splits, digests, settings.dataset)
-        if settings.batch != resumed["args"].get("batch"):
-            progress.micro_batch = 0  # asked for anew
+        if settings.batch == "auto" or settings.batch != resumed["args"].get("batch"):
+            progress.micro_batch = 0  # to be found on this device, or asked for anew
         refuse_finished_run(settings, progress, "test" in splits)
     return Session(
         settings=settings,
@@ -86,7 +87,7 @@ def read_splits(settings: TrainingSettings, size: ModelSize) -> dict[str, CocoSp
 
 def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test: bool) -> None:
     """UserError where a resumed run has nothing left to do."""
-    if settings.last_epoch > progress.epoch:
+    if settings.epochs > progress.epoch:
         return
     if has_test and not has_test_scores(settings.output_dir):
         return
@@ -119,10 +120,17 @@ def open_run(session: Session, model: nn.Module) -> AbstractContextManager:
         }
         done_epochs = session.progress.epoch if session.resumed else 0
         session.run = Run(folder, header, done_epochs, settings.tensorboard)
-        write_yaml(folder / "config.yaml", settings)
+        write_config(session.run, settings)
         print_banner(session, model, header["environment"]["device"])
     session.folder = distributed.from_main(session.run.folder if session.run else None)
     return session.run or nullcontext()
+
+
+def write_config(run: Run, settings: TrainingSettings) -> None:
+    file = run.folder / "config.yaml"
+    with run.optional(f"writing {file}"):
+        text = yaml_text(settings).encode()
+        atomic_write(file, lambda opened: opened.write(text))
 
 
 def run_folder(session: Session) -> Path:
@@ -165,7 +173,7 @@ def fit(
         signals.stop_if_asked()
 
     with signals, naming_workers(loader.dataset.images_in_work):
-        while progress.epoch < settings.last_epoch:
+        while progress.epoch < settings.epochs:
             if 0 < settings.stop_after <= keeper.evaluations_without_gain:
                 tick(f"Stopped early: {settings.stop_after} evaluations without gain (--patience)")
                 break
@@ -176,18 +184,18 @@ def fit(
             health.after_epoch(record["train"])
             health.check_matches(epoch, record["train"], bool(settings.fast_dev_run))
             gained = False
-            if epoch % settings.eval_every == 0 or epoch == settings.last_epoch:
+            if epoch % settings.eval_every == 0 or epoch == settings.epochs:
                 with signals.stopping_at_once():
                     scores = evaluate(trainer, evaluator, record)
                 gained = keeper.keep_best(epoch, scores)
-                print_scores(record, scores, keeper, gained, settings.last_epoch)
+                print_scores(record, scores, keeper, gained, settings.epochs)
             if session.run:
                 record_epoch(session.run, record, keeper.best)
             progress.finish_epoch()  # not before: a run stopped while evaluating does it again
             keeper.save("last.pt", "checkpoint.pt")
             if session.run and gained:
                 draw_pictures(session.run, evaluator, best_model(trainer, keeper.best), epoch)
-            if progress.epoch < settings.last_epoch or "test" in session.splits:
+            if progress.epoch < settings.epochs or "test" in session.splits:
                 signals.stop_if_asked()
     return keeper.best
 

@@ -121,13 +121,14 @@ class TrainingSettings(DataSettings):
         """Evaluations without gain that end the run; 0: none do."""
         return self.patience or (EARLY_STOPPING_PATIENCE if self.early_stopping else 0)
 
-    @property
-    def last_epoch(self) -> int:
-        return 1 if self.fast_dev_run else self.epochs
-
     def checked(self) -> TrainingSettings:
-        """Itself, if its values fit each other; raises UserError."""
-        return replace(self, resolution=check_resolution(self.model_size, self.resolution))
+        """With what follows from other values filled in; raises UserError where two do not fit."""
+        resolution = check_resolution(self.model_size, self.resolution)
+        return replace(self, resolution=resolution, epochs=self.epochs_to_train)
+
+    @property
+    def epochs_to_train(self) -> int:
+        return 1 if self.fast_dev_run else self.epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,9 @@ class SegmentationSettings(TrainingSettings):
         return LossWeights(mask=self.mask_loss_coef, dice=self.dice_loss_coef)
 
     def checked(self) -> SegmentationSettings:
-        return super().checked() if self.resolution else self
+        if self.resolution:
+            return super().checked()
+        return replace(self, epochs=self.epochs_to_train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +392,9 @@ def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dic
         )
     checked = {}
     for name in known.keys() & values.keys():
-        if not strict and not known[name].kept:
+        if not known[name].kept:
+            if strict:
+                raise UserError(f"{where}: {name} belongs to one command: give it as --{name}")
             continue  # of the command that began the run
         if not strict and values[name] is None and not known[name].none:
             continue  # left open by an earlier version
@@ -413,9 +418,9 @@ def plain(settings: object) -> dict:
     return kept
 
 
-def write_yaml(path: Path, settings: object) -> None:
+def yaml_text(settings: TrainingSettings) -> str:
     """A run's config.yaml: `--config` with it repeats the run."""
     import yaml  # here: validate_setup.py reads this module where packages are missing
 
     text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
-    path.write_text(f"# repeat this run: python {settings.script} --config FILE\n{text}", "utf-8")
+    return f"# repeat this run: python {settings.script} --config FILE\n{text}"

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rfdetr.cli import training_settings
 from rfdetr.console import UserError
 from rfdetr.settings import (
     EARLY_STOPPING_PATIENCE,
@@ -311,8 +312,8 @@ def test_a_run_stops_after_so_many_evaluations_without_gain(given, evaluations):
 
 
 def test_a_fast_dev_run_has_one_epoch():
-    assert resolve(DetectorSettings, {"epochs": 9}).last_epoch == 9
-    assert resolve(DetectorSettings, {"epochs": 9, "fast_dev_run": 3}).last_epoch == 1
+    assert resolve(DetectorSettings, {"epochs": 9}).epochs == 9
+    assert resolve(DetectorSettings, {"epochs": 9, "fast_dev_run": 3}).epochs == 1
 
 
 @pytest.mark.parametrize("name", ["tiny", "nano", "seg-nano"])
@@ -408,3 +409,37 @@ def test_what_a_script_keeps_is_plain():
     assert kept["checkpoint"] == "best.pt"
     excluded = {"pretrain_exclude_keys": ("a.*", "b")}
     assert plain(resolve(DetectorSettings, excluded))["pretrain_exclude_keys"] == ["a.*", "b"]
+
+
+# ---------------------------------------------------------------- --config files
+
+
+def from_file(tmp_path, text: str) -> DetectorSettings:
+    """The settings of stage 1 with a --config file of this text and size tiny."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(text, encoding="utf-8")
+    words = ["--size", "tiny", "--config", str(file)]
+    return training_settings(DetectorSettings, "", words)[0]
+
+
+def test_a_plain_off_in_a_file_is_off(tmp_path):
+    """YAML reads it as false."""
+    assert from_file(tmp_path, "amp: off\nema: off\n").amp == "off"
+    assert from_file(tmp_path, "amp: off\nema: off\n").ema is False
+
+
+@pytest.mark.parametrize("line", ["resume: runs/x", "fast_dev_run: 2", "output_dir: runs/x"])
+def test_what_belongs_to_one_command_is_refused_in_a_file(tmp_path, line):
+    with pytest.raises(UserError, match=f"--{line.split(':')[0]}"):
+        from_file(tmp_path, line)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "epochs", "epochs: [1", "\0"])
+def test_a_file_that_holds_no_settings_is_named(tmp_path, text):
+    with pytest.raises(UserError, match="settings.yaml"):
+        from_file(tmp_path, text)
+
+
+def test_a_trial_run_is_kept_as_what_it_was(tmp_path):
+    settings = resolve(DetectorSettings, {"size": "tiny", "epochs": 9, "fast_dev_run": 3})
+    assert plain(settings)["epochs"] == 1

@@ -75,7 +75,7 @@ class Schedule:
 
 def make_schedule(settings: TrainingSettings, recipe: Recipe, steps: int) -> Schedule:
     """steps: optimizer steps in an epoch."""
-    total = settings.last_epoch * steps
+    total = settings.epochs * steps
     if settings.warmup_epochs is None:
         warmup = min(recipe.warmup_steps, total // 10)
     else:

@@ -24,13 +24,13 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
     names = ", ".join(session.train.class_names)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     micro_batch = session.progress.micro_batch
-    accumulated = settings.effective_batch // micro_batch
+    accumulated = math.ceil(settings.effective_batch / micro_batch)
     banner(
         settings.title,
         {
             "Model Size": f"{settings.size} ({parameters:,} parameters)",
             "Resolution": session.resolution,
-            "Epochs": settings.last_epoch,
+            "Epochs": settings.epochs,
             "Batch": f"{micro_batch} x {accumulated} accumulated",
             "Device": f"{device}, {session.precision.name}",
             "Dataset": f"{settings.dataset} ({counts} images; {names})",

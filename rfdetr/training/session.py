@@ -117,6 +117,7 @@ def make_trainer(
             progress.micro_batch = find_micro_batch(
                 model, losses, settings.effective_batch, session.resolution
             )
+    progress.micro_batch = min(progress.micro_batch, settings.effective_batch)
     is_half = session.precision.dtype is torch.float16
     return Trainer(
         model=model,
