@@ -8,7 +8,6 @@ the first process to say it prints it, and no other repeats it. No caller asks w
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from rfdetr.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
-from rfdetr.sigterm import kill_loaders, leave, watch_sigterm
+from rfdetr.sigterm import end_on_sigterm, kill_loaders
 from rfdetr.streams import lasting_output
 from rfdetr.text import printable
 
@@ -115,8 +114,7 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     A console that goes away changes nothing.
     """
     with lasting_output():  # first: the pipe of watch_sigterm is no console
-        signal.signal(signal.SIGTERM, leave)
-        watch_sigterm()
+        end_on_sigterm()
         try:
             _run(main, argv)
         except SystemExit:

@@ -13,6 +13,17 @@ import time
 GRACE = 8.0  # seconds from SIGTERM to the end of a script that hangs
 
 
+_scripts_begun = 0  # in this process; tests begin many
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end the script that begins now, whatever it waits for."""
+    global _scripts_begun
+    _scripts_begun += 1
+    signal.signal(signal.SIGTERM, leave)
+    watch_sigterm()
+
+
 def leave(number: int, frame: object) -> None:
     """Signal handler: end with exit status 128 + number; open files are closed on the way."""
     sys.exit(128 + number)
@@ -51,8 +62,10 @@ def _end_after_sigterm(reader: int) -> None:
             return
         if number[0] != signal.SIGTERM or not _leaves_on_sigterm():
             continue
+        script = _scripts_begun
         time.sleep(GRACE)
-        if _leaves_on_sigterm():  # a run may have begun to save its state meanwhile
+        # a run may have begun to save its state meanwhile, or another script have begun here
+        if _leaves_on_sigterm() and _scripts_begun == script:
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(128 + signal.SIGTERM)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from rfdetr.data.demo import make_demo
 from rfdetr.data.faults import raise_errors
 from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
+from rfdetr.sigterm import leave
 from rfdetr.sizes import SIZES, ModelSize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,14 @@ class Finished:
 def own_cache(tmp_path_factory) -> None:
     """What the scripts remember goes to a folder of the tests' own."""
     os.environ["RFDETR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_sigterm() -> Iterator[None]:
+    """A script that ran in this process leaves no handler that ends the tests."""
+    yield
+    if signal.getsignal(signal.SIGTERM) is leave:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
