@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
-from rfdetr.files import make_place
+from rfdetr.files import make_place, refuse_same_file
 from rfdetr.settings import ExportSettings
 from rfdetr.weights import checkpoint
 from rfdetr.weights.package import to_package
@@ -17,10 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = script_settings(ExportSettings, __doc__, argv)
     source = settings.checkpoint
     target = settings.out
-    if target.exists() and target.samefile(source):
-        raise UserError(
-            f"--out is --checkpoint ({target}): name another file, the input is never overwritten"
-        )
+    refuse_same_file(target, "--out", source, "--checkpoint")
     content = checkpoint.load(source)
     size = content["size"]["name"]
     if size == "tiny":

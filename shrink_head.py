@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rfdetr.classes import ClassTable, background_row, is_class_head
 from rfdetr.cli import script_settings
-from rfdetr.console import UserError, run_script, tick, warn
-from rfdetr.files import make_place
+from rfdetr.console import run_script, tick, warn
+from rfdetr.files import make_place, refuse_same_file
 from rfdetr.runs.metrics_file import highest_box_map
 from rfdetr.settings import ShrinkSettings
 from rfdetr.weights import checkpoint
@@ -22,10 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = script_settings(ShrinkSettings, __doc__, argv)
     source = settings.in_ckpt
     target = settings.out_ckpt
-    if target.exists() and target.samefile(source):
-        raise UserError(
-            f"--out_ckpt is --in_ckpt ({source}): name another file, the input is never overwritten"
-        )
+    refuse_same_file(target, "--out_ckpt", source, "--in_ckpt")
     content = checkpoint.load(source)
     table = checkpoint.table_of(content)
     keep = list(table.names)

@@ -75,7 +75,7 @@ def read_run(kind: type[TrainingSettings], name: str) -> tuple[Path, dict]:
 
 
 def require_size_of_run(resumed: dict, size: str, folder: Path) -> None:
-    """UserError with the right --size where the run is of another: before its resolution is judged."""
+    """UserError with the right --size where the run is of another."""
     from rfdetr.weights.checkpoint import require_size
 
     require_size(resumed, SIZES[size], folder)

@@ -49,6 +49,14 @@ def make_place(file: Path, flag: str) -> None:
         raise UserError(f"{flag} {file} is a folder: name a file in it")
 
 
+def refuse_same_file(target: Path, flag: str, source: Path, source_flag: str) -> None:
+    """Raise UserError where an output is the input, by whatever name."""
+    if target.exists() and target.samefile(source):
+        raise UserError(
+            f"{flag} is {source_flag} ({source}): name another file, the input is never overwritten"
+        )
+
+
 def free_disk(folder: Path) -> int:
     """Bytes free on the disk of `folder`, which may not exist yet."""
     folder = Path(folder).absolute()
