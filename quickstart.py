@@ -29,6 +29,10 @@ MOST_EPOCHS = 100
 # Flags that are handed on to the scripts.
 DATA_FLAGS = ("dataset", "val_fraction", "exif")
 MODEL_FLAGS = ("size", "device", "resolution")
+NO_SETTINGS = ("config", "test")  # flags that a --config file cannot give
+
+# Two processes share the tests; what follows --test comes later, and wins.
+TESTS = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
 
 
 class Stop(Exception):
@@ -353,9 +357,28 @@ def parse(argv):
     add("--exif", choices=("apply", "ignore"),
         help="orientation of images whose annotated size does not tell")
     add("--seed", type=int, default=0)
+    add("--config", metavar="FILE", help="these settings in YAML; flags win")
     add("--test", nargs=argparse.REMAINDER,
         help="set up, then run the tests; what follows goes to pytest")
     return parser.parse_args(argv)
+
+
+def config_words(config, known):
+    """The settings of a --config FILE.yaml as words of a command, which the user's own follow."""
+    from pathlib import Path
+
+    from rfdetr.cli import read_yaml  # needs what requirements.txt asks for
+    from rfdetr.console import UserError
+    from rfdetr.settings import require_known
+
+    try:
+        content = read_yaml(Path(config))
+        settings = [name for name in known if name not in NO_SETTINGS]
+        require_known(content, settings, "--config " + config)
+    except UserError as error:
+        raise Stop(2, str(error))  # noqa: B904 (Python 2 cannot parse `from`)
+    given = [name for name in content if content[name] is not None]
+    return ["--%s=%s" % (name, content[name]) for name in given]
 
 
 def from_here(path):
@@ -389,9 +412,11 @@ def set_up_and_run(argv):
     code = set_up(argv)
     if code is not None:
         return code
+    if args.config:
+        args = parse(config_words(args.config, vars(args)) + argv)
     os.chdir(HERE)
     if args.test is not None:
-        return run(["-m", "pytest"] + args.test)
+        return run(TESTS + args.test)
     run_job(args)
     return 0
 

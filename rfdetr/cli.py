@@ -147,6 +147,11 @@ def take_config(kind: type, given: dict) -> dict:
     path = given.pop("config", None)
     if path is None:
         return {}
+    return read_layer(kind, read_yaml(path), f"--config {path}")
+
+
+def read_yaml(path: Path) -> dict:
+    """The names and values of a --config file.  Raises UserError where it cannot be read."""
     import yaml  # here, so that --help is quick and works where packages are missing
 
     try:
@@ -156,4 +161,4 @@ def take_config(kind: type, given: dict) -> dict:
         raise UserError(f"--config {path} cannot be read: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected lines of `name: value`, such as `epochs: 50`")
-    return read_layer(kind, content, f"--config {path}")
+    return content

@@ -9,6 +9,7 @@ where its cache lies) is the run's state.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -383,13 +384,8 @@ def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dic
     version's run may have had more. Raises UserError naming `where`, the setting and what it takes.
     """
     known = settings_of(kind)
-    unknown = [name for name in values if name not in known]
-    if unknown and strict:
-        near = difflib.get_close_matches(str(unknown[0]), known, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(
-            f"{where} has no setting {unknown[0]!r}{meant}. It may have: {', '.join(known)}"
-        )
+    if strict:
+        require_known(values, known, where)
     checked = {}
     for name in known.keys() & values.keys():
         if not known[name].kept:
@@ -403,6 +399,16 @@ def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dic
         except ValueError as error:
             raise UserError(f"{where}: {name}: {error}") from error
     return checked
+
+
+def require_known(names: Iterable[str], known: Collection[str], where: str) -> None:
+    """UserError naming `where` and the near match for the first name that is not known."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            message = f"{where} has no setting {name!r}{meant}. It may have: {', '.join(known)}"
+            raise UserError(message)
 
 
 def plain(settings: object) -> dict:

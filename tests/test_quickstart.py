@@ -247,6 +247,32 @@ def test_a_signal_lets_the_child_save_and_its_code_is_passed_on(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text, words, said",
+    [
+        ("size: nano\nepochs: 3", [], {"size": "nano", "epochs": 3}),
+        ("epochs: 3\nval_fraction: 0.2", ["--epochs", "4"], {"epochs": 4, "val_fraction": 0.2}),
+        ("dataset: my data\nexif: null", [], {"dataset": "my data", "exif": None}),
+        ("epoch: 3", [], "--config own.yaml has no setting 'epoch' (did you mean epochs?)"),
+        ("test: 3", [], "has no setting 'test'"),
+        ("- epochs", [], "expected lines of `name: value`"),
+    ],
+)
+def test_a_file_gives_settings_and_flags_win(text, words, said, tmp_path, monkeypatch, capsys):
+    jobs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "HERE", str(tmp_path))
+    monkeypatch.setattr(quickstart, "set_up", lambda argv: None)
+    monkeypatch.setattr(quickstart, "run_job", jobs.append)
+    Path("own.yaml").write_text(text)
+    code = quickstart.main(["--config", "own.yaml", *words])
+    if isinstance(said, str):
+        assert code == 2 and said in capsys.readouterr().err
+    else:
+        assert code == 0 and said.items() <= vars(jobs[0]).items()
+
+
+
+@pytest.mark.parametrize(
     ("steps", "images", "per_step", "min_steps", "per_epoch", "epochs"),
     [
         (3000, 200, 4, 5, 50, 60),
