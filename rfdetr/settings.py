@@ -296,7 +296,10 @@ class PredictionSettings(InferenceSettings):
     output: Path = path(REQUIRED, "folder for pictures and JSON", metavar="DIR")
     threshold: float = decimal(0.5, "lowest score", high=1.0)
     nms: float = decimal(
-        0.6, "drop a box that overlaps a better one of its class by a larger IoU; 0: none", high=1.0
+        0.6,
+        "drop a box whose IoU with a better one of its class is larger, or that all but coincides "
+        "with one of any class; 0: drop none",
+        high=1.0,
     )
     pictures: str = choice("png", "of each image; 0: none, and no videos", ("png", "jpg", "0"))
     exif: str | None = choice(

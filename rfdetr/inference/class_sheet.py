@@ -55,6 +55,7 @@ def class_sheet(split: CocoSplit) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     title_colours = class_colours(split.class_names)
     colours = picture_colours(split.class_names)
+    names_on_objects = split.class_names if len(split.class_names) > 1 else [""]
     font = ImageFont.load_default(size=16)
     for position, label in enumerate(labels):
         x = position // classes_in_column * examples * side
@@ -65,7 +66,7 @@ def class_sheet(split: CocoSplit) -> Image.Image:
         drawn = 0
         for image, index in _spread_examples(split, label, rows * examples):
             with contextlib.suppress(UserError):
-                example = _cut_out(image, index, split.class_names, colours)
+                example = _cut_out(image, index, names_on_objects, colours)
                 example = example.resize((side - GAP, side - GAP), Image.Resampling.LANCZOS)
                 row, column = divmod(drawn, examples)
                 corner = (x + GAP // 2 + column * side, y + TITLE_HEIGHT + row * side)
