@@ -1,4 +1,4 @@
-"""Datasets as new users bring them: wrong areas, names, pages, sizes and layouts, and what is said of each."""
+"""Datasets as new users bring them: wrong areas, names, sizes, pages, layouts, and what is said."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from test_validation import coco, rewrite, write
 
 import evaluate
 import predict
+import quickstart
 import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
@@ -22,7 +23,7 @@ from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import shrink_warning
 from rfdetr.models.detector import Detector
 from rfdetr.renaming import is_near
-from rfdetr.settings import DetectorSettings, resolve
+from rfdetr.settings import DetectorSettings, plain, read_layer, resolve
 from rfdetr.sizes import SIZES
 from rfdetr.training.report import print_banner
 from rfdetr.weights import checkpoint
@@ -96,11 +97,18 @@ def call_otherwise(root: Path, split: str = "valid", **names: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other", "near"),
     [
-        ("Date", "date", True), ("blood vessel", "Blood_Vessels", True), ("glomerulus", "glomerulos", True),
-        ("ﬁg", "fig", True), ("type1", "type2", False), ("cat", "bat", False), ("hazelnut", "walnut", False),
-        ("stage-10", "stage_1", False), ("", "s", False), ("vessel", "vesel", True),
+        ("Date", "date", True),
+        ("blood vessel", "Blood_Vessels", True),
+        ("glomerulus", "glomerulos", True),
+        ("vessel", "vesel", True),
+        ("ﬁg", "fig", True),
+        ("type1", "type2", False),
+        ("stage-10", "stage_1", False),
+        ("cat", "bat", False),
+        ("hazelnut", "walnut", False),
+        ("", "s", False),
     ],
-)  # fmt: skip
+)
 def test_near_names(one, other, near):
     assert is_near(one, other) == is_near(other, one) == near
 
@@ -171,6 +179,34 @@ def test_a_checkpoint_of_near_names_offers_the_flag():
         table.in_order_of(["fig"], [1], "data (valid)")
 
 
+def save_model(file: Path, names: list[str]) -> None:
+    size = replace(SIZES["tiny"], resolution=32)
+    model = Detector(size, len(names) + 1, True)
+    table = assign_rows(names, [1, 2], "dataset")
+    content = checkpoint.make_content("detector", size, 32, table, None, model.state_dict())
+    checkpoint.save(file, content)
+
+
+def test_every_script_takes_rename_and_hands_it_on(dataset, tmp_path, call, capsys):
+    call_otherwise(dataset, cell="Cell")
+    flags = ["--dataset", dataset, "--device", "cpu", "--rename", "Cell=cell"]
+    call(validate_setup.main, *flags, "--size", "tiny", "--fix", "fixed")
+    assert "1  --rename: the new name is written" in capsys.readouterr().out
+    call(validate_setup.main, *flags, "--size", "tiny")
+    assert capsys.readouterr().out.strip().endswith('--size tiny --device cpu --rename "Cell=cell"')
+    save_model(tmp_path / "x.pt", ["Cell", "vessel"])
+    with pytest.raises(UserError, match=r'add: --rename "cell=Cell"\. Otherwise'):
+        call(evaluate.main, "--checkpoint", "x.pt", *flags)
+    call(evaluate.main, "--checkpoint", "x.pt", *flags[:-1], "cell=Cell")
+    assert "Cell " in capsys.readouterr().out
+    kept = plain(resolve(DetectorSettings, {"rename": ("Cell=cell",)}))
+    assert read_layer(DetectorSettings, kept, "config.yaml")["rename"] == ("Cell=cell",)
+    (tmp_path / "quick.yaml").write_text("rename: [Cell=cell, -a=b]\nseed: 3\n")
+    words = quickstart.config_words(str(tmp_path / "quick.yaml"), vars(quickstart.parse([])))
+    assert words == ["--rename=Cell=cell", "--rename=-a=b", "--seed=3"]
+    assert quickstart.Job(quickstart.parse(words)).flags("rename") == tuple(words[:2])
+
+
 # ---------------------------------------------------------------- sizes and pages
 
 
@@ -181,7 +217,12 @@ def shrink_boxes(data: dict) -> None:
 
 def test_large_images_are_told_with_the_factor_and_the_way_out():
     said = shrink_warning([3000, 700], 384, 32)
-    assert "1 of 2 images" in said and "7.8 times" in said and "--resolution 768" in said and "tiles" in said
+    assert (
+        "1 of 2 images" in said
+        and "7.8 times" in said
+        and "--resolution 768" in said
+        and "tiles" in said
+    )
     said = shrink_warning([640], 384, 32, np.array([3.0, 4.0, 90.0]))
     assert "the median 4.0" in said and "--resolution 768" in said
     assert shrink_warning([1536], 384, 32, np.array([8.0, 90.0])) == ""
@@ -189,12 +230,7 @@ def test_large_images_are_told_with_the_factor_and_the_way_out():
 
 
 def test_validation_evaluation_and_prediction_say_it_once(dataset, few, tmp_path, call, capsys):
-    size = replace(SIZES["tiny"], resolution=32)
-    model = Detector(size, 3, True)
-    table = assign_rows(["cell", "vessel"], [1, 2], "dataset")
-    checkpoint.save(
-        tmp_path / "x.pt", checkpoint.make_content("detector", size, 32, table, None, model.state_dict())
-    )
+    save_model(tmp_path / "x.pt", ["cell", "vessel"])
     change(dataset, shrink_boxes)
     change(dataset, shrink_boxes, "valid")
     call(validate_setup.main, "--dataset", dataset, "--size", "tiny", "--resolution", 32)
@@ -206,9 +242,23 @@ def test_validation_evaluation_and_prediction_say_it_once(dataset, few, tmp_path
     frames = [Image.new("L", (20, 20), gray) for gray in (0, 99, 200)]
     frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
     files = ["wide.png", "stack.tif"]
-    call(predict.main, "--checkpoint", "x.pt", "--input", *files, "--output", "out", "--device", "cpu")
+    call(
+        predict.main,
+        "--checkpoint",
+        "x.pt",
+        "--input",
+        *files,
+        "--output",
+        "out",
+        "--device",
+        "cpu",
+    )
     said = capsys.readouterr().out
-    assert said.count("hardly seen") == 1 and "1 of 2 images are shrunk" in said and "9.4 times" in said
+    assert (
+        said.count("hardly seen") == 1
+        and "1 of 2 images are shrunk" in said
+        and "9.4 times" in said
+    )
     assert "1 image has several pages or frames (stack.tif: 3): the first of each is read" in said
 
 
@@ -236,7 +286,10 @@ def test_several_pages_are_a_warning_but_a_cameras_second_picture_is_none(datase
         change(dataset, lambda data, n=number, name=name: data["images"][n].update(file_name=name))
     (problem,) = inspect_dataset(dataset, decode=True)[1]
     assert (problem.code, problem.severity, problem.count) == ("IMG_PAGES", "warning", 2)
-    assert problem.places[0].endswith("1.tif: 2") and "the first page of each is read" in problem.message
+    assert (
+        problem.places[0].endswith("1.tif: 2")
+        and "the first page of each is read" in problem.message
+    )
 
 
 # ---------------------------------------------------------------- layouts

@@ -65,7 +65,8 @@ def nearby_datasets(root: Path) -> list[Path]:
 
 
 def holds_dataset(folder: Path) -> bool:
-    has_split = any((folder / name / ANNOTATIONS).exists() for name in SPLITS)
+    # os.path: a folder that may not be read is none
+    has_split = any(os.path.exists(folder / name / ANNOTATIONS) for name in SPLITS)
     return has_split or bool(find_coco_splits(folder))
 
 
