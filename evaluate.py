@@ -11,6 +11,7 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.layout import find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
+from rfdetr.data.statistics import shrink_problems
 from rfdetr.device import compile_in_place, pick_device, pick_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.compile:
         compile_in_place(model.encoder, precision.device)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
+    for problem in shrink_problems(split, resolution, model.size.block):
+        warn(problem.message)
     dataset = SplitDataset(split, resolution, None, masks=False)
     loader = evaluation_loader(dataset, settings.batch, settings.workers)
     masks = model.head is not None and split.mask_count > 0
@@ -71,7 +74,7 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
             "it is divided as in the checkpoint's training"
         )
     exif = settings.exif or content.get("exif")
-    splits = read_dataset(settings.dataset, fraction, exif=exif)
+    splits = read_dataset(settings.dataset, fraction, exif=exif, rename=settings.rename)
     trained_on = set(checkpoint.trained_on(content).tolist())
     if is_divided and trained and fraction != trained and settings.split == "valid":
         refuse_other_division(settings, trained, trained_on, splits)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"none of the {unreadable} files could be read (the warnings above name them)"
         )
+    for message in image_warnings(images, model.resolution, model.model.size.block):
+        warn(message)
     write_json(settings.output / "predictions.json", records)
     written = "pictures and predictions.json" if suffix else "predictions.json"
     tick(

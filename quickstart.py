@@ -27,7 +27,7 @@ FEWEST_EPOCHS = 2
 MOST_EPOCHS = 100
 
 # Flags that are handed on to the scripts.
-DATA_FLAGS = ("dataset", "val_fraction", "exif")
+DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename")
 MODEL_FLAGS = ("size", "device", "resolution")
 NO_SETTINGS = ("config", "test")  # flags that a --config file cannot give
 
@@ -199,7 +199,9 @@ class Job(object):
         words = []
         for name in names:
             value = getattr(self.args, name)
-            if value not in (None, "auto"):
+            if isinstance(value, list):
+                words += ["--%s=%s" % (name, one) for one in value]
+            elif value not in (None, "auto"):
                 words += ["--" + name, str(value)]
         return tuple(words)
 
@@ -356,6 +358,8 @@ def parse(argv):
         help="share of train/ to validate on, where there is no valid/")
     add("--exif", choices=("apply", "ignore"),
         help="orientation of images whose annotated size does not tell")
+    add("--rename", nargs="+", action="extend", metavar="OLD=NEW",
+        help="call classes otherwise: \"Date=date\" where valid says Date, train date")
     add("--seed", type=int, default=0)
     add("--config", metavar="FILE", help="these settings in YAML; flags win")
     add("--test", nargs=argparse.REMAINDER,
@@ -377,8 +381,12 @@ def config_words(config, known):
         require_known(content, settings, "--config " + config)
     except UserError as error:
         raise Stop(2, str(error))  # noqa: B904 (Python 2 cannot parse `from`)
-    given = [name for name in content if content[name] is not None]
-    return ["--%s=%s" % (name, content[name]) for name in given]
+    words = []
+    for name, value in content.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                words.append("--%s=%s" % (name, one))
+    return words
 
 
 def from_here(path):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rfdetr.console import UserError
+from rfdetr.renaming import rename_flags, suggest_renames
 
 COCO_ROWS = 91
 _COCO = (
@@ -103,12 +104,18 @@ class ClassTable:
         if not self.is_coco:
             extra = [name for name in self.names if name not in names]
         if missing or extra:
-            raise UserError(
+            message = (
                 f"the classes of {where} and of the checkpoint differ. "
                 f"Only in the dataset: {missing or 'none'}; "
                 f"only in the checkpoint: {extra or 'none'}. "
-                f"Dataset: {list(names)}; checkpoint: {list(self.names)}. Use the checkpoint that "
-                "was trained on these classes, or train again: python train_detector_stage1.py"
+                f"Dataset: {list(names)}; checkpoint: {list(self.names)}. "
+            )
+            renames = suggest_renames(missing, extra, self.names)
+            if renames:
+                message += f"If they are the same, add: {rename_flags(renames)}. Otherwise: "
+            raise UserError(
+                f"{message}Use the checkpoint that was trained on these classes, or train again: "
+                "python train_detector_stage1.py"
             )
         rows = tuple(row_of[name] for name in names)
         return replace(self, names=tuple(names), ids=tuple(ids), rows=rows)

@@ -74,7 +74,9 @@ def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
 
 def read_splits(settings: TrainingSettings, size: ModelSize) -> dict[str, CocoSplit]:
     """The dataset's splits, "test" only where it is to be scored."""
-    splits = read_dataset(settings.dataset, settings.val_fraction, size.queries, settings.exif)
+    splits = read_dataset(
+        settings.dataset, settings.val_fraction, size.queries, settings.exif, settings.rename
+    )
     if settings.run_test and "test" not in splits:
         warn(f"--run_test 1: {settings.dataset} has no test split, it is skipped")
     if not settings.run_test:

@@ -61,12 +61,14 @@ def to_polygons(rle: dict) -> list[np.ndarray]:
 
 
 def annotation_area(entry: dict, height: int, width: int) -> float:
-    """Pixels of a sound annotation's mask in its (height, width) image, else of its box."""
+    """Pixels of a sound annotation's mask in its (height, width) image, else of its box.
+
+    A mask so thin that it covers no pixel counts as none.
+    """
     mask = entry.get("segmentation")
-    if mask:
-        return float(mask_api.area(to_rle(mask, height, width)))
+    pixels = mask_api.area(to_rle(mask, height, width)) if mask else 0
     _, _, box_width, box_height = entry["bbox"]
-    return float(box_width * box_height)
+    return float(pixels or box_width * box_height)
 
 
 def rasterise(

@@ -33,6 +33,10 @@ from rfdetr.sizes import SIZES, LossWeights, ModelSize, check_resolution, with_q
 EXIF = ("apply", "ignore")
 AMP = ("auto", "bf16", "fp16", "off")
 TWO_STARTS = "--backbone_weights is a start without a detector: leave out the other file of weights"
+ESTIMATE = (
+    "memory and time of each size, from a measured step of --size "
+    "(about a minute; on a CPU longer for large sizes)"
+)
 EARLY_STOPPING_PATIENCE = (
     10  # evaluations without gain, where --early_stopping 1 names no --patience
 )
@@ -48,6 +52,9 @@ class DataSettings:
     )
     exif: str | None = choice(
         None, "orientation of images whose size does not tell (default: apply)", EXIF
+    )
+    rename: tuple[str, ...] = texts(
+        (), 'call classes otherwise: "Date=date" where valid says Date, train date', "OLD=NEW"
     )
 
 
@@ -344,7 +351,7 @@ class ValidationSettings(DataSettings):
     preview: Path | None = path(
         None, "draw objects of each class: a .webp, .png or .jpg, or a folder", metavar="PATH"
     )
-    estimate: bool = switch(False, "measure a step: memory and time of each size")
+    estimate: bool = switch(False, ESTIMATE)
     json: Path | None = path(None, "write all that is said here too", metavar="FILE")
 
 

@@ -15,13 +15,14 @@ import torch
 from rfdetr.console import UserError, banner, tick, warn
 from rfdetr.data.coco import inspect_dataset
 from rfdetr.data.exif import exif_note
-from rfdetr.data.faults import Problem
+from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import fix_dataset
-from rfdetr.data.statistics import COCO_SIDES, object_sides, small_objects
+from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
 from rfdetr.device import Precision, free_memory_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
 from rfdetr.inference.class_sheet import class_sheet
+from rfdetr.renaming import rename_flags
 from rfdetr.runs.environment import environment
 from rfdetr.settings import ValidationSettings
 from rfdetr.sizes import SIZES, check_resolution
@@ -45,7 +46,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     repaired = None
     if settings.fix:
         repaired = write_cleaned_copy(settings)
-        settings = replace(settings, dataset=settings.fix)
+        settings = replace(settings, dataset=settings.fix, rename=())  # the copy has the new names
 
     splits, problems = inspect_dataset(
         settings.dataset,
@@ -54,10 +55,11 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         settings.check_images,
         size.queries,
         settings.exif,
+        settings.rename,
     )
     train = splits.get("train")
     if train:
-        problems += small_objects(train, resolution, size.block)
+        problems += shrink_problems(train, resolution, size.block)
     problems.sort(key=lambda problem: problem.severity)
     counts = {name: describe_split(split, resolution) for name, split in splits.items()}
     if counts:
@@ -65,7 +67,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     note = exif_note(splits, settings.exif)
     if note:
         tick(note)
-    print_problems(problems)
+    print_problems(problems, settings.json)
     if settings.preview and train:
         draw_classes(train, settings.preview)
 
@@ -116,7 +118,9 @@ def describe_machine(versions: dict[str, str], precision: Precision) -> dict:
 def write_cleaned_copy(settings: ValidationSettings) -> dict[str, dict[str, int]]:
     """Write --fix's copy and say what was done: split -> what -> how often."""
     with writing_to(settings.fix, "--fix"):
-        done = fix_dataset(settings.dataset, settings.fix, settings.check_images, settings.exif)
+        done = fix_dataset(
+            settings.dataset, settings.fix, settings.check_images, settings.exif, settings.rename
+        )
     for split, counts in done.items():
         print(f"{split + ':':<7}" + ("repaired" if counts else "nothing to repair"))
         for what, count in counts.items():
@@ -131,7 +135,6 @@ def write_cleaned_copy(settings: ValidationSettings) -> dict[str, dict[str, int]
 def describe_split(split: CocoSplit, resolution: int) -> dict:
     """What the report says of a split; its classes by label."""
     sides = object_sides(split, resolution)
-    size_classes = np.searchsorted(list(COCO_SIDES.values()), sides, side="right")
     classes = []
     for name, key, count in zip(split.class_names, split.category_ids, split.objects_per_class):
         classes.append({"name": name, "category_id": key, "objects": count})
@@ -142,7 +145,8 @@ def describe_split(split: CocoSplit, resolution: int) -> dict:
         "objects": split.object_count,
         "masks": split.mask_count,
         "most_in_an_image": max(split.objects_per_image, default=0),
-        "sizes": {name: int((size_classes == i).sum()) for i, name in enumerate(COCO_SIDES)},
+        "sizes": count_by_size(split),
+        "median_side_px": round(float(np.median(sides)), 1) if len(sides) else None,
         "classes": classes,
         "left_out": split.left_out,
     }
@@ -157,8 +161,11 @@ def print_splits(splits: dict[str, dict]) -> None:
         print(
             f"{name + ':':<7}{row['images']} images ({row['negatives']} without objects), "
             f"{row['objects']} objects, {row['masks']} with masks, "
-            f"at most {row['most_in_an_image']} in an image ({sizes})"
+            f"at most {row['most_in_an_image']} in an image ({sizes}; "
+            f"median side {row['median_side_px'] or '-'} px at the model's input)"
         )
+    areas = [f"{name} up to {area**0.5:.0f}²" for name, area in COCO_AREAS.items()]
+    print(f"Sizes as in evaluate.py, by area in pixels of the image: {', '.join(areas[:2])}")
     print(f"{'label':>5} {'id':>8}  {'name':<24}" + "".join(f"{split:>9}" for split in splits))
     for label, rows in enumerate(zip(*(row["classes"] for row in splits.values()))):
         counts = "".join(f"{row['objects']:>9}" for row in rows)
@@ -169,14 +176,14 @@ def print_splits(splits: dict[str, dict]) -> None:
         print(f"Left out (placeholder, parent of other classes): {printable(name)}")
 
 
-def print_problems(problems: list[Problem]) -> None:
+def print_problems(problems: list[Problem], report: Path | None) -> None:
+    """One line each, with three examples.  report: the file of --json, which has more of them."""
     for problem in problems:
-        print(f"[{problem.severity}] {problem.code}: {printable(problem.message)}")
-        for place in problem.places[3:]:  # the sentence has the first three
-            print(f"    {place}")
-        more = problem.count - len(problem.places)
-        if more:
-            print(f"    ... and {more} more")
+        if problem.code != "DATASET_LAYOUT":  # it is alone, and how the script ends
+            print(f"[{problem.severity}] {problem.code}: {printable(problem.message)}")
+    if any(problem.count > PLACES_NAMED for problem in problems):
+        where = printable(report) if report else "--json FILE writes them"
+        print(f"The first {PLACES_KEPT} places of each: {where}")
 
 
 def draw_classes(split: CocoSplit, path: Path) -> None:
@@ -196,19 +203,16 @@ def estimate_sizes(name: str, resolution: int, precision: Precision, images: int
         free = torch.cuda.mem_get_info(precision.device)[0] / 2**20
     else:
         free = free_memory_mb()
-    print(
-        f"Stage 1 here, {images} images a pass, small sets repeated "
-        "(*: a step was measured, ~: from its shape)"
-    )
+    print(f"Stage 1 here, {images} images a pass, small sets repeated")
     columns = f"{'parameters':>13}{'MB, batch 1':>13}{'batch 4':>10}{'s an epoch':>12}"
-    print(f"  {'size':<13}{'px':>5}{columns}")
+    print(f"{'size':<13}{'px':>5}{columns}")
     for row in rows:
-        sign = "*" if row["measured"] else "~"
+        how = "measured" if row["measured"] else "from the measured ones"
         one, four = row["memory_mb"].values()
-        line = f"{sign} {row['size']:<13}{row['resolution']:>5}{row['parameters']:>13,}"
-        line += f"{one:>13,}{four:>10,}{row['epoch_s']:>12,.0f}"
+        line = f"{row['size']:<13}{row['resolution']:>5}{row['parameters']:>13,}"
+        line += f"{one:>13,}{four:>10,}{row['epoch_s']:>12,.0f}  {how}"
         if one > HEADROOM * free:
-            line += "  more than is free"
+            line += ", more than is free"
         print(line)
     own = next(row for row in rows if row["size"] == name)
     fits = [batch for batch, needed in own["memory_mb"].items() if needed < HEADROOM * free]
@@ -220,11 +224,14 @@ def estimate_sizes(name: str, resolution: int, precision: Precision, images: int
 
 
 def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
+    """How the script ends: the first error in short, and the others' codes; all is said above."""
+    if errors[0].code == "DATASET_LAYOUT":
+        return errors[0].message
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
     then = "Correct and run this again, or have --fix DIR try"
     if settings.fix:
         then = "This is left to you"
-    return f"{errors[0].message.rstrip('.')}. All errors: {kinds}. {then}"
+    return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {then}"
 
 
 def say_what_is_possible(
@@ -246,4 +253,6 @@ def say_what_is_possible(
         value = getattr(settings, name)
         if value != getattr(usual, name):
             command += f" --{name} {value}"
+    if settings.rename:
+        command += f" {rename_flags(settings.rename)}"
     print(f"Next: {command}")

@@ -36,6 +36,7 @@ from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.repair import fix_dataset
 from rfdetr.device import Precision
+from rfdetr.sizes import SIZES
 from rfdetr.training import estimate
 
 FILE = "_annotations.coco.json"
@@ -129,7 +130,7 @@ def far_away(root: Path) -> None:
 
 
 def crowded(root: Path) -> None:
-    add(*({**ANN, "id": 1000 + n, "bbox": [n % 90 / 4, n / 100, 5, 5]} for n in range(2000)))(root)
+    add(*({**ANN, "id": 1000 + n, "area": 20, "bbox": [n % 90 / 4, n / 100, 5, 5]} for n in range(2000)))(root)
 
 
 def odd_images(root: Path) -> None:
@@ -150,7 +151,7 @@ def extremes(root: Path) -> None:
         change("images", index, width=size[0], height=size[1])(root)
     boxes = [[0, 0, 1, 1], [0, 0, 1, 50], [4, 5, 19_000, 8], [4, 5, 10, 8], [0, 0, 1, 1]]
     for index, box in enumerate(boxes):
-        change("annotations", index, bbox=box, segmentation=[])(root)
+        change("annotations", index, bbox=box, area=box[2] * box[3], segmentation=[])(root)
 
 
 def one_image(root: Path) -> None:
@@ -185,7 +186,7 @@ ROWS = [
     ("16 wholly", change("annotations", bbox=[41, 5, 10, 8]), GOOD, {"ANN_BBOX_OUTSIDE"}),
     ("17 width", change("annotations", bbox=[4, 5, 0, 8]), GOOD, {"ANN_BBOX_EMPTY"}),
     ("17 negative", change("annotations", bbox=[4, 5, 10, -8]), GOOD, {"ANN_BBOX_EMPTY"}),
-    ("17 area", change("annotations", area=0), GOOD, {"ANN_AREA_EMPTY"}),
+    ("17 area", change("annotations", area=0), GOOD, {"ANN_AREA_INVALID"}),
     ("18 nan", change("annotations", bbox=[math.nan, 5, 10, 8]), BAD, {"ANN_BBOX_NAN"}),
     ("18 infinite", change("annotations", bbox=[4, 5, math.inf, 8]), BAD, {"ANN_BBOX_NAN"}),
     ("18 absurd", change("annotations", bbox=[4, 5, 1e8, 8]), BAD, {"ANN_BBOX_NAN"}),
@@ -212,7 +213,7 @@ ROWS = [
       for name in ("../1.png", "/etc/1.png", "\\\\host\\1.png", "C:\\1.png")),
     ("26 link", linked, GOOD, {"IMG_LINK"}),
     ("27 paths", far_away, GOOD, set()),
-    ("28 kinds", odd_images, GOOD, set()),
+    ("28 kinds", odd_images, GOOD, {"IMG_PAGES"}),
     ("28 bomb", image(size=(20_000, 10_000), mode="1"), BAD, {"IMG_BOMB"}),
     ("29 train", lambda root: rewrite(root / "train" / FILE, lambda d: d.update(annotations=[])), BAD, {"SPLIT_EMPTY"}),
     ("29 valid", lambda root: write(root / "valid", coco(0) | {"annotations": []}), GOOD, {"SPLIT_EMPTY"}),
@@ -224,7 +225,7 @@ ROWS = [
     ("30 queries", crowded, GOOD, {"IMG_MANY_OBJECTS", "ANN_NO_MASK"}),
     ("31 some", without_masks(1), GOOD, {"ANN_NO_MASK"}),
     ("31 all", without_masks(0), BAD, {"MASKS_NONE"}),
-    ("32 shapes", extremes, GOOD, set()),
+    ("32 shapes", extremes, GOOD, {"IMG_SHRUNK"}),
     ("32 one", one_image, GOOD, {"SPLIT_EMPTY"}),
 ]  # fmt: skip
 
@@ -257,7 +258,7 @@ def test_every_fault_of_a_dataset_is_told_by_its_code(
     assert contents(dataset) == before
     if row == "13 missing":
         assert found["IMG_MISSING"]["count"] == 25 and len(found["IMG_MISSING"]["places"]) == 20
-        assert "... and 5 more" in said
+        assert "--json" not in said and "The first 20 places of each: report.json" in said
     if row == "14 truncated":
         assert "line 2, column 1" in error
     if row == "24 placeholder":
@@ -294,6 +295,7 @@ def codes_of(root: Path, **options) -> dict[str, str]:
 
 HARMLESS = {
     "IMG_LINK",
+    "IMG_PAGES",
     "ANN_NO_MASK",
     "IMG_SHARED",
     "CLASS_NOT_IN_TRAIN",
@@ -354,7 +356,7 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
         )  # twice the same id, for one
         entry[key] = data.draw(anything | others)
     (folder / FILE).write_text(json.dumps(content), encoding="utf-8")
-    repaired, _ = repair.clean(folder / FILE, folder, decode=False)
+    repaired, _ = repair.clean(content, folder / FILE, folder, decode=False)
     left = checks.check_file(folder / FILE, folder, data=json.loads(json.dumps(repaired)))
     errors = {problem.code for problem in left.faults.problems() if problem.severity == "error"}
     # images of one id hide each other's faults
@@ -372,7 +374,7 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
         "ANN_BBOX_OUTSIDE",
         "ANN_BBOX_CLIPPED",
         "ANN_DUPLICATE",
-        "ANN_AREA_EMPTY",
+        "ANN_AREA_INVALID",
     }
     assert not {code for code in errors if not code.startswith("CAT_")} - guesses
     assert errors or not unused & {problem.code for problem in left.faults.problems()}
@@ -434,7 +436,7 @@ def test_what_cannot_be_fixed_is_left_to_the_user(dataset, tmp_path, monkeypatch
     change("images", width=41)(dataset)
     status, _, error, found = doctor("--dataset", dataset, "--fix", "copy", capsys=capsys)
     assert (
-        status == 2 and "IMG_SIZE" in found and "All errors: IMG_SIZE. This is left to you" in error
+        status == 2 and "IMG_SIZE" in found and "All errors (see above): IMG_SIZE. This is left to you" in error
     )
 
 
@@ -595,7 +597,7 @@ def test_small_objects_are_told_with_the_resolution_that_helps(
         "image 1 (1.png): 3.7 px"
     )
     better = int(found["ANN_SMALL"]["message"].split("--resolution ")[1].split()[0])
-    assert "(5 small, 0 medium, 0 large)" in said and 64 < better < 300
+    assert "(5 small, 0 medium, 0 large;" in said and 64 < better < 300
     assert "ANN_SMALL" not in doctor(*flags, "--resolution", better, capsys=capsys)[3]
     assert "ANN_SMALL" in doctor(*flags, "--resolution", better - 32, capsys=capsys)[3]
 
@@ -611,7 +613,9 @@ def test_a_step_is_measured_and_the_other_sizes_follow(monkeypatch, dataset, tmp
         row["size"]: row
         for row in json.loads(Path("report.json").read_text(encoding="utf-8"))["estimate"]
     }
-    assert status == 0 and said.count("\n* ") == 2 and said.count("\n~ ") == len(rows) - 2
+    assert status == 0 and rows.keys() == SIZES.keys()
+    assert said.count("  measured") == 2 and said.count("  from the measured ones") == len(rows) - 2
+    assert all(f": {name}\n" in said for name in SIZES)  # a line for each where no terminal is
     assert {name for name in rows if rows[name]["measured"]} == {"tiny", "nano"}
     assert (
         rows["nano"]["memory_mb"]["1"]

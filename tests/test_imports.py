@@ -21,6 +21,7 @@ LAYERS = [
         "distributed",
         "classes",
         "memory",
+        "renaming",
         "requirements",
         "sigterm",
         "streams",

@@ -120,10 +120,12 @@ ANNOTATION_FAULTS = [
     ({"bbox": [35, 25, 10, 10]}, "ANN_BBOX_CLIPPED", "warning"),
     ({"bbox": [50, 5, 10, 8]}, "ANN_BBOX_OUTSIDE", "warning"),
     ({"bbox": [4, -20, 10, 8]}, "ANN_BBOX_OUTSIDE", "warning"),
-    ({"area": 0}, "ANN_AREA_EMPTY", "warning"),
-    ({"area": -3.5}, "ANN_AREA_EMPTY", "warning"),
-    ({"area": math.nan}, "ANN_AREA_INVALID", "error"),
-    ({"area": "80"}, "ANN_AREA_INVALID", "error"),
+    ({"area": 0}, "ANN_AREA_INVALID", "warning"),
+    ({"area": -3.5}, "ANN_AREA_INVALID", "warning"),
+    ({"area": math.nan}, "ANN_AREA_INVALID", "warning"),
+    ({"area": "80"}, "ANN_AREA_INVALID", "warning"),
+    ({"area": 0.07}, "ANN_AREA_INVALID", "warning"),
+    ({"area": 80 * 4}, "ANN_AREA_INVALID", "warning"),
     ({"iscrowd": 2}, "ANN_CROWD_INVALID", "error"),
     ({"iscrowd": []}, "ANN_CROWD_INVALID", "error"),
     ({"image_id": 99}, "ANN_IMAGE_UNKNOWN", "error"),
@@ -395,6 +397,7 @@ def test_more_objects_than_queries(dataset):
         for n in range(301):
             other = {
                 "id": 1000 + n,
+                "area": 12,
                 "bbox": [n / 20, 1, 5, 5],
                 "segmentation": [[n / 20, 1, n / 20 + 5, 1, n / 20, 6]],
             }
@@ -561,6 +564,7 @@ def test_validate_setup_judges_the_size_resolution_and_device_to_be_trained(data
         for n in range(101):  # one more than tiny's queries
             other = {
                 "id": 1000 + n,
+                "area": 12,
                 "bbox": [n / 20, 1, 5, 5],
                 "segmentation": [[n / 20, 1, n / 20 + 5, 1, n / 20, 6]],
             }

@@ -25,6 +25,7 @@ NUMBERS = {int, float}
 SEVERAL = 3  # annotations; fewer prove nothing about their unit or about where masks lie
 MOST = 0.9  # of a split's boxes or polygons in 0..1: then it is not in pixels
 ONE = 1.001  # the largest coordinate of what is in 0..1, with what rounding adds
+MOST_AREA = 1.5  # times what an object's box or mask can cover; more is no area of it in pixels
 FEW_PIXELS = 8  # an image's side up to which a box may well lie within its first pixel
 OFF_WARNING = 0.05  # share of a split's masks that do not lie on their boxes
 OFF_ERROR = 0.5
@@ -35,7 +36,7 @@ MARGIN_PIXELS = 2.0  # and so many pixels more
 class SoundAnnotation(NamedTuple):
     """A sound entry, and what of it is to be learnt."""
 
-    entry: dict  # with area, iscrowd and segmentation: the usable part of it, or None
+    entry: dict  # with area, iscrowd and segmentation: what of it is usable, or None
     box: Box | None  # clipped to the image; None where the entry is dropped
 
 
@@ -72,6 +73,9 @@ def check_annotations(
         box, box_fault = clip_box(entry, image.width, image.height)
         mask = check_segmentation(entry.get("segmentation"), image.width, image.height, sums)
         codes = entry_faults(entry, known, category_ids, first_with_id)
+        wrong_area = area_is_wrong(entry, box, mask)
+        if wrong_area:
+            codes.append("ANN_AREA_INVALID")
         shape_faults = mask.faults | {box_fault} if box_fault else mask.faults
         if shape_faults:
             codes += sorted(shape_faults)
@@ -90,7 +94,8 @@ def check_annotations(
             box = None
         if box and not is_crowd and not mask.usable:
             faults.note("ANN_NO_MASK", place)
-        clean = {"area": entry.get("area"), "iscrowd": is_crowd, "segmentation": mask.usable}
+        area = None if wrong_area else entry.get("area")
+        clean = {"area": area, "iscrowd": is_crowd, "segmentation": mask.usable}
         sound.setdefault(image_id, []).append(SoundAnnotation(entry | clean, box))
     coordinates.note_faults(faults)
     return sound
@@ -113,7 +118,6 @@ def entry_faults(
     codes = []
     annotation_id = entry.get("id")
     category_id = entry.get("category_id")
-    area = entry.get("area")
     if not is_whole(annotation_id):
         codes.append("ANN_ID_INVALID")
     elif first_with_id.setdefault(annotation_id, entry) != entry:
@@ -124,9 +128,33 @@ def entry_faults(
         codes.append("ANN_CATEGORY_UNKNOWN")
     if not image_known:
         codes.append("ANN_IMAGE_UNKNOWN")
-    if area is not None and number_fault([area], LIMIT**2):
-        codes.append("ANN_AREA_INVALID")
     return codes
+
+
+def area_is_wrong(entry: dict, box: Box | None, mask: CheckedMask) -> bool:
+    """Whether an area is given that is no number of pixels which this object can cover.
+
+    box, mask: what clip_box and check_segmentation say of the entry. Areas of boxes and of masks
+    are both usual, so only what neither can be is wrong.
+    """
+    area = entry.get("area")
+    if area is None:
+        return False
+    if number_fault([area], LIMIT**2) or area <= 0:
+        return True
+    if box is None:  # nothing to compare it with
+        return False
+    _, _, width, height = entry["bbox"]
+    covered = width * height
+    most = (width + 1) * (height + 1)  # drawn masks touch pixels that they cover in part
+    if mask.extent:
+        left, top, right, bottom = mask.extent
+        most = max(most, (right - left + 1) * (bottom - top + 1))
+    elif mask.usable:
+        rows, columns = mask.usable["size"]
+        most = max(most, rows * columns)
+    is_share = area < 1 and covered > FEW_PIXELS
+    return is_share or area > MOST_AREA * most
 
 
 def is_identical(one: dict, other: dict) -> bool:
@@ -162,15 +190,12 @@ def clip_box(entry: dict, width: float, height: float) -> tuple[Box | None, str 
     None for a box where nothing of the annotation is left to learn.
     """
     bbox = entry.get("bbox")
-    area = entry.get("area")
     fault = number_fault(bbox) if type(bbox) is list and len(bbox) == 4 else "TYPE"
     if fault:
         return None, f"ANN_BBOX_{fault}"
     x, y, w, h = bbox
     if w < THINNEST or h < THINNEST:
         return None, "ANN_BBOX_EMPTY"
-    if type(area) in (int, float) and area <= 0:
-        return None, "ANN_AREA_EMPTY"
     left = max(x, 0)
     top = max(y, 0)
     right = min(x + w, width)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,33 +18,41 @@ import numpy as np
 from rfdetr.console import UserError, tick, warn
 from rfdetr.data.annotation_checks import SoundAnnotation
 from rfdetr.data.checks import NOT_INSPECTED, CheckedSplit, ListedSplit, check_split, list_split
+from rfdetr.data.class_checks import class_problems
 from rfdetr.data.exif import SizedImage, decide_exif, exif_note
 from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
 from rfdetr.data.image_files import ImageFile
 from rfdetr.data.labels import number_classes
-from rfdetr.data.layout import SPLITS, find_splits
+from rfdetr.data.layout import SPLITS, find_splits, read_json
 from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.masks import annotation_area
+from rfdetr.renaming import class_names_of, read_renames, rename_classes
 
 SAMPLED = 10  # annotations that require_masks tells of
 
 
 def read_dataset(
-    root: str | Path, val_fraction: float | None = None, queries: int = 300, exif: str | None = None
+    root: str | Path,
+    val_fraction: float | None = None,
+    queries: int = 300,
+    exif: str | None = None,
+    rename: Sequence[str] = (),
 ) -> dict[str, CocoSplit]:
     """Check and read the splits of a dataset: "train", "valid" and, where it exists, "test".
 
     Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by
     a hash of their names, so that the choice stays when the file is written in another order.
-    queries: the objects that the model can find in one image.  exif: as for inspect_dataset; what
-    was decided is printed where images have an orientation.  Raises UserError for any error of the
-    data, with the command that lists them all.
+    queries: the objects that the model can find in one image.  exif, rename: as for
+    inspect_dataset; what was decided is printed where images have an orientation.  Raises UserError
+    for any error of the data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(
             f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example"
         )
-    splits, problems = inspect_dataset(root, val_fraction, queries=queries, exif=exif)
+    splits, problems = inspect_dataset(
+        root, val_fraction, queries=queries, exif=exif, rename=rename
+    )
     raise_errors(problems, root)
     note = exif_note(splits, exif)
     if note:
@@ -57,19 +67,21 @@ def inspect_dataset(
     decode: bool = False,
     queries: int = 300,
     exif: str | None = None,
+    rename: Sequence[str] = (),
 ) -> tuple[dict[str, CocoSplit], list[Problem]]:
     """Check all splits once: (split name -> what is usable of it, all problems, errors first).
 
     With `val_fraction` a missing valid split is no error, with `need_masks` missing masks are one.
     decode: open images as a whole, and compare contents between splits.  queries: the objects that
     the model can find in one image.  exif: "apply" or "ignore" the EXIF orientation of images where
-    no size of the dataset tells; by default it is applied.
+    no size of the dataset tells; by default it is applied.  rename: values of --rename, OLD=NEW.
+    Raises UserError where they name no class.
     """
     try:
         files = find_splits(root)
     except UserError as error:
         return {}, [dataset_error("DATASET_LAYOUT", str(error), root)]
-    listed, problems = list_files(files, decode, root)
+    listed, problems = list_files(files, decode, root, rename)
     problems += missing_splits(files, val_fraction, root)
     decision = decide_exif((pair for split in listed.values() for pair in split.images()), exif)
     checked = {name: check_split(split, decision) for name, split in listed.items()}
@@ -92,12 +104,18 @@ def inspect_dataset(
         if name == "train":
             faults[name].make_error("SPLIT_EMPTY")
         elif "train" in splits:
-            compare_with_train(split, splits["train"], faults[name], faults["train"])
+            note_shared_images(split, splits["train"], faults[name])
+    own_problems = {name: split_faults.problems() for name, split_faults in faults.items()}
+    if "train" in splits and not faults["train"].has_errors:  # or what lacks may be their effect
+        listed_in_train = {entry["name"] for entry in checked["train"].categories}
+        for name in splits.keys() - {"train"}:
+            own_problems[name] += class_problems(splits[name], splits["train"], listed_in_train)
     splits = {
-        name: replace(split, problems=faults[name].problems()) for name, split in splits.items()
+        name: replace(split, problems=sorted(own_problems[name], key=attrgetter("severity")))
+        for name, split in splits.items()
     }
     problems += [problem for split in splits.values() for problem in split.problems]
-    return splits, sorted(problems, key=lambda problem: problem.severity)
+    return splits, sorted(problems, key=attrgetter("severity"))
 
 
 def require_masks(split: CocoSplit) -> None:
@@ -124,16 +142,25 @@ def require_masks(split: CocoSplit) -> None:
 
 
 def list_files(
-    files: dict[str, tuple[Path, Path]], decode: bool, root: str | Path
+    files: dict[str, tuple[Path, Path]], decode: bool, root: str | Path, rename: Sequence[str]
 ) -> tuple[dict[str, ListedSplit], list[Problem]]:
     """What the annotation files list, and a problem for each that is no JSON."""
-    listed = {}
+    contents = {}
     problems = []
-    for name, (file, folder) in files.items():
+    for name, (file, _) in files.items():
         try:
-            listed[name] = list_split(file, folder, decode)
+            contents[name] = read_json(file)
         except UserError as error:
             problems.append(dataset_error("JSON_INVALID", str(error), root))
+    if rename and not problems:
+        names = {name: class_names_of(data) for name, data in contents.items()}
+        renames = read_renames(rename, names)
+        for data in contents.values():
+            rename_classes(data, renames)
+    listed = {}
+    for name in list(contents):
+        file, folder = files[name]
+        listed[name] = list_split(file, folder, decode, contents.pop(name))
     return listed, problems
 
 
@@ -152,7 +179,7 @@ def missing_splits(
 
 def dataset_error(code: str, message: str, root: str | Path) -> Problem:
     """An error of the dataset as a whole."""
-    return Problem(code, "error", message, 1, [str(root)])
+    return Problem(code, "error", message, 1, [str(root)], message.split(". ")[0])
 
 
 # ---------------------------------------------------------------- building
@@ -261,15 +288,7 @@ def note_too_many_objects(split: CocoSplit, queries: int, faults: Faults) -> Non
             faults.note("IMG_MANY_OBJECTS", place)
 
 
-def compare_with_train(
-    split: CocoSplit, train: CocoSplit, faults: Faults, train_faults: Faults
-) -> None:
-    """Note classes that train does not teach, and images that train has, too."""
-    if not train_faults.has_errors:  # or what is missing there may be their effect
-        counts = zip(split.class_names, split.objects_per_class, train.objects_per_class)
-        for class_name, here, in_train in counts:
-            if here and not in_train:
-                faults.note("CLASS_NOT_IN_TRAIN", repr(class_name))
+def note_shared_images(split: CocoSplit, train: CocoSplit, faults: Faults) -> None:
     train_files = {
         image.file_sha256: image.file_name for image in train.images if image.file_sha256
     }

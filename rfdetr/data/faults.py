@@ -95,6 +95,9 @@ CODES: dict[str, FaultKind] = {
         "annotated as stored where other images' sizes prove that their EXIF orientation counts",
         "each of them is read as its size says",
     ),
+    "IMG_PAGES": FaultKind(
+        "warning", "with several pages or frames", "the first page of each is read"
+    ),
     "IMG_LINK": FaultKind("warning", "behind symbolic links", "followed"),
     "IMG_MANY_OBJECTS": FaultKind(
         "warning", "with more objects than the model has queries", "it cannot find them all"
@@ -113,9 +116,10 @@ CODES: dict[str, FaultKind] = {
     ),
     "ANN_CROWD_INVALID": FaultKind("error", "with an iscrowd other than 0 or 1", "write 0 or 1"),
     "ANN_AREA_INVALID": FaultKind(
-        "error", "with an area that is no finite number", "correct it or leave it out"
+        "warning",
+        "with an area that is 0 or less, no number, or not in pixels",
+        "computed from the mask, else the bbox",
     ),
-    "ANN_AREA_EMPTY": FaultKind("warning", "with an area of 0 or less", "dropped"),
     "ANN_BBOX_TYPE": FaultKind(
         "error", "whose bbox is not a list of 4 numbers", "write [x, y, width, height] in pixels"
     ),
@@ -200,6 +204,7 @@ class Problem:
     message: str
     count: int
     places: list[str]  # the first PLACES_KEPT of them
+    headline: str = ""  # the message without examples and advice
 
 
 class Faults:
@@ -240,23 +245,25 @@ class Faults:
         problems = []
         for code, places in self._places.items():
             severity = self._severity(code)
-            message = self._message(code, places)
+            headline = self._headline(code, len(places))
+            message = f"{headline} ({first_few(places)}): {CODES[code].advice}"
             kept = places[:PLACES_KEPT]
-            problems.append(Problem(code, severity, message, len(places), kept))
+            problems.append(Problem(code, severity, message, len(places), kept, headline))
         return sorted(problems, key=lambda problem: problem.severity)
 
     def _severity(self, code: str) -> str:
         return "error" if code in self._errors else CODES[code].severity
 
-    def _message(self, code: str, places: list[str]) -> str:
-        kind = CODES[code]
+    def _headline(self, code: str, count: int) -> str:
         singular, plural = NOUNS[code.split("_")[0]]
-        noun = singular if len(places) == 1 else plural
-        examples = ", ".join(places[:PLACES_NAMED])
-        if len(places) > PLACES_NAMED:
-            examples += ", ..."
-        count = f"{len(places)} {noun}"
-        return f"{self.annotation_file}: {count} {kind.what} ({examples}): {kind.advice}"
+        noun = singular if count == 1 else plural
+        return f"{self.annotation_file}: {count} {noun} {CODES[code].what}"
+
+
+def first_few(texts: list[str], count: int = PLACES_NAMED) -> str:
+    """The first `count` of some texts, separated by commas, and whether there are more."""
+    more = ", ..." if len(texts) > count else ""
+    return ", ".join(texts[:count]) + more
 
 
 def raise_errors(problems: list[Problem], root: str | Path) -> None:
@@ -264,6 +271,8 @@ def raise_errors(problems: list[Problem], root: str | Path) -> None:
     errors = [problem for problem in problems if problem.severity == "error"]
     if not errors:
         return
+    if errors[0].code == "DATASET_LAYOUT":  # there is nothing else to see
+        raise UserError(errors[0].message)
     message = errors[0].message.rstrip(".")
     if len(errors) > 1:
         message += f"; and {len(errors) - 1} more kinds of errors"

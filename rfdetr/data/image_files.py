@@ -10,6 +10,7 @@ import stat
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -58,6 +59,13 @@ class ImageFile:
     stored_size: tuple[int, int] | None = None  # (width, height); None where it is not known
     file_sha256: bytes = b""  # of the whole file where it was decoded
     content_hash: int | None = None  # None where the file cannot be read
+
+
+class ImageHeader(NamedTuple):
+    """What a file tells when it is opened."""
+
+    size: tuple[int, int]  # (width, height) in pixels
+    pages: int
 
 
 def stays_inside(name: object) -> bool:
@@ -168,12 +176,40 @@ def read_image_file(path: Path, annotated_size: tuple[float, float], decode: boo
             return [{"IMG_TYPE": f": {kind_of_file(mode)}"}, 1, None, "", None]
         with Image.open(path, formats=FORMATS) as image:
             orientation, stored_size = read_orientation(image, annotated_size)
+            pages = count_pages(image)
             if decode:
                 image.load()
                 file_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        return [{}, orientation, stored_size, file_sha256, content_hash(path)]
+        notes = {"IMG_PAGES": f": {pages}"} if pages > 1 else {}
+        return [notes, orientation, stored_size, file_sha256, content_hash(path)]
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         return [fault_of(error), orientation, None, file_sha256, None]
+
+
+def read_header(path: Path) -> ImageHeader | None:
+    """The header of an image file; None where it cannot be read."""
+    try:
+        if not is_regular_file(path):
+            return None
+        with Image.open(path, formats=FORMATS) as image:
+            return ImageHeader(image.size, count_pages(image))
+    except Exception:  # on damaged files Pillow raises OSError, struct.error and others
+        return None
+
+
+def count_pages(image: Image.Image) -> int:
+    """Pages or frames of an opened image, of which only the first is read.
+
+    The second picture in cameras' JPEGs (MPO: a preview, a depth or a gain map) is no page.
+    """
+    if image.format == "MPO":
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception as error:  # what follows the first page is damaged
+        if is_refusal(error):
+            raise
+        return 1
 
 
 def fault_of(error: Exception) -> dict[str, str]:

@@ -12,6 +12,7 @@ from rfdetr.data.image_files import kind_of_file
 
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
+FEW = 3  # datasets that a message names
 COCO_NAMES = {"train": "train", "valid": "val", "test": "test"}  # in instances_val2017.json
 
 
@@ -30,13 +31,61 @@ def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
     if not splits:
         splits = find_coco_splits(root)
     if not splits:
-        raise UserError(
-            f"no COCO dataset in {root} ({describe_folder(root)}): expected "
-            "train/_annotations.coco.json beside the images, or "
-            "annotations/instances_train2017.json and train2017/. "
-            "Another folder is named with --dataset"
-        )
+        raise UserError(no_dataset_message(root))
     return splits
+
+
+def no_dataset_message(root: Path) -> str:
+    """What lies in a folder instead of a dataset, and what to type or do."""
+    message = f"no COCO dataset in {root}"
+    near = nearby_datasets(root)
+    if near:
+        names = " or ".join(f'--dataset "{folder}"' for folder in near)
+        return f"{message}. There is one beside it: run the same command with {names}"
+    other = other_format(root)
+    there = f"it is {other}" if other else describe_folder(root)
+    message += (
+        f" ({there}): expected train/_annotations.coco.json beside the images, or "
+        "annotations/instances_train2017.json and train2017/. "
+    )
+    if other:
+        return f"{message}Export it as COCO, from the labelling tool for example"
+    return f"{message}Another folder is named with --dataset"
+
+
+def nearby_datasets(root: Path) -> list[Path]:
+    """Datasets in the folders above (a split or a file was named) or else just below `root`."""
+    above = [folder for folder in list(root.parents)[:2] if holds_dataset(folder)]
+    if above and root.exists():
+        return above[:1]
+    if not root.is_dir():
+        return []
+    below = [folder for folder in sorted(root.iterdir()) if holds_dataset(folder)]
+    return below if len(below) <= FEW else []
+
+
+def holds_dataset(folder: Path) -> bool:
+    # os.path: a folder that may not be read is none
+    has_split = any(os.path.exists(folder / name / ANNOTATIONS) for name in SPLITS)
+    return has_split or bool(find_coco_splits(folder))
+
+
+def other_format(root: Path) -> str:
+    """In words, which other layout a folder has; empty for none that is known."""
+    for folder in (root, *(root / name for name in (*SPLITS, "val"))):
+        if has_files(folder, "labels/*.txt", "labels/*/*.txt"):
+            return "a YOLO dataset: images/ and labels/ with a .txt for each image"
+        if has_files(folder, "Annotations/*.xml", "annotations/*.xml", "*.xml"):
+            return "a Pascal VOC dataset: an .xml for each image"
+    if has_files(root, "data.yaml", "data.yml"):
+        return "a YOLO dataset: data.yaml names its folders"
+    if has_files(root, "*/Annotations/*.xml"):
+        return "a Pascal VOC dataset: an .xml for each image"
+    return ""
+
+
+def has_files(folder: Path, *patterns: str) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def find_coco_splits(root: Path) -> dict[str, tuple[Path, Path]]:

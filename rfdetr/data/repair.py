@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 from rfdetr.console import UserError
@@ -19,6 +21,7 @@ from rfdetr.data.exif import ExifDecision, SizedImage, decide_exif
 from rfdetr.data.image_files import find_image, is_regular_file, stays_inside
 from rfdetr.data.layout import ANNOTATIONS, find_splits, read_json
 from rfdetr.masks import annotation_area
+from rfdetr.renaming import class_names_of, read_renames, rename_classes
 from rfdetr.text import is_control
 
 # A repair may bring another fault to light: two boxes may be the same once they are clipped.
@@ -30,7 +33,6 @@ UNUSABLE = {  # annotations of which nothing is left to learn from
     "ANN_IMAGE_UNKNOWN",
     "ANN_CATEGORY_UNKNOWN",
     "ANN_CROWD_INVALID",
-    "ANN_AREA_EMPTY",
     "ANN_DUPLICATE",
     "ANN_BBOX_TYPE",
     "ANN_BBOX_NAN",
@@ -43,24 +45,28 @@ POLYGONS = {"ANN_POLYGON_SHORT", "ANN_POLYGON_ODD", "ANN_POLYGON_FAR"}
 
 
 def fix_dataset(
-    root: Path, out: Path, decode: bool, exif: str | None = None
+    root: Path, out: Path, decode: bool, exif: str | None = None, rename: Sequence[str] = ()
 ) -> dict[str, dict[str, int]]:
     """Write OUT/<split>/_annotations.coco.json for all splits, with links to the images beside it.
 
-    decode: read images as a whole, to drop the damaged ones.  exif: as for coco.inspect_dataset;
-    sizes that are written follow from it.  Returns split -> {"CODE: what was done": how often}.
-    What could not be repaired is still in the copy: check it.  Raises UserError where `out` holds
-    files or an annotation file is no JSON (then nothing is written), and OSError.
+    decode: read images as a whole, to drop the damaged ones.  exif, rename: as for
+    coco.inspect_dataset; sizes and names that are written follow from them.  Returns split ->
+    {"CODE: what was done": how often}. What could not be repaired is still in the copy: check it.
+    Raises UserError where `out` holds files, an annotation file is no JSON or `rename` names no
+    class (then nothing is written), and OSError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"--fix {out}: it exists already and is never written over: name a new or empty folder"
         )
     files = find_splits(root)
-    listed = [list_split(file, folder) for file, folder in files.values()]
+    contents = {name: read_json(file) for name, (file, _) in files.items()}
+    renames = read_renames(rename, {name: class_names_of(data) for name, data in contents.items()})
+    listed = [list_split(*files[name], data=data) for name, data in contents.items()]
     decision = decide_exif((pair for split in listed for pair in split.images()), exif)
     cleaned = {
-        name: clean(file, folder, decode, decision) for name, (file, folder) in files.items()
+        name: clean(contents.pop(name), *places, decode, decision, renames)
+        for name, places in files.items()
     }
     for name, (data, _) in cleaned.items():
         _, folder = files[name]
@@ -96,14 +102,20 @@ def link(source: Path, target: Path) -> None:
 
 
 def clean(
-    file: Path, folder: Path, decode: bool, exif: ExifDecision | None = None
+    data: dict,
+    file: Path,
+    folder: Path,
+    decode: bool,
+    exif: ExifDecision | None = None,
+    renames: dict[str, str] | None = None,
 ) -> tuple[dict, Counter]:
-    """(the repaired content of an annotation file, what was done how often).
+    """(the content of an annotation file, repaired in place, what was done how often).
 
-    exif: as for checks.check_file.
+    exif: as for checks.check_file.  renames: old class name -> new class name.
     """
-    data = read_json(file)
     done = Counter()
+    if renames:
+        done["--rename: the new name is written"] += rename_classes(data, renames)
     for number in range(ROUNDS):
         before = done.total()
         is_first = number == 0
@@ -298,5 +310,7 @@ def repair_box_and_area(entry: dict, image: SizedImage, codes: set[str], done: C
         entry["bbox"] = [x, y, right - x, bottom - y]
     if is_invalid:
         done["ANN_AREA_INVALID: computed"] += 1
-    if is_invalid or (is_clipped and not entry.get("segmentation")):
+    if is_invalid and image.shorter_side == inf:  # to be computed where the size is known
+        del entry["area"]
+    elif is_invalid or (is_clipped and not entry.get("segmentation")):
         entry["area"] = annotation_area(entry, image.height, image.width)

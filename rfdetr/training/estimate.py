@@ -4,7 +4,9 @@ their shapes.
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -14,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
 from rfdetr.classes import COCO_ROWS, assign_rows
-from rfdetr.console import UserError
+from rfdetr.console import UserError, progress_bar, say
 from rfdetr.device import Precision, memory_mb, unless_out_of_memory
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES, LossWeights
@@ -103,19 +105,19 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
     tiny). The others lie on the line through these two.  Raises UserError where a single image does
     not fit.
     """
-    sides = {key: size.resolution for key, size in SIZES.items() if not key.startswith("seg-")} | {
-        name: resolution
-    }
-    shapes = {key: shape_of(key, side) for key, side in sides.items()}
-    anchors = [key for key in sides if key in ("tiny", name if name != "tiny" else "nano")]
+    sides = {key: size.resolution for key, size in SIZES.items()} | {name: resolution}
+    anchors = [name, "nano" if name == "tiny" else "tiny"]
+    shapes = {}
     seconds, memory, base = [], [], 0.0  # points of the two lines; MB of a process without a model
-    for key in anchors:
-        parameters, flop, kept = shapes[key]
-        step_s, base, peak = measure_apart(key, sides[key], precision)
-        seconds.append((flop, step_s))
-        memory.append((kept, max(peak - base - parameters * STATE_BYTES / 2**20, 0.0)))
+    for key in telling_progress([*anchors, *(key for key in sides if key not in anchors)]):
+        parameters, flop, kept = shapes[key] = shape_of(key, sides[key])
+        if key in anchors:
+            step_s, base, peak = measure_apart(key, sides[key], precision)
+            seconds.append((flop, step_s))
+            memory.append((kept, max(peak - base - parameters * STATE_BYTES / 2**20, 0.0)))
     rows = []
-    for key, (parameters, flop, kept) in shapes.items():
+    for key in sides:
+        parameters, flop, kept = shapes[key]
         recipe, fixed = SIZES[key].recipe, base + parameters * STATE_BYTES / 2**20
         step = recipe.batch * recipe.accum
         row = {
@@ -132,6 +134,16 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
         )
         rows.append(row)
     return rows
+
+
+def telling_progress(sizes: list[str]) -> Iterator[str]:
+    """The sizes, the measured ones first: with a bar on a terminal, else with a line for each."""
+    if sys.stderr.isatty():
+        yield from progress_bar(sizes, "estimating")
+        return
+    for number, name in enumerate(sizes, start=1):
+        say(f"estimating {number}/{len(sizes)}: {name}")
+        yield name
 
 
 def on_line(points: list[tuple[float, float]], x: float) -> float:

@@ -9,6 +9,7 @@ import math
 from torch import nn
 
 from rfdetr.console import banner, say, warn
+from rfdetr.data.statistics import shrink_problems
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.runs.record import Run
@@ -37,6 +38,8 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
             "Output": session.run.folder,
         },
     )
+    for problem in shrink_problems(session.train, session.resolution, session.size.block):
+        warn(problem.message)
     if not session.splits["valid"].images:
         warn(
             "the valid split is empty: there are no scores, "

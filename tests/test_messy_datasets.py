@@ -1,0 +1,322 @@
+"""Datasets as new users bring them: wrong areas, names, sizes, pages, layouts, and what is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_validation import coco, rewrite, write
+
+import evaluate
+import predict
+import quickstart
+import validate_setup
+from rfdetr.classes import assign_rows
+from rfdetr.console import UserError
+from rfdetr.data.coco import inspect_dataset, read_dataset
+from rfdetr.data.repair import fix_dataset
+from rfdetr.data.statistics import shrink_warning
+from rfdetr.models.detector import Detector
+from rfdetr.renaming import is_near
+from rfdetr.settings import DetectorSettings, plain, read_layer, resolve
+from rfdetr.sizes import SIZES
+from rfdetr.training.report import print_banner
+from rfdetr.weights import checkpoint
+
+FILE = "_annotations.coco.json"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    write(tmp_path / "data/train", coco(4))
+    write(tmp_path / "data/valid", coco(2))
+    return tmp_path / "data"
+
+
+def change(root: Path, edit, split: str = "train") -> None:
+    rewrite(root / split / FILE, edit)
+
+
+def codes(root: Path, **options) -> dict[str, str]:
+    return {problem.code: problem.severity for problem in inspect_dataset(root, **options)[1]}
+
+
+def areas(root: Path) -> list[float]:
+    images = read_dataset(root)["train"].images
+    return [entry["area"] for image in images for entry in image.annotations]
+
+
+# ---------------------------------------------------------------- areas
+
+
+@pytest.mark.parametrize("wrong", [0, -3, 0.05, 1e6, "80", None, float("nan"), True])
+def test_a_wrong_area_drops_nothing_and_is_computed(dataset, wrong):
+    def spoil(data: dict) -> None:
+        for entry in data["annotations"]:
+            entry["area"] = wrong
+        data["annotations"][1]["segmentation"] = []
+        data["annotations"][1]["bbox"] = [4, 5, 10, 9]
+
+    change(dataset, spoil)
+    assert codes(dataset).get("ANN_AREA_INVALID") == (None if wrong is None else "warning")
+    assert read_dataset(dataset)["train"].object_count == 5
+    assert areas(dataset) == [80, 80, 90, 80, 80]
+    fix_dataset(dataset, dataset.parent / "fixed", decode=False)
+    assert "ANN_AREA_INVALID" not in codes(dataset.parent / "fixed")
+    assert areas(dataset.parent / "fixed") == [80, 80, 90, 80, 80]
+
+
+@pytest.mark.parametrize("area", [80, 56.5, 120])
+def test_areas_of_boxes_and_of_masks_stay_as_they_are(dataset, area):
+    change(dataset, lambda data: [entry.update(area=area) for entry in data["annotations"]])
+    assert areas(dataset) == [area] * 5 and "ANN_AREA_INVALID" not in codes(dataset)
+
+
+def test_a_mask_without_a_pixel_gets_its_boxs_area(dataset):
+    thin = {"area": 0, "segmentation": [[4, 5, 5, 5, 4, 5]], "bbox": [4, 5, 10, 8]}
+    change(dataset, lambda data: data["annotations"][0].update(thin))
+    assert areas(dataset)[0] == 80
+
+
+# ---------------------------------------------------------------- class names
+
+
+def call_otherwise(root: Path, split: str = "valid", **names: str) -> None:
+    def edit(data: dict) -> None:
+        for entry in data["categories"]:
+            entry["name"] = names.get(entry["name"], entry["name"])
+
+    change(root, edit, split)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "near"),
+    [
+        ("Date", "date", True),
+        ("blood vessel", "Blood_Vessels", True),
+        ("glomerulus", "glomerulos", True),
+        ("vessel", "vesel", True),
+        ("ﬁg", "fig", True),
+        ("type1", "type2", False),
+        ("stage-10", "stage_1", False),
+        ("cat", "bat", False),
+        ("hazelnut", "walnut", False),
+        ("", "s", False),
+    ],
+)
+def test_near_names(one, other, near):
+    assert is_near(one, other) == is_near(other, one) == near
+
+
+def test_near_names_in_valid_are_an_error_with_the_flag_to_add(dataset):
+    call_otherwise(dataset, cell="Cells", vessel="ve ssel")
+    with pytest.raises(UserError) as error:
+        read_dataset(dataset)
+    assert '--rename "Cells=cell" --rename "ve ssel=vessel"' in str(error.value)
+    flags = ["Cells=cell", "ve ssel=vessel"]
+    splits = read_dataset(dataset, rename=flags)
+    assert splits["valid"].class_names == splits["train"].class_names == ["cell", "vessel"]
+    assert splits["valid"].objects_per_class == [2, 1]
+    fix_dataset(dataset, dataset.parent / "fixed", decode=False, rename=flags)
+    assert "CLASS_UNKNOWN" not in codes(dataset.parent / "fixed")
+
+
+def test_the_only_class_without_a_partner_on_each_side_may_be_the_same(dataset):
+    call_otherwise(dataset, vessel="walnut")
+    with pytest.raises(UserError, match=r"train has 'cell', 'vessel'.*--rename \"walnut=vessel\""):
+        read_dataset(dataset)
+
+
+def test_a_class_that_train_lists_without_objects_stays_a_warning(dataset):
+    change(dataset, lambda data: data["annotations"].pop())
+    assert codes(dataset) == {"CLASS_NOT_IN_TRAIN": "warning"}
+
+
+def test_renaming_merges_with_a_class_of_the_new_name(dataset):
+    def add(data: dict) -> None:
+        data["categories"].append({"id": 7, "name": "Cell"})
+        data["annotations"][1]["category_id"] = 7
+
+    change(dataset, add, "valid")
+    valid = read_dataset(dataset, rename=["Cell=cell"])["valid"]
+    assert valid.objects_per_class == [2, 1]
+    assert {entry["category_id"] for entry in valid.ground_truth["annotations"]} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("Cel=cell", r"the dataset has no class 'Cel' \(did you mean .*'Cells'"),
+        ("Cells=cel", r"train has no class 'cel' \(did you mean .*'cell'"),
+        ("Cells", r"expected OLD=NEW"),
+        ("Cells=", r"no class ''|empty"),
+    ],
+)
+def test_a_rename_that_names_no_class_is_an_error(dataset, value, words):
+    call_otherwise(dataset, cell="Cells")
+    with pytest.raises(UserError, match=words):
+        read_dataset(dataset, rename=[value])
+
+
+def test_names_with_an_equals_sign_or_a_dash_can_be_renamed(dataset):
+    call_otherwise(dataset, cell="-a=b")
+    call_otherwise(dataset, split="train", cell="a=b")
+    with pytest.raises(UserError, match=r'--rename="-a=b=a=b"'):
+        read_dataset(dataset)
+    assert read_dataset(dataset, rename=["-a=b=a=b"])["valid"].objects_per_class == [2, 1]
+
+
+def test_a_checkpoint_of_near_names_offers_the_flag():
+    table = assign_rows(["date", "fig"], [1, 2], "dataset")
+    with pytest.raises(UserError, match=r'--rename "Date=date"\. Otherwise: Use the checkpoint'):
+        table.in_order_of(["Date", "fig"], [1, 2], "data (valid)")
+    with pytest.raises(UserError, match=r"\. Use the checkpoint"):
+        table.in_order_of(["fig"], [1], "data (valid)")
+
+
+def save_model(file: Path, names: list[str]) -> None:
+    size = replace(SIZES["tiny"], resolution=32)
+    model = Detector(size, len(names) + 1, True)
+    table = assign_rows(names, [1, 2], "dataset")
+    content = checkpoint.make_content("detector", size, 32, table, None, model.state_dict())
+    checkpoint.save(file, content)
+
+
+def test_every_script_takes_rename_and_hands_it_on(dataset, tmp_path, call, capsys):
+    call_otherwise(dataset, cell="Cell")
+    flags = ["--dataset", dataset, "--device", "cpu", "--rename", "Cell=cell"]
+    call(validate_setup.main, *flags, "--size", "tiny", "--fix", "fixed")
+    assert "1  --rename: the new name is written" in capsys.readouterr().out
+    call(validate_setup.main, *flags, "--size", "tiny")
+    assert capsys.readouterr().out.strip().endswith('--size tiny --device cpu --rename "Cell=cell"')
+    save_model(tmp_path / "x.pt", ["Cell", "vessel"])
+    with pytest.raises(UserError, match=r'add: --rename "cell=Cell"\. Otherwise'):
+        call(evaluate.main, "--checkpoint", "x.pt", *flags)
+    call(evaluate.main, "--checkpoint", "x.pt", *flags[:-1], "cell=Cell")
+    assert "Cell " in capsys.readouterr().out
+    kept = plain(resolve(DetectorSettings, {"rename": ("Cell=cell",)}))
+    assert read_layer(DetectorSettings, kept, "config.yaml")["rename"] == ("Cell=cell",)
+    (tmp_path / "quick.yaml").write_text("rename: [Cell=cell, -a=b]\nseed: 3\n")
+    words = quickstart.config_words(str(tmp_path / "quick.yaml"), vars(quickstart.parse([])))
+    assert words == ["--rename=Cell=cell", "--rename=-a=b", "--seed=3"]
+    assert quickstart.Job(quickstart.parse(words)).flags("rename") == tuple(words[:2])
+
+
+# ---------------------------------------------------------------- sizes and pages
+
+
+def shrink_boxes(data: dict) -> None:
+    for entry in data["annotations"]:
+        entry.update(bbox=[4, 5, 2, 2], area=4, segmentation=[])
+
+
+def test_large_images_are_told_with_the_factor_and_the_way_out():
+    said = shrink_warning([3000, 700], 384, 32)
+    assert (
+        "1 of 2 images" in said
+        and "7.8 times" in said
+        and "--resolution 768" in said
+        and "tiles" in said
+    )
+    said = shrink_warning([640], 384, 32, np.array([3.0, 4.0, 90.0]))
+    assert "the median 4.0" in said and "--resolution 768" in said
+    assert shrink_warning([1536], 384, 32, np.array([8.0, 90.0])) == ""
+    assert shrink_warning([], 384, 32) == shrink_warning([1536], 384, 32, np.array([])) == ""
+
+
+def test_validation_evaluation_and_prediction_say_it_once(dataset, few, tmp_path, call, capsys):
+    save_model(tmp_path / "x.pt", ["cell", "vessel"])
+    change(dataset, shrink_boxes)
+    change(dataset, shrink_boxes, "valid")
+    call(validate_setup.main, "--dataset", dataset, "--size", "tiny", "--resolution", 32)
+    said = capsys.readouterr().out
+    assert said.count("hardly seen") == said.count("[warning] ANN_SMALL") == 1
+    call(evaluate.main, "--checkpoint", "x.pt", "--dataset", dataset, "--device", "cpu")
+    assert capsys.readouterr().out.count("hardly seen") == 1
+    Image.new("RGB", (300, 40)).save(tmp_path / "wide.png")
+    frames = [Image.new("L", (20, 20), gray) for gray in (0, 99, 200)]
+    frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
+    files = ["wide.png", "stack.tif"]
+    call(
+        predict.main,
+        "--checkpoint",
+        "x.pt",
+        "--input",
+        *files,
+        "--output",
+        "out",
+        "--device",
+        "cpu",
+    )
+    said = capsys.readouterr().out
+    assert (
+        said.count("hardly seen") == 1
+        and "1 of 2 images are shrunk" in said
+        and "9.4 times" in said
+    )
+    assert "1 image has several pages or frames (stack.tif: 3): the first of each is read" in said
+
+
+def test_training_says_it_after_its_banner(dataset, capsys):
+    change(dataset, shrink_boxes)
+    session = SimpleNamespace(
+        settings=resolve(DetectorSettings, {"size": "tiny"}),
+        splits=read_dataset(dataset),
+        size=SIZES["tiny"],
+        resolution=32,
+        progress=SimpleNamespace(micro_batch=1),
+        precision=SimpleNamespace(name="fp32"),
+        run=SimpleNamespace(folder="runs/x"),
+    )
+    session.train = session.splits["train"]
+    print_banner(session, torch.nn.Linear(1, 1), "cpu")
+    assert capsys.readouterr().out.count("hardly seen") == 1
+
+
+def test_several_pages_are_a_warning_but_a_cameras_second_picture_is_none(dataset):
+    frames = [Image.new("RGB", (40, 30), (gray, 0, 0)) for gray in (0, 99)]
+    for number, name in enumerate(("1.tif", "2.gif", "3.mpo.jpg")):
+        form = "MPO" if "mpo" in name else None
+        frames[0].save(dataset / "train" / name, form, save_all=True, append_images=frames[1:])
+        change(dataset, lambda data, n=number, name=name: data["images"][n].update(file_name=name))
+    (problem,) = inspect_dataset(dataset, decode=True)[1]
+    assert (problem.code, problem.severity, problem.count) == ("IMG_PAGES", "warning", 2)
+    assert (
+        problem.places[0].endswith("1.tif: 2")
+        and "the first page of each is read" in problem.message
+    )
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["data.yaml", "images/train/1.jpg", "labels/train/1.txt"], "YOLO"),
+        (["train/images/1.jpg", "train/labels/1.txt"], "YOLO"),
+        (["data.yaml"], "YOLO"),
+        (["Annotations/1.xml", "JPEGImages/1.jpg"], "Pascal VOC"),
+        (["train/1.xml", "train/1.jpg"], "Pascal VOC"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, files, words):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=f"it is a {words} dataset.*expected.*Export it as COCO"):
+        read_dataset(tmp_path)
+
+
+def test_the_folder_beside_is_named(dataset):
+    for wrong in (dataset / "train", dataset / "train" / FILE, dataset.parent):
+        with pytest.raises(UserError, match=r"run the same command with --dataset") as error:
+            read_dataset(wrong)
+        assert str(error.value).endswith(f'--dataset "{dataset}"')
+    with pytest.raises(UserError, match="not a folder"):
+        read_dataset(dataset / "nowhere")
