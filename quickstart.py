@@ -32,7 +32,7 @@ MODEL_FLAGS = ("size", "device", "resolution")
 NO_SETTINGS = ("config", "test")  # flags that a --config file cannot give
 
 # Two processes share the tests; what follows --test comes later, and wins.
-TESTS = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
+TESTS = ["-m", "pytest", "-n", "2", "--dist", "worksteal"]
 
 
 class Stop(Exception):

@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,13 +145,16 @@ def standing(run: Path) -> str:
     return ", ".join(words)
 
 
-def whole_runs(workplace: Path) -> tuple[dict[str, Job], dict[str, Path], dict[str, float]]:
+def whole_runs(
+    workplace: Path, kinds: Sequence[str]
+) -> tuple[dict[str, Job], dict[str, Path], dict[str, float]]:
     """Each kind of run without a kill: its command, its folder, its seconds."""
     jobs: dict[str, Job] = {}
     references: dict[str, Path] = {}
     seconds: dict[str, float] = {}
     common = [*shlex.split(FLAGS), "--dataset", str(workplace / "data")]
-    for name, line in KINDS.items():
+    for name in kinds:
+        line = KINDS[name]
         if references:
             line = line.replace("DETECTOR", shlex.quote(str(references["stage 1"] / "best.pt")))
         script, *words = shlex.split(line)
@@ -166,17 +170,19 @@ def whole_runs(workplace: Path) -> tuple[dict[str, Job], dict[str, Path], dict[s
     return jobs, references, seconds
 
 
-def kill_runs(count: int, seed: int, workplace: Path) -> int:
-    """Kill `count` times, over all kinds of runs, with 0 and 2 workers in turn.
+def kill_runs(count: int, seed: int, workplace: Path, kinds: Sequence[str] = tuple(KINDS)) -> int:
+    """Kill `count` times, over these kinds of runs, with 0 and 2 workers in turn.
 
-    Prints a line a kill; returns how many runs lost something.
+    `kinds`: names in KINDS, "stage 1" first.  Prints a line a kill; returns how many runs lost
+    something.
     """
     make_demo(workplace / "data", train=4, valid=2, test=2, size=64, seed=2)
-    jobs, references, seconds = whole_runs(workplace)
+    jobs, references, seconds = whole_runs(workplace, kinds)
     chance = random.Random(seed)
     done = 0
     lossy = 0
-    for number, (workers, name) in enumerate(itertools.cycle(itertools.product((0, 2), KINDS))):
+    turns = zip(itertools.cycle(kinds), itertools.cycle((0, 2)))  # all pairs of an odd number
+    for number, (name, workers) in enumerate(turns):
         if done >= count:
             break
         length = seconds[name] * (1.5 if workers else 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock  # comes with torch
 
 from rfdetr.data.checks import check_file
 from rfdetr.data.coco import build_splits
@@ -54,11 +55,33 @@ def own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def once(file: Path, make: Callable[[], str]) -> str:
+    """The text of `file`: what `make()` returns to the first of pytest's processes that asks."""
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            file.write_text(make(), encoding="utf-8")
+        return file.read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> Path:
+def shared(tmp_path_factory) -> Path:
+    """A folder of all of pytest's processes; nothing in it may be changed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(shared) -> Path:
     """A small demo dataset with all three splits; tests must not change it."""
-    folder = tmp_path_factory.mktemp("data") / "demo"
-    make_demo(folder, train=12, valid=6, test=4, size=96, seed=1)
+    folder = shared / "demo"
+
+    def make() -> str:
+        make_demo(folder, train=12, valid=6, test=4, size=96, seed=1)
+        return ""
+
+    once(shared / "demo.txt", make)
     return folder
 
 
@@ -146,58 +169,51 @@ def train_flags(dataset: Path, resolution: int = 64) -> list[object]:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Path:
+def workplace(shared) -> Path:
     """The folder whose runs/ the session's chain of stages writes to."""
-    return tmp_path_factory.mktemp("workplace")
+    folder = shared / "workplace"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def stage1(demo, workplace) -> Finished:
+def chain(workplace) -> Callable[..., Finished]:
+    """chain(result, script, *flags): what a script, which is run once, has left in runs/."""
+
+    def run(result: str, script: str, *flags: object) -> Finished:
+        file = workplace.with_name(f"{script}.txt")
+        output = once(file, lambda: run_script(script, *flags, cwd=workplace).stdout)
+        return Finished(workplace / "runs" / result, output)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stage1(demo, chain) -> Finished:
     """A stage-1 run long enough to find objects that it was trained on."""
-    done = run_script(
-        "train_detector_stage1.py",
-        *train_flags(demo),
-        "--accum",
-        1,
-        "--batch",
-        4,
-        "--min_steps",
-        60,
-        cwd=workplace,
-    )
-    return Finished(workplace / "runs/detector_tiny_64_1", done.stdout)
+    flags = [*train_flags(demo), "--accum", 1, "--batch", 4, "--min_steps", 60]
+    return chain("detector_tiny_64_1", "train_detector_stage1.py", *flags)
 
 
 @pytest.fixture(scope="session")
-def shrunk(stage1, workplace) -> Finished:
+def shrunk(stage1, chain) -> Finished:
     """Its detector with a head of the dataset's three classes, in another order than the dataset's."""
     out = stage1.folder / "checkpoint_mydata.pth"
     keep = ["--keep", "glomerulus", "cells", "blood_vessel"]
-    done = run_script(
-        "shrink_head.py",
-        "--in_ckpt",
-        stage1.folder / "best.pt",
-        "--out_ckpt",
-        out,
-        *keep,
-        cwd=workplace,
-    )
-    return Finished(out, done.stdout)
+    files = ["--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out]
+    return chain("detector_tiny_64_1/checkpoint_mydata.pth", "shrink_head.py", *files, *keep)
 
 
 @pytest.fixture(scope="session")
-def stage2(demo, stage1, shrunk, workplace) -> Finished:
-    done = run_script(
-        "train_seg_stage2.py", *train_flags(demo), "--stage1_run", stage1.folder, "--checkpoint", shrunk.folder,
-        "--run_test", 1, "--min_steps", 10, cwd=workplace,
-    )  # fmt: skip
-    return Finished(workplace / "runs/segmentation_tiny_64_1", done.stdout)
+def stage2(demo, stage1, shrunk, chain) -> Finished:
+    flags = [*train_flags(demo), "--stage1_run", stage1.folder, "--checkpoint", shrunk.folder]
+    flags += ["--run_test", 1, "--min_steps", 10]
+    return chain("segmentation_tiny_64_1", "train_seg_stage2.py", *flags)
 
 
 @pytest.fixture(scope="session")
-def single(demo, workplace) -> Finished:
-    done = run_script("train_seg_single_stage.py", *train_flags(demo), cwd=workplace)
-    return Finished(workplace / "runs/seg_single_tiny_64_1", done.stdout)
+def single(demo, chain) -> Finished:
+    return chain("seg_single_tiny_64_1", "train_seg_single_stage.py", *train_flags(demo))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, quick_flags, run_script, train_flags
+from conftest import ROOT, environment, quick_flags, train_flags
+
+import train_seg_stage2
 
 pytestmark = pytest.mark.slow
 posix = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -77,14 +79,22 @@ def assert_same_training(ours: Path, one: Path) -> None:
         torch.testing.assert_close(states[0][name], tensor, atol=2e-4, rtol=1e-3)
 
 
-def test_three_processes_and_two_validation_images(few, tmp_path, torchrun):
-    """One process scores nothing; four training images are no multiple of three."""
-    flags = [*quick_flags(few), "--output_dir"]
-    process = torchrun((*ALONE, 3), "train_detector_stage1.py", *flags, "three", "--batch", 1)
-    run_script("train_detector_stage1.py", *flags, "one", "--batch", 3, cwd=tmp_path)
+def test_three_processes_and_two_validation_images(few, shrunk, tmp_path, torchrun, call):
+    """One process scores nothing; four training images are no multiple of three.
+
+    They fill one feature cache.
+    """
+    flags = [*quick_flags(few), "--checkpoint", shrunk.folder, "--min_steps", 4, "--output_dir"]
+    process = torchrun((*ALONE, 3), "train_seg_stage2.py", *flags, "three/run", "--batch", 1)
+    call(train_seg_stage2.main, *flags, "one/run", "--batch", 3)
     output = end_well(process, tmp_path)
-    assert output.count("STAGE 1: DETECTOR TRAINING") == output.count("Done. Files") == 1
-    assert_same_training(tmp_path / "three", tmp_path / "one")
+    for words in ("STAGE 2: SEGMENTATION HEAD", "Done. Files", "Feature cache kept"):
+        assert output.count(words) == 1
+    assert_same_training(tmp_path / "three/run", tmp_path / "one/run")
+    (three,) = (tmp_path / "three/feature_cache").iterdir()
+    (one,) = (tmp_path / "one/feature_cache").iterdir()
+    assert three.name == one.name
+    assert (three / "views.bin").read_bytes() == (one / "views.bin").read_bytes()
 
 
 def test_two_nodes_train_and_score_stage_2_as_one_process_does(

@@ -15,14 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, quick_flags, run_script, train_flags
+from conftest import ROOT, environment, quick_flags, train_flags
 from PIL import Image
 from test_resume import assert_same_run, signal_at_step
 
 import evaluate
+import predict
 import train_detector_stage1
 import train_seg_stage2
 from rfdetr.console import Stopped, UserError
+from rfdetr.console import run_script as as_a_script
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.loaders import SplitDataset, evaluation_loader
 from rfdetr.metrics.coco_eval import CocoEvaluator
@@ -47,39 +49,29 @@ def epochs(folder: Path) -> list[dict]:
     return json.loads((folder / "metrics.json").read_text())["epochs"]
 
 
-def test_unreadable_images_are_skipped_named_once_and_counted(few, tmp_path):
+def test_unreadable_images_are_skipped_named_once_and_counted(few, tmp_path, call, capsys):
     bad, bad_valid = truncated(few, tmp_path / "data", {"train": 1, "valid": 1})
     flags, losses = [*quick_flags(tmp_path / "data"), "--epochs", 2], []
     for workers in (0, 2):
         out = tmp_path / f"run{workers}"
-        said = run_script(
-            "train_detector_stage1.py",
-            *flags,
-            "--workers",
-            workers,
-            "--output_dir",
-            out,
-            cwd=tmp_path,
-        )
+        call(train_detector_stage1.main, *flags, "--workers", workers, "--output_dir", out)
+        said = capsys.readouterr().out
         for file in (bad, bad_valid):
-            assert said.stdout.count(f"skipped: {file}: cannot be read") == 1
+            assert said.count(f"skipped: {file}: cannot be read") == 1
         assert [epoch["train"]["skipped_images"] for epoch in epochs(out)] == [1, 1]
         losses.append([(epoch["train"]["loss"], epoch["valid"]) for epoch in epochs(out)])
     assert losses[0] == losses[1]
 
     best = ["--checkpoint", tmp_path / "run0/best.pt"]
-    said = run_script(
-        "evaluate.py", *best, "--dataset", tmp_path / "data", "--results", tmp_path, cwd=tmp_path
-    )
-    assert f"skipped: {bad_valid}" in said.stdout
+    call(evaluate.main, *best, "--dataset", tmp_path / "data", "--results", tmp_path)
+    assert f"skipped: {bad_valid}" in capsys.readouterr().out
     truth = json.loads((tmp_path / "data/valid/_annotations.coco.json").read_text())
     number = {entry["file_name"]: entry["id"] for entry in truth["images"]}[bad_valid.name]
     found = {result["image_id"] for result in json.loads((tmp_path / "bbox.json").read_text())}
     assert found == {entry["id"] for entry in truth["images"]} - {number}
-    said = run_script(
-        "predict.py", *best, "--input", bad.parent, "--output", tmp_path / "out", cwd=tmp_path
-    )
-    assert str(bad) in said.stdout and "in 3 files" in said.stdout
+    call(predict.main, *best, "--input", bad.parent, "--output", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert str(bad) in said and "in 3 files" in said
 
 
 def test_what_a_damaged_file_shows_counts_as_missed(few, tmp_path):
@@ -99,17 +91,15 @@ def test_what_a_damaged_file_shows_counts_as_missed(few, tmp_path):
     assert 0.3 < evaluator.summary()["bbox"]["AR100"] < 0.7
 
 
-def test_too_many_unreadable_images_are_an_error(demo, tmp_path, call):
+def test_too_many_unreadable_images_are_an_error(demo, tmp_path, call, capsys):
     truncated(demo, tmp_path / "data", {"train": 4, "valid": 4})
     flags = [*train_flags(tmp_path / "data", 32), "--workers", 1, "--epochs", 1]
-    done = run_script("train_detector_stage1.py", *flags, cwd=tmp_path, check=False)
-    assert (
-        done.returncode == 2
-        and "4 of 12 images cannot be read" in done.stderr
-        and "Traceback" not in done.stderr
-    )
-    for script in ("train/_annotations", "4 of 12", "--check_images 1"):
-        assert script in done.stderr
+    with pytest.raises(SystemExit) as left:
+        call(lambda argv: as_a_script(train_detector_stage1.main, argv), *flags)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "Traceback" not in said
+    for words in ("4 of 12 images cannot be read", "train/_annotations", "--check_images 1"):
+        assert words in said
     call(train_detector_stage1.main, *quick_flags(demo), "--output_dir", "sound")
     with pytest.raises(UserError, match="4 of 6 images cannot be read"):
         call(evaluate.main, "--checkpoint", "sound/best.pt", "--dataset", tmp_path / "data")

@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -62,12 +61,10 @@ def odd_data(demo, tmp_path_factory) -> Path:
 
 
 def test_plain_pycocotools_gives_the_same_figures_on_the_written_results(
-    odd_data, stage2, tmp_path
+    odd_data, stage2, call, tmp_path
 ):
-    run_script(
-        "evaluate.py", "--checkpoint", stage2.folder / "best.pt", "--dataset", odd_data, "--split", "train",
-        "--results", "results", "--json", "scores.json", cwd=tmp_path,
-    )  # fmt: skip
+    words = ["--checkpoint", stage2.folder / "best.pt", "--dataset", odd_data, "--split", "train"]
+    call(evaluate.main, *words, "--results", "results", "--json", "scores.json")
     ours = json.loads((tmp_path / "scores.json").read_text())
     assert ours["bbox"]["mAP"] > 0.2
     truth = COCO(str(odd_data / "train/_annotations.coco.json"))

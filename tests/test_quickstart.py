@@ -15,9 +15,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 import quickstart
 from rfdetr import requirements
+from rfdetr.data.demo import make_demo
 
 ROOT = Path(quickstart.HERE)
 SOURCE = (ROOT / "quickstart.py").read_bytes()
@@ -429,7 +431,8 @@ def test_paths_are_the_users_wherever_it_is_started(repository, tmp_path, monkey
 
 def test_what_follows_test_goes_to_pytest(repository):
     assert quickstart.main(["--test", "-x", "tests/test_boxes.py", "--size", "nano"]) == 0
-    assert repository[0] == ["-m pytest -x tests/test_boxes.py --size nano"]
+    shared = "-m pytest -n 2 --dist worksteal"
+    assert repository[0] == [f"{shared} -x tests/test_boxes.py --size nano"]
 
 
 @pytest.mark.slow
@@ -438,8 +441,10 @@ def test_the_whole_job_in_a_folder_with_a_space(tmp_path):
     shutil.copytree(ROOT / "rfdetr", copy / "rfdetr", ignore=shutil.ignore_patterns("__pycache__"))
     for file in (*ROOT.glob("*.py"), ROOT / "requirements.txt"):
         shutil.copy(file, copy)
-    demo = [sys.executable, "-m", "rfdetr.data.demo", "dataset", "--train", "16", "--valid", "4"]
-    subprocess.run(demo, cwd=copy, check=True)
+    sizes = copy / "rfdetr/sizes.py"
+    shorter_epochs = re.sub(r"\bmin_steps=\d+", "min_steps=60", sizes.read_text())
+    sizes.write_text(re.sub(r"\bseg_min_steps=\d+", "seg_min_steps=5", shorter_epochs))
+    make_demo(copy / "dataset", train=8, valid=4, test=0, size=96, seed=0)
     job = [
         sys.executable,
         "quickstart.py",
@@ -449,11 +454,13 @@ def test_the_whole_job_in_a_folder_with_a_space(tmp_path):
         "1",
         "--seg_epochs",
         "1",
+        "--resolution",
+        "64",
         "--device",
         "cpu",
     ]
     result = subprocess.run(
-        job, cwd=copy, capture_output=True, text=True, encoding="utf-8", errors="replace"
+        job, cwd=copy, capture_output=True, encoding="utf-8", errors="replace", env=environment()
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     (masks,) = (copy / "runs").glob("segmentation_tiny_*")

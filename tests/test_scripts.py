@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script, train_flags
+from conftest import train_flags
+
+import predict
+import shrink_head
+import train_seg_stage2
+from rfdetr.console import UserError
+from rfdetr.console import run_script as as_a_script
 
 pytestmark = pytest.mark.slow
 
@@ -64,9 +71,9 @@ def same_tensors(a: dict, b: dict) -> bool:
 # ---------------------------------------------------------------- stage 1
 
 
-def test_stage1_leaves_the_files_of_the_specification(stage1):
+def test_stage1_leaves_the_files_of_the_specification(stage1, shrunk):
     extra = {"checkpoint_best_regular.pth", "checkpoint_best_ema.pth"}
-    assert names_in(stage1.folder) - {"checkpoint_mydata.pth"} == COMMON_FILES | extra
+    assert names_in(stage1.folder) - {shrunk.folder.name} == COMMON_FILES | extra
     assert [p.suffix for p in (stage1.folder / "predictions").iterdir()] == [".png"] * 4
     assert any("tfevents" in name for name in names_in(stage1.folder / "tb"))
 
@@ -208,22 +215,24 @@ def test_shrink_tells_rows_and_the_better_weights(stage1, shrunk):
     assert f"the {best['weights']} weights scored higher" in shrunk.output
 
 
-def test_shrink_names_the_near_matches_of_a_wrong_name(stage1, workplace):
-    out = workplace / "not_written.pth"
-    files = ["--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out]
-    words = ["shrink_head.py", *files, "--keep", "cell", "vessel"]
-    done = run_script(*words, cwd=workplace, check=False)
-    assert done.returncode == 2 and not out.exists()
-    assert (
-        "'cell' (did you mean 'cells'" in done.stderr
-        and "'vessel' (did you mean 'blood_vessel'" in done.stderr
-    )
-    assert "Traceback" not in done.stderr
+def error_of(call, capsys, main, *words: object) -> str:
+    """What a script that ends with exit status 2 says."""
+    with pytest.raises(SystemExit) as left:
+        call(lambda argv: as_a_script(main, argv), *words)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "Traceback" not in said
+    return said
+
+
+def test_shrink_names_the_near_matches_of_a_wrong_name(stage1, call, capsys):
+    files = ["--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", "not_written.pth"]
+    said = error_of(call, capsys, shrink_head.main, *files, "--keep", "cell", "vessel")
+    assert not Path("not_written.pth").exists()
+    assert "'cell' (did you mean 'cells'" in said
+    assert "'vessel' (did you mean 'blood_vessel'" in said
 
 
 def test_shrinking_a_resumable_file_cuts_its_average_too(stage1, call, capsys):
-    import shrink_head
-
     call(shrink_head.main, "--in_ckpt", stage1.folder / "last.pt", "--out_ckpt", "small.pth")
     old = load(stage1.folder / "last.pt")
     new = load(Path("small.pth"))
@@ -234,9 +243,6 @@ def test_shrinking_a_resumable_file_cuts_its_average_too(stage1, call, capsys):
 
 
 def test_shrink_never_overwrites_its_input(stage1, call):
-    import shrink_head
-    from rfdetr.console import UserError
-
     path = stage1.folder / "best.pt"
     before = path.read_bytes()
     with pytest.raises(UserError, match="never overwritten"):
@@ -314,35 +320,29 @@ def test_stage2_console(stage2, shrunk):
     assert re.search(r"✓ Segmentation head trainable: [\d,]+ parameters", stage2.output)
 
 
-def test_the_unshrunk_message_and_the_command_in_it(demo, stage1, workplace):
-    done = run_script(
-        "train_seg_stage2.py",
-        *train_flags(demo),
-        "--stage1_run",
-        stage1.folder,
-        cwd=workplace,
-        check=False,
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "Frozen detector head out_dim (91) != requested (4)" in done.stderr.splitlines()[0]
-    command = next(line.strip() for line in done.stderr.splitlines() if "shrink_head.py" in line)
-    words = shlex.split(command)
+def test_the_unshrunk_message_and_the_command_in_it(
+    demo, stage1, shrunk, call, capsys, tmp_path
+):
+    run = shutil.copytree(stage1.folder, tmp_path / "run")
+    (run / shrunk.folder.name).unlink()
+    flags = [*train_flags(demo), "--stage1_run", run]
+    said = error_of(call, capsys, train_seg_stage2.main, *flags).strip().splitlines()
+    assert "Frozen detector head out_dim (91) != requested (4)" in said[0]
+    words = shlex.split(next(line for line in said if "shrink_head.py" in line))
     assert words[:2] == ["python", "shrink_head.py"]
     target = Path(words[words.index("--out_ckpt") + 1])
-    before = target.read_bytes() if target.exists() else None
-    run_script(*words[1:], cwd=workplace)
+    call(shrink_head.main, *words[2:])
     assert load(target)["classes"]["names"] == CLASSES
     assert load(target)["model"]["class_embed.0.weight"].shape[0] == 4
-    if before is not None:
-        target.write_bytes(before)  # other tests read the session's own
 
 
-def test_the_commands_to_type_next_work(stage1, stage2, demo, workplace):
+def test_the_commands_to_type_next_work(stage2, call, tmp_path):
     """Every line after 'Next:' can be pasted as it stands."""
+    shutil.copytree(stage2.folder, tmp_path / "runs" / stage2.folder.name)
     words = shlex.split(stage2.output.splitlines()[-1].removeprefix("Next:"))
     assert words[:2] == ["python", "predict.py"]
-    run_script(*words[1:], "--threshold", "0.9", cwd=workplace)
-    output = workplace / words[words.index("--output") + 1]
+    call(predict.main, *words[2:], "--threshold", "0.9")
+    output = tmp_path / words[words.index("--output") + 1]
     assert len(list(output.glob("*.png"))) == 6 and (output / "predictions.json").exists()
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, train_flags
+from conftest import train_flags
 
 import evaluate
+import predict
 import train_seg_single_stage
 import train_seg_stage2
 from rfdetr.classes import assign_rows
@@ -277,7 +278,7 @@ def test_stage_2_replaces_the_official_head_where_asked_to(
 
 
 @pytest.mark.slow
-def test_the_script_fine_tunes_a_published_size(few, tmp_path):
+def test_the_script_fine_tunes_a_published_size(few, call, capsys, tmp_path):
     torch.manual_seed(0)
     model = Detector(SIZES["seg-nano"], 91, mask_head="official")
     torch.save({"model": to_official(model.state_dict())}, tmp_path / "official.pth")
@@ -290,16 +291,11 @@ def test_the_script_fine_tunes_a_published_size(few, tmp_path):
         "--fast_dev_run",
         1,
     ]
-    done = run_script(
-        "train_seg_single_stage.py", *flags, "--ema", 0, "--output_dir", "run", cwd=tmp_path
-    )
-    assert f"{len(model.state_dict())} tensors loaded, 0 left" in done.stdout
+    call(train_seg_single_stage.main, *flags, "--ema", 0, "--output_dir", "run")
+    assert f"{len(model.state_dict())} tensors loaded, 0 left" in capsys.readouterr().out
     assert torch.load(tmp_path / "run/best.pt")["args"]["dice_loss_coef"] == 5.0
-    run_script(
-        "predict.py", "--checkpoint", "run/best.pt", "--input", few / "valid",
-        "--output", "found", "--threshold", 0,
-        cwd=tmp_path,
-    )  # fmt: skip
+    words = ["--checkpoint", "run/best.pt", "--input", few / "valid", "--output", "found"]
+    call(predict.main, *words, "--threshold", 0)
     assert all(
         record["mask"] for record in json.loads((tmp_path / "found/predictions.json").read_text())
     )

@@ -22,6 +22,7 @@ from pycocotools import mask as mask_utils
 
 import validate_setup
 from rfdetr.console import UserError
+from rfdetr.console import run_script as as_a_script
 from rfdetr.data.checks import check_file
 from rfdetr.data.coco import inspect_dataset, read_dataset, require_masks
 from rfdetr.data.faults import Problem
@@ -517,7 +518,7 @@ def test_validate_setup_of_a_good_dataset(dataset, tmp_path):
     assert report["splits"]["train"]["objects"] == 5 and report["environment"]["torch"]
 
 
-def test_validate_setup_of_a_bad_dataset_reports_everything(dataset, tmp_path):
+def test_validate_setup_of_a_bad_dataset_reports_everything(dataset, tmp_path, capsys):
     def spoil(data: dict) -> None:
         data["annotations"][0]["bbox"] = [math.nan, 1, 2, 3]
         data["annotations"][1]["bbox"] = [35, 5, 10, 8]
@@ -525,16 +526,17 @@ def test_validate_setup_of_a_bad_dataset_reports_everything(dataset, tmp_path):
 
     rewrite(dataset / "train/_annotations.coco.json", spoil)
     (dataset / "valid/1.png").write_bytes(b"no image")
-    done = run_script(
-        "--dataset", dataset, "--json", tmp_path / "report.json", "--check_images", "yes"
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    words = ["--dataset", dataset, "--json", tmp_path / "report.json", "--check_images", "yes"]
+    with pytest.raises(SystemExit) as left:
+        as_a_script(validate_setup.main, [str(word) for word in words])
+    said = capsys.readouterr()
+    assert left.value.code == 2 and "Traceback" not in said.err
     found = {
         problem["code"]
         for problem in json.loads((tmp_path / "report.json").read_text())["problems"]
     }
     assert found == {"ANN_BBOX_NAN", "ANN_BBOX_CLIPPED", "IMG_MISSING", "IMG_CORRUPT"}
-    assert all(code in done.stdout for code in found)
+    assert all(code in said.out for code in found)
 
 
 def test_validate_setup_tells_which_stages_boxes_allow(dataset, capsys):
