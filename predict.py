@@ -6,6 +6,12 @@ python predict.py --checkpoint runs/segmentation_nano_384_1/best.pt
 
 from __future__ import annotations
 
+from rfdetr.cli import check_command, script_settings
+from rfdetr.settings import PredictionSettings
+
+# before torch, whose import takes seconds
+check_command(PredictionSettings, __doc__, __name__)
+
 import glob
 import itertools
 import os
@@ -20,13 +26,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.detr import RFDETR, read_image
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.detections import Prediction
-from rfdetr.settings import PredictionSettings
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}

@@ -6,15 +6,19 @@ python shrink_head.py --in_ckpt RUN/checkpoint_best_regular.pth --out_ckpt RUN/c
 
 from __future__ import annotations
 
+from rfdetr.cli import check_command, script_settings
+from rfdetr.settings import ShrinkSettings
+
+# before torch, whose import takes seconds
+check_command(ShrinkSettings, __doc__, __name__)
+
 import shlex
 from pathlib import Path
 
 from rfdetr.classes import ClassTable, background_row, is_class_head
-from rfdetr.cli import script_settings
 from rfdetr.console import run_script, tick, warn
 from rfdetr.files import make_place, refuse_same_file
 from rfdetr.runs.metrics_file import highest_box_map
-from rfdetr.settings import ShrinkSettings
 from rfdetr.weights import checkpoint
 
 

@@ -5,16 +5,20 @@ python train_detector_stage1.py --size nano --epochs 50 --batch 4 --accum 4 --wo
 
 from __future__ import annotations
 
+from rfdetr.cli import check_command, training_settings
+from rfdetr.settings import DetectorSettings
+
+# before torch, whose import takes seconds
+check_command(DetectorSettings, __doc__, __name__)
+
 import shlex
 from functools import partial
 
 from rfdetr.classes import ClassTable
-from rfdetr.cli import training_settings
 from rfdetr.console import run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
-from rfdetr.settings import DetectorSettings
 from rfdetr.text import keep_flags
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups

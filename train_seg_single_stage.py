@@ -5,15 +5,19 @@ python train_seg_single_stage.py --size nano --epochs 50 --batch 4 --accum 4
 
 from __future__ import annotations
 
+from rfdetr.cli import check_command, training_settings
+from rfdetr.settings import SingleSettings
+
+# before torch, whose import takes seconds
+check_command(SingleSettings, __doc__, __name__)
+
 from functools import partial
 
-from rfdetr.cli import training_settings
 from rfdetr.console import run_script
 from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import training_loader
 from rfdetr.main import begin, finish, fit, open_run, predict_command
 from rfdetr.models.detector import Detector
-from rfdetr.settings import SingleSettings
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
 from rfdetr.training.session import (

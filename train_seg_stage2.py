@@ -7,6 +7,12 @@ python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth    (COCO's 
 
 from __future__ import annotations
 
+from rfdetr.cli import check_command, training_settings
+from rfdetr.settings import SegmentationSettings, plain
+
+# before torch, whose import takes seconds
+check_command(SegmentationSettings, __doc__, __name__)
+
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +21,6 @@ from torch import nn
 
 from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
-from rfdetr.cli import training_settings
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
@@ -24,7 +29,6 @@ from rfdetr.files import write_json
 from rfdetr.main import begin, finish, fit, open_run, predict_command
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS
-from rfdetr.settings import SegmentationSettings, plain
 from rfdetr.text import keep_flags
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache, fits_in_memory
 from rfdetr.training.frozen import MaskObjective

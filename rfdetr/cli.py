@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+from collections.abc import Collection
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from rfdetr.console import UserError, warn
+from rfdetr.console import UserError, run_script, warn
 from rfdetr.fields import Setting
-from rfdetr.settings import SingleSettings, TrainingSettings, read_layer, resolve
+from rfdetr.settings import (
+    DataSettings,
+    SingleSettings,
+    TrainingSettings,
+    by_size,
+    read_layer,
+    recipe_values,
+    resolve,
+)
 from rfdetr.sizes import SIZES
 
 S = TypeVar("S")
@@ -18,10 +29,73 @@ T = TypeVar("T", bound=TrainingSettings)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose refusals are UserErrors, so that all processes of a run say them once."""
+    """argparse that takes no flag for another one that it begins.
+
+    Its refusals are UserErrors of one line and the command that lists all flags.
+    """
+
+    def __init__(self, **options):
+        super().__init__(
+            usage="python %(prog)s [--FLAG VALUE ...]",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(unknown_words(unknown, self._option_string_actions))
+        return given
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.format_usage()}{self.prog}: error: {message}")
+        message = message.removeprefix("argument ")
+        raise UserError(f"{message}\nall flags: python {self.prog} --help")
+
+
+def unknown_words(words: list[str], flags: Collection[str]) -> str:
+    """What is wrong with words of a command line that belong to no flag."""
+    unknown = [word.split("=")[0] for word in words if word.startswith("-")]
+    if not unknown:
+        return f"{words[0]!r} belongs to no flag"
+    told = []
+    names = [flag.lstrip("-") for flag in flags]
+    for flag in unknown:
+        name = flag.lstrip("-").replace("-", "_")
+        near = [known for known in names if known.startswith(name)]
+        near = near or difflib.get_close_matches(name, names, n=1)
+        meant = " or ".join(f"--{known}" for known in near[:3])
+        told.append(f"{flag} (did you mean {meant}?)" if near else flag)
+    return f"there is no flag {', '.join(told)}"
+
+
+# ---------------------------------------------------------------- before the slow imports
+
+
+def check_command(kind: type, description: str, name: str) -> None:
+    """Answer --help, and refuse a wrong flag or a file that is missing, where a script is run.
+
+    Scripts call this before they import torch, which takes seconds; `name` is their __name__.
+    """
+    if name == "__main__":
+        run_script(partial(_check, kind, description))
+
+
+def _check(kind: type, description: str, argv: list[str] | None) -> None:
+    """Raises UserError, SystemExit after --help."""
+    given = vars(make_parser(kind, description).parse_args(argv))
+    file = take_config(kind, given)
+    given.pop("no_amp", None)
+    if given.get("resume"):  # the run has the other settings
+        return
+    settings = resolve(kind, given, file=file)
+    if isinstance(settings, DataSettings):
+        from rfdetr.data.layout import find_splits  # --help works without the packages behind it
+
+        find_splits(settings.dataset)
+
+
+# ---------------------------------------------------------------- the settings of a script
 
 
 def script_settings(kind: type[S], description: str, argv: list[str] | None) -> S:
@@ -90,13 +164,13 @@ def own_choices_of_an_earlier_run(kind: type, stored: dict, resumed: dict) -> di
 
 def make_parser(kind: type, description: str) -> Parser:
     """A parser with a flag for every setting of `kind`; its result has only what is given."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     for field in fields(kind):
-        add_flag(parser, field.name, field.metadata["setting"], field.default)
+        setting = field.metadata["setting"]
+        default = field.default
+        if setting.of_size:
+            default = by_size(recipe_values(kind, field.name))
+        add_flag(parser, field.name, setting, default)
     if issubclass(kind, TrainingSettings):
         parser.add_argument("--no_amp", action="store_true", help="the same as --amp off")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML; flags win")
@@ -127,13 +201,13 @@ def add_flag(parser: Parser, name: str, setting: Setting, default: object) -> No
 
 
 def default_text(setting: Setting, default: object) -> str:
-    """What --help says of a default; nothing where the help itself does, or there is none."""
-    if setting.of_size:
-        return " (default: the size's own)"
+    """What --help says of a default; nothing where the setting's own help does."""
     if default is MISSING:  # a --config file may give it, too
         return " (required)"
-    if default is None or default == ():
+    if "default" in setting.help:
         return ""
+    if default is None or default == ():
+        return " (default: none)"
     value = int(default) if isinstance(default, bool) else default
     return f" (default: {value})"
 

@@ -38,13 +38,32 @@ EARLY_STOPPING_PATIENCE = (
 )
 
 
+def by_size(values: dict[str, object]) -> str:
+    """A default that depends on the size, for --help: "50", or "50; tiny: 60"."""
+    sizes_of: dict[str, list[str]] = {}
+    for size, value in values.items():
+        text = str(int(value) if isinstance(value, bool) else value)
+        sizes_of.setdefault(text, []).append(size)
+    usual = max(sizes_of, key=lambda text: len(sizes_of[text]))
+    parts = [] if len(sizes_of[usual]) < len(values) / 2 else [usual]
+    for text, sizes in sizes_of.items():
+        if text not in parts:
+            parts.append(f"{', '.join(sizes)}: {text}")
+    return "; ".join(parts)
+
+
+OWN_RESOLUTION = by_size({name: size.resolution for name, size in SIZES.items()})
+OWN_QUERIES = by_size({name: size.queries for name, size in SIZES.items()})
+WARM_UP = by_size({name: size.recipe.warmup_steps for name, size in SIZES.items()})
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Which images."""
 
     dataset: Path = path(Path("dataset"), "COCO-format folder")
     val_fraction: float | None = decimal(
-        None, "without valid/: split this share off train/", low=0.001, high=0.9
+        None, "without valid/: split this share off train/ (default: none)", low=0.001, high=0.9
     )
     exif: str | None = choice(
         None, "orientation of images whose size does not tell (default: apply)", EXIF
@@ -67,7 +86,7 @@ class TrainingSettings(DataSettings):
         path(None, "run folder (default: the next free number under runs/)")
     )
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
-    resolution: int | None = integer(None, "input side in pixels (default: the size's own)")
+    resolution: int | None = integer(None, f"input side in pixels (default: {OWN_RESOLUTION})")
     epochs: int = integer(OF_SIZE, "passes over the training images")
     batch: int | str = integer(
         OF_SIZE, "images in one forward pass, or auto", high=65536, words=("auto",)
@@ -81,7 +100,7 @@ class TrainingSettings(DataSettings):
         "cosine", "how the learning rates fall", ("cosine", "step", "constant")
     )
     warmup_epochs: float | None = decimal(
-        None, "epochs of linear warm-up (default: the size's steps, at most a tenth of all)"
+        None, f"epochs of linear warm-up (default: {WARM_UP} steps, at most a tenth of all)"
     )
     amp: str = choice(OF_SIZE, "mixed precision (auto: the size's own)", AMP)
     ema: bool = switch(True, "keep an average of the weights, scored as well")
@@ -222,7 +241,7 @@ class SingleSettings(DetectorTraining):
     warmup_epochs: float = decimal(0.0, "epochs of linear warm-up")
     init_ckpt: Path | None = path(None, "start from this checkpoint instead of --pretrain_weights")
     num_queries: int | None = integer(
-        None, "queries per image (default: the size's own)", high=10_000
+        None, f"queries per image (default: {OWN_QUERIES})", high=10_000
     )
     num_select: int | None = integer(
         None, "detections kept per image (default: as many as queries)", high=10_000
@@ -328,7 +347,7 @@ class ValidationSettings(DataSettings):
     """validate_setup.py"""
 
     size: str = choice("nano", "model size to be trained", SIZES)
-    resolution: int | None = integer(None, "its input side (default: the size's own)")
+    resolution: int | None = integer(None, f"its input side (default: {OWN_RESOLUTION})")
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
     check_images: bool = switch(True, "decode every image")
     need_masks: bool = switch(False, "missing masks are an error")
@@ -362,19 +381,26 @@ def resolve(kind: type[S], given: dict, stored: dict | None = None, file: dict |
         fill_in_from_size(kind, values)
     missing = [f"--{name}" for name, value in values.items() if value is MISSING]
     if missing:
-        raise UserError(f"error: these settings are missing: {', '.join(missing)}")
+        raise UserError(f"these settings are missing: {', '.join(missing)}")
     settings = kind(**values)
     return settings.checked() if isinstance(settings, TrainingSettings) else settings
 
 
 def fill_in_from_size(kind: type[TrainingSettings], values: dict) -> None:
     """Give what is left open (or "auto" mixed precision) the value of the size's recipe."""
-    recipe = asdict(SIZES[values["size"]].recipe)
     for name, setting in settings_of(kind).items():
-        own = recipe.get(kind.recipe_prefix + name, recipe.get(name))
         left_open = values[name] is MISSING or (name == "amp" and values[name] == "auto")
         if setting.of_size and left_open:
-            values[name] = own
+            values[name] = recipe_values(kind, name)[values["size"]]
+
+
+def recipe_values(kind: type[TrainingSettings], name: str) -> dict[str, object]:
+    """Size -> its recipe's value of a setting; what a stage has of its own goes first."""
+    values = {}
+    for size in SIZES.values():
+        recipe = asdict(size.recipe)
+        values[size.name] = recipe.get(kind.recipe_prefix + name, recipe.get(name))
+    return values
 
 
 def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dict:
