@@ -31,6 +31,8 @@ from rfdetr.detr import RFDETR, read_image
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.detections import Prediction
+from rfdetr.runs.places import what_is_there
+from rfdetr.text import quoted
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
@@ -119,8 +121,7 @@ def collect(inputs: list[str]) -> list[Path]:
             else:
                 usable.append(path)
         if not usable:
-            suffixes = ", ".join(sorted(IMAGES | VIDEOS))
-            raise UserError(f"--input {text}: no images or videos there ({suffixes})")
+            raise UserError(f"--input {text}: {what_is_there_instead(Path(text))}")
         paths += usable
     return list(dict.fromkeys(paths))
 
@@ -135,6 +136,18 @@ def files_named_by(text: str) -> list[Path]:
     else:
         paths = [Path(match) for match in glob.glob(text, recursive=True)]
     return sorted(path for path in paths if path.suffix.lower() in IMAGES | VIDEOS)
+
+
+def what_is_there_instead(path: Path) -> str:
+    """Of a path without images: what it is, and how to name what lies below it or near it."""
+    below = path.glob("*/**/*") if path.is_dir() else ()
+    deeper = next((file for file in below if file.suffix.lower() in IMAGES), None)
+    if deeper:
+        pattern = quoted(str(path / "**" / f"*{deeper.suffix}"))
+        return f"no images or videos there, but in folders below: --input {pattern}"
+    if not path.exists() and not glob.has_magic(str(path)):
+        return what_is_there(path, ())
+    return f"no images or videos there ({', '.join(sorted(IMAGES | VIDEOS))})"
 
 
 def names_of_inputs(folder: Path, inputs: list[Path]) -> set[str]:
@@ -287,10 +300,7 @@ def predict_video(
         temporary = Path(folder) / target.name  # a link at the target would be written through
         result = write_drawn_frames(predictor, path, temporary)
         if result.frames == 0:
-            warn(
-                f"{path} cannot be read as a video: it has no frames. Convert it to .mp4 and try "
-                "again"
-            )
+            warn(f"{path} cannot be read as a video: it has no frames. {advice_on_video(path)}")
             return result
         # OpenCV does not tell when it cannot write
         written = cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT)
@@ -305,6 +315,12 @@ def predict_video(
             "announces could be decoded"
         )
     return result
+
+
+def advice_on_video(path: Path) -> str:
+    if path.suffix.lower() == ".mp4":
+        return "Copy or download it again, or write it anew: ffmpeg -i OLD.mp4 -c:v libx264 NEW.mp4"
+    return "Convert it to .mp4 and try again"
 
 
 def write_drawn_frames(predictor: Predictor, path: Path, file: Path) -> VideoResult:

@@ -29,6 +29,7 @@ from rfdetr.files import write_json
 from rfdetr.main import begin, finish, fit, open_run, predict_command
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS
+from rfdetr.runs.places import detector_of_run
 from rfdetr.text import keep_flags
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache, fits_in_memory
 from rfdetr.training.frozen import MaskObjective
@@ -106,16 +107,7 @@ def detector_file(settings: SegmentationSettings) -> Path:
         raise UserError(
             "name the detector to freeze: --stage1_run runs/detector_... or --checkpoint FILE"
         )
-    for name in ("best.pt", "last.pt"):
-        if (run / name).is_file():
-            return run / name
-    there = "no such folder"
-    if run.is_dir():
-        there = ", ".join(sorted(path.name for path in run.iterdir())) or "nothing"
-    raise UserError(
-        f"No checkpoint found in Stage-1 directory {run}: it has no best.pt and no last.pt. "
-        f"There is: {there}. Run python train_detector_stage1.py, or name a file with --checkpoint"
-    )
+    return detector_of_run(run)
 
 
 def warn_of_other_exif(content: dict, train: CocoSplit, path: Path) -> None:

@@ -6,21 +6,22 @@ import argparse
 import difflib
 import os
 from collections.abc import Collection
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from rfdetr.console import UserError, run_script, warn
-from rfdetr.fields import Setting
+from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.fields import Setting, by_size
+from rfdetr.runs.places import detector_of_run, find_checkpoint, newest_run, require_state
 from rfdetr.settings import (
     DataSettings,
     SingleSettings,
     TrainingSettings,
-    by_size,
     read_layer,
     recipe_values,
     resolve,
+    settings_of,
 )
 from rfdetr.sizes import SIZES
 
@@ -87,8 +88,15 @@ def _check(kind: type, description: str, argv: list[str] | None) -> None:
     file = take_config(kind, given)
     given.pop("no_amp", None)
     if given.get("resume"):  # the run has the other settings
+        require_state(run_to_resume(kind, given["resume"]))
         return
     settings = resolve(kind, given, file=file)
+    find_checkpoints(settings)
+    weights = getattr(settings, "pretrain_weights", "auto")
+    if weights not in ("auto", "none") and "://" not in weights:
+        find_checkpoint(Path(weights).expanduser())
+    if getattr(settings, "stage1_run", None) and not settings.checkpoint:
+        detector_of_run(settings.stage1_run)
     if isinstance(settings, DataSettings):
         from rfdetr.data.layout import find_splits  # --help works without the packages behind it
 
@@ -105,7 +113,7 @@ def script_settings(kind: type[S], description: str, argv: list[str] | None) -> 
     """
     given = vars(make_parser(kind, description).parse_args(argv))
     file = take_config(kind, given)
-    return resolve(kind, given, file=file)
+    return with_checkpoints(resolve(kind, given, file=file))
 
 
 def training_settings(
@@ -132,20 +140,47 @@ def training_settings(
     settings = resolve(kind, given, stored, file)
     if settings.expanded_scales and not settings.multi_scale:
         warn("--expanded_scales 1 changes nothing without --multi_scale 1")
+    if not resumed:  # a run has in its own state what it began with
+        settings = with_checkpoints(settings)
     return settings, resumed
+
+
+def with_checkpoints(settings: S) -> S:
+    """With the files that folders of runs mean, which are said.  Raises UserError."""
+    found = find_checkpoints(settings)
+    for name, path in found.items():
+        folder = getattr(settings, name)
+        if folder != path:
+            tick(f"--{name} {folder}: {path.name} of this run")
+    return replace(settings, **found)
+
+
+def find_checkpoints(settings: object) -> dict[str, Path]:
+    """The file of each checkpoint that the settings name.  Raises UserError."""
+    found = {}
+    for name, setting in settings_of(type(settings)).items():
+        path = getattr(settings, name)
+        if setting.checkpoint and path is not None:
+            found[name] = find_checkpoint(path)
+    return found
 
 
 def read_run(kind: type[TrainingSettings], name: str) -> tuple[Path, dict]:
     """The folder that --resume names, locked, and its latest state.  Raises UserError."""
     from rfdetr.runs.lock import lock_run  # with torch behind it: not for every --help
-    from rfdetr.training.resume import latest_state, newest_run, require_stage
+    from rfdetr.training.resume import latest_state, require_stage
 
-    folder = newest_run(kind.run_stem) if name == "auto" else Path(name)
+    folder = run_to_resume(kind, name)
     if folder.is_dir() and os.environ.get("RANK", "0") == "0":
         lock_run(folder)
     content = latest_state(folder)
     require_stage(content, kind.stage, folder)
     return folder, content
+
+
+def run_to_resume(kind: type[TrainingSettings], name: str) -> Path:
+    """The folder that --resume names, or the newest.  Raises UserError."""
+    return newest_run(kind.run_stem) if name == "auto" else Path(name)
 
 
 def require_size_of_run(resumed: dict, size: str, folder: Path) -> None:

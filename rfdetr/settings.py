@@ -19,6 +19,8 @@ from rfdetr.fields import (
     OF_SIZE,
     REQUIRED,
     Setting,
+    by_size,
+    checkpoint_file,
     choice,
     decimal,
     for_this_command,
@@ -36,20 +38,6 @@ TWO_STARTS = "--backbone_weights is a start without a detector: leave out the ot
 EARLY_STOPPING_PATIENCE = (
     10  # evaluations without gain, where --early_stopping 1 names no --patience
 )
-
-
-def by_size(values: dict[str, object]) -> str:
-    """A default that depends on the size, for --help: "50", or "50; tiny: 60"."""
-    sizes_of: dict[str, list[str]] = {}
-    for size, value in values.items():
-        text = str(int(value) if isinstance(value, bool) else value)
-        sizes_of.setdefault(text, []).append(size)
-    usual = max(sizes_of, key=lambda text: len(sizes_of[text]))
-    parts = [] if len(sizes_of[usual]) < len(values) / 2 else [usual]
-    for text, sizes in sizes_of.items():
-        if text not in parts:
-            parts.append(f"{', '.join(sizes)}: {text}")
-    return "; ".join(parts)
 
 
 OWN_RESOLUTION = by_size({name: size.resolution for name, size in SIZES.items()})
@@ -205,7 +193,7 @@ class SegmentationSettings(TrainingSettings):
 
     resolution: int | None = integer(None, "input side in pixels (default: the detector's)")
     stage1_run: Path | None = path(None, "run folder of stage 1")
-    checkpoint: Path | None = path(
+    checkpoint: Path | None = checkpoint_file(
         None, "detector to freeze (default: the run's best.pt, else last.pt)"
     )
     seg_lr: float = decimal(OF_SIZE, "learning rate of the mask head")
@@ -239,7 +227,9 @@ class SingleSettings(DetectorTraining):
     recipe_prefix = "single_"
 
     warmup_epochs: float = decimal(0.0, "epochs of linear warm-up")
-    init_ckpt: Path | None = path(None, "start from this checkpoint instead of --pretrain_weights")
+    init_ckpt: Path | None = checkpoint_file(
+        None, "start from this checkpoint instead of --pretrain_weights"
+    )
     num_queries: int | None = integer(
         None, f"queries per image (default: {OWN_QUERIES})", high=10_000
     )
@@ -281,7 +271,9 @@ STAGES: dict[str, type[TrainingSettings]] = {
 class InferenceSettings:
     """What evaluate.py and predict.py have in common."""
 
-    checkpoint: Path = path(REQUIRED, "a file of this repository, or an official one")
+    checkpoint: Path = checkpoint_file(
+        REQUIRED, "a file of this repository, a run's folder (its best.pt), or an official file"
+    )
     resolution: int | None = integer(None, "input side in pixels (default: the checkpoint's)")
     batch: int = integer(8, "images in one forward pass")
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -324,7 +316,9 @@ class PredictionSettings(InferenceSettings):
 class ShrinkSettings:
     """shrink_head.py"""
 
-    in_ckpt: Path = path(REQUIRED, "a stage-1 checkpoint, or an official file")
+    in_ckpt: Path = checkpoint_file(
+        REQUIRED, "a stage-1 checkpoint, a run's folder (its best.pt), or an official file"
+    )
     out_ckpt: Path = path(REQUIRED, "where to write the shrunk one")
     keep: tuple[str, ...] = texts(
         (),
@@ -337,7 +331,9 @@ class ShrinkSettings:
 class ExportSettings:
     """export.py"""
 
-    checkpoint: Path = path(REQUIRED, "a file of this repository")
+    checkpoint: Path = checkpoint_file(
+        REQUIRED, "a file of this repository, or a run's folder (its best.pt)"
+    )
     format: str = choice("rfdetr", "rfdetr: the package on PyPI, 1.11", ("rfdetr",))
     out: Path = path(REQUIRED, "where to write it")
 
