@@ -16,8 +16,9 @@ from functools import partial
 from rfdetr.console import run_script
 from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import training_loader
-from rfdetr.main import begin, finish, fit, open_run, predict_command
+from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
+from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
 from rfdetr.training.session import (
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with open_run(session, model):
         fit(session, trainer, loader, evaluator, pack)
-        finish(session, table, masks=True, next_command=predict_command(session))
+        finish(session, table, masks=True, next_command=predict_with(session))
 
 
 if __name__ == "__main__":

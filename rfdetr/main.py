@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +27,7 @@ from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings, plain, yaml_text
 from rfdetr.sizes import ModelSize
+from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.health import RunHealth
 from rfdetr.training.keeper import CheckpointKeeper
@@ -91,9 +91,10 @@ def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test
         return
     if has_test and not has_test_scores(settings.output_dir):
         return
+    words = ["--resume", settings.output_dir, "--epochs", progress.epoch + 20]
     raise UserError(
         f"{settings.output_dir} has finished its {progress.epoch} epochs. To train longer, give "
-        f"more: --resume {settings.output_dir} --epochs {progress.epoch + 20}"
+        f"more: {command_line('python', settings.script, *words)}"
     )
 
 
@@ -214,6 +215,7 @@ def make_keeper(
         "args": plain(session.settings),
         "left_out": train.left_out,
         "exif": train.exif,
+        "has_masks": train.mask_count > 0,
         "trained_on": trained_on.unique(),
     }
     return CheckpointKeeper(
@@ -244,7 +246,7 @@ def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
     keeper.save("checkpoint.pt")
     words = [*distributed.launcher(), sys.argv[0], "--resume", str(session.folder)]
     file = session.folder / "checkpoint.pt"
-    say(f"\nstopped: the state is in {file}. Go on with:\n  {shlex.join(words)}")
+    say(f"\nstopped: the state is in {file}. Go on with:\n  {command_line(*words)}")
 
 
 def evaluate(trainer: Trainer, evaluator: SplitEvaluator, record: dict) -> dict[str, dict]:
@@ -281,14 +283,6 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
         if session.run:
             session.run.set(test=scores)
     tick(f"Done. Files: {session.folder} (best.pt, last.pt, metrics.json, tb/, predictions/)")
-    say(f"Look at the curves:  tensorboard --logdir {shlex.quote(str(session.folder))}")
+    say(f"Look at the curves:  {command_line('tensorboard', '--logdir', session.folder)}")
     say(f"Next:  {next_command}")
     distributed.stop()
-
-
-def predict_command(session: Session) -> str:
-    """What to type to see the valid images with everything drawn in."""
-    images = session.splits["valid"].images or session.train.images
-    checkpoint_file = str(session.folder / "best.pt")
-    words = ["--checkpoint", checkpoint_file, "--input", str(images[0].path.parent)]
-    return shlex.join(["python", "predict.py", *words, "--output", "predictions"])

@@ -10,6 +10,7 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.runs.log import start_command
 from rfdetr.runs.places import STATES, require_state
 from rfdetr.settings import STAGES
+from rfdetr.text import command_line
 from rfdetr.training.engine import Progress
 from rfdetr.weights import checkpoint
 
@@ -47,7 +48,8 @@ def require_stage(content: dict, stage: str, folder: Path) -> None:
     """Raise UserError where a run is another script's."""
     if content["stage"] != stage:
         script = STAGES[content["stage"]].script
-        raise UserError(f"{folder} is another script's: python {script} --resume {folder}")
+        command = command_line("python", script, "--resume", folder)
+        raise UserError(f"{folder} is another script's: {command}")
 
 
 def damaged_message(folder: Path, problems: list[str]) -> str:
