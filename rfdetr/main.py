@@ -23,7 +23,7 @@ from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
-from rfdetr.runs.metrics_file import has_test_scores
+from rfdetr.runs.metrics_file import earlier_commands, has_test_scores
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings, plain, yaml_text
 from rfdetr.sizes import ModelSize
@@ -32,7 +32,7 @@ from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.health import RunHealth
 from rfdetr.training.keeper import CheckpointKeeper
 from rfdetr.training.report import draw_pictures, print_banner, print_scores, record_epoch
-from rfdetr.training.resume import data_digest, resumed_progress
+from rfdetr.training.resume import changed_settings, data_digest, resumed_progress
 from rfdetr.training.session import Session, split_evaluator
 from rfdetr.training.signals import StopSignals, WatchedLoader
 from rfdetr.weights import checkpoint
@@ -119,18 +119,35 @@ def open_run(session: Session, model: nn.Module) -> AbstractContextManager:
             "args": plain(settings),
             "environment": environment(session.device),
         }
+        header["commands"] = commands_of(session, header["environment"]["command"], folder)
         done_epochs = session.progress.epoch if session.resumed else 0
         session.run = Run(folder, header, done_epochs, settings.tensorboard)
-        write_config(session.run, settings)
+        write_config(session.run, settings, header["commands"])
         print_banner(session, model, header["environment"]["device"])
     session.folder = distributed.from_main(session.run.folder if session.run else None)
     return session.run or nullcontext()
 
 
-def write_config(run: Run, settings: TrainingSettings) -> None:
+def commands_of(session: Session, command: str, folder: Path) -> list[dict]:
+    """metrics.json's "commands": those before, and this one with what it changes."""
+    earlier = []
+    changed = {}
+    if session.resumed:
+        earlier = earlier_commands(folder)
+        changed = changed_settings(session.settings, session.resumed["args"])
+    own = {
+        "command": command,
+        "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "first_epoch": session.progress.epoch + 1,
+        "changed": changed,
+    }
+    return [*earlier, own]
+
+
+def write_config(run: Run, settings: TrainingSettings, commands: list[dict]) -> None:
     file = run.folder / "config.yaml"
     with run.optional(f"writing {file}"):
-        text = yaml_text(settings).encode()
+        text = yaml_text(settings, commands).encode()
         atomic_write(file, lambda opened: opened.write(text))
 
 
@@ -239,6 +256,9 @@ def go_on(session: Session, keeper: CheckpointKeeper) -> None:
         f"Going on with {session.folder} in epoch {progress.epoch + 1}, "
         f"after {progress.step_in_epoch} steps"
     )
+    changed = changed_settings(session.settings, session.resumed["args"])
+    for name, (before, now) in changed.items():
+        tick(f"--{name}: {before} before, {now} from epoch {progress.epoch + 1} on")
 
 
 def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:

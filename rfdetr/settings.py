@@ -31,6 +31,7 @@ from rfdetr.fields import (
     texts,
 )
 from rfdetr.sizes import SIZES, LossWeights, ModelSize, check_resolution, with_queries
+from rfdetr.text import printable
 
 EXIF = ("apply", "ignore")
 AMP = ("auto", "bf16", "fp16", "off")
@@ -446,9 +447,16 @@ def plain(settings: object) -> dict:
     return kept
 
 
-def yaml_text(settings: TrainingSettings) -> str:
-    """A run's config.yaml: `--config` with it repeats the run."""
+def yaml_text(settings: TrainingSettings, commands: list[dict]) -> str:
+    """A run's config.yaml: `--config` with it repeats the run.
+
+    commands: as in metrics.json; what they changed stands in comments, the newest values below.
+    """
     import yaml  # here: validate_setup.py reads this module where packages are missing
 
+    lines = [f"# repeat this run: python {settings.script} --config FILE"]
+    for command in commands:
+        for name, (before, _) in command["changed"].items():
+            lines.append(f"# {name}: {before} before epoch {command['first_epoch']}")
     text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
-    return f"# repeat this run: python {settings.script} --config FILE\n{text}"
+    return "\n".join([*map(printable, lines), text])

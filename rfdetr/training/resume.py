@@ -9,7 +9,7 @@ from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.runs.log import start_command
 from rfdetr.runs.places import STATES, require_state
-from rfdetr.settings import STAGES
+from rfdetr.settings import STAGES, TrainingSettings, plain
 from rfdetr.text import command_line
 from rfdetr.training.engine import Progress
 from rfdetr.weights import checkpoint
@@ -58,6 +58,18 @@ def damaged_message(folder: Path, problems: list[str]) -> str:
     if command:
         message += f". Start anew, in another folder:\n  {command}"
     return message
+
+
+def changed_settings(settings: TrainingSettings, before: dict) -> dict[str, list]:
+    """Name -> [value before, value now] of the settings that a resumed run is given anew.
+
+    before: the run's own, as its checkpoint keeps them; those of earlier versions have fewer.
+    """
+    changed = {}
+    for name, value in plain(settings).items():
+        if name in before and before[name] != value:
+            changed[name] = [before[name], value]
+    return changed
 
 
 def data_digest(split: CocoSplit) -> str:
