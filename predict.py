@@ -146,7 +146,7 @@ def what_is_there_instead(path: Path) -> str:
         pattern = quoted(str(path / "**" / f"*{deeper.suffix}"))
         return f"no images or videos there, but in folders below: --input {pattern}"
     if not path.exists() and not glob.has_magic(str(path)):
-        return what_is_there(path, ())
+        return what_is_there(path)
     return f"no images or videos there ({', '.join(sorted(IMAGES | VIDEOS))})"
 
 

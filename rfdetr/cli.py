@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import glob
 import os
 from collections.abc import Collection
 from dataclasses import MISSING, fields, replace
@@ -13,7 +14,13 @@ from typing import NoReturn, TypeVar
 
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
-from rfdetr.runs.places import detector_of_run, find_checkpoint, newest_run, require_state
+from rfdetr.runs.places import (
+    detector_of_run,
+    find_checkpoint,
+    newest_run,
+    require_state,
+    what_is_there,
+)
 from rfdetr.settings import (
     DataSettings,
     SingleSettings,
@@ -90,13 +97,20 @@ def _check(kind: type, description: str, argv: list[str] | None) -> None:
     if given.get("resume"):  # the run has the other settings
         require_state(run_to_resume(kind, given["resume"]))
         return
-    settings = resolve(kind, given, file=file)
+    require_files(resolve(kind, given, file=file))
+
+
+def require_files(settings: object) -> None:
+    """UserError for what the settings name and does not exist, as far as torch is not needed."""
     find_checkpoints(settings)
     weights = getattr(settings, "pretrain_weights", "auto")
     if weights not in ("auto", "none") and "://" not in weights:
         find_checkpoint(Path(weights).expanduser())
     if getattr(settings, "stage1_run", None) and not settings.checkpoint:
         detector_of_run(settings.stage1_run)
+    for text in getattr(settings, "input", ()):
+        if not (glob.has_magic(text) or Path(text).exists()):
+            raise UserError(f"--input {text}: {what_is_there(Path(text))}")
     if isinstance(settings, DataSettings):
         from rfdetr.data.layout import find_splits  # --help works without the packages behind it
 

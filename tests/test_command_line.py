@@ -77,12 +77,19 @@ def test_help_and_slips_are_answered_before_the_slow_imports(script, tmp_path):
         ("train_detector_stage1.py", ["--dataset", "nowhere"], "nowhere"),
         ("train_detector_stage1.py", ["--resolution", "100"], "96 and 128"),
         ("train_seg_stage2.py", ["--config", "no.yaml"], "no.yaml"),
+        ("train_detector_stage1.py", ["--resume", "no_run"], "no_run"),
+        ("train_detector_stage1.py", ["--pretrain_weights", "no.pth"], "no.pth"),
+        ("train_seg_stage2.py", ["--stage1_run", "no_run"], "No checkpoint found in Stage-1"),
+        ("shrink_head.py", ["--in_ckpt", "no.pth", "--out_ckpt", "o.pth"], "no.pth"),
         ("predict.py", [], "--checkpoint, --input, --output"),
+        ("predict.py", ["--checkpoint", "a.pt", "--input", "no.png", "--output", "o"], "no.png"),
     ],
 )
 def test_what_is_missing_is_told_before_them_too(script, flags, message, tmp_path):
+    (tmp_path / "a.pt").touch()
     done = at_once(script, *flags, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith(("error: ", message))
 
 
 @pytest.mark.parametrize(

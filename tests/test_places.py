@@ -85,7 +85,7 @@ def test_scripts_go_on_with_the_file_of_the_run(run, weights, few, call, capsys)
 
 
 def test_a_folder_too_deep_or_too_high_names_the_run(run):
-    for path in (run / "tb", Path("runs"), Path()):
+    for path in (run / "tb", run / "images", Path("runs"), Path()):
         for find in (find_checkpoint, detector_of_run, require_state):
             assert f"Did you mean {run}?" in refusal(find, path)
     for find in (detector_of_run, require_state):

@@ -88,7 +88,7 @@ def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def what_is_there(path: Path, files: tuple[str, ...]) -> str:
+def what_is_there(path: Path, files: tuple[str, ...] = ()) -> str:
     """What is at a path instead of `files`, and which other path may be meant, in sentences."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
@@ -98,7 +98,8 @@ def what_is_there(path: Path, files: tuple[str, ...]) -> str:
         there = "it is a file"
     else:
         there = missing(path)
-    meant = runs_near(path, files) or names_near(path)
+    meant = [] if path.exists() else names_near(path)
+    meant = meant or runs_near(path, files)
     if not meant:
         return f"{there}."
     return f"{there}. Did you mean {' or '.join(str(near) for near in meant)}?"
@@ -115,7 +116,7 @@ def missing(path: Path) -> str:
 def runs_near(path: Path, files: tuple[str, ...]) -> list[Path]:
     """Folders with one of `files` above `path`, else the three newest below."""
     for folder in path.parents[:2]:
-        if path.exists() and first_file(folder, files):
+        if first_file(folder, files):
             return [folder]
     if not path.is_dir():
         return []
