@@ -5,7 +5,12 @@ python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --json scor
 
 from __future__ import annotations
 
-from rfdetr.cli import script_settings
+from rfdetr.cli import check_command, script_settings
+from rfdetr.settings import EvaluationSettings
+
+# before torch, whose import takes seconds
+check_command(EvaluationSettings, __doc__, __name__)
+
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.layout import find_splits
@@ -16,7 +21,6 @@ from rfdetr.device import compile_in_place, pick_device, pick_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
-from rfdetr.settings import EvaluationSettings
 from rfdetr.weights import checkpoint
 
 

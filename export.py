@@ -5,10 +5,14 @@ python export.py --checkpoint runs/detector_nano_384_1/best.pt --format rfdetr -
 
 from __future__ import annotations
 
-from rfdetr.cli import script_settings
+from rfdetr.cli import check_command, script_settings
+from rfdetr.settings import ExportSettings
+
+# before torch, whose import takes seconds
+check_command(ExportSettings, __doc__, __name__)
+
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, refuse_same_file
-from rfdetr.settings import ExportSettings
 from rfdetr.weights import checkpoint
 from rfdetr.weights.package import to_package
 

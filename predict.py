@@ -6,6 +6,12 @@ python predict.py --checkpoint runs/segmentation_nano_384_1/best.pt
 
 from __future__ import annotations
 
+from rfdetr.cli import check_command, script_settings
+from rfdetr.settings import PredictionSettings
+
+# before torch, whose import takes seconds
+check_command(PredictionSettings, __doc__, __name__)
+
 import glob
 import itertools
 import os
@@ -20,7 +26,6 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
@@ -29,7 +34,8 @@ from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
 from rfdetr.inference.originals import read_image
 from rfdetr.inference.prediction import Prediction
-from rfdetr.settings import PredictionSettings
+from rfdetr.runs.places import what_is_there
+from rfdetr.text import quoted
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 WHOLE = 0.95  # of a video's announced frames: a video with fewer is damaged
@@ -118,8 +124,7 @@ def collect(inputs: list[str]) -> list[Path]:
             else:
                 usable.append(path)
         if not usable:
-            suffixes = ", ".join(sorted(IMAGES | VIDEOS))
-            raise UserError(f"--input {text}: no images or videos there ({suffixes})")
+            raise UserError(f"--input {text}: {what_is_there_instead(Path(text))}")
         paths += usable
     return list(dict.fromkeys(paths))
 
@@ -134,6 +139,18 @@ def files_named_by(text: str) -> list[Path]:
     else:
         paths = [Path(match) for match in glob.glob(text, recursive=True)]
     return sorted(path for path in paths if path.suffix.lower() in IMAGES | VIDEOS)
+
+
+def what_is_there_instead(path: Path) -> str:
+    """Of a path without images: what it is, and how to name what lies below it or near it."""
+    below = path.glob("*/**/*") if path.is_dir() else ()
+    deeper = next((file for file in below if file.suffix.lower() in IMAGES), None)
+    if deeper:
+        pattern = quoted(str(path / "**" / f"*{deeper.suffix}"))
+        return f"no images or videos there, but in folders below: --input {pattern}"
+    if not path.exists() and not glob.has_magic(str(path)):
+        return what_is_there(path)
+    return f"no images or videos there ({', '.join(sorted(IMAGES | VIDEOS))})"
 
 
 def names_of_inputs(folder: Path, inputs: list[Path]) -> set[str]:
@@ -293,9 +310,7 @@ def predict_video(predictor: Predictor, path: Path, output: Path, name: str | No
     else:
         result = write_video(predictor, path, output / name)
     if result.frames == 0:
-        warn(
-            f"{path} cannot be read as a video: it has no frames. Convert it to .mp4 and try again"
-        )
+        warn(f"{path} cannot be read as a video: it has no frames. {advice_on_video(path)}")
     elif result.frames < result.announced:
         warn(
             f"{path} is damaged: {result.frames} of the {result.announced} frames that it "
@@ -320,6 +335,12 @@ def write_video(predictor: Predictor, path: Path, target: Path) -> VideoResult:
             )
         os.replace(temporary, target)
     return result
+
+
+def advice_on_video(path: Path) -> str:
+    if path.suffix.lower() == ".mp4":
+        return "Copy or download it again, or write it anew: ffmpeg -i OLD.mp4 -c:v libx264 NEW.mp4"
+    return "Convert it to .mp4 and try again"
 
 
 def predict_frames(predictor: Predictor, path: Path, file: Path | None) -> VideoResult:

@@ -338,9 +338,9 @@ def scores(run_folder):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from rfdetr.cli import Parser  # standard library only, too
+
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--dataset", type=from_here,
         help="folder with train/ and valid/ (default: dataset/, else demo data)")
@@ -360,7 +360,7 @@ def parse(argv):
         help="orientation of images whose annotated size does not tell")
     add("--rename", nargs="+", action="extend", metavar="OLD=NEW",
         help="call classes otherwise: \"Date=date\" where valid says Date, train date")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add("--config", metavar="FILE", help="these settings in YAML; flags win")
     add("--test", nargs=argparse.REMAINDER,
         help="set up, then run the tests; what follows goes to pytest")
@@ -404,11 +404,15 @@ def main(argv):
             "python3.12 quickstart.py\n" % sys.version_info[:2]
         )
         return 2
-    from rfdetr.streams import lasting_output  # standard library only, too
+    from rfdetr.console import UserError  # standard library only, too
+    from rfdetr.streams import lasting_output
 
     with lasting_output():
         try:
             return set_up_and_run(argv)
+        except UserError as error:
+            sys.stderr.write("error: %s\n" % error)
+            return 2
         except Stop as stop:
             sys.stderr.write("\nerror: " + stop.args[1] + "\n")
             return stop.args[0]

@@ -6,15 +6,19 @@ python shrink_head.py --in_ckpt RUN/checkpoint_best_regular.pth --out_ckpt RUN/c
 
 from __future__ import annotations
 
-import shlex
+from rfdetr.cli import check_command, script_settings
+from rfdetr.settings import ShrinkSettings
+
+# before torch, whose import takes seconds
+check_command(ShrinkSettings, __doc__, __name__)
+
 from pathlib import Path
 
 from rfdetr.classes import ClassTable, background_row, is_class_head
-from rfdetr.cli import script_settings
 from rfdetr.console import run_script, tick, warn
 from rfdetr.files import make_place, refuse_same_file
 from rfdetr.runs.metrics_file import highest_box_map
-from rfdetr.settings import ShrinkSettings
+from rfdetr.training.next_commands import after_shrink
 from rfdetr.weights import checkpoint
 
 
@@ -48,10 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     say_which_weights_are_better(source)
     tick(f"Written: {target}")
     print(f"Output dim: {new_table.rows_total}")
-    size = content["size"]["name"]
-    run = shlex.quote(str(source.parent))
-    command = f"python train_seg_stage2.py --size {size} --stage1_run {run}"
-    print(f"Next:  {command} --checkpoint {shlex.quote(str(target))}")
+    remark, command = after_shrink(content, shrunk, target)
+    if remark:
+        print(remark)
+    if command:
+        print(f"Next:  {command}")
 
 
 def without_placeholders(keep: tuple[str, ...], content: dict, table: ClassTable) -> list[str]:

@@ -5,21 +5,22 @@ python train_detector_stage1.py --size nano --epochs 50 --batch 4 --accum 4 --wo
 
 from __future__ import annotations
 
-import shlex
+from rfdetr.cli import check_command, training_settings
+from rfdetr.settings import DetectorSettings
+
+# before torch, whose import takes seconds
+check_command(DetectorSettings, __doc__, __name__)
+
 from functools import partial
 
-from rfdetr.classes import ClassTable
-from rfdetr.cli import training_settings
 from rfdetr.console import run_script
 from rfdetr.data.loaders import training_loader
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
-from rfdetr.settings import DetectorSettings
-from rfdetr.text import keep_flags
+from rfdetr.training.next_commands import after_detector
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
 from rfdetr.training.session import (
-    Session,
     adapt_encoder,
     class_table,
     make_trainer,
@@ -63,15 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with open_run(session, model):
         best = fit(session, trainer, loader, evaluator, pack)
-        finish(session, table, masks=False, next_command=shrink_command(session, table, best))
-
-
-def shrink_command(session: Session, table: ClassTable, best: dict) -> str:
-    """What to type next: the shrink of the better weights."""
-    trained = session.folder / f"checkpoint_best_{best['weights']}.pth"
-    shrunk = session.folder / "checkpoint_mydata.pth"
-    words = ["python", "shrink_head.py", "--in_ckpt", str(trained), "--out_ckpt", str(shrunk)]
-    return f"{shlex.join(words)} {keep_flags(table.names)}"
+        finish(session, table, masks=False, next_command=after_detector(session, table, best))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,20 @@ python train_seg_single_stage.py --size nano --epochs 50 --batch 4 --accum 4
 
 from __future__ import annotations
 
+from rfdetr.cli import check_command, training_settings
+from rfdetr.settings import SingleSettings
+
+# before torch, whose import takes seconds
+check_command(SingleSettings, __doc__, __name__)
+
 from functools import partial
 
-from rfdetr.cli import training_settings
 from rfdetr.console import run_script
 from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import training_loader
-from rfdetr.main import begin, finish, fit, open_run, predict_command
+from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
-from rfdetr.settings import SingleSettings
+from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
 from rfdetr.training.session import (
@@ -62,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with open_run(session, model):
         fit(session, trainer, loader, evaluator, pack)
-        finish(session, table, masks=True, next_command=predict_command(session))
+        finish(session, table, masks=True, next_command=predict_with(session))
 
 
 if __name__ == "__main__":

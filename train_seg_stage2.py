@@ -7,7 +7,12 @@ python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth    (COCO's 
 
 from __future__ import annotations
 
-import shlex
+from rfdetr.cli import check_command, training_settings
+from rfdetr.settings import SegmentationSettings, plain
+
+# before torch, whose import takes seconds
+check_command(SegmentationSettings, __doc__, __name__)
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,19 +20,19 @@ from torch import nn
 
 from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
-from rfdetr.cli import training_settings
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.files import write_json
-from rfdetr.main import begin, finish, fit, open_run, predict_command
+from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS
-from rfdetr.settings import SegmentationSettings, plain
-from rfdetr.text import keep_flags
+from rfdetr.runs.places import detector_of_run
+from rfdetr.text import command_line, keep_flags
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache, fits_in_memory
 from rfdetr.training.frozen import MaskObjective
+from rfdetr.training.next_commands import DATA_FLAGS, flags_of, predict_with
 from rfdetr.training.objective import input_sides
 from rfdetr.training.optim import parameter_group
 from rfdetr.training.session import Session, make_trainer, split_evaluator, training_data
@@ -88,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         fit(session, trainer, loader, evaluator, pack)
         if choice.where == "disk":
             cache.close(settings.keep_cache)
-        finish(session, table, masks=True, next_command=predict_command(session))
+        finish(session, table, masks=True, next_command=predict_with(session))
 
 
 def detector_file(settings: SegmentationSettings) -> Path:
@@ -102,16 +107,7 @@ def detector_file(settings: SegmentationSettings) -> Path:
         raise UserError(
             "name the detector to freeze: --stage1_run runs/detector_... or --checkpoint FILE"
         )
-    for name in ("best.pt", "last.pt"):
-        if (run / name).is_file():
-            return run / name
-    there = "no such folder"
-    if run.is_dir():
-        there = ", ".join(sorted(path.name for path in run.iterdir())) or "nothing"
-    raise UserError(
-        f"No checkpoint found in Stage-1 directory {run}: it has no best.pt and no last.pt. "
-        f"There is: {there}. Run python train_detector_stage1.py, or name a file with --checkpoint"
-    )
+    return detector_of_run(run)
 
 
 def warn_of_other_exif(content: dict, train: CocoSplit, path: Path) -> None:
@@ -151,6 +147,8 @@ def frozen_detector(session: Session, content: dict, path: Path) -> tuple[Detect
         is_official_coco = content.get("official") and table.is_coco
         if is_official_coco and not set(names) <= set(table.names):
             raise UserError(not_coco_message(table.rows_total, session, path))
+        if not set(names) <= set(table.names):
+            raise UserError(lacking_message(table, names, path))
         if not (is_official_coco or settings.auto_shrink):
             raise UserError(unshrunk_message(table.rows_total, names, path))
         content = checkpoint.shrink(content, names)
@@ -168,13 +166,24 @@ def frozen_detector(session: Session, content: dict, path: Path) -> tuple[Detect
 
 def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
     shrunk = path.parent / "checkpoint_mydata.pth"
-    files = f"--in_ckpt {shlex.quote(str(path))} --out_ckpt {shlex.quote(str(shrunk))}"
+    words = command_line("python", "shrink_head.py", "--in_ckpt", path, "--out_ckpt", shrunk)
     return (
         f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
         f"{path} has a {rows}-row class head, the dataset has {len(names)} classes "
         f"({', '.join(names)}). Run:\n"
-        f"  python shrink_head.py {files} {keep_flags(names)}\n"
+        f"  {words} {keep_flags(names)}\n"
         "and pass the new file with --checkpoint, or add --auto_shrink 1."
+    )
+
+
+def lacking_message(table: ClassTable, names: list[str], path: Path) -> str:
+    """Of a detector that does not know all of the dataset's classes: no shrink gives it them."""
+    lacking = [name for name in names if name not in table.names]
+    return (
+        f"Frozen detector head out_dim ({table.rows_total}) != requested ({len(names) + 1})\n"
+        f"{path} does not know {', '.join(lacking)}: its classes are {', '.join(table.names)}. If "
+        "it was cut by shrink_head.py, cut its detector again and keep these classes too; else "
+        "train stage 1 on this dataset: python train_detector_stage1.py"
     )
 
 
@@ -182,14 +191,16 @@ def not_coco_message(rows: int, session: Session, path: Path) -> str:
     settings = session.settings
     names = session.train.class_names
     others = [name for name in names if name not in COCO_NAMES.values()]
-    words = f"--size {settings.size} --dataset {shlex.quote(str(settings.dataset))}"
+    words = flags_of(plain(settings), "size", *DATA_FLAGS, "device")
     run = f"runs/detector_{settings.size}_{session.resolution}_N"
+    teach = ["python", "train_detector_stage1.py", *words, "--pretrain_weights", path]
+    mask = ["python", "train_seg_stage2.py", *words, "--stage1_run", run, "--auto_shrink", 1]
     return (
         f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
         f"{path} is an official COCO detector, which does not know {', '.join(others)}. "
         "Teach it, then mask it:\n"
-        f"  python train_detector_stage1.py {words} --pretrain_weights {shlex.quote(str(path))}\n"
-        f"  python train_seg_stage2.py {words} --stage1_run {run} --auto_shrink 1"
+        f"  {command_line(*teach)}\n"
+        f"  {command_line(*mask)}"
     )
 
 

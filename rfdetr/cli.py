@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import glob
 import os
-from dataclasses import MISSING, fields
+from collections.abc import Collection
+from dataclasses import MISSING, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from rfdetr.console import UserError, warn
-from rfdetr.fields import Setting
-from rfdetr.settings import SingleSettings, TrainingSettings, read_layer, resolve
+from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.fields import Setting, by_size
+from rfdetr.runs.places import (
+    detector_of_run,
+    find_checkpoint,
+    newest_run,
+    require_state,
+    what_is_there,
+)
+from rfdetr.settings import (
+    DataSettings,
+    SingleSettings,
+    TrainingSettings,
+    read_layer,
+    recipe_values,
+    resolve,
+    settings_of,
+)
 from rfdetr.sizes import SIZES
 
 S = TypeVar("S")
@@ -18,10 +37,87 @@ T = TypeVar("T", bound=TrainingSettings)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose refusals are UserErrors, so that all processes of a run say them once."""
+    """argparse that takes no flag for another one that it begins.
+
+    Its refusals are UserErrors of one line and the command that lists all flags.
+    """
+
+    def __init__(self, **options):
+        super().__init__(
+            usage="python %(prog)s [--FLAG VALUE ...]",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(unknown_words(unknown, self._option_string_actions))
+        return given
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.format_usage()}{self.prog}: error: {message}")
+        message = message.removeprefix("argument ")
+        raise UserError(f"{message}\nall flags: python {self.prog} --help")
+
+
+def unknown_words(words: list[str], flags: Collection[str]) -> str:
+    """What is wrong with words of a command line that belong to no flag."""
+    unknown = [word.split("=")[0] for word in words if word.startswith("-")]
+    if not unknown:
+        return f"{words[0]!r} belongs to no flag"
+    told = []
+    names = [flag.lstrip("-") for flag in flags]
+    for flag in unknown:
+        name = flag.lstrip("-").replace("-", "_")
+        near = [known for known in names if known.startswith(name)]
+        near = near or difflib.get_close_matches(name, names, n=1)
+        meant = " or ".join(f"--{known}" for known in near[:3])
+        told.append(f"{flag} (did you mean {meant}?)" if near else flag)
+    return f"there is no flag {', '.join(told)}"
+
+
+# ---------------------------------------------------------------- before the slow imports
+
+
+def check_command(kind: type, description: str, name: str) -> None:
+    """Answer --help, and refuse a wrong flag or a file that is missing, where a script is run.
+
+    Scripts call this before they import torch, which takes seconds; `name` is their __name__.
+    """
+    if name == "__main__":
+        run_script(partial(_check, kind, description))
+
+
+def _check(kind: type, description: str, argv: list[str] | None) -> None:
+    """Raises UserError, SystemExit after --help."""
+    given = vars(make_parser(kind, description).parse_args(argv))
+    file = take_config(kind, given)
+    given.pop("no_amp", None)
+    if given.get("resume"):  # the run has the other settings
+        require_state(run_to_resume(kind, given["resume"]))
+        return
+    require_files(resolve(kind, given, file=file))
+
+
+def require_files(settings: object) -> None:
+    """UserError for what the settings name and does not exist, as far as torch is not needed."""
+    find_checkpoints(settings)
+    weights = getattr(settings, "pretrain_weights", "auto")
+    if weights not in ("auto", "none") and "://" not in weights:
+        find_checkpoint(Path(weights).expanduser())
+    if getattr(settings, "stage1_run", None) and not settings.checkpoint:
+        detector_of_run(settings.stage1_run)
+    for text in getattr(settings, "input", ()):
+        if not (glob.has_magic(text) or Path(text).exists()):
+            raise UserError(f"--input {text}: {what_is_there(Path(text))}")
+    if isinstance(settings, DataSettings):
+        from rfdetr.data.layout import find_splits  # --help works without the packages behind it
+
+        find_splits(settings.dataset)
+
+
+# ---------------------------------------------------------------- the settings of a script
 
 
 def script_settings(kind: type[S], description: str, argv: list[str] | None) -> S:
@@ -31,7 +127,7 @@ def script_settings(kind: type[S], description: str, argv: list[str] | None) -> 
     """
     given = vars(make_parser(kind, description).parse_args(argv))
     file = take_config(kind, given)
-    return resolve(kind, given, file=file)
+    return with_checkpoints(resolve(kind, given, file=file))
 
 
 def training_settings(
@@ -58,20 +154,47 @@ def training_settings(
     settings = resolve(kind, given, stored, file)
     if settings.expanded_scales and not settings.multi_scale:
         warn("--expanded_scales 1 changes nothing without --multi_scale 1")
+    if not resumed:  # a run has in its own state what it began with
+        settings = with_checkpoints(settings)
     return settings, resumed
+
+
+def with_checkpoints(settings: S) -> S:
+    """With the files that folders of runs mean, which are said.  Raises UserError."""
+    found = find_checkpoints(settings)
+    for name, path in found.items():
+        folder = getattr(settings, name)
+        if folder != path:
+            tick(f"--{name} {folder}: {path.name} of this run")
+    return replace(settings, **found)
+
+
+def find_checkpoints(settings: object) -> dict[str, Path]:
+    """The file of each checkpoint that the settings name.  Raises UserError."""
+    found = {}
+    for name, setting in settings_of(type(settings)).items():
+        path = getattr(settings, name)
+        if setting.checkpoint and path is not None:
+            found[name] = find_checkpoint(path)
+    return found
 
 
 def read_run(kind: type[TrainingSettings], name: str) -> tuple[Path, dict]:
     """The folder that --resume names, locked, and its latest state.  Raises UserError."""
     from rfdetr.runs.lock import lock_run  # with torch behind it: not for every --help
-    from rfdetr.training.resume import latest_state, newest_run, require_stage
+    from rfdetr.training.resume import latest_state, require_stage
 
-    folder = newest_run(kind.run_stem) if name == "auto" else Path(name)
+    folder = run_to_resume(kind, name)
     if folder.is_dir() and os.environ.get("RANK", "0") == "0":
         lock_run(folder)
     content = latest_state(folder)
     require_stage(content, kind.stage, folder)
     return folder, content
+
+
+def run_to_resume(kind: type[TrainingSettings], name: str) -> Path:
+    """The folder that --resume names, or the newest.  Raises UserError."""
+    return newest_run(kind.run_stem) if name == "auto" else Path(name)
 
 
 def require_size_of_run(resumed: dict, size: str, folder: Path) -> None:
@@ -90,13 +213,13 @@ def own_choices_of_an_earlier_run(kind: type, stored: dict, resumed: dict) -> di
 
 def make_parser(kind: type, description: str) -> Parser:
     """A parser with a flag for every setting of `kind`; its result has only what is given."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     for field in fields(kind):
-        add_flag(parser, field.name, field.metadata["setting"], field.default)
+        setting = field.metadata["setting"]
+        default = field.default
+        if setting.of_size:
+            default = by_size(recipe_values(kind, field.name))
+        add_flag(parser, field.name, setting, default)
     if issubclass(kind, TrainingSettings):
         parser.add_argument("--no_amp", action="store_true", help="the same as --amp off")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML; flags win")
@@ -127,13 +250,13 @@ def add_flag(parser: Parser, name: str, setting: Setting, default: object) -> No
 
 
 def default_text(setting: Setting, default: object) -> str:
-    """What --help says of a default; nothing where the help itself does, or there is none."""
-    if setting.of_size:
-        return " (default: the size's own)"
+    """What --help says of a default; nothing where the setting's own help does."""
     if default is MISSING:  # a --config file may give it, too
         return " (required)"
-    if default is None or default == ():
+    if "default" in setting.help:
         return ""
+    if default is None or default == ():
+        return " (default: none)"
     value = int(default) if isinstance(default, bool) else default
     return f" (default: {value})"
 

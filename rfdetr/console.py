@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 TICK = "✓"
-WARN = "⚠"
+FIXED = (  # messages that are known by how they begin
+    "Frozen detector head out_dim",
+    "No checkpoint found in Stage-1 directory",
+    "No segmentation masks found in COCO annotations",
+)
 
 
 class UserError(Exception):
@@ -56,9 +60,9 @@ def tick(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print `message` after a warning sign, on one line."""
+    """Print `message` as a warning, on one line."""
     if _is_first_to_say(message):
-        print(f"{WARN} {printable(message)}", flush=True)
+        print(f"warning: {printable(message)}", flush=True)
 
 
 def banner(title: str, rows: dict[str, object]) -> None:
@@ -130,7 +134,7 @@ def _run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> No
         if debug:
             traceback.print_exc()
         lines = [printable(line) for line in str(error).splitlines() if line.strip()]
-        _end("\n".join(lines), 2)
+        _end(as_error("\n".join(lines)), 2)
     except Stopped as stopped:
         sys.exit(stopped.code)
     except KeyboardInterrupt:
@@ -140,12 +144,17 @@ def _run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> No
             raise
         reason = " ".join(str(error).split())
         if is_out_of_memory(error):
-            _end(f"out of memory ({reason or 'main memory'})\n{OUT_OF_MEMORY_ADVICE}", 2)
+            _end(f"error: out of memory ({reason or 'main memory'})\n{OUT_OF_MEMORY_ADVICE}", 2)
         _end(
             f"error: unexpected {type(error).__name__}: {reason}\nThis is a defect of the program. "
             "Run the command again with --debug to see where it happened.",
             1,
         )
+
+
+def as_error(message: str) -> str:
+    """The message as it is printed."""
+    return message if message.startswith(FIXED) else f"error: {message}"
 
 
 def _end(reason: str, status: int) -> NoReturn:

@@ -23,7 +23,8 @@ class Setting:
     `several`: a list of such values. `none`: None is a value too, it means what `help` says of the
     default. `words`: texts taken as they are beside the kind's own values ("auto"). `of_size`: the
     default is the size's. `kept`: False for what belongs to one command and not to the run that it
-    starts. `bare`: the value of a flag that is given without one.
+    starts. `bare`: the value of a flag that is given without one. `checkpoint`: a file of weights,
+    for which a run's folder may stand.
     """
 
     read_one: Callable[[str], object]
@@ -36,6 +37,7 @@ class Setting:
     of_size: bool = False
     kept: bool = True
     bare: object = None
+    checkpoint: bool = False
 
     def read(self, value: object) -> object:
         """The checked value of a text, or of a plain value from YAML or a checkpoint; ValueError
@@ -140,9 +142,28 @@ def path(default, help: str, metavar: str | None = None):
     return _field(default, Setting(Path, help, metavar=metavar))
 
 
+def checkpoint_file(default, help: str):
+    """A file of weights, or a run's folder for its best.pt."""
+    return _field(default, Setting(Path, help, metavar="FILE|RUN", checkpoint=True))
+
+
 def for_this_command(field: dataclasses.Field, bare: object = None) -> dataclasses.Field:
     """A setting that is no part of the run it starts; `bare`: its value where the flag is given
     without one.
     """
     setting = dataclasses.replace(field.metadata["setting"], kept=False, bare=bare)
     return dataclasses.field(default=field.default, metadata={"setting": setting})
+
+
+def by_size(values: dict[str, object]) -> str:
+    """A default that depends on the size, for --help: "50", or "50; tiny: 60"."""
+    sizes_of: dict[str, list[str]] = {}
+    for size, value in values.items():
+        text = str(int(value) if isinstance(value, bool) else value)
+        sizes_of.setdefault(text, []).append(size)
+    usual = max(sizes_of, key=lambda text: len(sizes_of[text]))
+    parts = [] if len(sizes_of[usual]) < len(values) / 2 else [usual]
+    for text, sizes in sizes_of.items():
+        if text not in parts:
+            parts.append(f"{', '.join(sizes)}: {text}")
+    return "; ".join(parts)

@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-import torch
-
 from rfdetr.console import UserError
 
 
@@ -114,6 +111,9 @@ def write_json(path: Path, data: dict | list) -> None:
 
 def _plain(value: object) -> object:
     """Tensors, arrays and NumPy scalars as plain numbers; paths and torch names as text."""
+    import numpy as np  # here, so that a script answers --help without them
+    import torch
+
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, (Path, torch.device, torch.dtype)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -24,15 +23,16 @@ from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
-from rfdetr.runs.metrics_file import has_test_scores
+from rfdetr.runs.metrics_file import earlier_commands, has_test_scores
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings, plain, yaml_text
 from rfdetr.sizes import ModelSize
+from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.health import RunHealth
 from rfdetr.training.keeper import CheckpointKeeper
 from rfdetr.training.report import draw_pictures, print_banner, print_scores, record_epoch
-from rfdetr.training.resume import data_digest, resumed_progress
+from rfdetr.training.resume import changed_settings, data_digest, resumed_progress
 from rfdetr.training.session import Session, split_evaluator
 from rfdetr.training.signals import StopSignals, WatchedLoader
 from rfdetr.weights import checkpoint
@@ -93,9 +93,10 @@ def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test
         return
     if has_test and not has_test_scores(settings.output_dir):
         return
+    words = ["--resume", settings.output_dir, "--epochs", progress.epoch + 20]
     raise UserError(
         f"{settings.output_dir} has finished its {progress.epoch} epochs. To train longer, give "
-        f"more: --resume {settings.output_dir} --epochs {progress.epoch + 20}"
+        f"more: {command_line('python', settings.script, *words)}"
     )
 
 
@@ -120,18 +121,35 @@ def open_run(session: Session, model: nn.Module) -> AbstractContextManager:
             "args": plain(settings),
             "environment": environment(session.device),
         }
+        header["commands"] = commands_of(session, header["environment"]["command"], folder)
         done_epochs = session.progress.epoch if session.resumed else 0
         session.run = Run(folder, header, done_epochs, settings.tensorboard)
-        write_config(session.run, settings)
+        write_config(session.run, settings, header["commands"])
         print_banner(session, model, header["environment"]["device"])
     session.folder = distributed.from_main(session.run.folder if session.run else None)
     return session.run or nullcontext()
 
 
-def write_config(run: Run, settings: TrainingSettings) -> None:
+def commands_of(session: Session, command: str, folder: Path) -> list[dict]:
+    """metrics.json's "commands": those before, and this one with what it changes."""
+    earlier = []
+    changed = {}
+    if session.resumed:
+        earlier = earlier_commands(folder)
+        changed = changed_settings(session.settings, session.resumed["args"])
+    own = {
+        "command": command,
+        "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "first_epoch": session.progress.epoch + 1,
+        "changed": changed,
+    }
+    return [*earlier, own]
+
+
+def write_config(run: Run, settings: TrainingSettings, commands: list[dict]) -> None:
     file = run.folder / "config.yaml"
     with run.optional(f"writing {file}"):
-        text = yaml_text(settings).encode()
+        text = yaml_text(settings, commands).encode()
         atomic_write(file, lambda opened: opened.write(text))
 
 
@@ -216,6 +234,7 @@ def make_keeper(
         "args": plain(session.settings),
         "left_out": train.left_out,
         "exif": train.exif,
+        "has_masks": train.mask_count > 0,
         "trained_on": trained_on.unique(),
     }
     return CheckpointKeeper(
@@ -239,6 +258,9 @@ def go_on(session: Session, keeper: CheckpointKeeper) -> None:
         f"Going on with {session.folder} in epoch {progress.epoch + 1}, "
         f"after {progress.step_in_epoch} steps"
     )
+    changed = changed_settings(session.settings, session.resumed["args"])
+    for name, (before, now) in changed.items():
+        tick(f"--{name}: {before} before, {now} from epoch {progress.epoch + 1} on")
 
 
 def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
@@ -246,7 +268,7 @@ def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
     keeper.save("checkpoint.pt")
     words = [*distributed.launcher(), sys.argv[0], "--resume", str(session.folder)]
     file = session.folder / "checkpoint.pt"
-    say(f"\nstopped: the state is in {file}. Go on with:\n  {shlex.join(words)}")
+    say(f"\nstopped: the state is in {file}. Go on with:\n  {command_line(*words)}")
 
 
 def evaluate(trainer: Trainer, evaluator: SplitEvaluator, record: dict) -> dict[str, dict]:
@@ -283,14 +305,6 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
         if session.run:
             session.run.set(test=scores)
     tick(f"Done. Files: {session.folder} (best.pt, last.pt, metrics.json, tb/, predictions/)")
-    say(f"Look at the curves:  tensorboard --logdir {shlex.quote(str(session.folder))}")
+    say(f"Look at the curves:  {command_line('tensorboard', '--logdir', session.folder)}")
     say(f"Next:  {next_command}")
     distributed.stop()
-
-
-def predict_command(session: Session) -> str:
-    """What to type to see the valid images with everything drawn in."""
-    images = session.splits["valid"].images or session.train.images
-    checkpoint_file = str(session.folder / "best.pt")
-    words = ["--checkpoint", checkpoint_file, "--input", str(images[0].path.parent)]
-    return shlex.join(["python", "predict.py", *words, "--output", "predictions"])

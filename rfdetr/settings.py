@@ -19,6 +19,8 @@ from rfdetr.fields import (
     OF_SIZE,
     REQUIRED,
     Setting,
+    by_size,
+    checkpoint_file,
     choice,
     decimal,
     for_this_command,
@@ -29,6 +31,7 @@ from rfdetr.fields import (
     texts,
 )
 from rfdetr.sizes import SIZES, LossWeights, ModelSize, check_resolution, with_queries
+from rfdetr.text import printable
 
 EXIF = ("apply", "ignore")
 AMP = ("auto", "bf16", "fp16", "off")
@@ -42,13 +45,18 @@ EARLY_STOPPING_PATIENCE = (
 )
 
 
+OWN_RESOLUTION = by_size({name: size.resolution for name, size in SIZES.items()})
+OWN_QUERIES = by_size({name: size.queries for name, size in SIZES.items()})
+WARM_UP = by_size({name: size.recipe.warmup_steps for name, size in SIZES.items()})
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Which images."""
 
     dataset: Path = path(Path("dataset"), "COCO-format folder")
     val_fraction: float | None = decimal(
-        None, "without valid/: split this share off train/", low=0.001, high=0.9
+        None, "without valid/: split this share off train/ (default: none)", low=0.001, high=0.9
     )
     exif: str | None = choice(
         None, "orientation of images whose size does not tell (default: apply)", EXIF
@@ -74,7 +82,7 @@ class TrainingSettings(DataSettings):
         path(None, "run folder (default: the next free number under runs/)")
     )
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
-    resolution: int | None = integer(None, "input side in pixels (default: the size's own)")
+    resolution: int | None = integer(None, f"input side in pixels (default: {OWN_RESOLUTION})")
     epochs: int = integer(OF_SIZE, "passes over the training images")
     batch: int | str = integer(
         OF_SIZE, "images in one forward pass, or auto", high=65536, words=("auto",)
@@ -88,7 +96,7 @@ class TrainingSettings(DataSettings):
         "cosine", "how the learning rates fall", ("cosine", "step", "constant")
     )
     warmup_epochs: float | None = decimal(
-        None, "epochs of linear warm-up (default: the size's steps, at most a tenth of all)"
+        None, f"epochs of linear warm-up (default: {WARM_UP} steps, at most a tenth of all)"
     )
     amp: str = choice(OF_SIZE, "mixed precision (auto: the size's own)", AMP)
     ema: bool = switch(True, "keep an average of the weights, scored as well")
@@ -193,7 +201,7 @@ class SegmentationSettings(TrainingSettings):
 
     resolution: int | None = integer(None, "input side in pixels (default: the detector's)")
     stage1_run: Path | None = path(None, "run folder of stage 1")
-    checkpoint: Path | None = path(
+    checkpoint: Path | None = checkpoint_file(
         None, "detector to freeze (default: the run's best.pt, else last.pt)"
     )
     seg_lr: float = decimal(OF_SIZE, "learning rate of the mask head")
@@ -227,9 +235,11 @@ class SingleSettings(DetectorTraining):
     recipe_prefix = "single_"
 
     warmup_epochs: float = decimal(0.0, "epochs of linear warm-up")
-    init_ckpt: Path | None = path(None, "start from this checkpoint instead of --pretrain_weights")
+    init_ckpt: Path | None = checkpoint_file(
+        None, "start from this checkpoint instead of --pretrain_weights"
+    )
     num_queries: int | None = integer(
-        None, "queries per image (default: the size's own)", high=10_000
+        None, f"queries per image (default: {OWN_QUERIES})", high=10_000
     )
     num_select: int | None = integer(
         None, "detections kept per image (default: as many as queries)", high=10_000
@@ -269,7 +279,9 @@ STAGES: dict[str, type[TrainingSettings]] = {
 class InferenceSettings:
     """What evaluate.py and predict.py have in common."""
 
-    checkpoint: Path = path(REQUIRED, "a file of this repository, or an official one")
+    checkpoint: Path = checkpoint_file(
+        REQUIRED, "a file of this repository, a run's folder (its best.pt), or an official file"
+    )
     resolution: int | None = integer(None, "input side in pixels (default: the checkpoint's)")
     batch: int = integer(8, "images in one forward pass")
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -318,7 +330,9 @@ class PredictionSettings(InferenceSettings):
 class ShrinkSettings:
     """shrink_head.py"""
 
-    in_ckpt: Path = path(REQUIRED, "a stage-1 checkpoint, or an official file")
+    in_ckpt: Path = checkpoint_file(
+        REQUIRED, "a stage-1 checkpoint, a run's folder (its best.pt), or an official file"
+    )
     out_ckpt: Path = path(REQUIRED, "where to write the shrunk one")
     keep: tuple[str, ...] = texts(
         (),
@@ -331,7 +345,9 @@ class ShrinkSettings:
 class ExportSettings:
     """export.py"""
 
-    checkpoint: Path = path(REQUIRED, "a file of this repository")
+    checkpoint: Path = checkpoint_file(
+        REQUIRED, "a file of this repository, or a run's folder (its best.pt)"
+    )
     format: str = choice("rfdetr", "rfdetr: the package on PyPI, 1.11", ("rfdetr",))
     out: Path = path(REQUIRED, "where to write it")
 
@@ -341,7 +357,7 @@ class ValidationSettings(DataSettings):
     """validate_setup.py"""
 
     size: str = choice("nano", "model size to be trained", SIZES)
-    resolution: int | None = integer(None, "its input side (default: the size's own)")
+    resolution: int | None = integer(None, f"its input side (default: {OWN_RESOLUTION})")
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
     check_images: bool = switch(True, "decode every image")
     need_masks: bool = switch(False, "missing masks are an error")
@@ -375,19 +391,26 @@ def resolve(kind: type[S], given: dict, stored: dict | None = None, file: dict |
         fill_in_from_size(kind, values)
     missing = [f"--{name}" for name, value in values.items() if value is MISSING]
     if missing:
-        raise UserError(f"error: these settings are missing: {', '.join(missing)}")
+        raise UserError(f"these settings are missing: {', '.join(missing)}")
     settings = kind(**values)
     return settings.checked() if isinstance(settings, TrainingSettings) else settings
 
 
 def fill_in_from_size(kind: type[TrainingSettings], values: dict) -> None:
     """Give what is left open (or "auto" mixed precision) the value of the size's recipe."""
-    recipe = asdict(SIZES[values["size"]].recipe)
     for name, setting in settings_of(kind).items():
-        own = recipe.get(kind.recipe_prefix + name, recipe.get(name))
         left_open = values[name] is MISSING or (name == "amp" and values[name] == "auto")
         if setting.of_size and left_open:
-            values[name] = own
+            values[name] = recipe_values(kind, name)[values["size"]]
+
+
+def recipe_values(kind: type[TrainingSettings], name: str) -> dict[str, object]:
+    """Size -> its recipe's value of a setting; what a stage has of its own goes first."""
+    values = {}
+    for size in SIZES.values():
+        recipe = asdict(size.recipe)
+        values[size.name] = recipe.get(kind.recipe_prefix + name, recipe.get(name))
+    return values
 
 
 def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dict:
@@ -437,9 +460,16 @@ def plain(settings: object) -> dict:
     return kept
 
 
-def yaml_text(settings: TrainingSettings) -> str:
-    """A run's config.yaml: `--config` with it repeats the run."""
+def yaml_text(settings: TrainingSettings, commands: list[dict]) -> str:
+    """A run's config.yaml: `--config` with it repeats the run.
+
+    commands: as in metrics.json; what they changed stands in comments, the newest values below.
+    """
     import yaml  # here: validate_setup.py reads this module where packages are missing
 
+    lines = [f"# repeat this run: python {settings.script} --config FILE"]
+    for command in commands:
+        for name, (before, _) in command["changed"].items():
+            lines.append(f"# {name}: {before} before epoch {command['first_epoch']}")
     text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
-    return f"# repeat this run: python {settings.script} --config FILE\n{text}"
+    return "\n".join([*map(printable, lines), text])

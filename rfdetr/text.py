@@ -20,6 +20,25 @@ def printable(text: object) -> str:
     return "".join(repr(c)[1:-1] if is_control(c) else c for c in text)
 
 
+def quoted(word: str) -> str:
+    """A word of a command that bash and PowerShell both read as it is; where they cannot agree
+    (an apostrophe and a dollar in one name, say), bash does.
+    """
+    # PowerShell breaks a bare -word at a dot or colon
+    if re.fullmatch(r"--?[A-Za-z0-9_=-]+|[A-Za-z0-9_+=:./][A-Za-z0-9_+=:./-]*", word):
+        return word
+    if not re.search(r"['‘’‚‛\n]", word):  # PowerShell takes the curved ones for the straight one
+        return f"'{word}'"
+    if re.fullmatch(r"[\w .,:;/()&+=@#%'‘’‚‛-]+", word):
+        return f'"{word}"'
+    return shlex.quote(word)
+
+
+def command_line(*words: object) -> str:
+    """A command to be pasted into a shell."""
+    return " ".join(quoted(str(word)) for word in words)
+
+
 def keep_flags(names: list[str]) -> str:
     """shrink_head.py's --keep flags for these classes in this order, to be pasted into a shell.
 
@@ -29,12 +48,12 @@ def keep_flags(names: list[str]) -> str:
     after_keep = False  # whether another name may follow without a new --keep
     for name in names:
         if name.startswith("-"):
-            words.append(shlex.quote(f"--keep={name}"))
+            words.append(quoted(f"--keep={name}"))
             after_keep = False
             continue
         if not after_keep:
             words.append("--keep")
             after_keep = True
         is_plain = re.fullmatch(r"[\w .-]+", name)
-        words.append(f'"{name}"' if is_plain else shlex.quote(name))
+        words.append(f'"{name}"' if is_plain else quoted(name))
     return " ".join(words)

@@ -404,7 +404,7 @@ def test_scored_images_that_were_trained_on_are_told_by_content(undivided, tmp_p
         lambda d: [rename(tmp_path / "other/valid", e) for e in d["images"]],
     )
     call(evaluate.main, "--checkpoint", best, "--dataset", tmp_path / "other", "--device", "cpu")
-    assert "⚠ 6 of the 8 images of valid were trained on" in capsys.readouterr().out
+    assert "warning: 6 of the 8 images of valid were trained on" in capsys.readouterr().out
     hashes = torch.load(best)["trained_on"]
     assert hashes.dtype == torch.int64 and len(hashes) == 6
     make_demo(tmp_path / "new", train=8, valid=2, test=0, size=64, seed=4)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import quick_flags
 
 import rfdetr.distributed
@@ -24,6 +25,7 @@ from rfdetr.console import Stopped, UserError
 from rfdetr.console import run_script as as_a_script
 from rfdetr.data.demo import make_demo
 from rfdetr.device import Precision
+from rfdetr.runs.metrics_file import earlier_commands
 from rfdetr.training.engine import Progress
 from rfdetr.training.keeper import check_history
 from testkit.finished_runs import differences
@@ -103,6 +105,40 @@ def test_resume_auto_and_more_epochs(few, call, capsys):
     assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2, 3]
     assert metrics["args"]["batch"] == 2 and metrics["args"]["resolution"] == 32
     assert load(folder / "last.pt")["training"]["progress"]["step"] == 6
+
+
+def test_settings_that_a_resume_changes_are_said_and_both_are_kept(few, call, capsys):
+    folder = Path("run")
+    call(train_detector_stage1.main, *quick_flags(few), "--lr", 0.002, "--output_dir", folder)
+    capsys.readouterr()
+    flags = ["--resume", folder, "--epochs", 2, "--lr", 0.001, "--batch", 2]
+    call(train_detector_stage1.main, *flags)
+    said = capsys.readouterr().out
+    assert "--lr: 0.002 before, 0.001 from epoch 2 on" in said
+    assert "--epochs: 1 before, 2 from epoch 2 on" in said
+    assert "--batch:" not in said  # the same as before
+    metrics = json.loads((folder / "metrics.json").read_text())
+    first, second = metrics["commands"]
+    assert (first["first_epoch"], first["changed"]) == (1, {})
+    assert (second["first_epoch"], second["changed"]) == (
+        2,
+        {"epochs": [1, 2], "lr": [0.002, 0.001]},
+    )
+    assert "--resume run" in second["command"] and second["when"]
+    assert metrics["args"]["lr"] == 0.001
+    config = (folder / "config.yaml").read_text()
+    assert "# lr: 0.002 before epoch 2" in config and yaml.safe_load(config)["lr"] == 0.001
+
+
+def test_commands_of_a_run_that_lists_none(tmp_path):
+    assert earlier_commands(tmp_path) == []
+    file = tmp_path / "metrics.json"
+    for damaged in ("{", "[]", '{"commands": 3}', '{"commands": [3]}', '{"epochs": []}'):
+        file.write_text(damaged)
+        assert earlier_commands(tmp_path) == []
+    file.write_text('{"environment": {"command": "train.py"}}')
+    (only,) = earlier_commands(tmp_path)
+    assert only["command"] == "train.py" and only["changed"] == {}
 
 
 def test_resume_auto_without_any_run(few, call):
@@ -517,7 +553,7 @@ def test_fp16_gradients_that_no_scale_mends_end_the_run(few, call, monkeypatch):
         return losses | {"loss_class": losses["loss_class"] + (losses["loss_class"] * 0).sqrt()}
 
     patch_losses(monkeypatch, spoil)
-    with pytest.raises(UserError, match="10 steps in a row had no finite loss"):
+    with pytest.raises(UserError, match="10 steps in a row had no finite loss.*Nothing is kept"):
         call(
             train_detector_stage1.main,
             *quick_flags(few),
@@ -535,7 +571,7 @@ def test_too_many_steps_without_a_finite_loss_end_the_run(amp, few, call, monkey
         return losses if number <= 12 else {name: v * float("inf") for name, v in losses.items()}
 
     patch_losses(monkeypatch, spoil)
-    with pytest.raises(UserError, match="10 steps in a row had no finite loss.*--lr"):
+    with pytest.raises(UserError, match="no finite loss. The best checkpoints so far.*--lr"):
         call(train_detector_stage1.main, *flags)
     folder = Path("runs/detector_tiny_32_1")
     assert [

@@ -87,6 +87,7 @@ def check_metrics(metrics: dict, stage: str, kinds: list[str], losses: list[str]
         "class_names",
         "args",
         "environment",
+        "commands",
         "epochs",
         "best",
     }

@@ -180,7 +180,7 @@ def test_none_paths_and_sizes_without_official_weights(tmp_path, cache):
     own.write_bytes(b"mine")
     assert weights.find_weights(str(own), SIZES["nano"]) == own and own.read_bytes() == b"mine"
     for missing in (tmp_path / "gone.pth", tmp_path):
-        with pytest.raises(UserError, match="there is no such file"):
+        with pytest.raises(UserError, match="there is no checkpoint"):
             weights.find_weights(str(missing), SIZES["nano"])
     assert not cache.exists()
 

@@ -1,8 +1,11 @@
 """Reading metrics.json, the record of a run; standard library only.  record.py writes it.
 
 {"format": 1, "stage", "size", "resolution", "class_names", "args", "environment",
+ "commands": [{"command", "when", "first_epoch": 1, "changed": {"lr": [0.0001, 0.001], ...}}, ...],
  "epochs": [{"epoch": 1, "train": {...}, "valid": {...}, "valid_ema": {...}}, ...],
  "best": {"epoch", "metric", "value", "weights": "regular" or "ema"} or null, "test": {...}}
+
+args are the newest; commands tells what each --resume changed, and from which epoch on.
 """
 
 from __future__ import annotations
@@ -44,6 +47,21 @@ def first_epochs(folder: Path, count: int) -> tuple[list[dict], dict | None]:
     except (KeyError, TypeError, RecursionError, IsADirectoryError) as error:
         raise ValueError(f"{Path(folder, METRICS)} is damaged") from error
     return epochs, best or None
+
+
+def earlier_commands(folder: Path) -> list[dict]:
+    """The commands that have trained a run so far; [] where metrics.json does not tell.
+
+    A run of an earlier version tells its last one alone.
+    """
+    try:
+        metrics = read_metrics(folder)
+        if "commands" in metrics:
+            return [dict(entry, changed=dict(entry["changed"])) for entry in metrics["commands"]]
+        command = metrics["environment"]["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [{"command": command, "when": None, "first_epoch": None, "changed": {}}]
 
 
 def best_scores(folder: str | Path) -> tuple[str, dict]:

@@ -60,9 +60,12 @@ class RunHealth:
                 write_json(file, self.nan_batches)
         warn(f"the loss of step {step} is not finite: skipped, its images are in nan_batches.json")
         if self.progress.nan_steps >= NAN_STEPS:
+            kept = f"Nothing is kept: no epoch was finished (log: {self.folder})"
+            if (self.folder / "best.pt").is_file():
+                kept = f"The best checkpoints so far are kept in {self.folder}"
             raise UserError(
-                f"{NAN_STEPS} steps in a row had no finite loss. The best checkpoints so far are "
-                f"kept in {self.folder}. Try a lower --lr, or --amp off"
+                f"{NAN_STEPS} steps in a row had no finite loss. {kept}. Try a lower --lr, or "
+                "--amp off"
             )
 
     def after_epoch(self, record: dict) -> None:

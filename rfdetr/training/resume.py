@@ -8,27 +8,11 @@ from pathlib import Path
 from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.runs.log import start_command
-from rfdetr.settings import STAGES
+from rfdetr.runs.places import STATES, require_state
+from rfdetr.settings import STAGES, TrainingSettings, plain
+from rfdetr.text import command_line
 from rfdetr.training.engine import Progress
 from rfdetr.weights import checkpoint
-
-STATES = ("last.pt", "checkpoint.pt")
-
-
-def newest_run(stem: str) -> Path:
-    """The run under runs/ that was changed last, its folder beginning with `stem`; UserError where
-    there is none.
-    """
-    runs = []
-    for folder in Path("runs").glob(f"{stem}_*"):
-        if any((folder / name).exists() for name in STATES):
-            runs.append(folder)
-    if not runs:
-        raise UserError(
-            f"--resume auto: no run under runs/{stem}_* has a last.pt or checkpoint.pt. "
-            "Name the run's folder."
-        )
-    return max(runs, key=lambda folder: folder.stat().st_mtime)
 
 
 def latest_state(folder: Path) -> dict:
@@ -37,6 +21,7 @@ def latest_state(folder: Path) -> dict:
 
     Raises UserError where neither can be used.
     """
+    require_state(folder)
     states = []
     problems = []
     for path in (folder / name for name in STATES):
@@ -52,7 +37,7 @@ def latest_state(folder: Path) -> dict:
         except (KeyError, TypeError, ValueError, AttributeError):
             problems.append(f"{path} holds nothing that a run can go on with")
     if not states:
-        raise UserError(no_state_message(folder, problems))
+        raise UserError(damaged_message(folder, problems))
     _, _, path, content = max(states, key=lambda state: state[:2])
     for problem in problems:
         warn(f"{problem}: going on from the other one, {path}")
@@ -63,18 +48,28 @@ def require_stage(content: dict, stage: str, folder: Path) -> None:
     """Raise UserError where a run is another script's."""
     if content["stage"] != stage:
         script = STAGES[content["stage"]].script
-        raise UserError(f"{folder} is another script's: python {script} --resume {folder}")
+        command = command_line("python", script, "--resume", folder)
+        raise UserError(f"{folder} is another script's: {command}")
 
 
-def no_state_message(folder: Path, problems: list[str]) -> str:
+def damaged_message(folder: Path, problems: list[str]) -> str:
+    message = f"--resume: {'; '.join(problems)}"
     command = start_command(folder)
-    why = "; ".join(problems) or f"there is no last.pt or checkpoint.pt in {folder}"
-    if command and not problems:
-        why += ": the run ended before its first save"
-    message = f"--resume: {why}"
     if command:
         message += f". Start anew, in another folder:\n  {command}"
     return message
+
+
+def changed_settings(settings: TrainingSettings, before: dict) -> dict[str, list]:
+    """Name -> [value before, value now] of the settings that a resumed run is given anew.
+
+    before: the run's own, as its checkpoint keeps them; those of earlier versions have fewer.
+    """
+    changed = {}
+    for name, value in plain(settings).items():
+        if name in before and before[name] != value:
+            changed[name] = [before[name], value]
+    return changed
 
 
 def data_digest(split: CocoSplit) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rfdetr.console import UserError
-from rfdetr.files import is_special_file
+from rfdetr.runs.places import require_file
 
 
 class FileReplaced(Exception):
@@ -117,20 +117,6 @@ def _require_one_directory(file: BinaryIO, size: int) -> None:
         sound = sound and tail[:4] == b"PK\6\6" and record_start == directory_end
     if not sound or directory_start + directory_size != directory_end:
         raise ValueError("its end is missing, or other bytes follow")
-
-
-def require_file(path: Path) -> None:
-    """Raise UserError where `path` is no regular file, naming the checkpoints beside it."""
-    if is_special_file(path):
-        raise UserError(f"{path} is a pipe, a socket or a device: weights are read from files")
-    if path.is_file():
-        return
-    message = f"there is no checkpoint {path}"
-    if path.parent.is_dir():
-        beside = sorted(p.name for p in path.parent.glob("*.p*") if p.suffix in (".pt", ".pth"))
-        if beside:
-            message += f". In {path.parent}: {', '.join(beside)}"
-    raise UserError(message)
 
 
 def require_plain(state: dict) -> None:

@@ -2,9 +2,9 @@
 
 A checkpoint is a plain dict of tensors and Python values: format, stage, size (every field of
 ModelSize), resolution, classes (a ClassTable), mask_head (name or None), args, model (state dict),
-exif ("apply" or "ignore": how its images were read), trained_on (int64: the content hashes of its
-training images), and in last.pt and checkpoint.pt ema and training (all that --resume needs).
-Files of earlier versions lack exif and trained_on.
+exif ("apply" or "ignore": how its images were read), has_masks (whether its training images had),
+trained_on (int64: the content hashes of its training images), and in last.pt and checkpoint.pt ema
+and training (all that --resume needs). Files of earlier versions lack exif, has_masks, trained_on.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
 from rfdetr.files import atomic_write
 from rfdetr.models.detector import Detector
+from rfdetr.runs.places import find_checkpoint, require_file
 from rfdetr.settings import EXIF, STAGES
 from rfdetr.sizes import ModelSize, check_resolution, size_from_dict
-from rfdetr.weights.archive import read_file, require_file, require_finite, require_plain
+from rfdetr.weights.archive import read_file, require_finite, require_plain
 from rfdetr.weights.fitting import load_pretrained, shape_differences
 from rfdetr.weights.official import from_dinov2
 from rfdetr.weights.package import from_lightning, from_package
@@ -45,14 +46,15 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """Read one of our checkpoints or a file of the official package onto the CPU.
+    """Read one of our checkpoints or a file of the official package onto the CPU; of a run's folder
+    its best.pt.
 
     Torch's safe loading reads it. The package's files, published or fine-tuned ({"model", "args",
     ...}, or Lightning's {"state_dict", ...}), come back with our parameter names and a class table.
     Raises UserError for a file that is missing, damaged, asks for anything but tensors and plain
     values, or has NaN or infinite weights.
     """
-    path = Path(path)
+    path = find_checkpoint(Path(path))
     content = read_file(path)
     try:
         if isinstance(content.get("state_dict"), dict):

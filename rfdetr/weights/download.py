@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from rfdetr import distributed
 from rfdetr.console import UserError, run_script
+from rfdetr.runs.places import find_checkpoint
 from rfdetr.sizes import SIZES, ModelSize
 
 CHUNK = 1 << 20
@@ -65,12 +66,10 @@ def _find(spec: str, size: ModelSize) -> Path | None:
         name = re.sub(r"[^\w.-]", "_", last_part)[-100:]
         tag = hashlib.sha256(spec.encode()).hexdigest()[:8]  # many files are called best.pth
         return _cached(spec, cache_dir() / f"{tag}-{name}", None)
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return path
-    raise UserError(
-        f"--pretrain_weights {spec}: there is no such file. Give auto, none, a file or a URL"
-    )
+    try:
+        return find_checkpoint(Path(spec).expanduser())
+    except UserError as error:
+        raise UserError(f"{error} --pretrain_weights takes auto, none, a file or a URL") from error
 
 
 def _official_file(size: ModelSize) -> Path | None:

@@ -1,0 +1,107 @@
+"""The command that each script prints to be typed next, with all the flags that it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rfdetr.classes import ClassTable
+from rfdetr.console import UserError
+from rfdetr.data.layout import find_splits
+from rfdetr.runs.places import WEIGHTS, first_file
+from rfdetr.settings import plain
+from rfdetr.sizes import SIZES
+from rfdetr.text import command_line, keep_flags
+from rfdetr.training.session import Session
+from rfdetr.weights import checkpoint
+
+DATA_FLAGS = ("dataset", "val_fraction", "exif")
+USUAL_DEVICE = "auto"
+
+
+def flags_of(args: dict, *names: str) -> list[str]:
+    """--NAME VALUE for those of a run's settings (as in config.yaml) that have a value."""
+    words = []
+    for name in names:
+        value = args.get(name)
+        if value is not None and (name, value) != ("device", USUAL_DEVICE):
+            words += [f"--{name}", str(value)]
+    return words
+
+
+# ---------------------------------------------------------------- after a training
+
+
+def after_detector(session: Session, table: ClassTable, best: dict) -> str:
+    """After stage 1: the shrink of the better weights, or stage 2 where there is nothing to cut;
+    prediction where no masks can be learned.
+    """
+    if not session.train.mask_count:
+        return predict_with(session)
+    trained = session.folder / f"checkpoint_best_{best['weights']}.pth"
+    if table.rows_total == len(table.names) + 1:
+        return mask_training(plain(session.settings), session.resolution, trained)
+    shrunk = session.folder / "checkpoint_mydata.pth"
+    words = command_line("python", "shrink_head.py", "--in_ckpt", trained, "--out_ckpt", shrunk)
+    return f"{words} {keep_flags(table.names)}"
+
+
+def predict_with(session: Session) -> str:
+    """What to type to see the valid images with everything drawn in."""
+    images = session.splits["valid"].images or session.train.images
+    folder = images[0].path.parent
+    return prediction(session.folder / "best.pt", folder, plain(session.settings))
+
+
+def prediction(weights: Path, images: Path, args: dict) -> str:
+    words = ["--checkpoint", weights, "--input", images, "--output", "predictions"]
+    return command_line("python", "predict.py", *words, *flags_of(args, "device"))
+
+
+def mask_training(args: dict, resolution: int, weights: Path) -> str:
+    """Stage 2 on the detector in `weights`, with the images that it was trained on.
+
+    args: the settings of its training; {} where they are unknown, as for an official file.
+    """
+    words = flags_of(args, "size", *DATA_FLAGS)
+    if resolution != SIZES[args["size"]].resolution:
+        words += ["--resolution", str(resolution)]
+    words += flags_of(args, "device")
+    if first_file(weights.parent, WEIGHTS):
+        words += ["--stage1_run", str(weights.parent)]
+    return command_line("python", "train_seg_stage2.py", *words, "--checkpoint", weights)
+
+
+# ---------------------------------------------------------------- after a shrink
+
+
+def after_shrink(content: dict, shrunk: dict, file: Path) -> tuple[str, str]:
+    """What to say of a shrunk detector, which may be nothing, and what to type next, likewise.
+
+    content, shrunk: the checkpoint before and after; file: where it was written.
+    """
+    args = dict(content.get("args") or {})
+    kept = checkpoint.table_of(shrunk).names
+    dropped = [name for name in checkpoint.table_of(content).names if name not in kept]
+    is_official = bool(content.get("official")) or not args
+    if is_official or (not dropped and content.get("has_masks", True)):
+        args["size"] = content["size"]["name"]
+        return "", mask_training(args, content["resolution"], file)
+    remark = "The training images have no masks: this detector finds boxes, stage 2 needs masks"
+    if dropped:
+        remark = (
+            f"It no longer knows {', '.join(dropped)}. Stage 2 and evaluate.py need a dataset "
+            f"whose classes are {', '.join(kept)} alone; for the one it was trained on, leave out "
+            "--keep"
+        )
+    images = folder_of_images(args)
+    return remark, prediction(file, images, args) if images else ""
+
+
+def folder_of_images(args: dict) -> Path | None:
+    """Where a run's valid images lie, else its training images; None where they have gone."""
+    try:
+        splits = find_splits(args.get("dataset", ""))
+    except (UserError, OSError):
+        return None
+    split = splits.get("valid") or splits["train"]
+    return split[1]

@@ -1,0 +1,130 @@
+"""What --help and a wrong command line say, before a script imports what takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+
+from rfdetr.cli import make_parser
+from rfdetr.console import UserError
+from rfdetr.settings import (
+    STAGES,
+    DetectorSettings,
+    EvaluationSettings,
+    ExportSettings,
+    PredictionSettings,
+    ShrinkSettings,
+    ValidationSettings,
+    settings_of,
+)
+from rfdetr.sizes import SIZES
+
+SCRIPTS = {
+    **{kind.script: kind for kind in STAGES.values()},
+    "shrink_head.py": ShrinkSettings,
+    "evaluate.py": EvaluationSettings,
+    "predict.py": PredictionSettings,
+    "export.py": ExportSettings,
+    "validate_setup.py": ValidationSettings,
+}
+SLOW = ("torch", "torchvision", "timm", "cv2")
+
+# runs a script as `python SCRIPT` does, and tells what it has imported
+WATCHED = f"""
+import atexit, runpy, sys
+slow = {SLOW!r}
+def tell():
+    print("imported:", *[name for name in slow if name in sys.modules])
+atexit.register(tell)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def at_once(script: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script that has to end before it imports anything slow."""
+    words = [sys.executable, "-c", WATCHED, str(ROOT / script), *flags]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=environment())
+    assert done.stdout.splitlines()[-1].strip() == "imported:", done.stderr
+    return done
+
+
+def error_of(kind: type, *flags: str) -> str:
+    with pytest.raises(UserError) as caught:
+        make_parser(kind, "").parse_args(flags)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "quickstart.py"])
+def test_help_and_slips_are_answered_before_the_slow_imports(script, tmp_path):
+    done = at_once(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and f"usage: python {script} " in done.stdout
+    done = at_once(script, "--sede", "1", cwd=tmp_path)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: there is no flag --sede")
+    assert second == f"all flags: python {script} --help"
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        ("train_detector_stage1.py", ["--dataset", "nowhere"], "nowhere"),
+        ("train_detector_stage1.py", ["--resolution", "100"], "96 and 128"),
+        ("train_seg_stage2.py", ["--config", "no.yaml"], "no.yaml"),
+        ("train_detector_stage1.py", ["--resume", "no_run"], "no_run"),
+        ("train_detector_stage1.py", ["--pretrain_weights", "no.pth"], "no.pth"),
+        ("train_seg_stage2.py", ["--stage1_run", "no_run"], "No checkpoint found in Stage-1"),
+        ("shrink_head.py", ["--in_ckpt", "no.pth", "--out_ckpt", "o.pth"], "no.pth"),
+        ("predict.py", [], "--checkpoint, --input, --output"),
+        ("predict.py", ["--checkpoint", "a.pt", "--input", "no.png", "--output", "o"], "no.png"),
+    ],
+)
+def test_what_is_missing_is_told_before_them_too(script, flags, message, tmp_path):
+    (tmp_path / "a.pt").touch()
+    done = at_once(script, *flags, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith(("error: ", message))
+
+
+@pytest.mark.parametrize(
+    "flag, meant",
+    [
+        ("--epoch", "--epochs"),
+        ("--output-dir", "--output_dir"),
+        ("--wieght_decay=1", "--weight_decay"),
+        ("--head_of_lettuce", None),
+    ],
+)
+def test_a_mistyped_flag_is_refused_with_the_near_one(flag, meant):
+    text = error_of(DetectorSettings, flag, "1")
+    assert flag.split("=")[0] in text
+    assert (f"did you mean {meant}?" in text) if meant else ("did you mean" not in text)
+
+
+def test_a_word_too_many_and_a_bad_value_are_told_in_two_lines():
+    assert "'there' belongs to no flag" in error_of(DetectorSettings, "--epochs", "3", "there")
+    for flags in (["--epochs", "0"], ["--size", "huge"], ["--lr"]):
+        text = error_of(DetectorSettings, *flags)
+        assert text.startswith(flags[0]) and len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", SCRIPTS.values(), ids=lambda kind: kind.__name__)
+def test_help_tells_every_default(kind):
+    help_of = {}
+    for action in make_parser(kind, "")._actions:
+        help_of[action.dest] = action.help
+    for name in settings_of(kind):
+        assert "default" in help_of[name] or "required" in help_of[name], name
+
+
+def test_help_tells_the_defaults_of_each_size():
+    text = " ".join(make_parser(DetectorSettings, "").format_help().split())
+    tiny, nano = SIZES["tiny"].recipe, SIZES["nano"].recipe
+    assert f"learning rate (default: {nano.lr}; tiny: {tiny.lr})" in text
+    assert f"tiny: {SIZES['tiny'].resolution}; nano" in text

@@ -1,0 +1,180 @@
+"""The command after each script's "Next:" does what it says, typed as it stands."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import quick_flags
+
+import shrink_head
+import train_detector_stage1
+import train_seg_stage2
+import validate_setup
+from rfdetr.classes import assign_rows
+from rfdetr.console import UserError
+from rfdetr.data.demo import CLASS_NAMES
+from rfdetr.models.detector import Detector
+from rfdetr.sizes import SIZES
+from rfdetr.text import command_line, quoted
+from rfdetr.training.resume import require_stage
+from rfdetr.weights import checkpoint
+
+# of a stage, so that it is over at once; what a command has to carry by itself is not in it
+QUICK = ["--fast_dev_run", 1, "--batch", 2, "--accum", 1, "--tensorboard", 0]
+QUICK += ["--workers", 0]
+ODD_NAMES = ["--keep=it's", 'a "b" – $c', "- é 血"]
+
+
+@pytest.fixture
+def type_next(call, capsys) -> Callable:
+    """type_next(output, *more) -> script's name, the output of the command after "Next:"."""
+
+    def run(output: str, *more: object) -> tuple[str, str]:
+        words = shlex.split(next_line(output))
+        assert words[0] == "python"
+        script = importlib.import_module(words[1].removesuffix(".py"))
+        call(script.main, *words[2:], *more)
+        return words[1], capsys.readouterr().out
+
+    return run
+
+
+def next_line(output: str) -> str:
+    line = output.splitlines()[-1]
+    assert line.startswith("Next:"), output
+    return line.removeprefix("Next:")
+
+
+def changed_copy(data: Path, folder: Path, change: Callable[[dict], None]) -> Path:
+    shutil.copytree(data, folder)
+    for file in folder.glob("*/_annotations.coco.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        change(content)
+        file.write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def rename_classes(content: dict) -> None:
+    for category, name in zip(content["categories"], ODD_NAMES):
+        category["name"] = name
+
+
+def drop_masks(content: dict) -> None:
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+
+
+@pytest.mark.slow
+def test_odd_names_lead_from_stage_1_to_pictures(few, call, capsys, type_next, tmp_path):
+    """No valid/, its own resolution, an apostrophe and spaces in the folder, odd classes."""
+    data = changed_copy(few, tmp_path / "it's my data", rename_classes)
+    shutil.rmtree(data / "valid")
+    flags = [*quick_flags(data), "--val_fraction", 0.25, "--exif", "ignore"]
+    call(train_detector_stage1.main, *flags, "--output_dir", "run 1's")
+    script, output = type_next(capsys.readouterr().out)
+    assert script == "shrink_head.py"
+    words = shlex.split(next_line(output))
+    for name, value in (("--val_fraction", "0.25"), ("--exif", "ignore"), ("--resolution", "32")):
+        assert words[words.index(name) + 1] == value
+    script, output = type_next(output, *QUICK)
+    assert script == "train_seg_stage2.py" and "(3 train, 1 valid images" in output
+    script, output = type_next(output, "--threshold", 0.9)
+    assert script == "predict.py" and len(list(Path("predictions").glob("*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_boxes_alone_lead_from_stage_1_to_pictures(few, call, capsys, type_next, tmp_path):
+    data = changed_copy(few, tmp_path / "boxes", drop_masks)
+    call(train_detector_stage1.main, *quick_flags(data), "--output_dir", "run")
+    assert type_next(capsys.readouterr().out, "--threshold", 0.9)[0] == "predict.py"
+    call(shrink_head.main, "--in_ckpt", "run", "--out_ckpt", "small.pt")
+    output = capsys.readouterr().out
+    assert "no masks" in output and "train_seg" not in output
+    assert type_next(output, "--threshold", 0.9)[0] == "predict.py"
+
+
+@pytest.mark.slow
+def test_a_head_without_unused_rows_goes_on_to_stage_2(few, call, capsys, type_next):
+    call(train_detector_stage1.main, *quick_flags(few), "--head", "dataset")
+    assert type_next(capsys.readouterr().out, *QUICK)[0] == "train_seg_stage2.py"
+
+
+# ---------------------------------------------------------------- after --keep of a few classes
+
+
+def detector(args: dict, file: Path) -> Path:
+    """A stage-1 checkpoint of the demo's classes, its weights as they begin."""
+    size = SIZES["tiny"]
+    table = assign_rows(list(CLASS_NAMES), [1, 2, 3], "coco91")
+    model = Detector(size, table.rows_total, table.background_last)
+    content = checkpoint.make_content("detector", size, 32, table, None, model.state_dict())
+    checkpoint.save(file, content | {"args": args})
+    return file
+
+
+def test_after_a_part_of_the_classes_no_stage_2_is_advised(few, call, capsys, type_next, tmp_path):
+    source = detector({"dataset": str(few), "size": "tiny", "device": "cpu"}, tmp_path / "best.pt")
+    call(shrink_head.main, "--in_ckpt", source, "--out_ckpt", "one.pt", "--keep", CLASS_NAMES[0])
+    output = capsys.readouterr().out
+    assert f"no longer knows {', '.join(CLASS_NAMES[1:])}" in output
+    assert type_next(output, "--threshold", 0.9)[0] == "predict.py"
+
+    # whoever goes on to stage 2 all the same is told why not, with no command that fails
+    with pytest.raises(UserError) as caught:
+        call(train_seg_stage2.main, *quick_flags(few), "--checkpoint", "one.pt")
+    message = str(caught.value)
+    assert message.startswith("Frozen detector head out_dim (2) != requested (4)")
+    assert f"does not know {', '.join(CLASS_NAMES[1:])}" in message
+    assert "--in_ckpt" not in message
+
+
+def test_a_dataset_that_has_gone_leaves_nothing_to_type(call, capsys, tmp_path):
+    source = detector({"dataset": "nowhere", "size": "tiny"}, tmp_path / "best.pt")
+    call(shrink_head.main, "--in_ckpt", source, "--out_ckpt", "one.pt", "--keep", CLASS_NAMES[0])
+    assert "Next:" not in capsys.readouterr().out
+
+
+def test_a_dataset_that_is_missing_is_not_to_be_mended_by_fix(tmp_path):
+    with pytest.raises(UserError, match="no COCO dataset in .*Correct and run this again$"):
+        validate_setup.main(["--dataset", str(tmp_path / "nowhere")])
+
+
+# ---------------------------------------------------------------- quoting
+
+
+@pytest.mark.parametrize(
+    "word, written",
+    [
+        ("runs/a_1/best.pt", "runs/a_1/best.pt"),
+        ("--out_ckpt", "--out_ckpt"),
+        ("my data", "'my data'"),
+        ("$HOME", "'$HOME'"),
+        ("C:\\data", "'C:\\data'"),
+        ("a,b", "'a,b'"),  # two words for PowerShell, if bare
+        ("--keep=a.b", "'--keep=a.b'"),
+        ("it's", '"it\'s"'),
+        ("it’s", '"it’s"'),  # PowerShell takes it for the straight one
+    ],
+)
+def test_words_are_written_as_bash_and_powershell_both_read_them(word, written):
+    assert quoted(word) == written
+    assert shlex.split(written) == [word]
+
+
+def test_whatever_a_word_holds_bash_reads_it_as_it_is():
+    words = ["it's $HOME", "`id` 'x'", "a\nb's", "", "!'x", "\\'", "\"'"]
+    assert shlex.split(command_line("python", *words)) == ["python", *words]
+
+
+def test_the_command_of_another_scripts_run_is_quoted():
+    with pytest.raises(UserError) as caught:
+        require_stage({"stage": "single"}, "detector", Path("my run"))
+    command = re.search("python .*", str(caught.value))[0]
+    assert shlex.split(command) == ["python", "train_seg_single_stage.py", "--resume", "my run"]
