@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import os
 import sys
 import tempfile
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
@@ -26,6 +26,7 @@ from rfdetr.detr import RFDETR, read_image
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.detections import Prediction
+from rfdetr.progress import ProgressBar
 from rfdetr.settings import PredictionSettings
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
@@ -181,8 +182,8 @@ def predict_images(
     # the pool reads the next images and saves the last pictures while the model works
     with ThreadPoolExecutor() as pool:
         reading = read_ahead(pool, batches, turn=predictor.model.exif == "apply")
-        progress = tqdm(reading, desc="images", total=len(batches), leave=False)
-        for batch, images in zip(batches, progress):
+        shown = ProgressBar(reading, "predicting", "batches", total=len(batches))
+        for images, batch in zip(shown, batches):
             wait_for(saving)
             readable = [path for path, image in zip(batch, images) if image is not None]
             unreadable += len(batch) - len(readable)
@@ -311,7 +312,8 @@ def write_drawn_frames(predictor: Predictor, path: Path, file: Path) -> VideoRes
     result = VideoResult(records=[], frames=0, announced=announced)
     writer = None
     batches = in_batches(read_video(video), predictor.batch)
-    for frames in tqdm(batches, desc=path.name, leave=False):
+    total = math.ceil(max(announced, 0) / predictor.batch)
+    for frames in ProgressBar(batches, path.name, "batches", total):
         for prediction in predictor.predict(frames):
             picture = np.asarray(prediction.picture(predictor.model.class_names))
             if writer is None:

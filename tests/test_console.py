@@ -143,11 +143,13 @@ def test_a_run_whose_reader_and_terminal_are_gone_saves_and_ends(few, tmp_path):
 # ---------------------------------------------------------------- one voice
 
 SPEAKS = """
-from rfdetr.console import banner, progress_bar, say
+from rfdetr import progress
+from rfdetr.console import banner, say
 say("said")
 tick("ticked")
 banner("TITLE", {"Name": 1})
-list(progress_bar([1], "a bar"))
+progress.LINE_EVERY = 0.0
+list(progress.ProgressBar([1], "a bar"))
 """
 
 

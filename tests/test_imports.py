@@ -26,6 +26,7 @@ LAYERS = [
         "streams",
         "text",
         "placement",
+        "progress",
     ],
     ["device", "models", "data", "metrics", "losses"],
     ["runs", "weights", "inference"],

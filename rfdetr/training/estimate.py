@@ -17,6 +17,7 @@ from rfdetr.classes import COCO_ROWS, assign_rows
 from rfdetr.console import UserError
 from rfdetr.device import Precision, memory_mb, unless_out_of_memory
 from rfdetr.models.detector import Detector
+from rfdetr.progress import ProgressBar
 from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.auto_batch import OBJECTS, random_batch
 from rfdetr.training.engine import Progress
@@ -106,10 +107,12 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
     sides = {key: size.resolution for key, size in SIZES.items() if not key.startswith("seg-")} | {
         name: resolution
     }
-    shapes = {key: shape_of(key, side) for key, side in sides.items()}
+    shapes = {}
+    for key, side in ProgressBar(sides.items(), "counting the work of a step", "sizes"):
+        shapes[key] = shape_of(key, side)
     anchors = [key for key in sides if key in ("tiny", name if name != "tiny" else "nano")]
     seconds, memory, base = [], [], 0.0  # points of the two lines; MB of a process without a model
-    for key in anchors:
+    for key in ProgressBar(anchors, "measuring a training step", "sizes", at_once=True):
         parameters, flop, kept = shapes[key]
         step_s, base, peak = measure_apart(key, sides[key], precision)
         seconds.append((flop, step_s))
