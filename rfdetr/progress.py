@@ -58,9 +58,7 @@ class ProgressBar(Generic[Item]):
     def _with_bar(self) -> Iterator[Item]:
         delay = 0 if self.at_once else DELAY
         unit = f" {self.unit}"
-        with tqdm(
-            self.items, self.title, self.total, leave=False, unit=unit, delay=delay
-        ) as bar:
+        with tqdm(self.items, self.title, self.total, leave=False, unit=unit, delay=delay) as bar:
             for item in bar:
                 yield item
                 bar.set_postfix_str(self.text, refresh=False)

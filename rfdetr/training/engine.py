@@ -116,12 +116,12 @@ class Trainer:
 
 
 def train_one_epoch(
-    trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, bool], None]
+    trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, dict, bool], None]
 ) -> dict:
     """Train on every batch of `loader`, one optimizer step each.
 
-    Returns the epoch's mean losses, counts, rates and times. `after_step(batch, finite)` is called
-    after each step, for signals and timed saves.
+    Returns the epoch's mean losses, counts, rates and times. `after_step(batch, losses, finite)` is
+    called after each step, for curves, signals and timed saves.
     """
     progress = trainer.progress
     trainer.model.train()
@@ -145,7 +145,7 @@ def train_one_epoch(
         memory = memory_mb(trainer.device)
         text = f"{losses_in_words(losses)}, {rate:.1f} images/s, {memory:.0f} MB"
         bar.note(text)
-        after_step(batch, finite)
+        after_step(batch, losses, finite)
         mark = time.perf_counter()
     seconds = time.perf_counter() - begin
     return progress.means() | {
