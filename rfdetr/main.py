@@ -212,7 +212,7 @@ def fit(
                 record_epoch(session.run, record, keeper.best)
             progress.finish_epoch()  # not before: a run stopped while evaluating does it again
             keeper.save("last.pt", "checkpoint.pt")
-            if session.run and weights and (gained or is_picture_due(epoch, settings.epochs)):
+            if session.run and weights and (gained or is_picture_due(settings, epoch)):
                 model = trainer.model if weights == "regular" else trainer.ema.module
                 draw_pictures(session.run, evaluator, model, epoch, gained)
             if progress.epoch < settings.epochs or "test" in session.splits:

@@ -13,14 +13,16 @@ from rfdetr.text import printable
 
 SCORES = "1 scores"
 LOSSES = "2 losses"
-RATES = "3 learning rate"
-TRAINING = "4 training"
-MORE_SCORES = "5 more scores"
-CLASSES = "6 scores by class"
-PICTURES = "7 pictures"
+PICTURES = "3 pictures"
+RATES = "4 learning rate"
+TRAINING = "5 training"
+LAYERS = "6 losses by layer"
+MORE_SCORES = "7 more scores"
+CLASSES = "8 scores by class"
 BY_STEP = " by step"
 
 MAIN_SCORES = ("mAP", "mAP50")
+MAIN_LOSSES = ("loss", "loss_class", "loss_box", "loss_giou", "loss_mask", "loss_dice")
 POINTS = 50  # of a curve by step, in an epoch
 
 
@@ -34,8 +36,10 @@ def train_curves(means: dict[str, float]) -> dict[str, float]:
     curves = {}
     for name, value in means.items():
         group = TRAINING
-        if name.startswith("loss"):
+        if name in MAIN_LOSSES:
             group = LOSSES
+        elif name.startswith("loss"):
+            group = LAYERS
         elif name == "lr":
             group = RATES
         curves[f"{group}/{name}"] = value
@@ -93,7 +97,7 @@ class StepCurves:
             return
         curves = {f"{RATES}{BY_STEP}/highest": max(rates), f"{RATES}{BY_STEP}/lowest": min(rates)}
         for name, total in self.sums.items():
-            if name.startswith("loss"):
+            if name in MAIN_LOSSES:
                 curves[f"{LOSSES}{BY_STEP}/{name}"] = total / self.count
             elif name == "grad_norm":
                 curves[f"{TRAINING}{BY_STEP}/{name}"] = total / self.count

@@ -52,7 +52,9 @@ class EventFile:
     def text(self, tag: str, text: str) -> None:
         """Write a text as it is, in one width; tags begin with settings/."""
         indented = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's for code
-        self._write(summary=summary.text(tag, indented))
+        written = summary.text(tag, indented)
+        written.value[0].tag = tag  # without torch's ending
+        self._write(summary=written)
 
     def hparams(self, settings: dict[str, object], metrics: list[str]) -> None:
         """Give the HParams tab a run's settings, and the tags whose last numbers it shows."""

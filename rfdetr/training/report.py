@@ -113,9 +113,9 @@ def record_test(run: Run, scores: dict, epoch: int) -> None:
     run.scalars(score_curves(scores, "test"), epoch)
 
 
-def is_picture_due(epoch: int, epochs: int) -> bool:
-    """Whether TensorBoard gets pictures of an epoch that is no better: of PICTURE_TIMES a run."""
-    return epoch % math.ceil(epochs / PICTURE_TIMES) == 0
+def is_picture_due(settings: TrainingSettings, epoch: int) -> bool:
+    """Whether TensorBoard gets pictures of an epoch even if it is no better: of a few in a run."""
+    return settings.tensorboard and epoch % math.ceil(settings.epochs / PICTURE_TIMES) == 0
 
 
 def draw_pictures(
