@@ -14,6 +14,7 @@ check_command(PredictionSettings, __doc__, __name__)
 
 import glob
 import itertools
+import math
 import os
 import sys
 import tempfile
@@ -24,7 +25,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.statistics import image_warnings
@@ -34,6 +34,7 @@ from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
 from rfdetr.inference.originals import read_image
 from rfdetr.inference.prediction import Prediction
+from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
 from rfdetr.text import quoted
 
@@ -204,8 +205,8 @@ def predict_images(
     # the pool reads the next images and saves the last pictures while the model works
     with ThreadPoolExecutor() as pool:
         reading = read_ahead(pool, batches, turn=predictor.model.exif == "apply")
-        progress = tqdm(reading, desc="images", total=len(batches), leave=False)
-        for batch, images in zip(batches, progress):
+        shown = ProgressBar(reading, "predicting", "batches", total=len(batches))
+        for images, batch in zip(shown, batches):
             wait_for(saving)
             readable = [path for path, image in zip(batch, images) if image is not None]
             unreadable += len(batch) - len(readable)
@@ -354,7 +355,8 @@ def predict_frames(predictor: Predictor, path: Path, file: Path | None) -> Video
     result = VideoResult(records=[], frames=0, announced=announced)
     writer = None
     batches = in_batches(read_video(video), predictor.batch)
-    for frames in tqdm(batches, desc=path.name, leave=False):
+    total = math.ceil(max(announced, 0) / predictor.batch)
+    for frames in ProgressBar(batches, path.name, "batches", total):
         for prediction in predictor.predict(frames):
             if file and writer is None:
                 codec = cv2.VideoWriter_fourcc(*"mp4v")

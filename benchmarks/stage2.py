@@ -108,7 +108,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
         sampler.set_epoch(progress.epoch)
         if settings["part"] == "reads":
             return sum(len(batch) for batch in loader)
-        train_one_epoch(trainer, loader, lambda indices, finite: None)
+        train_one_epoch(trainer, loader, lambda batch, losses, finite: None)
         return len(sampler) * sampler.per_step
 
     if settings["part"] == "first epoch":

@@ -1,7 +1,7 @@
 """What the scripts say and how they end: messages, exit codes, types of flags.
 
-One voice under torchrun, where every process runs the same code: `say`, `tick`, `banner` and
-`progress_bar` are the main process's. What `warn` and an error say may concern one process alone:
+One voice under torchrun, where every process runs the same code: `say`, `tick` and `banner` are the
+main process's, and so is progress.py's. What `warn` and an error say may concern one process alone:
 the first process to say it prints it, and no other repeats it. No caller asks who it is.
 """
 
@@ -10,17 +10,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from rfdetr.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from rfdetr.sigterm import end_on_sigterm, kill_loaders
 from rfdetr.streams import lasting_output
 from rfdetr.text import printable
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 TICK = "✓"
 FIXED = (  # messages that are known by how they begin
@@ -50,7 +47,7 @@ class Stopped(BaseException):
 
 def say(text: str = "") -> None:
     """Print text of one or several lines as it is."""
-    if _is_main_process():
+    if is_main_process():
         print(text, flush=True)
 
 
@@ -74,18 +71,12 @@ def banner(title: str, rows: dict[str, object]) -> None:
     say()
 
 
-def progress_bar(items: Iterable, title: str) -> tqdm:
-    """A tqdm bar over `items`, which leaves no line behind."""
-    from tqdm import tqdm  # here: this module has to load where packages are missing
-
-    return tqdm(items, desc=title, leave=False, disable=not _is_main_process())
-
-
 def _is_only_process() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Whether what concerns all processes of a run is this one's to say."""
     # torchrun's variables: there is something to say before torch.distributed has started
     return _is_only_process() or os.environ.get("RANK", "0") == "0"
 

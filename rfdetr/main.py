@@ -21,6 +21,7 @@ from rfdetr.device import pick_device, pick_precision
 from rfdetr.files import atomic_write
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
+from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
 from rfdetr.runs.metrics_file import earlier_commands, has_test_scores
@@ -31,7 +32,16 @@ from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.health import RunHealth
 from rfdetr.training.keeper import CheckpointKeeper
-from rfdetr.training.report import draw_pictures, print_banner, print_scores, record_epoch
+from rfdetr.training.report import (
+    RunClock,
+    describe_run,
+    draw_pictures,
+    is_picture_due,
+    print_banner,
+    print_epoch,
+    record_epoch,
+    record_test,
+)
 from rfdetr.training.resume import changed_settings, data_digest, resumed_progress
 from rfdetr.training.session import Session, split_evaluator
 from rfdetr.training.signals import StopSignals, WatchedLoader
@@ -122,9 +132,10 @@ def open_run(session: Session, model: nn.Module) -> AbstractContextManager:
             "environment": environment(session.device),
         }
         header["commands"] = commands_of(session, header["environment"]["command"], folder)
-        done_epochs = session.progress.epoch if session.resumed else 0
-        session.run = Run(folder, header, done_epochs, settings.tensorboard)
+        progress = session.progress
+        session.run = Run(folder, header, progress.epoch, settings.tensorboard, progress.step)
         write_config(session.run, settings, header["commands"])
+        describe_run(session.run, settings, header["environment"])
         print_banner(session, model, header["environment"]["device"])
     session.folder = distributed.from_main(session.run.folder if session.run else None)
     return session.run or nullcontext()
@@ -185,8 +196,13 @@ def fit(
         go_on(session, keeper)
     health = RunHealth(session.folder, session.run, session.train, progress, keeper.nan_batches)
     signals = StopSignals(lambda: save_and_say(session, keeper), session.device)
+    clock = RunClock(progress, settings.epochs)
+    curves = StepCurves(session.run.scalars, progress.steps) if session.run else None
 
-    def after_step(batch, finite: bool) -> None:
+    def after_step(batch, losses: dict[str, float], finite: bool) -> None:
+        if curves:
+            rates = [group["lr"] for group in trainer.optimizer.param_groups]
+            curves.add(progress.step, losses, rates)
         health.after_step(batch, finite)
         if keeper.minutes_since_save() > settings.save_minutes:
             keeper.save("checkpoint.pt")
@@ -203,18 +219,22 @@ def fit(
             record = {"epoch": epoch, "train": train_one_epoch(trainer, batches, after_step)}
             health.after_epoch(record["train"])
             health.check_matches(epoch, record["train"], bool(settings.fast_dev_run))
+            scores = {}
             gained = False
+            weights = None  # of the table and the pictures
             if epoch % settings.eval_every == 0 or epoch == settings.epochs:
                 with signals.stopping_at_once():
                     scores = evaluate(trainer, evaluator, record)
                 gained = keeper.keep_best(epoch, scores)
-                print_scores(record, scores, keeper, gained, settings.epochs)
+                weights = keeper.best["weights"] if gained else keeper.better_weights(scores)
+            print_epoch(record, clock, scores.get(weights), weights if gained else None)
             if session.run:
                 record_epoch(session.run, record, keeper.best)
             progress.finish_epoch()  # not before: a run stopped while evaluating does it again
             keeper.save("last.pt", "checkpoint.pt")
-            if session.run and gained:
-                draw_pictures(session.run, evaluator, best_model(trainer, keeper.best), epoch)
+            if session.run and weights and (gained or is_picture_due(settings, epoch)):
+                model = trainer.model if weights == "regular" else trainer.ema.module
+                draw_pictures(session.run, evaluator, model, epoch, gained)
             if progress.epoch < settings.epochs or "test" in session.splits:
                 signals.stop_if_asked()
     return keeper.best
@@ -285,10 +305,6 @@ def evaluate(trainer: Trainer, evaluator: SplitEvaluator, record: dict) -> dict[
     return scores
 
 
-def best_model(trainer: Trainer, best: dict) -> nn.Module:
-    return trainer.model if best["weights"] == "regular" else trainer.ema.module
-
-
 # ---------------------------------------------------------------- finish
 
 
@@ -303,7 +319,7 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
         scores = evaluator.evaluate(model.to(session.device))
         say(f"test split\n{format_table(scores)}")
         if session.run:
-            session.run.set(test=scores)
+            record_test(session.run, scores, session.progress.epoch)
     tick(f"Done. Files: {session.folder} (best.pt, last.pt, metrics.json, tb/, predictions/)")
     say(f"Look at the curves:  {command_line('tensorboard', '--logdir', session.folder)}")
     say(f"Next:  {next_command}")

@@ -119,20 +119,26 @@ def test_the_consoles_streams_are_put_back_and_their_errors_too():
 def test_a_run_whose_reader_and_terminal_are_gone_saves_and_ends(few, tmp_path):
     """| head closes stdout and stderr; SIGHUP then ends the run, and its state and log are kept."""
     flags = [*map(str, quick_flags(few)), "--min_steps", "5000", "--output_dir", "run"]
-    words = [sys.executable, str(ROOT / "train_detector_stage1.py"), *flags]
+    body = """
+from rfdetr import progress
+progress.LINE_EVERY = 0.0
+sys.argv[0] = "train_detector_stage1.py"
+import train_detector_stage1
+train_detector_stage1.main(argv)
+"""
     process = subprocess.Popen(
-        words,
+        [*script(body), *flags],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment(),
         start_new_session=True,
     )
-    while b"5000 " not in (line := process.stdout.read1()):
+    while b"/5000 steps" not in (line := process.stdout.read1()):
         assert line, "it has ended"
     process.stdout.close()
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(3)  # it goes on, although its bar cannot be written
+        process.wait(3)  # it goes on, although its progress cannot be written
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 129
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["training"]["progress"]["step"] > 0
@@ -143,11 +149,13 @@ def test_a_run_whose_reader_and_terminal_are_gone_saves_and_ends(few, tmp_path):
 # ---------------------------------------------------------------- one voice
 
 SPEAKS = """
-from rfdetr.console import banner, progress_bar, say
+from rfdetr import progress
+from rfdetr.console import banner, say
 say("said")
 tick("ticked")
 banner("TITLE", {"Name": 1})
-list(progress_bar([1], "a bar"))
+progress.LINE_EVERY = 0.0
+list(progress.ProgressBar([1], "a bar"))
 """
 
 

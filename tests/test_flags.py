@@ -340,11 +340,14 @@ def test_tensorboard_holds_the_scalars_of_metrics_json(plain):
     events = EventAccumulator(str(plain.folder / "tb"))
     events.Reload()
     tags = events.Tags()
-    expected = {"train/loss", "train/lr", "valid/bbox/mAP", "valid_ema/bbox/mAP50"}
+    expected = {"2 losses/loss", "4 learning rate/lr", "1 scores/bbox mAP"}
+    expected |= {"1 scores/bbox mAP50 (ema)", "1 scores/bbox mAP (best)", "2 losses by step/loss"}
     assert expected <= set(tags["scalars"])
-    assert events.Scalars("train/loss")[0].value == pytest.approx(plain.train["loss"], rel=1e-5)
+    assert events.Scalars("2 losses/loss")[0].value == pytest.approx(plain.train["loss"], rel=1e-5)
+    by_step = [event.value for event in events.Scalars("2 losses by step/loss")]
+    assert sum(by_step) / len(by_step) == pytest.approx(plain.train["loss"], rel=1e-5)
     pictures = (plain.folder / "predictions").iterdir()
-    drawn = {path.stem.replace("valid_", "valid/", 1) for path in pictures}
+    drawn = {path.stem.replace("valid_", "3 pictures/", 1) for path in pictures}
     assert drawn and set(tags["images"]) == drawn
 
 

@@ -27,6 +27,7 @@ LAYERS = [
         "streams",
         "text",
         "placement",
+        "progress",
     ],
     ["device", "models", "data", "metrics", "losses"],
     ["runs", "weights", "inference"],

@@ -49,6 +49,20 @@ def assert_same_run(stopped: Path, whole: Path) -> None:
     assert differences(stopped, whole) == []
 
 
+def curves(run: Path) -> dict[str, list[tuple]]:
+    """What TensorBoard shows of a run, times aside: points by tag, and the pictures' epochs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tb"), {"scalars": 0, "images": 0}).Reload()
+    points = {}
+    for tag in events.Tags()["scalars"]:
+        if not tag.startswith("5 training/"):
+            points[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    for tag in events.Tags()["images"]:
+        points[tag] = [event.step for event in events.Images(tag)]
+    return points
+
+
 def signal_at_step(monkeypatch, step: int, number: int) -> None:
     """The process gets a signal in its `step`-th optimizer step, counted from here."""
     optimise = rfdetr.training.engine.optimise
@@ -73,7 +87,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_was(
 ):
     flags = [*quick_flags(few), "--epochs", 2]
     if kind == "stage1":
-        flags += ["--multi_scale", 1, "--drop_path", 0.5]
+        flags += ["--multi_scale", 1, "--drop_path", 0.5, "--tensorboard", 1]
     if kind == "stage2":
         flags += ["--checkpoint", request.getfixturevalue("shrunk").folder]
     call(SCRIPTS[kind], *flags, "--output_dir", "whole")
@@ -90,6 +104,8 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_was(
         assert words[0] == "python" and words[-2:] == ["--resume", str(folder)]
         call(SCRIPTS[kind], *words[2:])
         assert_same_run(folder, Path("whole"))
+        if kind == "stage1":
+            assert curves(folder) == curves(Path("whole"))
 
 
 def test_resume_auto_and_more_epochs(few, call, capsys):

@@ -27,6 +27,7 @@ from rfdetr.files import atomic_write, write_json
 from rfdetr.metrics.coco_eval import CocoEvaluator
 from rfdetr.runs import environment as environment_module
 from rfdetr.runs import log, tensorboard
+from rfdetr.runs.curves import FINAL_SCORES, StepCurves, best_score, score_curves, train_curves
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk, given_run, new_run
 from rfdetr.runs.lock import HOLDER, LOCK, lock_run, unlock_run
@@ -36,6 +37,7 @@ from rfdetr.runs.record import Run
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 HEADER = {
     "stage": "detector",
@@ -366,7 +368,7 @@ def make_run(folder: Path, epochs: int) -> None:
     with Run(folder, HEADER) as run:
         for epoch in range(1, epochs + 1):
             run.add_epoch({"epoch": epoch})
-            run.scalars("train", {"loss": float(epoch)}, epoch)
+            run.scalars({"2 losses/loss": float(epoch)}, epoch)
         run.set(best={"epoch": epochs, "value": 0.5})
 
 
@@ -375,10 +377,10 @@ def test_resume_drops_what_lies_beyond_the_saved_state(tmp_path):
     with Run(tmp_path, {**HEADER, "args": {"epochs": 9}}, done_epochs=2) as run:
         assert run.metrics["best"] is None  # it was of epoch 3
         run.add_epoch({"epoch": 3, "again": True})
-        run.scalars("train", {"loss": 30.0}, 3)
+        run.scalars({"2 losses/loss": 30.0}, 3)
     assert read(tmp_path)["epochs"] == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": True}]
     assert read(tmp_path)["args"] == {"epochs": 9}
-    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert scalars(tmp_path, "2 losses/loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
 def test_resume_keeps_a_best_that_still_stands(tmp_path):
@@ -440,9 +442,9 @@ def test_events_that_a_kill_cut_short_stay_readable(tmp_path, capsys):
     (events,) = (tmp_path / "tb").iterdir()
     events.write_bytes(events.read_bytes()[:-5])
     with Run(tmp_path, HEADER, done_epochs=1) as run:
-        run.scalars("train", {"loss": 2.0}, 2)
+        run.scalars({"2 losses/loss": 2.0}, 2)
     assert "damaged" not in capsys.readouterr().out
-    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert scalars(tmp_path, "2 losses/loss") == [(1, 1.0), (2, 2.0)]
 
 
 def test_tensorboard_gets_nested_numbers_and_pictures(tmp_path):
@@ -454,12 +456,131 @@ def test_tensorboard_gets_nested_numbers_and_pictures(tmp_path):
         }
     }
     with Run(tmp_path, HEADER) as run:
-        run.scalars("valid", values, 7)
-        run.image("predictions/0", Image.new("RGBA", (8, 6), "red"), 7)
+        run.scalars(score_curves(values, "ema"), 7)
+        run.image("3 pictures/0", Image.new("RGBA", (8, 6), "red"), 6)
+        run.image("3 pictures/0", Image.new("RGBA", (2048, 6), "red"), 7)
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert set(events.Tags()["scalars"]) == {"valid/bbox/mAP", "valid/bbox/per_class/cells/mAP"}
-    (picture,) = events.Images("predictions/0")
-    assert (picture.step, picture.width, picture.height) == (7, 8, 6)
+    tags = {"1 scores/bbox mAP (ema)", "8 scores by class/bbox mAP cells (ema)"}
+    assert set(events.Tags()["scalars"]) == tags
+    first, second = events.Images("3 pictures/0")
+    assert (first.step, first.width, first.height) == (6, 8, 6)
+    assert (second.step, second.width, second.height) == (7, 1024, 3)
+
+
+METRICS = {"mAP": 0.5, "mAP50": 0.75, "AR100": 0.625, "per_class": {"cells": {"mAP": 0.5}}}
+
+
+def test_scores_come_first_and_have_one_name_in_every_stage(tmp_path):
+    train = {"loss": 1.0, "loss_box": 0.5, "loss_box_0": 0.5, "lr": 1e-4, "images_per_s": 9.0}
+    with Run(tmp_path, HEADER) as run:
+        StepCurves(run.scalars, steps=10).add(1, {"loss": 1.0, "objects": 3.0}, [1e-4])
+        run.scalars(train_curves(train), 1)
+        run.scalars(score_curves({"bbox": METRICS, "segm": METRICS, "mask": {"giou": 0.5}}), 1)
+        run.scalars(score_curves({"bbox": METRICS}, "ema"), 1)
+        run.scalars({best_score("segm/mAP"): 0.5}, 1)
+    tags = sorted(EventAccumulator(str(tmp_path / "tb")).Reload().Tags()["scalars"])
+    assert tags[:7] == [
+        "1 scores/bbox mAP",
+        "1 scores/bbox mAP (ema)",
+        "1 scores/bbox mAP50",
+        "1 scores/bbox mAP50 (ema)",
+        "1 scores/segm mAP",
+        "1 scores/segm mAP (best)",
+        "1 scores/segm mAP50",
+    ]
+    groups = sorted({tag.split("/")[0] for tag in tags})
+    assert groups == [
+        "1 scores",
+        "2 losses",
+        "2 losses by step",
+        "4 learning rate",
+        "4 learning rate by step",
+        "5 training",
+        "6 losses by layer",
+        "7 more scores",
+        "8 scores by class",
+    ]
+    assert set(FINAL_SCORES) - set(tags) == {best_score("bbox/mAP")}
+
+
+def test_curves_by_step_are_means_and_leave_out_skipped_steps():
+    points = []
+    curves = StepCurves(lambda values, step: points.append((step, values)), steps=150)
+    for step in range(1, 8):
+        loss = float("nan") if step == 2 else float(step)
+        curves.add(step, {"loss": loss, "grad_norm": 2.0 * loss, "objects": 7.0}, [1e-3, 1e-4])
+    assert points == [
+        (
+            step,
+            {
+                "4 learning rate by step/highest": 1e-3,
+                "4 learning rate by step/lowest": 1e-4,
+                "2 losses by step/loss": mean,
+                "5 training by step/grad_norm": 2 * mean,
+            },
+        )
+        for step, mean in ((3, 2.0), (6, 5.0))
+    ]
+
+
+def points_of(folder: Path, tag: str) -> list[int]:
+    return [step for step, _ in scalars(folder, tag)]
+
+
+def write_steps(run: Run, first: int, last: int) -> None:
+    """Steps FIRST..LAST of a run whose epochs have four."""
+    curves = StepCurves(run.scalars, steps=4)
+    for step in range(first, last + 1):
+        curves.add(step, {"loss": float(step)}, [1e-3])
+        if step % 4 == 0:
+            run.scalars(train_curves({"loss": float(step)}), step // 4)
+            run.image("3 pictures/0", Image.new("RGB", (4, 4)), step // 4)
+
+
+@pytest.mark.parametrize("saved", [8, 10])  # after epoch 2, and within epoch 3
+def test_curves_of_a_resumed_run_have_no_gap_and_no_point_twice(tmp_path, saved):
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path, HEADER) as run:
+        write_steps(run, 1, 13)
+        raise KeyboardInterrupt
+    with Run(tmp_path, HEADER, done_epochs=2, done_steps=saved) as run:
+        write_steps(run, saved + 1, 16)
+    assert points_of(tmp_path, "2 losses by step/loss") == list(range(1, 17))
+    assert points_of(tmp_path, "2 losses/loss") == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [picture.step for picture in events.Images("3 pictures/0")] == [1, 2, 3, 4]
+
+
+def test_curves_of_an_earlier_version_go_on_after_their_epochs(tmp_path):
+    """Its tags have no group's number."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "tb")) as writer:
+        for epoch in (1, 2, 3):
+            writer.add_scalar("train/loss", float(epoch), epoch)
+    with Run(tmp_path, HEADER, done_epochs=2, done_steps=500) as run:
+        run.scalars(train_curves({"loss": 30.0}), 3)
+    assert points_of(tmp_path, "train/loss") == [1, 2]
+    assert points_of(tmp_path, "2 losses/loss") == [3]
+
+
+def test_settings_are_texts_and_hyperparameters_once_after_a_resume(tmp_path):
+    settings = {"epochs": 2, "lr": 1e-4, "ema": True, "checkpoint": None, "fixed": ["a", "b"]}
+    with Run(tmp_path, HEADER) as run:
+        run.describe(settings, {"config.yaml": "epochs: 2\nlr: 0.0001"})
+    with Run(tmp_path, HEADER, done_epochs=1, done_steps=4) as run:
+        run.describe(settings | {"epochs": 9}, {"config.yaml": "epochs: 9"})
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    (text,) = events.Tensors("settings/config.yaml")
+    assert text.tensor_proto.string_val == [b"    epochs: 9"]
+    plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    start = HParamsPluginData.FromString(plugin.content).session_start_info
+    values = {}
+    for name, value in start.hparams.items():
+        values[name] = getattr(value, value.WhichOneof("kind"))
+    assert values == {"epochs": 9, "lr": 1e-4, "ema": True, "fixed": "['a', 'b']"}
+    plugin = events.SummaryMetadata("_hparams_/experiment").plugin_data
+    experiment = HParamsPluginData.FromString(plugin.content).experiment
+    assert [info.name.tag for info in experiment.metric_infos] == FINAL_SCORES
 
 
 def test_what_a_run_can_do_without_does_not_end_it(tmp_path, capsys, monkeypatch):
@@ -468,7 +589,7 @@ def test_what_a_run_can_do_without_does_not_end_it(tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(tensorboard, "RecordWriter", refuse)
     with Run(tmp_path, HEADER) as run:
-        run.scalars("train", {"loss": 1.0}, 1)
+        run.scalars({"2 losses/loss": 1.0}, 1)
         for _ in range(2):
             with run.optional("drawing"):
                 raise ValueError("x1 must be greater")
@@ -507,7 +628,8 @@ def test_the_log_has_both_streams_and_only_the_last_state_of_a_bar(tmp_path, cap
         print("unfinished", end="")
     first, *lines = log_of(tmp_path)
     assert first.startswith("--- ")
-    assert lines == ["STAGE 1 ✓", "100%|##|", "unfinished", "bar 2"]
+    time.strptime(lines[0][:19], log.TIME)
+    assert [line[20:] for line in lines] == ["STAGE 1 ✓", "100%|##|", "unfinished", "bar 2"]
     out, err = capsys.readouterr()
     assert out == "STAGE 1 ✓\nunfinished" and err.count("%") == 11
 
@@ -537,7 +659,8 @@ def test_the_log_says_what_ended_a_run_and_is_appended_to(tmp_path, capsys):
     with pytest.raises(UserError), Run(tmp_path, HEADER):
         raise UserError("no masks")
     Run(tmp_path, HEADER).close()
-    assert log_of(tmp_path)[1] == "ended by UserError: no masks" and len(log_of(tmp_path)) == 3
+    assert log_of(tmp_path)[1].endswith(" ended by UserError: no masks")
+    assert len(log_of(tmp_path)) == 3
 
 
 def test_printing_goes_on_when_the_log_cannot_be_written(tmp_path, capsys):

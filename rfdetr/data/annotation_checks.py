@@ -13,6 +13,7 @@ from typing import NamedTuple
 from rfdetr.data.exif import SizedImage
 from rfdetr.data.faults import CODES, Faults
 from rfdetr.data.rle import rle_extents, run_sums
+from rfdetr.progress import ProgressBar
 
 Box = tuple[float, float, float, float]  # xyxy in pixels
 Extent = tuple[float, float, float, float]  # of a mask: left, top, right, bottom in pixels
@@ -64,7 +65,7 @@ def check_annotations(
     first_with_id: dict[int, dict] = {}
     first_with_box: dict[tuple, dict] = {}
     sound: dict[int | str, list[SoundAnnotation]] = {}
-    for entry in entries:
+    for entry in ProgressBar(entries, "checking annotations", "annotations"):
         image_id = entry.get("image_id")
         # ids of other types may not be hashable
         known = type(image_id) in (int, str) and image_id in images

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-
-from tqdm.contrib.concurrent import thread_map
 
 from rfdetr.data.annotation_checks import SoundAnnotation, check_annotations, is_whole
 from rfdetr.data.exif import ExifDecision, SizedImage, settle_size, size_is_wrong
@@ -20,6 +19,7 @@ from rfdetr.data.faults import Faults
 from rfdetr.data.image_cache import ImageCache
 from rfdetr.data.image_files import ImageEntry, ImageFile, inspect_image_file, stays_inside
 from rfdetr.data.layout import read_json
+from rfdetr.progress import ProgressBar
 from rfdetr.text import is_control
 
 NOT_USABLE = {"IMG_MISSING", "IMG_TYPE", "IMG_BOMB"}  # images with these are left out
@@ -227,16 +227,11 @@ def inspect_images(
 ) -> dict[int | str, ImageFile]:
     """Read the images' files, several at once; those without a sound file_name are left out."""
     named = [entry for entry in entries.values() if entry.file_name]
-    with ImageCache(folder) as cache:
-        files = thread_map(
-            lambda entry: inspect_image_file(entry, folder, decode, cache),
-            named,
-            desc="Images",
-            unit="image",
-            leave=False,
-            disable=None if decode else True,
-        )
-    return {entry.id: file for entry, file in zip(named, files)}
+    with ImageCache(folder) as cache, ThreadPoolExecutor() as threads:
+        files = threads.map(lambda entry: inspect_image_file(entry, folder, decode, cache), named)
+        title = f"reading the images of {folder}"
+        shown = ProgressBar(files, title, total=len(named))
+        return {entry.id: file for file, entry in zip(shown, named)}
 
 
 def check_image_files(split: ListedSplit, listed: dict[int | str, SizedImage]) -> list[SizedImage]:

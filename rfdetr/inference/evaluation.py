@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
-from rfdetr.console import progress_bar
 from rfdetr.data.images import load_image
 from rfdetr.data.loaders import note_unread
 from rfdetr.data.records import CocoSplit
@@ -32,6 +31,7 @@ from rfdetr.masks import to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator, counting
 from rfdetr.models.detector import Detector
 from rfdetr.placement import Placement
+from rfdetr.progress import ProgressBar
 from rfdetr.settings import PredictionSettings
 
 DRAW_THRESHOLD = 0.5  # the lowest score that is drawn in pictures
@@ -119,7 +119,7 @@ class SplitEvaluator:
         return self._kept_detections
 
     def _detect(self, model: Detector) -> Iterator[Detections]:
-        for batch in progress_bar(self.loader, "detecting"):
+        for batch in ProgressBar(self.loader, "detecting", "batches"):
             note_unread(batch.unread, self.unread)
             records = [self.split.images[index] for index in batch.indices]
             placements = [Placement.resized(record.height, record.width) for record in records]

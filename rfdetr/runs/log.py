@@ -1,4 +1,4 @@
-"""log.txt: what the console said."""
+"""log.txt: what the console said, and when."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 LOG = "log.txt"
+TIME = "%Y-%m-%d %H:%M:%S"
 CURSOR_MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -20,7 +21,7 @@ class ConsoleLog:
     def __init__(self, folder: Path):
         path = Path(folder, LOG)
         self.file = open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
-        self.file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n")
+        self.file.write(f"--- {time.strftime(TIME)} {shlex.join(sys.argv)}\n")
         self.streams = {
             "stdout": _Tee(sys.stdout, self.file),
             "stderr": _Tee(sys.stderr, self.file),
@@ -65,8 +66,10 @@ class _Tee:
         return self.stream.write(text)
 
     def keep(self, line: str) -> None:
+        """Write a line to the log, with the time."""
+        text = CURSOR_MOVES.sub("", _last_state(line))
         with contextlib.suppress(OSError, ValueError):  # full disk, closed log: printing goes on
-            self.log.write(CURSOR_MOVES.sub("", _last_state(line)) + "\n")
+            self.log.write(f"{time.strftime(TIME)} {text}".rstrip() + "\n")
 
 
 def _last_state(line: str) -> str:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from rfdetr.console import warn
 from rfdetr.files import write_json, writing_to
+from rfdetr.runs.curves import FINAL_SCORES
 from rfdetr.runs.folder import set_aside
 from rfdetr.runs.lock import lock_run, unlock_run
 from rfdetr.runs.log import ConsoleLog
@@ -21,11 +22,20 @@ class Run(contextlib.AbstractContextManager):
     """An open, locked run folder: log.txt takes the console output, metrics.json and tb/ the rest.
 
     `header`: metrics.json's fields before "epochs". Of an earlier file the first `done_epochs`
-    epochs are kept. What a killed run left half written is removed, and what is damaged is set
-    aside.  Raises UserError where another process has the run or the folder cannot be written.
+    epochs are kept, of TensorBoard's curves also the first `done_steps` optimizer steps. What a
+    killed run left half written is removed, and what is damaged is set aside.
+
+    Raises UserError where another process has the run or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, header: dict, done_epochs: int = 0, tensorboard: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        header: dict,
+        done_epochs: int = 0,
+        tensorboard: bool = True,
+        done_steps: int = 0,
+    ):
         self.folder = Path(folder)
         self.metrics = {"format": 1, **header, "epochs": [], "best": None}
         self._events: EventFile | None = None
@@ -42,19 +52,20 @@ class Run(contextlib.AbstractContextManager):
             self.set()
             if tensorboard:
                 with self.optional(f"opening {self.folder / 'tb'} for TensorBoard"):
-                    self._events = EventFile(self.folder / "tb", done_epochs)
+                    self._events = EventFile(self.folder / "tb", done_epochs, done_steps)
             self._opened = opened.pop_all()
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:  # its message is printed after the log is closed
             self._log.note(f"ended by {kind.__name__}: {error}")
-        self.close()
+        self.close(finished=error is None)
 
-    def close(self) -> None:
+    def close(self, finished: bool = False) -> None:
         """Give the console back, close the files, unlock the folder; a second call does nothing."""
         if self._events is not None:
             with contextlib.suppress(OSError):  # a full disk, which has been warned of
-                self._events.close()
+                self._events.close(finished)
+            self._events = None
         self._opened.close()
 
     def add_epoch(self, record: dict) -> None:
@@ -70,10 +81,19 @@ class Run(contextlib.AbstractContextManager):
             self.metrics["test"] = test
         write_json(self.folder / METRICS, self.metrics)
 
-    def scalars(self, prefix: str, values: dict, step: int) -> None:
-        """Write nested numbers to TensorBoard as PREFIX/name/...; `step` is the epoch, from 1."""
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write numbers to TensorBoard by tag (curves.py); what fails is a warning."""
         if self._events is not None:
-            self._events.scalars(prefix, values, step)
+            with self.optional(f"writing curves to {self._events.folder}"):
+                self._events.scalars(values, step)
+
+    def describe(self, settings: dict[str, object], texts: dict[str, str]) -> None:
+        """Write a run's settings to TensorBoard: texts by tag, and for its HParams tab."""
+        if self._events is not None:
+            with self.optional(f"writing settings to {self._events.folder}"):
+                self._events.hparams(settings, FINAL_SCORES)
+                for name, text in texts.items():
+                    self._events.text(f"settings/{name}", text)
 
     def image(self, tag: str, picture: Image.Image, step: int) -> None:
         """Write a picture to TensorBoard; `step` is the epoch, from 1."""

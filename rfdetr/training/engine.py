@@ -12,10 +12,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from rfdetr import distributed
-from rfdetr.console import UserError, progress_bar, warn
+from rfdetr.console import UserError, warn
 from rfdetr.data.loaders import Batch
 from rfdetr.device import memory_mb, unless_out_of_memory
 from rfdetr.memory import OUT_OF_MEMORY_ADVICE
+from rfdetr.progress import ProgressBar
 
 # what an objective counts beside its losses: summed, not averaged
 COUNTS = ("objects", "matched_objects")
@@ -115,19 +116,19 @@ class Trainer:
 
 
 def train_one_epoch(
-    trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, bool], None]
+    trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, dict, bool], None]
 ) -> dict:
     """Train on every batch of `loader`, one optimizer step each.
 
-    Returns the epoch's mean losses, counts, rates and times. `after_step(batch, finite)` is called
-    after each step, for signals and timed saves.
+    Returns the epoch's mean losses, counts, rates and times. `after_step(batch, losses, finite)` is
+    called after each step, for curves, signals and timed saves.
     """
     progress = trainer.progress
     trainer.model.train()
     data_s = 0.0
     compute_s = 0.0
     images = 0
-    bar = progress_bar(loader, f"epoch {progress.epoch + 1}")
+    bar = ProgressBar(loader, f"epoch {progress.epoch + 1}", "steps", at_once=True)
     begin = time.perf_counter()
     mark = begin
     for batch in bar:
@@ -143,10 +144,9 @@ def train_one_epoch(
         rate = images / (time.perf_counter() - begin)
         memory = memory_mb(trainer.device)
         text = f"{losses_in_words(losses)}, {rate:.1f} images/s, {memory:.0f} MB"
-        bar.set_postfix_str(text, refresh=False)
-        after_step(batch, finite)
+        bar.note(text)
+        after_step(batch, losses, finite)
         mark = time.perf_counter()
-    bar.close()
     seconds = time.perf_counter() - begin
     return progress.means() | {
         "lr": max(group["lr"] for group in trainer.optimizer.param_groups),

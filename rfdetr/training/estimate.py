@@ -4,9 +4,7 @@ their shapes.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -16,9 +14,10 @@ from timm.utils import ModelEmaV3
 from torch.utils.flop_counter import FlopCounterMode
 
 from rfdetr.classes import COCO_ROWS, assign_rows
-from rfdetr.console import UserError, progress_bar, say
+from rfdetr.console import UserError
 from rfdetr.device import Precision, memory_mb, unless_out_of_memory
 from rfdetr.models.detector import Detector
+from rfdetr.progress import ProgressBar
 from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.auto_batch import OBJECTS, random_batch
 from rfdetr.training.engine import Progress
@@ -107,9 +106,10 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
     """
     sides = {key: size.resolution for key, size in SIZES.items()} | {name: resolution}
     anchors = [name, "nano" if name == "tiny" else "tiny"]
+    ordered = [*anchors, *(key for key in sides if key not in anchors)]
     shapes = {}
     seconds, memory, base = [], [], 0.0  # points of the two lines; MB of a process without a model
-    for key in telling_progress([*anchors, *(key for key in sides if key not in anchors)]):
+    for key in ProgressBar(ordered, "measuring a training step", "sizes", at_once=True):
         parameters, flop, kept = shapes[key] = shape_of(key, sides[key])
         if key in anchors:
             step_s, base, peak = measure_apart(key, sides[key], precision)
@@ -134,16 +134,6 @@ def estimate(name: str, resolution: int, precision: Precision, images: int) -> l
         )
         rows.append(row)
     return rows
-
-
-def telling_progress(sizes: list[str]) -> Iterator[str]:
-    """The sizes, the measured ones first: with a bar on a terminal, else with a line for each."""
-    if sys.stderr.isatty():
-        yield from progress_bar(sizes, "estimating")
-        return
-    for number, name in enumerate(sizes, start=1):
-        say(f"estimating {number}/{len(sizes)}: {name}")
-        yield name
 
 
 def on_line(points: list[tuple[float, float]], x: float) -> float:

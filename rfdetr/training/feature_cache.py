@@ -33,6 +33,7 @@ from rfdetr.device import free_memory_mb
 from rfdetr.files import free_disk
 from rfdetr.models.projector import LEVEL_SCALE
 from rfdetr.models.segmentation import ENLARGE, GRID
+from rfdetr.progress import ProgressBar
 from rfdetr.sizes import ModelSize
 from rfdetr.training import frozen
 from rfdetr.training.frozen import FrozenBatch, MaskObjective, apply_view, flipped, freeze
@@ -179,7 +180,8 @@ class FeatureCache:
         images = hashlib.sha256()
         with ThreadPoolExecutor(16) as threads:  # they wait for the disk
             samples = threads.map(sample_of_file, [image.path for image in split.images])
-            for image, sample in zip(split.images, samples):
+            shown = ProgressBar(samples, "looking for kept features", total=len(split.images))
+            for sample, image in zip(shown, split.images):
                 file = image.path.stat()
                 told_by = (image.file_name, file.st_size, file.st_mtime_ns, image.apply_exif)
                 images.update(repr(told_by).encode())

@@ -5,6 +5,8 @@ TensorBoard.
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 
 from torch import nn
 
@@ -12,11 +14,16 @@ from rfdetr.console import banner, say, warn
 from rfdetr.data.statistics import shrink_problems
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
+from rfdetr.progress import in_hours
+from rfdetr.runs.curves import PICTURES as PICTURE_TAGS
+from rfdetr.runs.curves import best_score, score_curves, train_curves
 from rfdetr.runs.record import Run
-from rfdetr.training.keeper import CheckpointKeeper
+from rfdetr.settings import TrainingSettings, plain, yaml_text
+from rfdetr.training.engine import Progress
 from rfdetr.training.session import Session
 
-PICTURES = 4  # images of valid, drawn after an epoch
+PICTURES = 4  # images of valid, always the same
+PICTURE_TIMES = 10  # as many pictures as TensorBoard shows of a tag
 
 
 def print_banner(session: Session, model: nn.Module, device: str) -> None:
@@ -47,36 +54,83 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
         )
 
 
-def print_scores(
-    record: dict, scores: dict[str, dict], keeper: CheckpointKeeper, gained: bool, epochs: int
+class RunClock:
+    """How long a run takes, since it began or was resumed; clock: seconds."""
+
+    def __init__(
+        self, progress: Progress, epochs: int, clock: Callable[[], float] = time.monotonic
+    ):
+        self.progress = progress
+        self.epochs = epochs
+        self.clock = clock
+        self.begin = clock()
+        self.first_step = progress.position
+
+    def words(self) -> str:
+        """The time that has passed, and what is left where the epochs to come take as long."""
+        seconds = self.clock() - self.begin
+        position = self.progress.position
+        done = max(position - self.first_step, 1)
+        left = max(self.epochs * self.progress.steps - position, 0)
+        return f"{in_hours(seconds)} elapsed, {in_hours(seconds / done * left)} left"
+
+
+def print_epoch(
+    record: dict, clock: RunClock, scores: dict | None, best_weights: str | None
 ) -> None:
-    """The table of an epoch's better weights."""
-    weights = keeper.best["weights"] if gained else keeper.better_weights(scores)
+    """A line on an epoch and the table of its scores, if there are any; best_weights: "regular" or
+    "ema" where they are the best so far.
+    """
     train = record["train"]
-    line = f"\nepoch {record['epoch']}/{epochs}  loss {train.get('loss', math.nan):.3f}"
-    line += f"  {train['images_per_s']:.1f} images/s"
-    if gained:
-        line += f"  new best ({weights} weights)"
+    line = f"\nepoch {record['epoch']}/{clock.epochs}  loss {train.get('loss', math.nan):.3f}"
+    line += f"  {train['images_per_s']:.1f} images/s  {clock.words()}"
+    if best_weights:
+        line += f"  new best ({best_weights} weights)"
     say(line)
-    say(format_table(scores[weights]))
+    if scores:
+        say(format_table(scores))
+
+
+def describe_run(run: Run, settings: TrainingSettings, environment: dict) -> None:
+    """The settings, and where and how the run was made, for TensorBoard."""
+    facts = "\n".join(f"{name}: {value}" for name, value in environment.items())
+    texts = {"config.yaml": yaml_text(settings), "environment": facts}
+    run.describe(plain(settings), texts)
 
 
 def record_epoch(run: Run, record: dict, best: dict | None) -> None:
     """An epoch's record into metrics.json and, whatever happens there, TensorBoard."""
     run.add_epoch(record)
     run.set(best=best)
-    for name in ("train", "valid", "valid_ema"):
-        with run.optional(f"writing curves to {run.folder / 'tb'}"):
-            run.scalars(name, record.get(name, {}), record["epoch"])
+    curves = train_curves(record["train"])
+    curves |= score_curves(record.get("valid", {}))
+    curves |= score_curves(record.get("valid_ema", {}), "ema")
+    if best and best["value"] is not None:
+        curves[best_score(best["metric"])] = best["value"]
+    run.scalars(curves, record["epoch"])
 
 
-def draw_pictures(run: Run, evaluator: SplitEvaluator, model: nn.Module, epoch: int) -> None:
-    """Draw valid images beside what the model finds, into predictions/ and TensorBoard; what fails
-    is a warning.
+def record_test(run: Run, scores: dict, epoch: int) -> None:
+    """The test split's scores, made after `epoch` epochs, into metrics.json and TensorBoard."""
+    run.set(test=scores)
+    run.scalars(score_curves(scores, "test"), epoch)
+
+
+def is_picture_due(settings: TrainingSettings, epoch: int) -> bool:
+    """Whether TensorBoard gets pictures of an epoch even if it is no better: of a few in a run."""
+    return settings.tensorboard and epoch % math.ceil(settings.epochs / PICTURE_TIMES) == 0
+
+
+def draw_pictures(
+    run: Run, evaluator: SplitEvaluator, model: nn.Module, epoch: int, best: bool
+) -> None:
+    """Draw valid images beside what the model finds, for TensorBoard and, of the best epoch, into
+    predictions/; what fails is a warning.
     """
     folder = run.folder / "predictions"
     with run.optional(f"drawing pictures into {folder}"):
         folder.mkdir(exist_ok=True)
         for name, picture in evaluator.pictures(model, PICTURES):
-            picture.save(folder / f"valid_{name}.png", compress_level=1)
-            run.image(f"valid/{name}", picture, epoch)
+            if best:
+                picture.save(folder / f"valid_{name}.png", compress_level=1)
+            run.image(f"{PICTURE_TAGS}/{name}", picture, epoch)
