@@ -214,6 +214,7 @@ def make_keeper(
         "args": plain(session.settings),
         "left_out": train.left_out,
         "exif": train.exif,
+        "guessed_masks": session.guess_masks,
         "trained_on": trained_on.unique(),
     }
     return CheckpointKeeper(
