@@ -22,15 +22,17 @@ from tqdm import tqdm
 
 from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script, tick, warn
-from rfdetr.detr import RFDETR, read_image
+from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
-from rfdetr.inference.detections import Prediction
+from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
+from rfdetr.inference.originals import read_image
+from rfdetr.inference.prediction import Prediction
 from rfdetr.settings import PredictionSettings
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 WHOLE = 0.95  # of a video's announced frames: a video with fewer is damaged
+JPEG_QUALITY = 92  # Pillow's scale up to 95
 UNKNOWN_RATE = 25.0  # frames a second, where a video does not tell
 
 
@@ -46,14 +48,16 @@ def main(argv: list[str] | None = None) -> None:
     predictor = Predictor(model, settings.threshold, settings.nms, settings.batch)
     make_folder(settings.output, "--output")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
+    suffix = None if settings.pictures == "0" else f".{settings.pictures}"
 
     images = [path for path in paths if path.suffix.lower() in IMAGES]
-    records, unreadable = predict_images(predictor, images, settings.output, taken_names)
+    records, unreadable = predict_images(predictor, images, settings.output, suffix, taken_names)
     damaged = []
     for path in paths:
         if path.suffix.lower() not in VIDEOS:
             continue
-        video = predict_video(predictor, path, settings.output, taken_names)
+        name = suffix and free_name(path.stem, ".mp4", taken_names)
+        video = predict_video(predictor, path, settings.output, name)
         records += video.records
         if video.frames == 0:
             unreadable += 1
@@ -64,9 +68,9 @@ def main(argv: list[str] | None = None) -> None:
             f"none of the {unreadable} files could be read (the warnings above name them)"
         )
     write_json(settings.output / "predictions.json", records)
+    written = "pictures and predictions.json" if suffix else "predictions.json"
     tick(
-        f"{len(records)} objects in {len(paths) - unreadable} files: {settings.output} "
-        "(pictures and predictions.json)"
+        f"{len(records)} objects in {len(paths) - unreadable} files: {settings.output} ({written})"
     )
     if damaged:
         print(
@@ -81,21 +85,17 @@ def main(argv: list[str] | None = None) -> None:
 class Predictor:
     """A model, what of its detections counts, and how many images it gets at a time.
 
-    threshold: the lowest score, 0..1; nms: the IoU above which the lower-scored of two boxes of a
-    class is dropped, or None.
+    threshold, nms, batch: as in RFDETR.predict.
     """
 
     model: RFDETR
     threshold: float
-    nms: float | None
+    nms: float
     batch: int
 
     def predict(self, images: list[np.ndarray]) -> list[Prediction]:
         """Of a few images (H, W, 3) uint8 RGB."""
-        predictions = self.model.predict(images, self.threshold)
-        if self.nms is None:
-            return predictions
-        return [prediction.without_duplicates(self.nms) for prediction in predictions]
+        return self.model.predict(images, self.threshold, nms=self.nms, batch=self.batch)
 
 
 # ---------------------------------------------------------------- files
@@ -171,9 +171,12 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
 
 
 def predict_images(
-    predictor: Predictor, paths: list[Path], output: Path, taken_names: set[str]
+    predictor: Predictor, paths: list[Path], output: Path, suffix: str | None, taken_names: set[str]
 ) -> tuple[list[dict], int]:
-    """Save a picture of each image; returns their records and how many cannot be read."""
+    """Save a picture of each image; returns their records and how many cannot be read.
+
+    suffix: of the pictures; None: there are none.
+    """
     records = []
     unreadable = 0
     saving: list[Future] = []
@@ -189,10 +192,10 @@ def predict_images(
             predictions = predictor.predict([image for image in images if image is not None])
             saving = []
             for path, prediction in zip(readable, predictions):
-                target = output / free_name(path.stem, ".png", taken_names)
-                class_names = predictor.model.class_names
-                saving.append(pool.submit(save_picture, prediction, class_names, target))
-                records += as_records(path, prediction)
+                picture = suffix and free_name(path.stem, suffix, taken_names)
+                if picture:
+                    saving.append(pool.submit(save_picture, prediction, output / picture))
+                records += as_records(path, picture, prediction)
         wait_for(saving)
     return records, unreadable
 
@@ -232,22 +235,28 @@ def read(path: Path, turn: bool) -> np.ndarray | None:
         return None
 
 
-def save_picture(prediction: Prediction, class_names: list[str], file: Path) -> None:
+def save_picture(prediction: Prediction, file: Path) -> None:
     with writing_to(file.parent, "--output"):
         file.unlink(missing_ok=True)  # a link would be written through
-        prediction.picture(class_names).save(file, compress_level=1)
+        prediction.picture().save(file, compress_level=1, quality=JPEG_QUALITY)
 
 
-def as_records(path: Path, prediction: Prediction, frame: int | None = None) -> list[dict]:
-    """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null."""
+def as_records(
+    path: Path, picture: str | None, prediction: Prediction, frame: int | None = None
+) -> list[dict]:
+    """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null.
+
+    picture: the picture's or video's name in --output, or None.
+    """
     records = []
     for i, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
         record = {
             "file": str(path),
+            "picture": picture,
             "class": prediction.names[i],
             "score": prediction.scores[i].item(),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "mask": prediction.masks[i] if prediction.masks else None,
+            "mask": prediction.rles[i] if prediction.rles else None,
         }
         if frame is not None:
             record["frame"] = frame
@@ -274,19 +283,31 @@ class VideoResult:
         return self.frames >= WHOLE * self.announced
 
 
-def predict_video(
-    predictor: Predictor, path: Path, output: Path, taken_names: set[str]
-) -> VideoResult:
-    """Write a copy of a video with everything drawn in; warns where frames are missing."""
-    target = output / free_name(path.stem, ".mp4", taken_names)
+def predict_video(predictor: Predictor, path: Path, output: Path, name: str | None) -> VideoResult:
+    """Write a copy of a video with everything drawn in, where it has a name; warns of damage."""
+    if name is None:
+        result = predict_frames(predictor, path, None)
+    else:
+        result = write_video(predictor, path, output / name)
+    if result.frames == 0:
+        warn(
+            f"{path} cannot be read as a video: it has no frames. Convert it to .mp4 and try again"
+        )
+    elif result.frames < result.announced:
+        warn(
+            f"{path} is damaged: {result.frames} of the {result.announced} frames that it "
+            "announces could be decoded"
+        )
+    return result
+
+
+def write_video(predictor: Predictor, path: Path, target: Path) -> VideoResult:
+    """Write a copy of a video with everything drawn in, if there are frames."""
+    output = target.parent
     with writing_to(output, "--output"), tempfile.TemporaryDirectory(dir=output) as folder:
         temporary = Path(folder) / target.name  # a link at the target would be written through
-        result = write_drawn_frames(predictor, path, temporary)
+        result = predict_frames(predictor, path, temporary)
         if result.frames == 0:
-            warn(
-                f"{path} cannot be read as a video: it has no frames. Convert it to .mp4 and try "
-                "again"
-            )
             return result
         # OpenCV does not tell when it cannot write
         written = cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT)
@@ -295,16 +316,14 @@ def predict_video(
                 f"could not write all of {target}. Free some space there, or name another --output"
             )
         os.replace(temporary, target)
-    if result.frames < result.announced:
-        warn(
-            f"{path} is damaged: {result.frames} of the {result.announced} frames that it "
-            "announces could be decoded"
-        )
     return result
 
 
-def write_drawn_frames(predictor: Predictor, path: Path, file: Path) -> VideoResult:
-    """Write the frames of a video with everything drawn in as .mp4, if there are any."""
+def predict_frames(predictor: Predictor, path: Path, file: Path | None) -> VideoResult:
+    """Write the frames of a video with everything drawn in as .mp4, if there are any.
+
+    file: None: they are not drawn.
+    """
     video = cv2.VideoCapture(str(path))
     announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     rate = video.get(cv2.CAP_PROP_FPS) or UNKNOWN_RATE
@@ -313,12 +332,14 @@ def write_drawn_frames(predictor: Predictor, path: Path, file: Path) -> VideoRes
     batches = in_batches(read_video(video), predictor.batch)
     for frames in tqdm(batches, desc=path.name, leave=False):
         for prediction in predictor.predict(frames):
-            picture = np.asarray(prediction.picture(predictor.model.class_names))
-            if writer is None:
+            if file and writer is None:
                 codec = cv2.VideoWriter_fourcc(*"mp4v")
-                writer = cv2.VideoWriter(str(file), codec, rate, picture.shape[1::-1])
-            writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-            result.records += as_records(path, prediction, result.frames)
+                size = prediction.image.shape[1::-1]
+                writer = cv2.VideoWriter(str(file), codec, rate, size)
+            if writer is not None:
+                writer.write(cv2.cvtColor(np.asarray(prediction.picture()), cv2.COLOR_RGB2BGR))
+            name = file.name if file else None
+            result.records += as_records(path, name, prediction, result.frames)
             result.frames += 1
     if writer is not None:
         writer.release()

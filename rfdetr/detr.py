@@ -2,30 +2,30 @@
 
 from rfdetr.detr import RFDETRNano
 prediction = RFDETRNano(checkpoint="runs/.../best.pt").predict("image.jpg", threshold=0.5)
+prediction.picture().save("found.png")
 """
 
 from __future__ import annotations
 
-import os
+import operator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from rfdetr.console import UserError
-from rfdetr.data.image_files import is_regular_file
-from rfdetr.data.images import oriented, read_pixels, to_rgb_array
 from rfdetr.device import pick_device, pick_precision
-from rfdetr.inference.detections import DetectionRunner, Detections, Prediction, make_predictions
+from rfdetr.inference.detections import DetectionRunner, Detections, make_predictions
+from rfdetr.inference.originals import ImageInput, Original, flatten, read_image, split_up
+from rfdetr.inference.prediction import Prediction
 from rfdetr.placement import Placement
+from rfdetr.settings import PredictionSettings
 from rfdetr.sizes import SIZES
 from rfdetr.weights.checkpoint import build_model, input_side, load, require_size
 from rfdetr.weights.download import find_weights
-
-ImageInput = str | Path | Image.Image | np.ndarray
 
 
 class RFDETR:
@@ -78,23 +78,56 @@ class RFDETR:
         return list(self.table.names)
 
     def predict(
-        self, images: ImageInput | list[ImageInput], threshold: float = 0.5
+        self,
+        images: ImageInput | list[ImageInput],
+        threshold: float = PredictionSettings.threshold,
+        *,
+        nms: float = PredictionSettings.nms,
+        batch: int = PredictionSettings.batch,
     ) -> Prediction | list[Prediction]:
-        """Detect objects with a score of at least `threshold` in one image or in each of a list.
+        """Detect objects with a score of at least `threshold`, 0..1, in one image or several.
 
-        An image is a path, a PIL image, or an array (H, W, 3) uint8 RGB. Returns a Prediction, or a
-        list of them for a list. Raises UserError for an image that cannot be read, and where the
-        model gives NaN.
+        An image is a path; a PIL image; an array, gray (H, W), RGB as in PIL (OpenCV's BGR must be
+        turned) or RGBA (H, W, 4); or a tensor (C, H, W). Arrays and tensors are uint8, or float in
+        0..1; uint16 is scaled as in files. Several are a list that may mix all these, a folder, an
+        array (B, H, W, C) or a tensor (B, C, H, W). The model gets `batch` of them at a time.
+        nms: the IoU, 0..1, above which the worse of two boxes of a class is left out, and one of
+        two classes where they all but coincide; 0: none is, as in the official package.
+
+        Returns a Prediction; for several images a list of them. Raises UserError for an argument
+        out of its range, an image that cannot be read, and where the model gives NaN.
         """
-        if not isinstance(images, list):
-            return self.predict([images], threshold)[0]
-        if not images:
-            return []
-        originals = [read_image(image, self.exif == "apply") for image in images]
-        inputs = torch.stack([self._resized(original) for original in originals])
-        placements = [Placement.resized(*original.shape[:2]) for original in originals]
-        indices = list(range(len(originals)))
+        require_share("threshold", threshold)
+        require_share("nms", nms)
+        require_count("batch", batch)
+        if isinstance(images, Iterator):
+            images = list(images)
+        if split_up(images) is None:
+            return self._predict([images], threshold, nms)[0]
+        singles = flatten(images)
         predictions = []
+        for first in range(0, len(singles), batch):
+            predictions += self._predict(singles[first : first + batch], threshold, nms, first)
+        return predictions
+
+    def _predict(
+        self, images: list[ImageInput], threshold: float, nms: float, first: int | None = None
+    ) -> list[Prediction]:
+        """In one batch of single images; first: the position of its first image in the list."""
+        turn = self.exif == "apply"
+        pixels = []
+        for position, image in enumerate(images, start=first or 0):
+            try:
+                pixels.append(read_image(image, turn))
+            except UserError as error:
+                if first is None:
+                    raise
+                raise UserError(f"images[{position}]: {error}") from error
+        originals = [Original.of(image, array, turn) for image, array in zip(images, pixels)]
+        inputs = torch.stack([self._resized(array) for array in pixels])
+        placements = [Placement.resized(*array.shape[:2]) for array in pixels]
+        predictions = []
+        indices = list(range(len(images)))
         for detections in self.runner.run(self.model, inputs, placements, indices):
             require_finite(detections)
             predictions += make_predictions(
@@ -102,8 +135,9 @@ class RFDETR:
                 [originals[i] for i in detections.indices],
                 threshold,
                 self.model.head,
-                self.class_names,
+                self.table,
                 self.precision,
+                nms,
             )
         return predictions
 
@@ -111,6 +145,23 @@ class RFDETR:
         """(H, W, 3) uint8 -> the model's input, (3, R, R) uint8."""
         pixels = torch.tensor(original).permute(2, 0, 1)
         return v2.functional.resize(pixels, [self.resolution, self.resolution], antialias=True)
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise UserError for what is no number in 0..1."""
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:  # never true of NaN
+        raise UserError(f"{name} must be a number in 0..1, got {value!r}")
+
+
+def require_count(name: str, value: int) -> None:
+    """Raise UserError for what is no whole number of 1 or more."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or isinstance(value, bool):
+        raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
 
 
 def require_finite(detections: Detections) -> None:
@@ -121,25 +172,6 @@ def require_finite(detections: Detections) -> None:
         "the model's scores or boxes are NaN or infinite. Run again with --amp off; if it is off "
         "already, the checkpoint is damaged: use another"
     )
-
-
-def read_image(image: ImageInput, turn: bool = True) -> np.ndarray:
-    """Any accepted input as (H, W, 3) uint8 RGB; turn: make it upright by its EXIF orientation.
-
-    Raises UserError for what is no image or cannot be read.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(
-                "an image array must be (H, W, 3) uint8 RGB, this one is "
-                f"{image.shape} {image.dtype}"
-            )
-        return image
-    if isinstance(image, (str, Path)):
-        if os.path.exists(image) and not is_regular_file(image):
-            raise UserError(f"{image} is not an image file, but a folder, pipe, socket or device")
-        return read_pixels(image, turn)
-    return to_rgb_array(oriented(image, turn))
 
 
 def _of_size(size: str) -> type[RFDETR]:

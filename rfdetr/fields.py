@@ -56,7 +56,8 @@ class Setting:
             if self.read_one is not read_switch:
                 raise ValueError(f"expected no true or false, got {value}")
             return value
-        if isinstance(value, (int, float)) and self.read_one in (str, Path):
+        is_number = isinstance(value, (int, float)) and str(value) not in self.choices
+        if is_number and self.read_one in (str, Path):
             raise ValueError(f"expected a text, got {value!r}")
         if not isinstance(value, (str, int, float, Path)):
             raise ValueError(f"expected one value, got {value!r}")

@@ -307,7 +307,13 @@ class PredictionSettings(InferenceSettings):
     input: tuple[str, ...] = texts(REQUIRED, "images, folders, globs, videos", metavar="PATH")
     output: Path = path(REQUIRED, "folder for pictures and JSON", metavar="DIR")
     threshold: float = decimal(0.5, "lowest score", high=1.0)
-    nms: float | None = decimal(None, "drop a class's boxes that overlap more", high=1.0)
+    nms: float = decimal(
+        0.6,
+        "drop a box whose IoU with a better one of its class is larger, or that all but coincides "
+        "with one of any class; 0: drop none",
+        high=1.0,
+    )
+    pictures: str = choice("png", "of each image; 0: none, and no videos", ("png", "jpg", "0"))
     exif: str | None = choice(
         None, "orientation of the images (default: as the training images were read)", EXIF
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.mask import decode
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -58,12 +57,11 @@ def own_predictions(
     predictions = []
     for nudge in nudges:
         weight.data = kept * (1 + nudge)
-        one = model.predict(image, threshold=0.0)
+        one = model.predict(image, threshold=0.0, nms=0)
         boxes = torch.tensor(one.boxes, dtype=torch.float32)
         prediction = {"scores": torch.tensor(one.scores), "boxes": boxes, "names": one.names}
-        if one.masks:
-            masks = [torch.from_numpy(decode(mask)).bool() for mask in one.masks]
-            prediction["masks"] = torch.stack(masks)
+        if one.rles:
+            prediction["masks"] = torch.from_numpy(one.masks)
         predictions.append(prediction)
     return predictions
 

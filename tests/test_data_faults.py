@@ -183,7 +183,7 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
 
     pictures = []
     monkeypatch.setattr(
-        "rfdetr.detr.read_pixels",
+        "rfdetr.inference.originals.read_pixels",
         lambda path, turn: pictures.append(turn) or np.zeros((9, 9, 3), np.uint8),
     )
     RFDETR(best, "cpu").predict(file)

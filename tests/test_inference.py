@@ -315,8 +315,7 @@ def test_a_batch_equals_its_images(model, photos):
         assert alone.names == together.names
         np.testing.assert_allclose(alone.boxes, together.boxes, atol=1e-2)
         np.testing.assert_allclose(alone.scores, together.scores, atol=1e-4)
-        for a, b in zip(alone.masks, together.masks):
-            assert (mask_utils.decode(a) != mask_utils.decode(b)).mean() < 1e-3
+        assert (alone.masks != together.masks).mean() < 1e-3
 
 
 def test_the_module_gives_logits_and_boxes(model):
@@ -331,7 +330,7 @@ def test_the_module_gives_logits_and_boxes(model):
 
 def test_bad_inputs_of_the_python_door(model, stage2, tmp_path):
     with pytest.raises(UserError, match="H, W, 3"):
-        model.predict(np.zeros((8, 8), np.uint8))
+        model.predict(np.zeros((8, 8, 2), np.uint8))
     with pytest.raises(UserError, match="cannot be read as an image"):
         model.predict(tmp_path / "nowhere.jpg")
     with pytest.raises(UserError, match="--size tiny|tiny checkpoint"):

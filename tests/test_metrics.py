@@ -26,6 +26,7 @@ from rfdetr.data.loaders import SplitDataset, evaluation_loader
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import make_predictions
 from rfdetr.inference.evaluation import SplitEvaluator
+from rfdetr.inference.originals import Original
 from rfdetr.masks import encode_window, to_rle
 from rfdetr.metrics import coco_eval
 from rfdetr.metrics.coco_eval import CocoEvaluator, format_table
@@ -662,11 +663,9 @@ def test_overlap_with_masks_is_that_of_all_detections(crowded, trained, monkeypa
 def test_the_boxes_that_are_scored_are_those_that_are_delivered(crowded, trained):
     model, table = trained
     evaluator = split_evaluator(crowded, table, masks=False)
-    images = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 2
+    originals = [Original(SIDE, SIDE)] * 2
     (batch,) = evaluator.detections(model)
-    delivered = make_predictions(
-        batch, images, 0.0, None, list(crowded.class_names), evaluator.precision
-    )
+    delivered = make_predictions(batch, originals, 0.0, None, table, evaluator.precision)
     boxes = np.concatenate([one.boxes for one in delivered])
     scored = np.array([row["bbox"] for row in evaluator.collect(model).results("bbox")])
     assert len(boxes) == 600 and (boxes[:, 0] == 0).sum() > 10

@@ -8,8 +8,10 @@ import torch
 from pycocotools import mask as mask_api
 
 from rfdetr.boxes import cxcywh_to_xyxy
+from rfdetr.classes import assign_rows
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import Detections, draw_masks, make_predictions
+from rfdetr.inference.originals import Original
 from rfdetr.models.segmentation import MASK_HEADS, OfficialMaskHead
 from rfdetr.placement import Placement
 
@@ -17,6 +19,7 @@ from rfdetr.placement import Placement
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 HEIGHT, WIDTH = 150, 200  # of the original
+TABLE = assign_rows(["cell"], [1], "dataset")
 
 # (left, top, right, bottom) of the input in pixels of the original
 INPUTS = {
@@ -114,7 +117,7 @@ def test_boxes_of_a_resized_image_are_scaled_and_clipped_to_the_bit():
 
 def test_a_tile_and_the_whole_image_show_an_object_at_the_same_pixels(head, precision):
     """Predictions and their pictures: one object, seen by two inputs."""
-    original = np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8)
+    originals = [Original(HEIGHT, WIDTH, np.full((HEIGHT, WIDTH, 3), 90, dtype=np.uint8))]
     object_box = np.array([130.0, 50.0, 170.0, 80.0])  # xyxy in the original
     pictures = []
     for where in ("whole image", "tile", "letterbox"):
@@ -123,11 +126,11 @@ def test_a_tile_and_the_whole_image_show_an_object_at_the_same_pixels(head, prec
         centre = (corners[:2] + corners[2:]) / 2
         box = torch.tensor([*centre, *(corners[2:] - corners[:2])], dtype=torch.float32)
         detections = detections_of(placement_of(*INPUTS[where]), box[None])
-        (prediction,) = make_predictions(detections, [original], 0.5, head, ["cell"], precision)
+        (prediction,) = make_predictions(detections, originals, 0.5, head, TABLE, precision)
         np.testing.assert_allclose(prediction.boxes, object_box[None], atol=1e-3)
-        assert prediction.masks[0]["size"] == [HEIGHT, WIDTH]
-        prediction.masks = None  # of random features
-        pictures.append(np.asarray(prediction.picture(["cell"])))
+        assert prediction.masks.shape == (1, HEIGHT, WIDTH)
+        prediction.rles = None  # of random features
+        pictures.append(np.asarray(prediction.picture()))
     assert (pictures[0] == pictures[1]).all() and (pictures[0] == pictures[2]).all()
 
 

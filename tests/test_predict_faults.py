@@ -143,6 +143,39 @@ def test_a_few_missing_frames_are_a_warning_alone(find, tmp_path, monkeypatch):
     assert status == 0 and "39 of the 40 frames" in out
 
 
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("kind, suffix", [("png", ".png"), ("jpg", ".jpg"), ("0", None)])
+def test_pictures_of_the_original_size_are_png_jpg_or_none(kind, suffix, find, tmp_path):
+    photo(tmp_path / "a.png")
+    video(tmp_path / "clip.mp4", "mp4v")
+    status, out, _ = find("--input", "a.png", "clip.mp4", "--pictures", kind)
+    assert status == 0
+    of_image, of_video = (suffix and f"a{suffix}", "clip.mp4" if suffix else None)
+    pictures = {(record["file"], record["picture"]) for record in records()}
+    assert pictures == {("a.png", of_image), ("clip.mp4", of_video)}
+    files = {path.name for path in Path("found").iterdir()}
+    assert files == {"predictions.json", of_image, of_video} - {None}
+    assert ("pictures" in out) == bool(suffix)
+    if suffix:
+        with Image.open(f"found/a{suffix}") as picture:
+            assert picture.size == (50, 40) and picture.format == {"jpg": "JPEG"}.get(kind, "PNG")
+        assert cv2.VideoCapture("found/clip.mp4").get(cv2.CAP_PROP_FRAME_WIDTH) == 64
+
+
+def test_duplicates_are_left_out_by_default_and_kept_with_nms_0(find, tmp_path, weights):
+    path = photo(tmp_path / "a.png")
+    found = {}
+    for words in ((), ("--nms", "0")):
+        assert find("--input", "a.png", "--pictures", "0", *words)[0] == 0
+        found[words] = [record["score"] for record in records()]
+    model = RFDETR.from_checkpoint(weights, "cpu")
+    assert found[()] == model.predict(path, 0.0).scores.tolist()
+    assert found["--nms", "0"] == model.predict(path, 0.0, nms=0).scores.tolist()
+    assert len(found[()]) < len(found["--nms", "0"])
+
+
 # ---------------------------------------------------------------- links
 
 

@@ -227,6 +227,8 @@ BAD = [
     (EvaluationSettings, "split", "all", "train, valid, test"),
     (PredictionSettings, "threshold", 2, "<= 1"),
     (PredictionSettings, "nms", -0.1, ">= 0"),
+    (PredictionSettings, "pictures", 1, "a text"),
+    (PredictionSettings, "pictures", "gif", "png, jpg, 0"),
     (ExportSettings, "format", "onnx", "rfdetr"),
     (ValidationSettings, "resolution", 0, ">= 1"),
 ]
@@ -247,6 +249,10 @@ def test_an_unknown_name_is_an_error_with_the_near_match(wrong, near):
     text = str(caught.value)
     assert "config.yaml" in text and repr(wrong) in text and "lr_encoder" in text
     assert (f"did you mean {near}?" in text) if near else ("did you mean" not in text)
+
+
+def test_a_choice_that_is_a_number_may_be_written_as_one():
+    assert read_layer(PredictionSettings, {"pictures": 0}, "config.yaml") == {"pictures": "0"}
 
 
 def test_a_name_of_another_script_is_unknown():

@@ -1,4 +1,4 @@
-"""A sheet of a dataset's classes: some objects of each, cut out of their images."""
+"""A sheet of a dataset's classes: objects of each, cut out of their images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ from pycocotools import mask as mask_api
 from rfdetr.console import UserError
 from rfdetr.data.images import load_image
 from rfdetr.data.records import CocoSplit, ImageRecord
-from rfdetr.inference.visualise import BACKGROUND, MIN_SIDE, Colour, class_colours, draw, one_line
+from rfdetr.inference.visualise import (
+    BACKGROUND,
+    MIN_SIDE,
+    Colour,
+    class_colours,
+    draw,
+    one_line,
+    picture_colours,
+)
 from rfdetr.masks import to_rle
 
-EXAMPLES = 4  # objects of each class
+EXAMPLES = 4  # objects in a row of a class
+MANY_EXAMPLES = 6  # in each row of a single class
+ROWS = 4  # of examples in a column, shared by its classes: each has one at least
 SHEET_CLASSES = 200  # the rarest of more: a sheet has to open
 COLUMN_WIDTH = 1440  # pixels, of all columns together
 TITLE_HEIGHT = 30  # pixels
@@ -25,48 +35,66 @@ MIN_CUT = 96  # pixels of the image that an example shows at least
 
 
 def class_sheet(split: CocoSplit) -> Image.Image:
-    """A row for each class of a split: its name, its count and EXAMPLES of its objects.
+    """Rows for each class of a split: its name, its count and examples of its objects.
 
     An example is cut out of its image with its surroundings, so that small objects are seen too,
-    and shows all annotated objects there. Images that cannot be read are left out.
+    and shows all annotated objects there. A row is EXAMPLES wide; few classes have more rows each.
+    Images that cannot be read are left out.
     """
     labels = sorted(range(len(split.class_names)), key=split.objects_per_class.__getitem__)
     labels = sorted(labels[:SHEET_CLASSES])
     columns = 1 + (len(labels) > 6) + (len(labels) > 40)
-    rows = max(1, math.ceil(len(labels) / columns))
-    side = COLUMN_WIDTH // EXAMPLES // columns
-    row_height = side + TITLE_HEIGHT
-    sheet = Image.new("RGB", (columns * EXAMPLES * side, rows * row_height), BACKGROUND)
+    classes_in_column = max(1, math.ceil(len(labels) / columns))
+    examples = EXAMPLES if len(labels) > 1 else MANY_EXAMPLES
+    most = max((split.objects_per_class[label] for label in labels), default=0)
+    rows = max(1, min(ROWS // classes_in_column, math.ceil(most / examples)))
+    side = COLUMN_WIDTH // examples // columns
+    class_height = rows * side + TITLE_HEIGHT
+    size = (columns * examples * side, classes_in_column * class_height)
+    sheet = Image.new("RGB", size, BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    colours = class_colours(split.class_names)
+    title_colours = class_colours(split.class_names)
+    colours = picture_colours(split.class_names)
+    names_on_objects = split.class_names if len(split.class_names) > 1 else [""]
     font = ImageFont.load_default(size=16)
     for position, label in enumerate(labels):
-        x = position // rows * EXAMPLES * side
-        y = position % rows * row_height
+        x = position // classes_in_column * examples * side
+        y = position % classes_in_column * class_height
         name = split.class_names[label]
         title = f"{one_line(name)}: {split.objects_per_class[label]}"
-        pen.text((x + GAP, y + TITLE_HEIGHT / 2), title, colours[name], font, "lm")
-        for image in _spread_examples(split, label):
-            index = np.flatnonzero(image.labels == label)[0]
+        pen.text((x + GAP, y + TITLE_HEIGHT / 2), title, title_colours[name], font, "lm")
+        drawn = 0
+        for image, index in _spread_examples(split, label, rows * examples):
             with contextlib.suppress(UserError):
-                example = _cut_out(image, index, split.class_names, colours)
+                example = _cut_out(image, index, names_on_objects, colours)
                 example = example.resize((side - GAP, side - GAP), Image.Resampling.LANCZOS)
-                sheet.paste(example, (x + GAP // 2, y + TITLE_HEIGHT))
-                x += side
+                row, column = divmod(drawn, examples)
+                corner = (x + GAP // 2 + column * side, y + TITLE_HEIGHT + row * side)
+                sheet.paste(example, corner)
+                drawn += 1
     return sheet
 
 
-def _spread_examples(split: CocoSplit, label: int) -> list[ImageRecord]:
-    """Up to EXAMPLES images that have the class, from all over the split."""
+def _spread_examples(split: CocoSplit, label: int, count: int) -> list[tuple[ImageRecord, int]]:
+    """Up to `count` objects of a class, as (image, index in it), from all over the split.
+
+    Those of one image are as few as there are images for, and spread over it too.
+    """
     images = [image for image in split.images if label in image.labels]
     if not images:
         return []
-    numbers = np.linspace(0, len(images) - 1, EXAMPLES).astype(int)
-    return [images[number] for number in np.unique(numbers)]
+    examples = []
+    numbers = np.unique(np.linspace(0, len(images) - 1, count).astype(int))
+    indices = [np.flatnonzero(images[number].labels == label) for number in numbers]
+    each = math.ceil(count / len(numbers))
+    for number, of_image in zip(numbers, indices):
+        chosen = np.unique(np.linspace(0, len(of_image) - 1, each).astype(int))
+        examples += [(images[number], of_image[i]) for i in chosen]
+    return examples[:count]
 
 
 def _cut_out(
-    image: ImageRecord, index: int, names: list[str], colours: dict[str, Colour]
+    image: ImageRecord, index: int, names: list[str], colours: dict[str, Colour] | None
 ) -> Image.Image:
     """A square around an object of an image, with all objects in it drawn; dark beyond the image.
 
@@ -94,6 +122,7 @@ def _cut_out(
         [names[image.labels[i]] for i in inside],
         masks=masks if any(masks) else None,
         colours=colours,
+        min_side=MIN_SIDE,
     )
     longest = max(picture.size)
     square = Image.new("RGB", (longest, longest), BACKGROUND)

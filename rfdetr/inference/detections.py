@@ -8,16 +8,15 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, warn
 from rfdetr.data.augment import to_model_input
 from rfdetr.device import Precision, unless_out_of_memory
-from rfdetr.inference.visualise import class_colours, draw
+from rfdetr.inference.originals import Original
+from rfdetr.inference.prediction import Prediction, without_overlaps
 from rfdetr.masks import encode_window
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
@@ -163,74 +162,38 @@ def draw_masks(
     return rles
 
 
-@dataclass
-class Prediction:
-    """The n detections in one image, best first.
-
-    image (H, W, 3) uint8 RGB; boxes (n, 4) xyxy in its pixels; masks n COCO RLE dicts of its size,
-    or None without a mask head; scores (n,) 0..1; labels (n,) in the checkpoint's class order;
-    names n class names.
-    """
-
-    image: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    names: list[str]
-    masks: list[dict] | None
-
-    def without_duplicates(self, iou: float = 0.7) -> Prediction:
-        """Leave out each box that overlaps a better one of its class by an IoU of more than `iou`.
-
-        For pictures: DETR's figures are computed without it.
-        """
-        boxes = torch.as_tensor(self.boxes).float()
-        scores = torch.as_tensor(self.scores).float()
-        chosen = batched_nms(boxes, scores, torch.as_tensor(self.labels), iou).numpy()
-        masks = None
-        if self.masks is not None:
-            masks = [self.masks[i] for i in chosen]
-        return Prediction(
-            image=self.image,
-            boxes=self.boxes[chosen],
-            scores=self.scores[chosen],
-            labels=self.labels[chosen],
-            names=[self.names[i] for i in chosen],
-            masks=masks,
-        )
-
-    def picture(self, class_names: list[str]) -> Image.Image:
-        """The image with everything drawn in; `class_names`: all classes, for their colours."""
-        colours = class_colours(class_names)
-        return draw(self.image, self.boxes, self.names, self.scores.tolist(), self.masks, colours)
-
-
 def make_predictions(
     detections: Detections,
-    originals: list[np.ndarray],
+    originals: list[Original],
     threshold: float,
     head: AnyMaskHead | None,
-    class_names: list[str],
+    table: ClassTable,
     precision: Precision,
+    nms: float = 0.0,
 ) -> list[Prediction]:
-    """The detections that score `threshold` or more, in pixels of the originals (H, W, 3) uint8.
+    """The detections that score `threshold` or more, in pixels of the B originals.
 
-    class_names: by label. There are masks where there is a `head`.
+    There are masks where there is a `head`. nms: as in `without_overlaps`, 0 for none.
     """
     scores = detections.scores.cpu().numpy()
     labels = detections.labels.cpu().numpy()
-    chosen = [np.flatnonzero(of_image >= threshold) for of_image in scores]
+    boxes = [detections.boxes_in_original(i) for i in range(len(originals))]
+    chosen = []
+    for i in range(len(originals)):
+        sure = np.flatnonzero(scores[i] >= threshold)
+        kept = without_overlaps(boxes[i][sure], scores[i, sure], labels[i, sure], nms)
+        chosen.append(sure[kept])
     rles: list = [None] * len(originals)
     if head is not None:
         rles = draw_masks(head, detections, chosen, precision)
     return [
         Prediction(
-            image=original,
-            boxes=detections.boxes_in_original(i)[chosen[i]],
+            original=original,
+            table=table,
+            boxes=boxes[i][chosen[i]],
             scores=scores[i, chosen[i]],
             labels=labels[i, chosen[i]],
-            names=[class_names[label] for label in labels[i, chosen[i]]],
-            masks=rles[i],
+            rles=rles[i],
         )
         for i, original in enumerate(originals)
     ]

@@ -26,11 +26,13 @@ from rfdetr.inference.detections import (
     draw_masks,
     make_predictions,
 )
-from rfdetr.inference.visualise import class_colours, draw, side_by_side
+from rfdetr.inference.originals import Original
+from rfdetr.inference.visualise import MIN_SIDE, draw, picture_colours, side_by_side
 from rfdetr.masks import to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator, counting
 from rfdetr.models.detector import Detector
 from rfdetr.placement import Placement
+from rfdetr.settings import PredictionSettings
 
 DRAW_THRESHOLD = 0.5  # the lowest score that is drawn in pictures
 
@@ -64,6 +66,7 @@ class SplitEvaluator:
         """masks: score a whole model's masks as well as its boxes."""
         self.loader = loader
         self.split: CocoSplit = loader.dataset.split
+        self.table = table
         self.runner = DetectionRunner(table, precision)
         self.precision = precision
         self.masks = masks
@@ -163,10 +166,16 @@ class SplitEvaluator:
     def _picture(self, detections: Detections, head: AnyMaskHead | None) -> Image.Image:
         """Ground truth at the left, the detections in this one image at the right."""
         record = self.split.images[detections.indices[0]]
-        class_names = self.split.class_names
         image = load_image(record)
+        original = Original(record.height, record.width, pixels=image)
         (prediction,) = make_predictions(
-            detections, [image], DRAW_THRESHOLD, head, class_names, self.precision
+            detections,
+            [original],
+            DRAW_THRESHOLD,
+            head,
+            self.table,
+            self.precision,
+            nms=PredictionSettings.nms,
         )
         true_masks = None
         if head is not None:
@@ -174,8 +183,8 @@ class SplitEvaluator:
                 shape and to_rle(shape, record.height, record.width)
                 for shape in record.segmentations
             ]
-        true_names = [class_names[label] for label in record.labels]
-        colours = class_colours(class_names)
-        truth = draw(image, record.boxes, true_names, None, true_masks, colours)
-        picture = prediction.without_duplicates().picture(class_names)
+        true_names = [self.split.class_names[label] for label in record.labels]
+        colours = picture_colours(self.split.class_names)
+        truth = draw(image, record.boxes, true_names, None, true_masks, colours, MIN_SIDE)
+        picture = prediction.picture(MIN_SIDE)
         return side_by_side(truth, picture, ("ground truth", "prediction"))

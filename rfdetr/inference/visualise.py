@@ -13,15 +13,16 @@ from pycocotools import mask as mask_api
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # xyxy
 
-MIN_SIDE = 512  # pixels: smaller images are enlarged before drawing, else no text fits
+MIN_SIDE = 512  # pixels: of pictures to look at; on smaller ones hardly any text fits
 # pixels: up to here shapes are drawn at twice the size and shrunk, which smooths their edges
 SMOOTH_SIDE = 1600
-MASK_OPACITY = 0.38
-OUTLINE_OPACITY = 0.51  # of a box around a mask; a box alone is opaque
+MASK_OPACITY = 0.38  # on white; down to a third of it on black, where a tint hides what there is
+LINES = 400  # a line's width times this is the picture's long side,
+MIN_LINE = 1.5  # pixels, but it is no thinner
 FAR = 1e7  # pixels: farther corners, infinite ones among them, are taken for this far
 MAX_LETTERS = 60  # of a class name
-MANY = 12  # objects; with more of them a long name is written once for each class
-MAX_HIDDEN = 1 / 3  # of an object: labels hide no more of it
+MANY = 12  # objects; with more of them, or one class, a long name is written once for each class
+MAX_HIDDEN = 0.15  # of an object: labels hide no more of it
 BACKGROUND = (24, 26, 31)
 TITLE_COLOUR = (235, 235, 235)
 BLACK = (0, 0, 0)
@@ -66,6 +67,24 @@ def class_colours(names: list[str]) -> dict[str, Colour]:
     return dict(zip(names, colours))
 
 
+def picture_colours(names: list[str]) -> dict[str, Colour] | None:
+    """What `draw` takes for all classes of a model; of a single one, objects are told apart."""
+    return class_colours(names) if len(names) > 1 else None
+
+
+def object_colours(boxes: np.ndarray) -> list[Colour]:
+    """A colour for each box (n, 4) xyxy: where colours repeat, it is far away."""
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    nearest = np.full((len(PALETTE), len(boxes)), np.inf)  # of a colour, from each box
+    colours = []
+    for i, centre in enumerate(centres):
+        chosen = int(nearest[:, i].argmax())
+        distances = np.hypot(*(centres - centre).T)
+        nearest[chosen] = np.minimum(nearest[chosen], distances)
+        colours.append(PALETTE[chosen])
+    return colours
+
+
 def draw(
     image: np.ndarray,
     boxes: np.ndarray,
@@ -73,60 +92,74 @@ def draw(
     scores: list[float] | None = None,
     masks: list[dict | None] | None = None,
     colours: dict[str, Colour] | None = None,
+    min_side: int = 1,
 ) -> Image.Image:
     """Draw n objects on a copy of an image, the large ones first.
 
-    image (H, W, 3) uint8 RGB; boxes (n, 4) xyxy in its pixels; names n class names; scores n, or
-    None for ground truth; masks n compressed RLEs of H x W, or None in place of one or of all;
-    colours class name -> RGB, other classes get one by their name. Objects whose box has a NaN are
-    left out. The picture's long side is MIN_SIDE or more: smaller images are enlarged.
+    image (H, W, 3) uint8 RGB; boxes (n, 4) xyxy in its pixels, drawn where there is no mask; names
+    n class names; scores n, or None for ground truth; masks n compressed RLEs of H x W, or None in
+    place of one or of all; colours class name -> RGB, other classes get one by their name; None: a
+    colour for each object. Objects whose box has a NaN are left out. The picture has the image's
+    size, or is enlarged until its long side is min_side.
     """
-    scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
+    scale = max(1.0, min_side / max(image.shape[:2]))
     width = max(1, round(image.shape[1] * scale))
     height = max(1, round(image.shape[0] * scale))
     picture = Image.fromarray(np.ascontiguousarray(image))
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
 
-    objects = []
-    for i, box in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
-        if np.isnan(box).any():
-            continue
-        colour = (colours or {}).get(names[i]) or _colour_of(names[i])
-        objects.append(
-            DrawnObject(
-                box=box.clip(-FAR, FAR) * scale,
-                name=names[i],
-                score=None if scores is None else scores[i],
-                mask=masks[i] if masks else None,
-                colour=colour,
-            )
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    drawable = np.flatnonzero(~np.isnan(boxes).any(axis=1))
+    boxes = boxes.clip(-FAR, FAR) * scale
+    if colours is None:
+        chosen_colours = object_colours(boxes[drawable])
+    else:
+        chosen_colours = [colours.get(names[i]) or _colour_of(names[i]) for i in drawable]
+    objects = [
+        DrawnObject(
+            box=boxes[i],
+            name=names[i],
+            score=None if scores is None else scores[i],
+            mask=masks[i] if masks else None,
+            colour=colour,
         )
-    outline_opacity = OUTLINE_OPACITY if masks else 1.0
-    shapes = _draw_shapes(objects, width, height, scale, outline_opacity)
+        for i, colour in zip(drawable, chosen_colours)
+    ]
+    shapes = _draw_shapes(objects, width, height, scale)
+    shapes.putalpha(_clearer_on_dark(shapes, picture))
     picture = Image.alpha_composite(picture.convert("RGBA"), shapes).convert("RGB")
     _write_labels(picture, objects)
     return picture
 
 
-def _draw_shapes(
-    objects: list[DrawnObject], width: int, height: int, scale: float, outline_opacity: float
-) -> Image.Image:
+def _clearer_on_dark(shapes: Image.Image, picture: Image.Image) -> Image.Image:
+    """The alpha channel of shapes on a picture, lower where both are: translucent and dark."""
+    alpha = np.asarray(shapes.getchannel("A"), dtype=np.float32) / 255
+    darkness = 1 - np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    return Image.fromarray((255 * alpha * (1 - darkness * (1 - alpha))).round().astype(np.uint8))
+
+
+def _draw_shapes(objects: list[DrawnObject], width: int, height: int, scale: float) -> Image.Image:
     """Boxes and masks on a transparent picture of width x height, `scale` times the image."""
     smooth = 2 if max(width, height) <= SMOOTH_SIDE else 1
-    line = max(1, round(smooth * max(width, height) / 350))
+    line = round(smooth * max(MIN_LINE, max(width, height) / LINES))
     large_first = sorted(objects, key=lambda one: -_area(one.box))
     canvas = Image.new("RGBA", (width * smooth, height * smooth), (0, 0, 0, 0))
     pen = ImageDraw.Draw(canvas)
     last_pixel = np.tile(canvas.size, 2) - 1
     for one in large_first:
         x1, y1, x2, y2 = np.clip(one.box * smooth, 0, last_pixel)
-        if x2 > x1 and y2 > y1:
-            _outline(pen, (x1, y1, x2, y2), line, (*one.colour, round(255 * outline_opacity)))
+        if x2 > x1 and y2 > y1 and not _has_mask(one):
+            _outline(pen, (x1, y1, x2, y2), line, (*one.colour, 255))
     pixels = np.array(canvas)
     for one in large_first:
-        if one.mask:
+        if _has_mask(one):
             _paint_mask(pixels, one.mask, one.colour, scale * smooth, line)
     return Image.fromarray(pixels).reduce(smooth)
+
+
+def _has_mask(one: DrawnObject) -> bool:
+    return bool(one.mask) and mask_api.area(one.mask) > 0
 
 
 def _area(box: np.ndarray) -> float:
@@ -167,11 +200,10 @@ def one_line(name: str) -> str:
 def _paint_mask(pixels: np.ndarray, rle: dict, colour: Colour, scale: float, line: int) -> None:
     """Fill a mask into pixels (H * scale, W * scale, 4) RGBA, opaque along its border.
 
-    rle: a mask of H x W; line: the border's width in `pixels`.
+    rle: a mask of H x W, not empty; line: the border's width in `pixels`.
     """
     left, top, width, height = mask_api.toBbox(rle).astype(int)
-    if not width:
-        return
+    line = max(1, min(line, int(min(width, height) * scale) // 4))  # an inside is left
     mask = mask_api.decode(rle)[top : top + height, left : left + width]
     # one empty pixel around: masks that touch the picture's edge get a border there too
     mask = np.pad(mask, 1)
@@ -200,8 +232,9 @@ def _write_labels(picture: Image.Image, objects: list[DrawnObject]) -> None:
     """
     if not objects:
         return
-    crowded = len(objects) > MANY
-    font = ImageFont.load_default(size=max(12, max(picture.size) / (52 if crowded else 44)))
+    is_one_class = len({one.name for one in objects}) == 1
+    crowded = len(objects) > MANY or is_one_class
+    font = ImageFont.load_default(size=max(10, max(picture.size) / (52 if crowded else 44)))
     pad = round(font.size / 4)
     height = font.size * 1.1 + pad
     pen = ImageDraw.Draw(picture)
@@ -210,10 +243,11 @@ def _write_labels(picture: Image.Image, objects: list[DrawnObject]) -> None:
     named = set()
     for one in _best_first(objects):
         box_width = one.box[2] - one.box[0]
-        for text in one.labels:
+        is_repeated = crowded and one.name in named
+        texts = one.labels[1:] if is_repeated and is_one_class else one.labels
+        for text in texts:
             width = pen.textlength(text, font=font) + 2 * pad
-            is_repeated = crowded and one.name in named
-            if not text or (is_repeated and width > 1.5 * box_width):
+            if not text or (is_repeated and not is_one_class and width > 1.5 * box_width):
                 continue
             label = _free_rectangle(one.box, width, height, picture.size, labels, boxes)
             if label is None:

@@ -1,0 +1,178 @@
+"""What predict() takes as images, as pixels: files, folders, PIL images, arrays, tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rfdetr.console import UserError
+from rfdetr.data.image_files import is_regular_file
+from rfdetr.data.images import oriented, read_pixels, to_8_bit, to_rgb_array
+
+ImageInput = str | Path | Image.Image | np.ndarray | Tensor
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
+
+
+@dataclass(frozen=True)
+class Original:
+    """An image of height x width pixels that was looked at; one from a file is read again.
+
+    pixels: (H, W, 3) uint8 RGB, or None; turn: as in `read_image`.
+    """
+
+    height: int
+    width: int
+    pixels: np.ndarray | None = None
+    path: Path | None = None
+    turn: bool = True
+
+    @classmethod
+    def of(cls, image: ImageInput, pixels: np.ndarray, turn: bool) -> Original:
+        """What to keep of an image with these pixels: a file's name in place of its pixels."""
+        height, width = pixels.shape[:2]
+        if isinstance(image, (str, Path)):
+            return cls(height, width, path=Path(image), turn=turn)
+        return cls(height, width, pixels=pixels)
+
+    def read(self) -> np.ndarray:
+        """The pixels.  Raises UserError where the file has gone or changed its size."""
+        if self.pixels is not None:
+            return self.pixels
+        pixels = read_image(self.path, self.turn)
+        if pixels.shape[:2] != (self.height, self.width):
+            raise UserError(
+                f"{self.path} was {self.width}x{self.height} pixels when it was predicted, and is "
+                f"{pixels.shape[1]}x{pixels.shape[0]} now: predict again"
+            )
+        return pixels
+
+
+def split_up(images: object) -> list | None:
+    """The images of a list, a folder or a batch (B, ...), or None for what is one image.
+
+    Raises UserError for a folder without images.
+    """
+    if isinstance(images, (list, tuple, Iterator)):
+        return list(images)
+    if isinstance(images, (np.ndarray, Tensor)):
+        return list(images) if images.ndim == 4 else None
+    if isinstance(images, (str, Path)) and os.path.isdir(images):
+        files = sorted(file for file in Path(images).iterdir() if is_regular_file(file))
+        files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not files:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(f"{images}: no images in this folder ({suffixes})")
+        return files
+    return None
+
+
+def flatten(images: object) -> list:
+    """Single images in their order, from lists, folders and batches of any depth."""
+    several = split_up(images)
+    if several is None:
+        return [images]
+    return [single for item in several for single in flatten(item)]
+
+
+def read_image(image: ImageInput, turn: bool = True) -> np.ndarray:
+    """Any accepted image as (H, W, 3) uint8 RGB; turn: make it upright by its EXIF orientation.
+
+    Raises UserError for what is no image or cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        return read_pixels(_checked_file(image), turn)
+    if isinstance(image, Tensor):
+        return _from_array(_channels_last(image))
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        try:
+            return to_rgb_array(oriented(image, turn))
+        except Exception as error:  # as in read_pixels: opened files are decoded only here
+            raise UserError(f"the PIL image cannot be read as an image: {error}") from error
+    raise UserError(
+        "an image must be a path, a PIL image, an array or a tensor, this one is a "
+        f"{type(image).__name__}"
+    )
+
+
+def _checked_file(path: str | Path) -> str | Path:
+    """The path itself.  Raises UserError for what is not there, or no plain file."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has made one slash of two
+        raise UserError(f"{path} is a URL: download it first, and give the file")
+    if not os.path.exists(path):
+        raise UserError(
+            f"{path}: cannot be read as an image: there is no such file (looked from {os.getcwd()})"
+        )
+    if not is_regular_file(path):
+        raise UserError(f"{path} is not an image file, but a folder, pipe, socket or device")
+    return path
+
+
+def _channels_last(tensor: Tensor) -> np.ndarray:
+    """A tensor (C, H, W) or (H, W) on any device as an array (H, W, C) or (H, W)."""
+    if tensor.ndim == 3:
+        if tensor.shape[0] not in CHANNELS:
+            advice = ""
+            if tensor.shape[2] in CHANNELS:
+                advice = ". Give tensor.permute(2, 0, 1)"
+            raise UserError(
+                "an image tensor must be (C, H, W) with 1, 3 or 4 channels, this one is "
+                f"{tuple(tensor.shape)}{advice}"
+            )
+        tensor = tensor.permute(1, 2, 0)
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # which numpy has not
+        tensor = tensor.float()
+    return tensor.numpy()
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    """Gray (H, W), or (H, W, C) with 1, 3 or 4 channels -> a new array (H, W, 3) uint8 RGB."""
+    is_gray = array.ndim == 2
+    if not array.size or not (is_gray or array.ndim == 3 and array.shape[2] in CHANNELS):
+        advice = ""
+        if array.ndim == 3 and array.shape[0] in CHANNELS:
+            advice = ". Give array.transpose(1, 2, 0)"
+        raise UserError(
+            "an image array must be gray (H, W), RGB (H, W, 3) or RGBA (H, W, 4), this one is "
+            f"{array.shape}{advice}"
+        )
+    pixels = _to_bytes(array)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    return to_rgb_array(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _to_bytes(array: np.ndarray) -> np.ndarray:
+    """An image array of any accepted type as uint8 of the same shape; 16 bits as files are read."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array * np.uint8(255)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        rows = np.ascontiguousarray(array, np.uint16).reshape(len(array), -1)
+        return to_8_bit(Image.fromarray(rows)).reshape(array.shape)
+    if array.dtype.kind != "f":
+        raise UserError(
+            "an image array must be uint8, uint16, or float in 0..1, this one is "
+            f"{array.dtype}. Where its values are 0..255, give image.astype('uint8')"
+        )
+    low = array.min()
+    high = array.max()
+    if not (low >= 0 and high <= 1):  # never true of NaN
+        raise UserError(
+            f"a float image must lie in 0..1, this one reaches from {low:.4g} to {high:.4g}. Where "
+            "it is 0..255, divide it by 255; give it before it is normalised"
+        )
+    return (array * 255.0).round().astype(np.uint8)

@@ -1,0 +1,223 @@
+"""What was detected in one image: to look at, to choose from, and to hand on in other formats."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as mask_api
+from torchvision.ops import batched_nms, nms
+
+from rfdetr.classes import ClassTable
+from rfdetr.console import UserError
+from rfdetr.inference.originals import Original
+from rfdetr.inference.visualise import draw, picture_colours
+from rfdetr.masks import to_polygons
+from rfdetr.settings import PredictionSettings
+
+if TYPE_CHECKING:
+    import supervision
+
+# The IoU above which boxes of two classes are one object, where that within a class is lower. Real
+# objects of two classes may lie in each other, a cell and its nucleus; they hardly coincide.
+ACROSS_CLASSES = 0.85
+NAMED_CLASSES = 5  # in a Prediction's repr
+
+
+@dataclass(frozen=True, eq=False)
+class DetectedObject:
+    """One of a Prediction's: box (4,) xyxy in pixels, score 0..1, rle as COCO, None without."""
+
+    box: np.ndarray
+    score: float
+    label: int
+    name: str
+    rle: dict | None
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """(H, W) bool, made anew each time; None without a mask head."""
+        return None if self.rle is None else mask_api.decode(self.rle).astype(bool)
+
+    def __repr__(self) -> str:
+        box = ", ".join(f"{value:.0f}" for value in self.box)
+        return f"DetectedObject({self.name} {self.score:.2f}, box {box})"
+
+
+@dataclass(repr=False, eq=False)
+class Prediction:
+    """The n detections in one image, best first.
+
+    boxes (n, 4) xyxy in pixels of the image; scores (n,) 0..1; labels (n,) in the checkpoint's
+    class order, which `table` has; rles: n masks as COCO RLE dicts of the image's size, or None
+    without a mask head. An index gives one object; a slice, numbers or booleans a Prediction.
+    """
+
+    original: Original
+    table: ClassTable
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    rles: list[dict] | None
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each object."""
+        return [self.table.names[label] for label in self.labels]
+
+    @property
+    def class_names(self) -> list[str]:
+        """All that the model knows, by label."""
+        return list(self.table.names)
+
+    @property
+    def path(self) -> Path | None:
+        """The image's file; None where it was none."""
+        return self.original.path
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8 RGB; a file is read again each time."""
+        return self.original.read()
+
+    @property
+    def masks(self) -> np.ndarray | None:
+        """(n, H, W) bool, made anew each time; None without a mask head."""
+        if self.rles is None:
+            return None
+        masks = np.zeros((len(self), self.original.height, self.original.width), dtype=bool)
+        for mask, rle in zip(masks, self.rles):
+            mask[:] = mask_api.decode(rle)
+        return masks
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[DetectedObject]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(
+        self, chosen: int | slice | Sequence[int | bool] | np.ndarray
+    ) -> DetectedObject | Prediction:
+        if isinstance(chosen, (bool, np.bool_)):
+            raise TypeError(
+                "a Prediction takes no single True or False as its index. To choose by class, "
+                "compare each: prediction[[name == 'cells' for name in prediction.names]]"
+            )
+        if isinstance(chosen, (int, np.integer)):
+            return DetectedObject(
+                box=self.boxes[chosen],
+                score=float(self.scores[chosen]),
+                label=int(self.labels[chosen]),
+                name=self.table.names[self.labels[chosen]],
+                rle=None if self.rles is None else self.rles[chosen],
+            )
+        if not isinstance(chosen, slice):
+            chosen = np.asarray(chosen)
+            if not chosen.size and chosen.dtype != bool:
+                chosen = chosen.astype(int)  # an empty list makes an array of floats
+        indices = np.arange(len(self))[chosen]
+        return replace(
+            self,
+            boxes=self.boxes[indices],
+            scores=self.scores[indices],
+            labels=self.labels[indices],
+            rles=None if self.rles is None else [self.rles[i] for i in indices],
+        )
+
+    def __repr__(self) -> str:
+        counts = Counter(self.names).most_common()
+        named = ", ".join(f"{count} {name}" for name, count in counts[:NAMED_CLASSES])
+        if len(counts) > NAMED_CLASSES:
+            named += f", {len(counts) - NAMED_CLASSES} more classes"
+        objects = "1 object" if len(self) == 1 else f"{len(self)} objects"
+        parts = [f"{objects}: {named}" if named else objects]
+        parts.append(f"{self.original.width}x{self.original.height}")
+        if self.rles is not None:
+            parts.append("masks")
+        return f"Prediction({', '.join(parts)})"
+
+    def without_duplicates(self, iou: float = PredictionSettings.nms) -> Prediction:
+        """The same without the boxes that `without_overlaps` drops."""
+        return self[without_overlaps(self.boxes, self.scores, self.labels, iou)]
+
+    def polygons(self) -> list[list[np.ndarray]]:
+        """For each object its outlines, one for each of its parts: (k, 2) x, y in pixels.
+
+        Holes are filled, as COCO's polygons have none. Raises UserError without a mask head.
+        """
+        if self.rles is None:
+            raise UserError(
+                "this model has no mask head, so there are no polygons: .boxes has the boxes"
+            )
+        return [to_polygons(rle) for rle in self.rles]
+
+    def to_coco(self, image_id: int | str) -> list[dict]:
+        """The objects as COCO results: bbox xywh in pixels, segmentation as RLE where there is one.
+
+        category_id: the ids of the dataset that the checkpoint was trained on.
+        """
+        results = []
+        for i, (x1, y1, x2, y2) in enumerate(self.boxes.tolist()):
+            result = {
+                "image_id": image_id,
+                "category_id": self.table.ids[self.labels[i]],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": float(self.scores[i]),
+            }
+            if self.rles is not None:
+                result["segmentation"] = self.rles[i]
+            results.append(result)
+        return results
+
+    def to_supervision(self) -> supervision.Detections:
+        """For the package supervision: class_id are labels, data["class_name"] the names.
+
+        Raises UserError where it is not installed.
+        """
+        try:
+            import supervision  # here: no requirement of this repository
+        except ImportError as error:
+            raise UserError(
+                f"to_supervision() needs another package ({error}): pip install supervision"
+            ) from error
+        return supervision.Detections(
+            xyxy=self.boxes,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels.astype(int),
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def picture(self, min_side: int = 1) -> Image.Image:
+        """The image with all objects drawn in, of its own size.
+
+        min_side: pixels; an image whose long side is shorter is enlarged first.
+        """
+        colours = picture_colours(self.class_names)
+        scores = self.scores.tolist()
+        return draw(self.image, self.boxes, self.names, scores, self.rles, colours, min_side)
+
+
+def without_overlaps(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: float
+) -> np.ndarray:
+    """The indices, best first, of the boxes that overlap no better one of their class by > `iou`.
+
+    Nor one of any class by more than ACROSS_CLASSES, or `iou` where that is higher. boxes (n, 4)
+    xyxy, scores (n,), labels (n,); iou 0: all of them. For people to look at: DETR's figures are
+    computed without it, and the official package does none.
+    """
+    if not iou:
+        return np.arange(len(boxes))
+    boxes = torch.as_tensor(boxes).float()
+    scores = torch.as_tensor(scores).float()
+    kept = batched_nms(boxes, scores, torch.as_tensor(labels), iou)
+    kept = kept[nms(boxes[kept], scores[kept], max(iou, ACROSS_CLASSES))]
+    return kept.numpy()
