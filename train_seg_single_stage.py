@@ -14,8 +14,8 @@ check_command(SingleSettings, __doc__, __name__)
 from functools import partial
 
 from rfdetr.console import run_script
-from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import training_loader
+from rfdetr.data.mask_source import choose_masks
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
 from rfdetr.training.next_commands import predict_with
@@ -35,7 +35,7 @@ from rfdetr.weights.start import start_detector
 def main(argv: list[str] | None = None) -> None:
     settings, resumed = training_settings(SingleSettings, __doc__, argv)
     session = begin(settings, resumed)
-    require_masks(session.train)
+    session.guess_masks = choose_masks(session.train, settings.masks)
     size = session.size
     table = class_table(session, "dataset")
     model = Detector(

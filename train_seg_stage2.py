@@ -21,8 +21,8 @@ from torch import nn
 from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
 from rfdetr.console import UserError, run_script, tick, warn
-from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import SplitDataset, training_loader
+from rfdetr.data.mask_source import choose_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.files import write_json
 from rfdetr.main import begin, finish, fit, open_run
@@ -42,7 +42,7 @@ from rfdetr.weights import checkpoint
 def main(argv: list[str] | None = None) -> None:
     settings, resumed = training_settings(SegmentationSettings, __doc__, argv)
     session = begin(settings, resumed)
-    require_masks(session.train)
+    session.guess_masks = choose_masks(session.train, settings.masks)
     # a resumed run has its detector in its own state
     path = settings.output_dir if resumed else detector_file(settings)
     content = resumed or checkpoint.load(path)
@@ -207,7 +207,9 @@ def not_coco_message(rows: int, session: Session, path: Path) -> str:
 def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
     """What the detector sees of the images without augmentation, for all runs beside this one."""
     settings = session.settings
-    plain_images = SplitDataset(session.train, session.resolution, None, masks=True)
+    plain_images = SplitDataset(
+        session.train, session.resolution, None, masks=True, guess=session.guess_masks
+    )
     runs = settings.output_dir.parent if settings.output_dir else Path("runs")
     return FeatureCache(losses, plain_images, settings.cache_views, runs / "feature_cache")
 
@@ -241,6 +243,7 @@ def write_stage2_config(
         "detector_sha256": checkpoint.file_sha256(path),
         "mask_head": head_name,
         "cache": cache,
+        "guessed_masks": session.guess_masks,
         "class_names": list(session.train.class_names),
         "parameters": {"detector": count_parameters(detector), "mask_head": count_parameters(head)},
     }

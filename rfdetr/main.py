@@ -254,7 +254,7 @@ def make_keeper(
         "args": plain(session.settings),
         "left_out": train.left_out,
         "exif": train.exif,
-        "has_masks": train.mask_count > 0,
+        "guessed_masks": session.guess_masks,
         "trained_on": trained_on.unique(),
     }
     return CheckpointKeeper(

@@ -189,7 +189,19 @@ class DetectorSettings(DetectorTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationSettings(TrainingSettings):
+class MaskSettings:
+    """What both ways to train masks have in common."""
+
+    masks: str = choice(
+        "auto",
+        "given: drawn masks alone; boxes: guess the missing ones from the boxes; "
+        "auto: guess where there is none at all",
+        ("auto", "given", "boxes"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSettings(MaskSettings, TrainingSettings):
     """train_seg_stage2.py"""
 
     stage = "segmentation"
@@ -224,7 +236,7 @@ class SegmentationSettings(TrainingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SingleSettings(DetectorTraining):
+class SingleSettings(MaskSettings, DetectorTraining):
     """train_seg_single_stage.py"""
 
     stage = "single"

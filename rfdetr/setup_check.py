@@ -248,7 +248,10 @@ def say_what_is_possible(
     if masks:
         tick("Stage 2 and single stage (masks) are possible")
     else:
-        warn("Stage 2 and single stage are not possible: the annotations have no masks")
+        warn(
+            "Stage 2 and single stage (masks) will guess masks from the boxes: the annotations "
+            "have none"
+        )
     command = f"python train_detector_stage1.py --dataset {shlex.quote(str(settings.dataset))}"
     usual = ValidationSettings()
     for name in ("val_fraction", "exif", "size", "resolution", "device"):

@@ -24,8 +24,9 @@ import validate_setup
 from rfdetr.console import UserError
 from rfdetr.console import run_script as as_a_script
 from rfdetr.data.checks import check_file
-from rfdetr.data.coco import inspect_dataset, read_dataset, require_masks
+from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.faults import Problem
+from rfdetr.data.mask_source import choose_masks
 from rfdetr.data.rle import run_sums
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -427,7 +428,7 @@ def test_val_fraction_beside_a_valid_split_is_not_used(dataset):
 
 
 def test_masks_are_required_where_they_are_needed(dataset, capsys):
-    require_masks(read_dataset(dataset)["train"])
+    assert not choose_masks(read_dataset(dataset)["train"], "auto")
     assert (
         capsys.readouterr().out
         == "✓ Validated: 5/5 sample annotations contain segmentation masks\n"
@@ -440,20 +441,24 @@ def test_masks_are_required_where_they_are_needed(dataset, capsys):
     file = dataset / "train/_annotations.coco.json"
     rewrite(file, lambda data: strip(data, 2))
     train = read_dataset(dataset)["train"]
-    require_masks(train)
+    assert not choose_masks(train, "auto")
     out = capsys.readouterr().out
     assert (
         "/5 sample annotations" in out
         and "3 of 5 annotations have no mask" in out
         and train.warnings == []
     )
+    assert choose_masks(train, "boxes")
+    assert "3 of 5 annotations have no mask: masks are guessed" in capsys.readouterr().out
     assert codes(check_dataset(dataset, need_masks=True)) == {"ANN_NO_MASK": "warning"}
 
     rewrite(file, lambda data: strip(data, 0))
     with pytest.raises(
         UserError, match="^No segmentation masks found in COCO annotations: .*0 of 5 annotations"
     ):
-        require_masks(read_dataset(dataset)["train"])
+        choose_masks(read_dataset(dataset)["train"], "given")
+    assert choose_masks(read_dataset(dataset)["train"], "auto")
+    assert "5 of 5 annotations have no mask: masks are guessed" in capsys.readouterr().out
     assert check_dataset(dataset) == []
     assert codes(check_dataset(dataset, need_masks=True)) == {"MASKS_NONE": "error"}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfdetr.console import UserError, tick, warn
+from rfdetr.console import UserError, tick
 from rfdetr.data.annotation_checks import SoundAnnotation
 from rfdetr.data.checks import NOT_INSPECTED, CheckedSplit, ListedSplit, check_split, list_split
 from rfdetr.data.class_checks import class_problems
@@ -27,8 +27,6 @@ from rfdetr.data.layout import SPLITS, find_splits, read_json
 from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
-
-SAMPLED = 10  # annotations that require_masks tells of
 
 
 def read_dataset(
@@ -116,26 +114,6 @@ def inspect_dataset(
     }
     problems += [problem for split in splits.values() for problem in split.problems]
     return splits, sorted(problems, key=attrgetter("severity"))
-
-
-def require_masks(split: CocoSplit) -> None:
-    """Print how many of a few sampled annotations have masks, and warn where some lack them.
-
-    Raises UserError where all do.
-    """
-    has_mask = [mask is not None for image in split.images for mask in image.segmentations]
-    if not any(has_mask):
-        raise UserError(NO_MASKS.format(split.annotation_file, len(has_mask)))
-    count = min(SAMPLED, len(has_mask))
-    places = np.linspace(0, len(has_mask) - 1, count).astype(int)
-    with_mask = sum(has_mask[place] for place in places)
-    tick(f"Validated: {with_mask}/{count} sample annotations contain segmentation masks")
-    without = len(has_mask) - sum(has_mask)
-    if without:
-        warn(
-            f"{split.annotation_file}: {without} of {len(has_mask)} annotations have no mask: "
-            "they give no mask loss"
-        )
 
 
 # ---------------------------------------------------------------- files

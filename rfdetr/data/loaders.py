@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.augment import LEAST_SIDE, PRESETS, move_boxes, random_view
+from rfdetr.data.guess import with_guesses
 from rfdetr.data.images import load_image
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.workers import begin_worker
@@ -61,12 +62,23 @@ class SplitDataset(Dataset):
     has the reason.
     """
 
-    def __init__(self, split: CocoSplit, resolution: int, augment: str | None, masks: bool):
-        """augment: a name in augment.PRESETS, or None."""
+    def __init__(
+        self,
+        split: CocoSplit,
+        resolution: int,
+        augment: str | None,
+        masks: bool,
+        guess: bool = False,
+    ):
+        """augment: a name in augment.PRESETS, or None.  guess: masks that are missing are guessed
+        from the boxes.
+        """
         self.split = split
         self.resolution = resolution
         self.augment = augment
         self.masks = masks
+        self.guess = guess
+        self.guessed: dict[int, list] = {}  # index -> the image's masks
         self.crops = augment is not None and PRESETS[augment].crop_chance > 0
         self.cache: dict[int, Tensor] | None = None  # index -> the resized image
         if self.bytes_of_images <= RAM_CACHE_BYTES:
@@ -151,7 +163,8 @@ class SplitDataset(Dataset):
         boxes = move_boxes(record.boxes, matrix, side)
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
         relative = torch.from_numpy(boxes[kept] / side).float()
-        segmentations = [record.segmentations[i] for i in kept]
+        all_segmentations = self.segmentations(index) if self.masks else record.segmentations
+        segmentations = [all_segmentations[i] for i in kept]
         has_mask = [segmentation is not None for segmentation in segmentations]
         target = {
             "boxes": box_convert(relative, "xyxy", "cxcywh"),
@@ -165,6 +178,16 @@ class SplitDataset(Dataset):
                 if segmentation is not None:
                     rasterise(segmentation, record.height, record.width, matrix, mask)
         return target
+
+    def segmentations(self, index: int) -> list[list | dict | None]:
+        """The masks of an image's objects, guessed ones among them where that is asked for."""
+        record = self.split.images[index]
+        if not self.guess or None not in record.segmentations:
+            return record.segmentations
+        if index not in self.guessed:
+            pixels = self._resized(index).permute(1, 2, 0).numpy()
+            self.guessed[index] = with_guesses(record, pixels)
+        return self.guessed[index]
 
     def _resized(self, index: int) -> Tensor:
         if self.cache is not None and index in self.cache:
@@ -183,14 +206,23 @@ class EpochSampler(Sampler):
     """Lists of (index, augmentation seed), one list an optimizer step and rank.
 
     Each epoch is a fresh shuffle; a set with fewer than `min_steps` steps is repeated until the
-    epoch is worth it. The order depends on (seed, epoch) alone; `start_step` skips what a resumed
-    epoch has done. The incomplete last step is dropped.
+    epoch is worth it. Where there are `every_other` images (indices), every second place goes to
+    one of them. The order depends on (seed, epoch) alone; `start_step` skips what a resumed epoch
+    has done. The incomplete last step is dropped.
     """
 
     def __init__(
-        self, images: int, per_step: int, seed: int, min_steps: int, rank: int = 0, world: int = 1
+        self,
+        images: int,
+        per_step: int,
+        seed: int,
+        min_steps: int,
+        rank: int = 0,
+        world: int = 1,
+        every_other: Sequence[int] = (),
     ):
         self.images = images
+        self.every_other = torch.tensor(every_other, dtype=torch.long)
         self.per_step = per_step
         self.seed = seed
         self.rank = rank
@@ -209,14 +241,23 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         wanted = self.steps * self.per_step * self.world
-        rounds = -(-wanted // self.images)  # rounded up
-        shuffles = [torch.randperm(self.images, generator=generator) for _ in range(rounds)]
-        order = torch.cat(shuffles)[:wanted]
+        order = shuffles(self.images, wanted, generator)
+        if len(self.every_other):
+            places = order[::2]
+            chosen = shuffles(len(self.every_other), len(places), generator)
+            order[::2] = self.every_other[chosen]
         seeds = torch.randint(2**62, (wanted,), generator=generator)
         for step in range(self.start_step, self.steps):
             first = (step * self.world + self.rank) * self.per_step
             own = slice(first, first + self.per_step)
             yield list(zip(order[own].tolist(), seeds[own].tolist()))
+
+
+def shuffles(count: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """`wanted` numbers below `count`: one random order of all of them after the other."""
+    rounds = -(-wanted // count)  # rounded up
+    orders = [torch.randperm(count, generator=generator) for _ in range(rounds)]
+    return torch.cat(orders)[:wanted]
 
 
 # ---------------------------------------------------------------- loaders

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 
 from rfdetr import distributed
 from rfdetr.console import UserError, tick, warn
+from rfdetr.data import guess
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate, make_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.device import free_memory_mb
@@ -158,7 +159,9 @@ class FeatureCache:
         )
         rooms = []  # bytes of each view's place
         for image in dataset.split.images:
-            masks = sum(segmentation is not None for segmentation in image.segmentations)
+            masks = len(image.segmentations)
+            if not dataset.guess:
+                masks -= image.segmentations.count(None)
             rooms += [self.record_bytes(min(masks, size.queries))] * views
         self.offsets = np.cumsum([8 * len(rooms), *rooms])  # where each view begins, and the end
         self.bytes = int(self.offsets[-1])
@@ -186,7 +189,7 @@ class FeatureCache:
                 told_by = (image.file_name, file.st_size, file.st_mtime_ns, image.apply_exif)
                 images.update(repr(told_by).encode())
                 images.update(sample + image.boxes.tobytes() + image.labels.tobytes())
-        return {
+        key = {
             "what": "a frozen detector's features, for stage 2; the folder may be deleted",
             "format": FORMAT,
             "detector": checkpoint.fingerprint(self.objective.detector),
@@ -199,6 +202,9 @@ class FeatureCache:
             "grid, enlarge, match_iou": [GRID, ENLARGE, frozen.MATCH_IOU],
             "computed in": [str(precision.dtype), precision.device.type],
         }
+        if self.dataset.guess:
+            key["guessed masks"] = guess.VERSION
+        return key
 
     def saved(self) -> tuple[int, int, int]:
         """How many views are in the folder, their bytes, and the bytes that the others may take."""

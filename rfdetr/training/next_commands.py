@@ -14,7 +14,7 @@ from rfdetr.text import command_line, keep_flags
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
 
-DATA_FLAGS = ("dataset", "val_fraction", "exif")
+DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename")
 USUAL_DEVICE = "auto"
 
 
@@ -23,7 +23,9 @@ def flags_of(args: dict, *names: str) -> list[str]:
     words = []
     for name in names:
         value = args.get(name)
-        if value is not None and (name, value) != ("device", USUAL_DEVICE):
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}={one}" for one in value]
+        elif value is not None and (name, value) != ("device", USUAL_DEVICE):
             words += [f"--{name}", str(value)]
     return words
 
@@ -32,11 +34,7 @@ def flags_of(args: dict, *names: str) -> list[str]:
 
 
 def after_detector(session: Session, table: ClassTable, best: dict) -> str:
-    """After stage 1: the shrink of the better weights, or stage 2 where there is nothing to cut;
-    prediction where no masks can be learned.
-    """
-    if not session.train.mask_count:
-        return predict_with(session)
+    """After stage 1: the shrink of the better weights, or stage 2 where there is nothing to cut."""
     trained = session.folder / f"checkpoint_best_{best['weights']}.pth"
     if table.rows_total == len(table.names) + 1:
         return mask_training(plain(session.settings), session.resolution, trained)
@@ -83,16 +81,13 @@ def after_shrink(content: dict, shrunk: dict, file: Path) -> tuple[str, str]:
     kept = checkpoint.table_of(shrunk).names
     dropped = [name for name in checkpoint.table_of(content).names if name not in kept]
     is_official = bool(content.get("official")) or not args
-    if is_official or (not dropped and content.get("has_masks", True)):
+    if is_official or not dropped:
         args["size"] = content["size"]["name"]
         return "", mask_training(args, content["resolution"], file)
-    remark = "The training images have no masks: this detector finds boxes, stage 2 needs masks"
-    if dropped:
-        remark = (
-            f"It no longer knows {', '.join(dropped)}. Stage 2 and evaluate.py need a dataset "
-            f"whose classes are {', '.join(kept)} alone; for the one it was trained on, leave out "
-            "--keep"
-        )
+    remark = (
+        f"It no longer knows {', '.join(dropped)}. Stage 2 and evaluate.py need a dataset whose "
+        f"classes are {', '.join(kept)} alone; for the one it was trained on, leave out --keep"
+    )
     images = folder_of_images(args)
     return remark, prediction(file, images, args) if images else ""
 

@@ -14,6 +14,7 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
 from rfdetr.console import tick
 from rfdetr.data.loaders import EpochSampler, SplitDataset, evaluation_loader
+from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
@@ -42,6 +43,7 @@ class Session:
     progress: Progress
     resolution: int | None  # side of the model's input; stage 2 takes its detector's
     trained_on: Tensor | None  # content hashes of the images that its start was trained on
+    guess_masks: bool = False  # of training objects that have none
     folder: Path | None = None
     run: Run | None = None  # open on rank 0 alone
 
@@ -84,7 +86,7 @@ def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSam
     """
     settings = session.settings
     augment = session.size.recipe.augment
-    dataset = SplitDataset(session.train, session.resolution, augment, masks)
+    dataset = SplitDataset(session.train, session.resolution, augment, masks, session.guess_masks)
     sampler = EpochSampler(
         len(dataset),
         settings.effective_batch,
@@ -92,6 +94,7 @@ def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSam
         settings.min_steps,
         distributed.rank(),
         distributed.world_size(),
+        images_with_drawn_masks(session.train) if session.guess_masks else (),
     )
     if settings.fast_dev_run:
         sampler.steps = min(sampler.steps, settings.fast_dev_run)

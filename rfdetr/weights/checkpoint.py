@@ -2,9 +2,10 @@
 
 A checkpoint is a plain dict of tensors and Python values: format, stage, size (every field of
 ModelSize), resolution, classes (a ClassTable), mask_head (name or None), args, model (state dict),
-exif ("apply" or "ignore": how its images were read), has_masks (whether its training images had),
-trained_on (int64: the content hashes of its training images), and in last.pt and checkpoint.pt ema
-and training (all that --resume needs). Files of earlier versions lack exif, has_masks, trained_on.
+exif ("apply" or "ignore": how its images were read), guessed_masks (whether masks were learnt from
+guesses), trained_on (int64: the content hashes of its training images), and in last.pt and
+checkpoint.pt ema and training (all that --resume needs). Files of earlier versions lack exif,
+guessed_masks and trained_on.
 """
 
 from __future__ import annotations

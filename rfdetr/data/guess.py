@@ -1,0 +1,188 @@
+"""Masks guessed from boxes: what a mask head learns from where nobody has drawn any.
+
+An image's own colours tell its objects from their ground: pixels outside every box are ground,
+those in the ellipses inside a class's boxes are mostly that class, and a linear discriminant of
+the colours and their products separates the two. A pixel of a box then belongs to its object where
+the discriminant and the ellipse together say so, unless it lies nearer to another box's centre.
+How far a mask may go is settled by its box, whose columns and rows it must touch (the box tightness
+of Hsu et al., NeurIPS 2019; BoxInst, arXiv:2012.02310). At last its holes are filled, and of
+several pieces the largest is kept.
+
+IoU with drawn masks on training images: nuclei .86 (boxes moved by 7 %: .81), demo .91 (.88).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+
+from rfdetr.data.records import ImageRecord
+from rfdetr.masks import encode_window
+
+VERSION = 1  # of the recipe: a cache of guessed masks is of no use to another one
+
+ELLIPSE = 0.9  # of a box's half sides: inside it most pixels are the object's
+RIDGE = 0.01  # keeps the discriminant's equations solvable
+LEAST_DEVIATION = 1.0  # of a colour, in levels of 0..255: an image of one colour tells nothing
+LEAST_OBJECT = 20  # pixels of a class, and of the ground, from which colours are learnt
+LEAST_GROUND = 50
+SHAPE = 0.5  # weight of the ellipse beside the discriminant
+RIVAL = 3.0  # weight of being nearer to another box
+BIASES = (-0.6, -0.4, -0.2, 0.0, 0.2, 0.4, 0.6)
+BIAS_COST = 0.3
+
+
+def guess_masks(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, height: int, width: int
+) -> list[dict]:
+    """One guessed mask for each box, as COCO RLE of the (height, width) original.
+
+    image: uint8 (h, w, 3), the original at any size; boxes (n, 4) xyxy in pixels of the original;
+    labels (n,).
+    """
+    h, w = image.shape[:2]
+    scaled = boxes * [w / width, h / height, w / width, h / height]
+    scores = colour_scores(image, scaled, labels)
+    rles = []
+    for i, box in enumerate(boxes):
+        rows, columns = window(box, height, width)
+        evidence = sample(scores[labels[i]], rows, columns, height, width)
+        evidence += shape_evidence(i, boxes, rows, columns)
+        mask = tidy(evidence + tightest_bias(evidence) > 0)
+        rles.append(encode_window(columns.start, rows.start, mask, height, width))
+    return rles
+
+
+def with_guesses(record: ImageRecord, image: np.ndarray) -> list[list | dict]:
+    """The segmentations of an image's objects, guessed where there is none.
+
+    image: its pixels, uint8 (h, w, 3) at any size.
+    """
+    guesses = guess_masks(image, record.boxes, record.labels, record.height, record.width)
+    return [drawn or guess for drawn, guess in zip(record.segmentations, guesses)]
+
+
+def colour_scores(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> dict:
+    """For each label, how much each pixel (h, w) looks like its objects: above 0 more than like the
+    ground.
+
+    boxes (n, 4) xyxy in pixels of `image`, uint8 (h, w, 3).
+    """
+    h, w = image.shape[:2]
+    pixels = colour_products(image)  # (h*w, 10)
+    ground = np.ones((h, w), dtype=bool)
+    objects = {label: np.zeros((h, w), dtype=bool) for label in np.unique(labels)}
+    for box, label in zip(boxes, labels):
+        rows, columns = window(box, h, w)
+        ground[rows, columns] = False
+        objects[label][rows, columns] |= radius(box, rows, columns) <= ELLIPSE
+    outside = pixels[ground.ravel()]
+    scores = {}
+    for label, inside in objects.items():
+        inside = pixels[inside.ravel()]
+        weights = np.zeros(pixels.shape[1])
+        if len(inside) >= LEAST_OBJECT and len(outside) > LEAST_GROUND:
+            weights = discriminant(inside, outside)
+        scores[label] = (pixels @ weights).reshape(h, w)
+    return scores
+
+
+def colour_products(image: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3) -> (h*w, 10): 1, the standardised colours, and the products of two each."""
+    colours = image.reshape(-1, 3).astype(np.float64)
+    colours = (colours - colours.mean(0)) / np.maximum(colours.std(0), LEAST_DEVIATION)
+    first, second = np.triu_indices(3)
+    ones = np.ones((len(colours), 1))
+    return np.hstack([ones, colours, colours[:, first] * colours[:, second]])
+
+
+def discriminant(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Least squares' weights (F,) for +1 on `inside` (n, F) and -1 on `outside` (m, F), both of
+    which count the same.
+    """
+    moments = inside.T @ inside / len(inside) + outside.T @ outside / len(outside)
+    moments += RIDGE * np.eye(len(moments))
+    return np.linalg.solve(moments, inside.mean(0) - outside.mean(0))
+
+
+def window(box: np.ndarray, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of the pixels of a (height, width) image that a box xyxy touches: at least
+    one of each.
+    """
+    left, top = np.floor(box[:2]).astype(int)
+    right, bottom = np.ceil(box[2:]).astype(int)
+    left = min(max(left, 0), width - 1)
+    top = min(max(top, 0), height - 1)
+    rows = slice(top, min(max(bottom, top + 1), height))
+    columns = slice(left, min(max(right, left + 1), width))
+    return rows, columns
+
+
+def radius(box: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+    """Elliptic radius (rows, columns) of the pixels' centres: 1 on the ellipse inscribed in a box
+    xyxy.
+    """
+    x0, y0, x1, y1 = box
+    u = (np.arange(columns.start, columns.stop) + 0.5 - (x0 + x1) / 2) / (max(x1 - x0, 1e-6) / 2)
+    v = (np.arange(rows.start, rows.stop) + 0.5 - (y0 + y1) / 2) / (max(y1 - y0, 1e-6) / 2)
+    return np.hypot(u[None], v[:, None])
+
+
+def shape_evidence(i: int, boxes: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+    """What the boxes (n, 4) xyxy alone say of the pixels of box i: positive inside its ellipse, and
+    less where another box's centre is nearer.
+    """
+    own = radius(boxes[i], rows, columns)
+    evidence = SHAPE * np.clip(1 - own**2, -1, 1)
+    x0, y0, x1, y1 = boxes.T
+    left, top, right, bottom = boxes[i]
+    touching = (x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top)
+    touching[i] = False
+    for rival in boxes[touching]:
+        other = radius(rival, rows, columns)
+        evidence -= RIVAL * np.where(other < 1, np.clip(own - other, 0, 1), 0)
+    return evidence
+
+
+def tightest_bias(evidence: np.ndarray) -> float:
+    """Of BIASES, the one with which the mask (evidence + bias > 0) fits its box's sides best."""
+    columns = evidence.max(0)
+    rows = evidence.max(1)
+
+    def fit(bias: float) -> float:
+        return tightness(columns + bias > 0) + tightness(rows + bias > 0) - BIAS_COST * abs(bias)
+
+    return max(BIASES, key=fit)
+
+
+def tightness(touched: np.ndarray) -> float:
+    """Dice of the columns (or rows) of a box that a mask touches with all of them."""
+    return 2 * touched.sum() / (touched.sum() + len(touched))
+
+
+def tidy(mask: np.ndarray) -> np.ndarray:
+    """The largest piece of a mask, without holes."""
+    pieces, count = ndimage.label(mask)
+    if count > 1:
+        sizes = np.bincount(pieces.ravel())
+        mask = pieces == 1 + sizes[1:].argmax()
+    return ndimage.binary_fill_holes(mask)
+
+
+def sample(scores: np.ndarray, rows: slice, columns: slice, height: int, width: int) -> np.ndarray:
+    """scores (h, w) of the whole image, bilinear at these pixels of the (height, width) original.
+    """
+    h, w = scores.shape
+    y = (np.arange(rows.start, rows.stop) + 0.5) * h / height - 0.5
+    x = (np.arange(columns.start, columns.stop) + 0.5) * w / width - 0.5
+    y = np.clip(y, 0, h - 1)
+    x = np.clip(x, 0, w - 1)
+    y_low = np.floor(y).astype(int)
+    x_low = np.floor(x).astype(int)
+    y_high = np.minimum(y_low + 1, h - 1)
+    x_high = np.minimum(x_low + 1, w - 1)
+    x_part = x - x_low
+    y_part = (y - y_low)[:, None]
+    above = scores[y_low][:, x_low] * (1 - x_part) + scores[y_low][:, x_high] * x_part
+    below = scores[y_high][:, x_low] * (1 - x_part) + scores[y_high][:, x_high] * x_part
+    return above * (1 - y_part) + below * y_part
