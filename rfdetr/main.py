@@ -135,7 +135,7 @@ def open_run(session: Session, model: nn.Module) -> AbstractContextManager:
         progress = session.progress
         session.run = Run(folder, header, progress.epoch, settings.tensorboard, progress.step)
         write_config(session.run, settings, header["commands"])
-        describe_run(session.run, settings, header["environment"])
+        describe_run(session.run, settings, header)
         print_banner(session, model, header["environment"]["device"])
     session.folder = distributed.from_main(session.run.folder if session.run else None)
     return session.run or nullcontext()

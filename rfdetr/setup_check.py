@@ -231,8 +231,6 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
     then = "Correct and run this again, or have --fix DIR try"
     if settings.fix:
         then = "This is left to you"
-    if errors[0].code == "DATASET_LAYOUT":  # there is nothing to copy
-        then = "Correct and run this again"
     return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {then}"
 
 

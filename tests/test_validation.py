@@ -551,7 +551,7 @@ def test_validate_setup_tells_which_stages_boxes_allow(dataset, capsys):
             lambda d: [a.pop("segmentation") for a in d["annotations"]],
         )
     validate_setup.main(["--dataset", str(dataset), "--check_images", "0"])
-    assert "Stage 2 and single stage are not possible" in capsys.readouterr().out
+    assert "will guess masks from the boxes" in capsys.readouterr().out
     with pytest.raises(UserError, match="^No segmentation masks found in COCO annotations"):
         validate_setup.main(["--dataset", str(dataset), "--need_masks", "1"])
 

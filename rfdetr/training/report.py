@@ -91,10 +91,13 @@ def print_epoch(
         say(format_table(scores))
 
 
-def describe_run(run: Run, settings: TrainingSettings, environment: dict) -> None:
-    """The settings, and where and how the run was made, for TensorBoard."""
-    facts = "\n".join(f"{name}: {value}" for name, value in environment.items())
-    texts = {"config.yaml": yaml_text(settings), "environment": facts}
+def describe_run(run: Run, settings: TrainingSettings, header: dict) -> None:
+    """The settings, and where and how the run was made, for TensorBoard.
+
+    header: what metrics.json begins with.
+    """
+    facts = "\n".join(f"{name}: {value}" for name, value in header["environment"].items())
+    texts = {"config.yaml": yaml_text(settings, header["commands"]), "environment": facts}
     run.describe(plain(settings), texts)
 
 

@@ -1,0 +1,137 @@
+"""Masks guessed from boxes: as good as promised, cached, said, and never scored against."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import quick_flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from pycocotools import mask as mask_api
+
+import train_seg_stage2
+from rfdetr.data.coco import read_dataset
+from rfdetr.data.guess import guess_masks
+from rfdetr.data.loaders import EpochSampler, SplitDataset
+from rfdetr.data.mask_source import images_with_drawn_masks
+from rfdetr.data.records import CocoSplit
+from rfdetr.masks import to_rle
+
+
+def without_masks(split: CocoSplit, keep: int = 0) -> CocoSplit:
+    """The split as somebody would have it who drew masks in its first `keep` images alone."""
+    images = list(split.images[:keep])
+    for image in split.images[keep:]:
+        images.append(replace(image, segmentations=[None] * len(image.segmentations)))
+    return replace(split, images=images)
+
+
+def mean_iou(split: CocoSplit, masks: list[list]) -> float:
+    overlaps = []
+    for image, guesses in zip(split.images, masks):
+        truth = [to_rle(mask, image.height, image.width) for mask in image.segmentations]
+        for guess, true in zip(guesses, truth):
+            overlaps.append(mask_api.iou([guess], [true], [0])[0, 0])
+    return float(np.mean(overlaps))
+
+
+def test_guesses_are_near_the_drawn_masks(demo):
+    split = read_dataset(demo)["train"]
+    dataset = SplitDataset(without_masks(split), 96, None, masks=True, guess=True)
+    guesses = [dataset.segmentations(index) for index in range(len(split.images))]
+    whole_boxes = []
+    for image in split.images:
+        xywh = np.hstack([image.boxes[:, :2], image.boxes[:, 2:] - image.boxes[:, :2]])
+        rles = mask_api.frPyObjects(xywh.astype(float), image.height, image.width)
+        whole_boxes.append(rles)
+    assert mean_iou(split, guesses) > max(0.8, mean_iou(split, whole_boxes) + 0.1)
+
+
+def test_drawn_masks_stay_as_they_are(demo):
+    split = read_dataset(demo)["train"]
+    some = without_masks(split, keep=3)
+    dataset = SplitDataset(some, 64, None, masks=True, guess=True)
+    assert dataset.segmentations(1) is some.images[1].segmentations
+    mixed = next(i for i in range(3, 12) if len(split.images[i].segmentations) > 1)
+    drawn, *others = split.images[mixed].segmentations
+    some.images[mixed] = replace(split.images[mixed], segmentations=[drawn] + [None] * len(others))
+    segmentations = dataset.segmentations(mixed)
+    assert segmentations[0] is drawn and None not in segmentations
+    target = dataset[mixed, None]["target"]
+    assert target["has_mask"].all() and target["masks"].flatten(1).any(1).all()
+    assert dataset.segmentations(mixed) is segmentations  # computed once
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    image=arrays.arrays(np.uint8, st.tuples(st.integers(1, 24), st.integers(1, 24), st.just(3))),
+    corners=st.lists(st.tuples(*[st.floats(0, 1)] * 4), min_size=1, max_size=5),
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+)
+def test_any_image_and_any_boxes_give_masks_inside_the_boxes(image, corners, height, width):
+    boxes = np.array(corners)
+    boxes = np.hstack([boxes[:, :2], boxes[:, 2:]]).reshape(-1, 2, 2)
+    boxes = np.sort(boxes, axis=1).reshape(-1, 4) * [width, height, width, height]
+    labels = np.arange(len(boxes)) % 2
+    masks = guess_masks(image, boxes, labels, height, width)
+    assert len(masks) == len(boxes)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes):
+        y, x = np.nonzero(mask_api.decode(mask))
+        assert mask["size"] == [height, width]
+        if len(y):
+            assert x.min() >= min(np.floor(x0), width - 1) and x.max() < max(np.ceil(x1), 1) + 1
+            assert y.min() >= min(np.floor(y0), height - 1) and y.max() < max(np.ceil(y1), 1) + 1
+
+
+def test_every_second_image_of_a_batch_has_drawn_masks(demo):
+    split = read_dataset(demo)["train"]
+    drawn = images_with_drawn_masks(without_masks(split, keep=3))
+    assert drawn == [0, 1, 2]
+    assert images_with_drawn_masks(without_masks(split, keep=8)) == []  # most have them anyway
+    sampler = EpochSampler(12, per_step=4, seed=0, min_steps=6, every_other=drawn)
+    for step in sampler:
+        indices = [index for index, _ in step]
+        assert all(index in drawn for index in indices[::2])
+    sampler.set_epoch(0, start_step=4)
+    assert list(sampler) == list(EpochSampler(12, 4, 0, 6, every_other=drawn))[4:]
+
+
+@pytest.fixture(scope="module")
+def boxes_only(few, tmp_path_factory) -> Path:
+    """The few images without any mask, neither in train nor in valid."""
+    folder = tmp_path_factory.mktemp("data") / "boxes"
+    shutil.copytree(few, folder)
+    for file in folder.glob("*/_annotations.coco.json"):
+        content = json.loads(file.read_text())
+        for entry in content["annotations"]:
+            entry["segmentation"] = []
+        file.write_text(json.dumps(content))
+    return folder
+
+
+def test_stage_2_learns_from_boxes_alone(
+    boxes_only, few, shrunk, call, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0)  # a detector of other images
+    flags = ["--checkpoint", shrunk.folder, "--resolution", 64]
+    call(train_seg_stage2.main, *quick_flags(boxes_only), *flags)
+    said = capsys.readouterr().out
+    assert "have no mask: masks are guessed" in said
+    run = tmp_path / "runs/segmentation_tiny_64_1"
+    assert json.loads((run / "stage2_config.json").read_text())["guessed_masks"] is True
+    valid = json.loads((run / "metrics.json").read_text())["epochs"][-1]["valid"]
+    assert valid["segm"]["mAP"] is None and valid["bbox"]["mAP"] is not None
+    assert torch.load(run / "best.pt", weights_only=True)["guessed_masks"] is True
+    guessed_cache = set((tmp_path / "runs/feature_cache").iterdir())
+
+    call(train_seg_stage2.main, *quick_flags(few), *flags)  # drawn masks share no view with them
+    assert "guessed" not in capsys.readouterr().out
+    assert set((tmp_path / "runs/feature_cache").iterdir()) > guessed_cache
