@@ -249,6 +249,8 @@ def as_records(path: Path, prediction: Prediction, frame: int | None = None) -> 
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "mask": prediction.masks[i] if prediction.masks else None,
         }
+        if prediction.mask_scores is not None:
+            record["mask_score"] = prediction.mask_scores[i].item()
         if frame is not None:
             record["frame"] = frame
         records.append(record)

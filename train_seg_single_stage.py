@@ -13,6 +13,7 @@ from rfdetr.data.coco import require_masks
 from rfdetr.data.loaders import training_loader
 from rfdetr.main import begin, finish, fit, open_run, predict_command
 from rfdetr.models.detector import Detector
+from rfdetr.models.segmentation import STRIDE
 from rfdetr.settings import SingleSettings
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
@@ -23,7 +24,7 @@ from rfdetr.training.session import (
     split_evaluator,
     training_data,
 )
-from rfdetr.weights.checkpoint import make_content
+from rfdetr.weights import checkpoint
 from rfdetr.weights.start import start_detector
 
 
@@ -33,12 +34,14 @@ def main(argv: list[str] | None = None) -> None:
     require_masks(session.train)
     size = session.size
     table = class_table(session, "dataset")
+    mask_stride = checkpoint.mask_stride(resumed) if resumed else STRIDE
     model = Detector(
         size,
         table.rows_total,
         table.background_last,
         size.mask_head,
         grad_checkpoint=settings.grad_checkpoint,
+        mask_stride=mask_stride,
     ).to(session.device)
     if not resumed:
         session.trained_on = start_detector(model, table, settings, settings.init_ckpt)
@@ -58,7 +61,15 @@ def main(argv: list[str] | None = None) -> None:
     groups = parameter_groups(model, settings.lr, settings.lr_encoder, settings.weight_decay)
     trainer = make_trainer(session, model, losses, groups, sampler.steps)
     evaluator = split_evaluator(session, "valid", table, masks=True)
-    pack = partial(make_content, "single", size, session.resolution, table, size.mask_head)
+    pack = partial(
+        checkpoint.make_content,
+        "single",
+        size,
+        session.resolution,
+        table,
+        size.mask_head,
+        mask_stride=mask_stride,
+    )
 
     with open_run(session, model):
         fit(session, trainer, loader, evaluator, pack)

@@ -5,9 +5,9 @@
 
 They lie as in `dataset/`. Tissue is painted as amounts of two dyes per pixel, (h, w, 2): blue for
 nuclei, pink for the rest. They absorb light as on a stained slide (Beer-Lambert; vectors after
-Ruifrok & Johnston 2001). Image i of a split depends on (kind, seed, split, i, size) alone, so the first
-images are the same whatever the counts. The order in which random numbers are drawn is part of
-that: every draw below has its place. Lengths are in `unit`s, pixels of a 192-pixel image.
+Ruifrok & Johnston 2001). Image i of a split depends on (kind, seed, split, i, size) alone, so the
+first images are the same whatever the counts. The order in which random numbers are drawn is part
+of that: every draw below has its place. Lengths are in `unit`s, pixels of a 192-pixel image.
 """
 
 from __future__ import annotations

@@ -144,13 +144,14 @@ class DetectionRunner:
 @torch.inference_mode()
 def draw_masks(
     head: AnyMaskHead, detections: Detections, chosen: list[np.ndarray], precision: Precision
-) -> list[list[dict]]:
-    """COCO RLEs, of the original's size, of the detections chosen[i] (n,) of each image i.
+) -> list[tuple[list[dict], np.ndarray]]:
+    """Of each image i COCO RLEs, of the original's size, of the detections chosen[i] (n,), and
+    their mask scores (n,): the class score times the mask's expected IoU.
 
     Memory does not grow with the number of detections: a head draws a few at a time.
     """
     head.eval()
-    rles = []
+    drawn = []
     for i, placement in enumerate(detections.placements):
         one = detections[i : i + 1].on(precision.device)  # one image's pixel maps are large enough
         with precision.autocast():
@@ -159,8 +160,14 @@ def draw_masks(
         masks = head.paste(pixels, one.queries[0, chosen[i]], one.boxes[0, chosen[i]], placement)
         height = placement.height
         width = placement.width
-        rles.append([encode_window(left, top, mask, height, width) for left, top, mask in masks])
-    return rles
+        rles = []
+        ious = []
+        for left, top, mask, iou in masks:
+            rles.append(encode_window(left, top, mask, height, width))
+            ious.append(iou)
+        scores = one.scores[0].cpu().numpy()[chosen[i]]
+        drawn.append((rles, scores * np.array(ious, dtype=scores.dtype)))
+    return drawn
 
 
 @dataclass
@@ -169,7 +176,7 @@ class Prediction:
 
     image (H, W, 3) uint8 RGB; boxes (n, 4) xyxy in its pixels; masks n COCO RLE dicts of its size,
     or None without a mask head; scores (n,) 0..1; labels (n,) in the checkpoint's class order;
-    names n class names.
+    names n class names; mask_scores (n,) as draw_masks gives them, where there are masks.
     """
 
     image: np.ndarray
@@ -178,6 +185,7 @@ class Prediction:
     labels: np.ndarray
     names: list[str]
     masks: list[dict] | None
+    mask_scores: np.ndarray | None = None
 
     def without_duplicates(self, iou: float = 0.7) -> Prediction:
         """Leave out each box that overlaps a better one of its class by an IoU of more than `iou`.
@@ -197,6 +205,7 @@ class Prediction:
             labels=self.labels[chosen],
             names=[self.names[i] for i in chosen],
             masks=masks,
+            mask_scores=None if masks is None else self.mask_scores[chosen],
         )
 
     def picture(self, class_names: list[str]) -> Image.Image:
@@ -220,9 +229,9 @@ def make_predictions(
     scores = detections.scores.cpu().numpy()
     labels = detections.labels.cpu().numpy()
     chosen = [np.flatnonzero(of_image >= threshold) for of_image in scores]
-    rles: list = [None] * len(originals)
+    drawn: list = [(None, None)] * len(originals)
     if head is not None:
-        rles = draw_masks(head, detections, chosen, precision)
+        drawn = draw_masks(head, detections, chosen, precision)
     return [
         Prediction(
             image=original,
@@ -230,7 +239,8 @@ def make_predictions(
             scores=scores[i, chosen[i]],
             labels=labels[i, chosen[i]],
             names=[class_names[label] for label in labels[i, chosen[i]]],
-            masks=rles[i],
+            masks=drawn[i][0],
+            mask_scores=drawn[i][1],
         )
         for i, original in enumerate(originals)
     ]
