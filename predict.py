@@ -279,6 +279,8 @@ def as_records(
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "mask": prediction.rles[i] if prediction.rles else None,
         }
+        if prediction.mask_scores is not None:
+            record["mask_score"] = prediction.mask_scores[i].item()
         if frame is not None:
             record["frame"] = frame
         records.append(record)

@@ -18,6 +18,7 @@ from rfdetr.data.loaders import training_loader
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
+from rfdetr.models.segmentation import STRIDE
 from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
@@ -28,7 +29,7 @@ from rfdetr.training.session import (
     split_evaluator,
     training_data,
 )
-from rfdetr.weights.checkpoint import make_content
+from rfdetr.weights import checkpoint
 from rfdetr.weights.start import start_detector
 
 
@@ -38,12 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     session.guess_masks = choose_masks(session.train, settings.masks)
     size = session.size
     table = class_table(session, "dataset")
+    mask_stride = checkpoint.mask_stride(resumed) if resumed else STRIDE
     model = Detector(
         size,
         table.rows_total,
         table.background_last,
         size.mask_head,
         grad_checkpoint=settings.grad_checkpoint,
+        mask_stride=mask_stride,
     ).to(session.device)
     if not resumed:
         session.trained_on = start_detector(model, table, settings, settings.init_ckpt)
@@ -63,7 +66,15 @@ def main(argv: list[str] | None = None) -> None:
     groups = parameter_groups(model, settings.lr, settings.lr_encoder, settings.weight_decay)
     trainer = make_trainer(session, model, losses, groups, sampler.steps)
     evaluator = split_evaluator(session, "valid", table, masks=True)
-    pack = partial(make_content, "single", size, session.resolution, table, size.mask_head)
+    pack = partial(
+        checkpoint.make_content,
+        "single",
+        size,
+        session.resolution,
+        table,
+        size.mask_head,
+        mask_stride=mask_stride,
+    )
 
     with open_run(session, model):
         fit(session, trainer, loader, evaluator, pack)

@@ -27,7 +27,7 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.files import write_json
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
-from rfdetr.models.segmentation import MASK_HEADS
+from rfdetr.models.segmentation import MASK_HEADS, STRIDE
 from rfdetr.runs.places import detector_of_run
 from rfdetr.text import command_line, keep_flags
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache, fits_in_memory
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     head_name = mask_head_name(settings, content, path)
     detector, table = frozen_detector(session, content, path)
 
-    head = MASK_HEADS[head_name](detector.size.hidden).to(session.device)
+    stride = checkpoint.mask_stride(resumed) if resumed else STRIDE
+    head = MASK_HEADS[head_name](detector.size.hidden, stride).to(session.device)
     losses = MaskObjective(
         detector=detector,
         table=table,
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluator.keep_detections = fits_in_memory(evaluator.split, detector.size, session.resolution)
     cache = feature_cache(session, losses)
     choice = distributed.from_main(choose_cache(settings.cache, cache, settings.multi_scale))
-    pack = packer(session, detector, table, head_name)
+    pack = packer(session, detector, table, head_name, stride)
 
     with open_run(session, detector):
         tick(f"Found Stage-1 checkpoint: {path}")
@@ -215,7 +216,7 @@ def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
 
 
 def packer(
-    session: Session, detector: Detector, table: ClassTable, head_name: str
+    session: Session, detector: Detector, table: ClassTable, head_name: str, stride: int
 ) -> Callable[[dict], dict]:
     """Turns the mask head's weights into a checkpoint's content, after a look at whether the
     detector is as it was.
@@ -228,7 +229,7 @@ def packer(
         weights = detector.state_dict()
         weights |= {f"mask_head.{key}": value for key, value in head_state.items()}
         return checkpoint.make_content(
-            "segmentation", detector.size, session.resolution, table, head_name, weights
+            "segmentation", detector.size, session.resolution, table, head_name, weights, stride
         )
 
     return pack

@@ -144,7 +144,7 @@ def own_found(model, outputs: dict, images: Tensor, theirs: dict[str, Tensor]) -
             list(model.head.paste(p, own[chosen], box, placement)) for p, own, chosen, box in parts
         ]
         found["found masks"] = torch.stack(
-            [torch.stack([mask for _, _, mask in one]) for one in masks]
+            [torch.stack([mask for _, _, mask, _ in one]) for one in masks]
         )[:, :, None]
     return found
 

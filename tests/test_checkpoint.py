@@ -14,6 +14,7 @@ import torch
 
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
+from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 from rfdetr.weights import archive, checkpoint
 
@@ -318,3 +319,28 @@ def test_a_pipe_or_device_is_refused_before_it_is_opened(tmp_path):
             checkpoint.load(path)
         with pytest.raises(UserError, match=f"{path} is a pipe, a socket or a device"):
             checkpoint.load_backbone(path, 16)
+
+
+def test_mask_heads_of_earlier_versions_are_built_as_they_were(small_size, content, tmp_path):
+    """Their files name no stride: it was 4."""
+    torch.manual_seed(0)
+    old = Detector(small_size, rows=5, background=True, mask_head="nano", mask_stride=4).eval()
+    earlier = content | {"model": old.state_dict()}
+    del earlier["mask_stride"]
+    checkpoint.save(tmp_path / "old.pt", earlier)
+    model, _ = checkpoint.build_model(checkpoint.load(tmp_path / "old.pt"), groups=None)
+    features = torch.randn(1, small_size.hidden, 8, 8)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        pixels = model.mask_head.pixels(features, images)
+        assert pixels.shape[-2:] == (16, 16)
+        assert torch.equal(pixels, old.mask_head.pixels(features, images))
+    shrunk = checkpoint.shrink(checkpoint.load(tmp_path / "old.pt"), ["a", "b"])
+    assert checkpoint.mask_stride(shrunk) == 4
+    assert checkpoint.mask_stride(content) == 2
+
+
+def test_a_mask_head_of_an_unknown_stride_is_refused(content, tmp_path):
+    checkpoint.save(tmp_path / "odd.pt", content | {"mask_stride": 3})
+    with pytest.raises(UserError, match="stride"):
+        checkpoint.load(tmp_path / "odd.pt")

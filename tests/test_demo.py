@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rfdetr.console import UserError, run_script
-from rfdetr.data import demo
+from rfdetr.data import demo, demo_drawing
 
 SIZE = 192
 
@@ -126,7 +126,7 @@ def test_no_object_hides_more_than_the_limit_of_another(train):
         for one, other in combinations(masks, 2):
             shared = pycocotools.mask.area(pycocotools.mask.merge([one, other], intersect=True))
             shares.append(shared / min(pycocotools.mask.area(one), pycocotools.mask.area(other)))
-    assert max(shares) <= demo.MAX_OVERLAP + 0.02, "0.02: outlines rasterised another way"
+    assert max(shares) <= demo_drawing.MAX_OVERLAP + 0.02, "0.02: outlines rasterised another way"
     assert max(shares) > 0.1, "some objects do overlap"
 
 
@@ -190,3 +190,32 @@ def test_command_line(tmp_path, capsys):
         run_script(demo.main, [str(out)])
     assert left.value.code == 2 and "mine.txt" in capsys.readouterr().err
     assert (out / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("kind", ["thin", "hard"])
+def test_sets_to_measure_masks_on(tmp_path, kind):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        demo.main(
+            [str(tmp_path / name), "--train", "3", "--valid", "1", "--kind", kind]
+            + ["--seed", str(seed)]
+        )
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b and all(a[name] != c[name] for name in a)
+    table = annotations(tmp_path / "a" / "train")
+    names = {"thin": ["rod", "blob"], "hard": ["stone", "leaf"]}[kind]
+    assert [category["name"] for category in table["categories"]] == names
+    assert {entry["category_id"] for entry in table["annotations"]} == {1, 2}
+    for entry in table["annotations"]:
+        area = float(pycocotools.mask.area(rle(entry)))
+        outline = np.reshape(entry["segmentation"], (-1, 2))
+        around = np.hypot(*(outline - np.roll(outline, 1, axis=0)).T).sum()
+        assert abs(area - entry["area"]) <= 0.25 * around
+        if kind == "thin":
+            thickness = 2 * area / around  # of a long rod its width, of a disc half of it
+            assert 1.5 <= thickness <= 18
+
+
+def test_a_kind_that_does_not_exist_is_said(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        demo.main([str(tmp_path / "set"), "--kind", "cats"])
+    assert left.value.code == 2 and "tissue" in capsys.readouterr().err

@@ -211,6 +211,7 @@ def test_predict_on_image_folder_and_glob_gives_the_same(photos, stage2, call, c
         x, y, w, h = record["bbox"]
         assert record["score"] >= 0.3 and w > 0 and h > 0 and x < width and y < height
         assert record["mask"]["size"] == [height, width]
+        assert 0 <= record["mask_score"] <= record["score"]
         mx, my, mw, mh = mask_utils.toBbox(record["mask"])
         assert mw == 0 or (abs(mx + mw / 2 - x - w / 2) < w and abs(my + mh / 2 - y - h / 2) < h)
 

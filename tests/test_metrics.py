@@ -565,7 +565,7 @@ class BoxMasks(torch.nn.Module):
 
     def paste(self, pixels, queries, boxes, placement):
         for left, top, right, bottom in map(whole_pixels, boxes):
-            yield left, top, torch.ones(bottom - top, right - left, dtype=torch.bool)
+            yield left, top, torch.ones(bottom - top, right - left, dtype=torch.bool), 1.0
 
 
 class Trained(torch.nn.Module):
@@ -672,3 +672,32 @@ def test_the_boxes_that_are_scored_are_those_that_are_delivered(crowded, trained
     np.testing.assert_array_equal(scored[:, :2], boxes[:, :2])
     np.testing.assert_allclose(scored[:, :2] + scored[:, 2:], boxes[:, 2:], rtol=1e-12)
     assert boxes.min() >= 0 and boxes.max() <= SIDE
+
+
+def test_masks_are_ranked_by_their_own_scores_and_boxes_by_the_classes(tmp_path):
+    """Of two detections of one object the surer class has the poorer mask."""
+    whole = encode_window(10, 10, np.ones((40, 40), bool), 64, 64)
+    half = encode_window(10, 10, np.ones((40, 16), bool), 64, 64)
+    truth = {
+        "images": [{"id": 1, "height": 64, "width": 64}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 1600}
+            | {"segmentation": whole}
+        ],
+    }
+    boxes = [[10, 10, 50, 50], [10, 10, 40, 50]]
+    figures = {}
+    for name, mask_scores in (("own", [0.3, 0.7]), ("class", None)):
+        evaluator = CocoEvaluator(truth, masks=True)
+        evaluator.add(1, boxes, [0.9, 0.8], [1, 1], [half, whole], mask_scores)
+        figures[name] = evaluator.summary()
+        evaluator.save(tmp_path / name)
+    assert figures["own"]["bbox"] == figures["class"]["bbox"]
+    assert figures["own"]["mask"] == figures["class"]["mask"]
+    assert figures["own"]["segm"]["mAP"] == pytest.approx(1)
+    assert figures["class"]["segm"]["mAP"] == pytest.approx(0.5)
+    for name, kind, scores in (("own", "bbox", [0.9, 0.8]), ("own", "segm", [0.3, 0.7]),
+                               ("class", "segm", [0.9, 0.8])):  # fmt: skip
+        saved = json.loads((tmp_path / name / f"{kind}.json").read_text())
+        assert [entry["score"] for entry in saved] == scores

@@ -13,7 +13,14 @@ from rfdetr.console import UserError
 from rfdetr.models.decoder import move_boxes
 from rfdetr.models.deformable_attention import DeformableAttention
 from rfdetr.models.detector import Detector, select_detections
-from rfdetr.models.segmentation import GRID, MASK_HEADS, OfficialMaskHead, enlarged, sample_in_boxes
+from rfdetr.models.segmentation import (
+    GRID,
+    MASK_HEADS,
+    OfficialMaskHead,
+    enlarged,
+    expected_iou,
+    sample_in_boxes,
+)
 from rfdetr.placement import Placement
 from rfdetr.sizes import SIZES, Recipe, check_resolution, size_from_dict
 from rfdetr.training.optim import parameter_groups
@@ -313,7 +320,7 @@ def test_pasted_masks_agree_with_the_training_grid(name):
         pixels = head.pixels(features, images)
         grid = head.grid_logits(pixels, queries, boxes, torch.zeros(3, dtype=torch.long)) > 0
         pasted = list(head.paste(pixels[0], queries, boxes, Placement.resized(200, 300)))
-    for i, (left, top, mask) in enumerate(pasted):
+    for i, (left, top, mask, _) in enumerate(pasted):
         whole = torch.zeros(200, 300)
         whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask.float()
         again = (
@@ -435,3 +442,47 @@ def test_attention_is_fused_except_in_bf16_on_a_cpu(small_model):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             small_model(torch.randn(1, 3, 64, 64))
         assert attention.fused_attn is not enabled
+
+
+@pytest.mark.parametrize("name", list(MASK_HEADS))
+def test_masks_have_the_stride_of_their_head(name):
+    features = torch.randn(1, 96, 8, 8)
+    images = torch.randn(1, 3, 64, 64)
+    for stride in (2, 4):
+        head = MASK_HEADS[name](96, stride).eval()
+        pixels = head.pixels(features, images)
+        assert pixels.shape[-2:] == (64 // stride, 64 // stride)
+        kernels = head.kernels(torch.randn(3, 96), torch.rand(3, 4))
+        assert kernels.shape == (3, pixels.shape[1] + 6)
+    assert sum("finer" in key for key in head.state_dict()) == 0, "as earlier versions wrote it"
+
+
+def test_a_stripe_of_two_pixels_can_be_a_mask():
+    """At stride 4 two neighbouring stripes are one cell."""
+    torch.manual_seed(0)
+    head = MASK_HEADS["nano"](96)
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 2::4] = image[..., 3::4] = 1  # two dark columns, two bright ones
+    truth = image[:, 0, ::2, ::2]  # (1, 32, 32)
+    features = torch.zeros(1, 96, 8, 8)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _ in range(30):
+        logits = head.pixels(features, image).sum(1)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert ((logits > 0) == (truth > 0.5)).float().mean() > 0.95
+
+
+def test_expected_iou_is_high_where_a_mask_is_sure_of_itself():
+    sure = torch.full((20, 20), -9.0)
+    sure[5:15, 5:15] = 9.0
+    assert expected_iou(sure) > 0.99
+    assert expected_iou(sure / 9) == pytest.approx(0.731 / (1 + 3 * 0.269), abs=0.01)
+    assert expected_iou(torch.full((20, 20), -9.0)) == 0
+    assert expected_iou(torch.zeros(0, 0)) == 0
+    assert expected_iou(torch.full((4, 4), math.nan)) == 0
+    # of two independent pixels with p = .8 and .4: .8 / 1.4
+    pair = torch.logit(torch.tensor([[0.8, 0.4]]))
+    assert expected_iou(pair) == pytest.approx(0.8 / 1.4, abs=1e-4)

@@ -69,7 +69,7 @@ def head(request):
 def whole_masks(head, detections: Detections, precision) -> np.ndarray:
     """(n, H, W) bool of the first image."""
     chosen = [np.arange(detections.boxes.shape[1])]
-    (rles,) = draw_masks(head, detections, chosen, precision)
+    ((rles, _),) = draw_masks(head, detections, chosen, precision)
     return np.stack([mask_api.decode(rle) for rle in rles]).astype(bool)
 
 

@@ -28,6 +28,7 @@ from rfdetr.device import Precision
 from rfdetr.runs.metrics_file import earlier_commands
 from rfdetr.training.engine import Progress
 from rfdetr.training.keeper import check_history
+from rfdetr.weights import checkpoint
 from testkit.finished_runs import differences
 from testkit.in_process import output_of
 
@@ -595,3 +596,21 @@ def test_too_many_steps_without_a_finite_loss_end_the_run(amp, few, call, monkey
     ] == list(range(13, 23))
     for name in ("best.pt", "checkpoint_best_regular.pth", "last.pt"):
         assert all(tensor.isfinite().all() for tensor in load(folder / name)["model"].values())
+
+
+@pytest.mark.slow
+def test_a_run_of_an_earlier_version_keeps_its_masks_stride(few, call, monkeypatch):
+    call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "detector")
+    flags = [*quick_flags(few), "--output_dir", "masks"]
+    monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0)  # two steps find no object
+    with monkeypatch.context() as earlier:
+        earlier.setattr(train_seg_stage2, "STRIDE", 4)
+        call(train_seg_stage2.main, *flags, "--stage1_run", "detector", "--auto_shrink", 1)
+    for file in Path("masks").glob("*.pt"):
+        content = checkpoint.load(file)
+        del content["mask_stride"]
+        checkpoint.save(file, content)
+    call(train_seg_stage2.main, "--resume", "masks", "--epochs", 2)
+    resumed = checkpoint.load(Path("masks/last.pt"))
+    assert checkpoint.mask_stride(resumed) == 4
+    assert not any("finer" in name for name in resumed["model"])

@@ -108,8 +108,8 @@ def test_inference_gives_the_last_layers_masks_for_the_chosen_queries_alone(seg_
         )
         logits = torch.einsum("bchw,bqc->bqhw", outputs["pixels"], outputs["kernels"]) + head.bias
         whole = F.interpolate(logits, size=(50, 70), mode="bilinear")[0, chosen] > 0
-    assert [(left, top) for left, top, _ in masks] == [(0, 0)] * 2
-    assert torch.equal(torch.stack([mask for _, _, mask in masks]), whole)
+    assert [(left, top) for left, top, _, _ in masks] == [(0, 0)] * 2
+    assert torch.equal(torch.stack([mask for _, _, mask, _ in masks]), whole)
 
 
 # ---------------- costs and losses at points

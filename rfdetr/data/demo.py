@@ -1,12 +1,13 @@
 """Generated demo data: histology-like images with cells, blood vessels and glomeruli.
 
     python -m rfdetr.data.demo dataset_demo
+    python -m rfdetr.data.demo dataset_thin --kind thin    (to measure masks: demo_measuring.py)
 
 They lie as in `dataset/`. Tissue is painted as amounts of two dyes per pixel, (h, w, 2): blue for
 nuclei, pink for the rest. They absorb light as on a stained slide (Beer-Lambert; vectors after
-Ruifrok & Johnston 2001). Image i of a split depends on (seed, split, i, size) alone, so the first
-images are the same whatever the counts. The order in which random numbers are drawn is part of
-that: every draw below has its place. Lengths are in `unit`s, pixels of a 192-pixel image.
+Ruifrok & Johnston 2001). Image i of a split depends on (kind, seed, split, i, size) alone, so the
+first images are the same whatever the counts. The order in which random numbers are drawn is part
+of that: every draw below has its place. Lengths are in `unit`s, pixels of a 192-pixel image.
 """
 
 from __future__ import annotations
@@ -25,20 +26,27 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
 from rfdetr.console import UserError, run_script, tick
+from rfdetr.data.demo_drawing import (
+    FULL_TURN,
+    bent_tube,
+    describe_object,
+    direction,
+    distances_to,
+    find_place,
+    roundish,
+    smooth_noise,
+    soft_step,
+)
+from rfdetr.data.demo_measuring import HARD_NAMES, THIN_NAMES, render_hard, render_thin
 from rfdetr.data.layout import ANNOTATIONS, SPLITS
 from rfdetr.fields import MOST, number
 
 CLASS_NAMES = ("cells", "blood_vessel", "glomerulus")  # category ids 1, 2, 3
 DESCRIPTION = "rfdetr demo data"  # in "info": tells an earlier demo from somebody's own folder
 EMPTY_EVERY = 25  # one image in so many shows no object
-MAX_OVERLAP = 0.3  # of the smaller object of a pair
-MIN_INSIDE = 0.8  # of an object: what the image's border may not cut off
-TRIES = 40  # to find room for an object
 HAEMATOXYLIN = np.array((0.65, 0.70, 0.29))  # how much each dye absorbs of R, G, B
 EOSIN = np.array((0.08, 0.92, 0.36))
 PAS = np.array((0.22, 0.96, 0.14))
-MARGIN = 4  # pixels around an object in its window, for the pale cleft beside it
-FULL_TURN = 2 * np.pi
 
 
 class Shape(NamedTuple):
@@ -48,94 +56,6 @@ class Shape(NamedTuple):
     polygon: np.ndarray
     depth: np.ndarray  # (h, w) pixels from each pixel's centre to the outline, negative outside
     dyes: np.ndarray  # (h, w, 2)
-
-
-# ---------------------------------------------------------------- drawing
-
-
-def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], bumps: int) -> np.ndarray:
-    """Noise (h, w) in about -1..1: a coarse random grid, enlarged."""
-    coarse = rng.uniform(-1, 1, (bumps + 1, bumps + 1)).astype(np.float32)
-    height, width = shape
-    enlarged = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(enlarged)
-
-
-def soft_step(value: np.ndarray, width: float = 1.0) -> np.ndarray:
-    """0 where value is negative, 1 where positive, an antialiased edge `width` pixels between."""
-    return np.clip(value / width + 0.5, 0, 1)
-
-
-def direction(angle: np.ndarray) -> np.ndarray:
-    """Unit vectors (..., 2) of angles (...)."""
-    return np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-
-
-def distances_to(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Distances (n, h, w) from points (n, 2) to the pixels' centres."""
-    height, width = shape
-    points = points.astype(np.float32)[..., None]
-    x = np.arange(width, dtype=np.float32) + 0.5
-    y = np.arange(height, dtype=np.float32) + 0.5
-    dx = x - points[:, 0]
-    dy = y - points[:, 1]
-    return np.sqrt((dx**2)[:, None, :] + (dy**2)[:, :, None])
-
-
-def roundish(
-    rng: np.random.Generator, radius: float, wobble: float, vertices: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Outline (vertices, 2) and depth (h, w) of a disc with a wavy edge."""
-    waves = []
-    for count in (2, 3, 4, 5):
-        height = wobble * rng.uniform(-1, 1) / count**2
-        phase = rng.uniform(0, FULL_TURN)
-        waves.append((height, count, phase))
-
-    def radius_at(angle: np.ndarray) -> np.ndarray:
-        wave = sum(height * np.cos(count * angle + phase) for height, count, phase in waves)
-        return radius * (1 + wave)
-
-    angle = np.linspace(0, FULL_TURN, vertices, endpoint=False)
-    outline = radius_at(angle)[:, None] * direction(angle)
-    reach = math.ceil(np.abs(outline).max()) + MARGIN
-    centre = reach + rng.uniform(0, 1, 2).astype(np.float32)
-    side = int(2 * centre.max())
-    y, x = np.mgrid[:side, :side].astype(np.float32) + 0.5
-    x = x - centre[0]
-    y = y - centre[1]
-    depth = radius_at(np.arctan2(y, x)) - np.sqrt(x * x + y * y)
-    return outline + centre, depth
-
-
-def bent_tube(
-    rng: np.random.Generator, length: float, radius: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Outline (n, 2) and depth (h, w) of a tube with round ends: discs along a curved line."""
-    discs = 33
-    along = np.linspace(-0.5, 0.5, discs)
-    # radians along the tube, few enough that its sides do not cross
-    curl = min(3.0, 0.75 * length / radius)
-    heading = rng.uniform(0, FULL_TURN) + rng.uniform(-0.65, 0.65) * curl * along
-    sway = rng.uniform(0, 0.35) * curl / FULL_TURN
-    heading += sway * np.sin(FULL_TURN * (along + rng.uniform()))
-    line = np.cumsum(direction(heading), axis=0) * length / (discs - 1)
-    bulge = np.sin(FULL_TURN * (along * rng.uniform(0.7, 1.5) + rng.uniform()))
-    radii = radius * (1 + 0.12 * bulge)
-    # along one side, around the end, back along the other side, around the beginning
-    quarter = np.pi / 2
-    cap = np.linspace(-quarter, quarter, 9)
-    index = np.arange(discs)
-    angle = np.concatenate(
-        [heading - quarter, heading[-1] + cap, heading[::-1] + quarter, heading[0] + np.pi + cap]
-    )
-    at = np.concatenate([index, np.full(9, discs - 1), index[::-1], np.zeros(9, int)])
-    outline = line[at] + radii[at, None] * direction(angle)
-    origin = outline.min(axis=0) - MARGIN - rng.uniform(0, 1, 2)
-    width, height = np.ceil(outline.max(axis=0) - origin).astype(int) + MARGIN
-    distances = distances_to(line - origin, (height, width))
-    depth = (radii.astype(np.float32)[:, None, None] - distances).max(axis=0)
-    return outline - origin, depth
 
 
 # ---------------------------------------------------------------- objects
@@ -236,31 +156,11 @@ def lay(
     Returns its polygon in the image, or None where there is no room.
     """
     size = len(canvas)
-    inside = shape.depth > 0
-    height, width = inside.shape
-    for _ in range(TRIES):
-        x = int(rng.integers(-width // 3, size - width + width // 3 + 1))
-        y = int(rng.integers(-height // 3, size - height + height // 3 + 1))
-        # the part of the canvas under the window, and of the window over the canvas
-        there = np.s_[max(y, 0) : y + height, max(x, 0) : x + width]
-        here = np.s_[max(-y, 0) : size - y, max(-x, 0) : size - x]
-        visible = inside[here]
-        if np.count_nonzero(visible) < MIN_INSIDE * np.count_nonzero(inside):
-            continue
-        if any(hides_too_much(visible, mask, there) for mask in masks):
-            continue
-        mask = np.zeros((size, size), bool)
-        mask[there] = visible
-        masks.append(mask)
-        paint(canvas[there], shape.depth[here][..., None], shape.dyes[here], unit)
-        return np.clip(shape.polygon + (x, y), 0, size).round(2)
-    return None
-
-
-def hides_too_much(visible: np.ndarray, mask: np.ndarray, there: tuple[slice, slice]) -> bool:
-    """Whether an object `visible` at `there` and one with this mask share too many pixels."""
-    smaller = min(np.count_nonzero(visible), np.count_nonzero(mask))
-    return np.count_nonzero(mask[there] & visible) > MAX_OVERLAP * smaller
+    place = find_place(rng, size, masks, shape.depth > 0)
+    if place is None:
+        return None
+    paint(canvas[place.there], shape.depth[place.here][..., None], shape.dyes[place.here], unit)
+    return np.clip(shape.polygon + place.corner, 0, size).round(2)
 
 
 def paint(canvas: np.ndarray, depth: np.ndarray, dyes: np.ndarray, unit: float) -> None:
@@ -286,20 +186,6 @@ def render(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image.Imag
     return stain(rng, canvas, unit), annotations
 
 
-def describe_object(category_id: int, polygon: np.ndarray) -> dict:
-    """The COCO annotation of a polygon (n, 2)."""
-    x, y = polygon.T
-    doubled = np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))  # the shoelace formula
-    corner_and_sides = np.concatenate([polygon.min(axis=0), np.ptp(polygon, axis=0)])
-    return {
-        "category_id": category_id,
-        "bbox": corner_and_sides.round(2).tolist(),
-        "area": round(float(abs(doubled) / 2), 2),
-        "iscrowd": 0,
-        "segmentation": [polygon.ravel().tolist()],
-    }
-
-
 def stain(rng: np.random.Generator, canvas: np.ndarray, unit: float) -> Image.Image:
     """The light that passes a canvas (size, size, 2) of dyes, out of focus, uneven and noisy."""
     size = len(canvas)
@@ -321,8 +207,30 @@ def stain(rng: np.random.Generator, canvas: np.ndarray, unit: float) -> Image.Im
 # ---------------------------------------------------------------- datasets
 
 
+class Kind(NamedTuple):
+    """What a dataset shows."""
+
+    # (random generator, side in pixels, whether it shows no object) -> image and annotations
+    render: Callable[[np.random.Generator, int, bool], tuple[Image.Image, list[dict]]]
+    class_names: tuple[str, ...]  # of category ids 1, 2 ...
+    supercategory: str
+
+
+KINDS = {
+    "tissue": Kind(render, CLASS_NAMES, "tissue"),
+    "thin": Kind(render_thin, THIN_NAMES, "thin"),
+    "hard": Kind(render_hard, HARD_NAMES, "hard"),
+}
+
+
 def make_demo(
-    out: Path, train: int = 200, valid: int = 50, test: int = 0, size: int = 192, seed: int = 0
+    out: Path,
+    train: int = 200,
+    valid: int = 50,
+    test: int = 0,
+    size: int = 192,
+    seed: int = 0,
+    kind: str = "tissue",
 ) -> None:
     """Write OUT/{train,valid,test}/_annotations.coco.json and so many size x size PNGs beside each.
 
@@ -333,17 +241,17 @@ def make_demo(
     remove_earlier_demo(out)
     for number_of_split, (split, count) in enumerate(zip(SPLITS, (train, valid, test))):
         if count:
-            write_split(out / split, count, size, [seed, number_of_split])
+            write_split(out / split, count, size, [seed, number_of_split], KINDS[kind])
 
 
-def write_split(folder: Path, count: int, size: int, seed: list[int]) -> None:
+def write_split(folder: Path, count: int, size: int, seed: list[int], kind: Kind) -> None:
     """Write one split of so many images; `seed` and an image's number decide what it shows."""
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     annotations = []
     for index in range(count):
         rng = np.random.default_rng([*seed, index])
-        image, objects = render(rng, size, empty=index % EMPTY_EVERY == 5)
+        image, objects = kind.render(rng, size, index % EMPTY_EVERY == 5)
         name = f"demo_{index:05d}.png"
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
         for entry in objects:
@@ -356,8 +264,8 @@ def write_split(folder: Path, count: int, size: int, seed: list[int]) -> None:
         "images": images,
         "annotations": annotations,
         "categories": [
-            {"id": category_id, "name": name, "supercategory": "tissue"}
-            for category_id, name in enumerate(CLASS_NAMES, start=1)
+            {"id": category_id, "name": name, "supercategory": kind.supercategory}
+            for category_id, name in enumerate(kind.class_names, start=1)
         ],
     }
     (folder / ANNOTATIONS).write_text(json.dumps(content), encoding="utf-8")
@@ -421,10 +329,16 @@ def main(argv: list[str] | None = None) -> None:
         "--size", type=within(64, 2048), default=192, help="side of the images in pixels"
     )
     parser.add_argument("--seed", type=within(0), default=0)
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        default="tissue",
+        help="tissue; to measure masks: thin (rods and blobs), hard (textures on textures)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     try:
-        make_demo(args.out, args.train, args.valid, args.test, args.size, args.seed)
+        make_demo(args.out, args.train, args.valid, args.test, args.size, args.seed, args.kind)
     except OSError as error:
         raise UserError(f"Cannot write to {args.out} ({error}). Name another folder.") from error
     tick(f"Wrote {args.train} train, {args.valid} valid and {args.test} test images to {args.out}")

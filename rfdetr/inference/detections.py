@@ -143,13 +143,14 @@ class DetectionRunner:
 @torch.inference_mode()
 def draw_masks(
     head: AnyMaskHead, detections: Detections, chosen: list[np.ndarray], precision: Precision
-) -> list[list[dict]]:
-    """COCO RLEs, of the original's size, of the detections chosen[i] (n,) of each image i.
+) -> list[tuple[list[dict], np.ndarray]]:
+    """Of each image i COCO RLEs, of the original's size, of the detections chosen[i] (n,), and
+    their mask scores (n,): the class score times the mask's expected IoU.
 
     Memory does not grow with the number of detections: a head draws a few at a time.
     """
     head.eval()
-    rles = []
+    drawn = []
     for i, placement in enumerate(detections.placements):
         one = detections[i : i + 1].on(precision.device)  # one image's pixel maps are large enough
         with precision.autocast():
@@ -158,8 +159,14 @@ def draw_masks(
         masks = head.paste(pixels, one.queries[0, chosen[i]], one.boxes[0, chosen[i]], placement)
         height = placement.height
         width = placement.width
-        rles.append([encode_window(left, top, mask, height, width) for left, top, mask in masks])
-    return rles
+        rles = []
+        ious = []
+        for left, top, mask, iou in masks:
+            rles.append(encode_window(left, top, mask, height, width))
+            ious.append(iou)
+        scores = one.scores[0].cpu().numpy()[chosen[i]]
+        drawn.append((rles, scores * np.array(ious, dtype=scores.dtype)))
+    return drawn
 
 
 def make_predictions(
@@ -183,9 +190,9 @@ def make_predictions(
         sure = np.flatnonzero(scores[i] >= threshold)
         kept = without_overlaps(boxes[i][sure], scores[i, sure], labels[i, sure], nms)
         chosen.append(sure[kept])
-    rles: list = [None] * len(originals)
+    drawn: list = [(None, None)] * len(originals)
     if head is not None:
-        rles = draw_masks(head, detections, chosen, precision)
+        drawn = draw_masks(head, detections, chosen, precision)
     return [
         Prediction(
             original=original,
@@ -193,7 +200,8 @@ def make_predictions(
             boxes=boxes[i][chosen[i]],
             scores=scores[i, chosen[i]],
             labels=labels[i, chosen[i]],
-            rles=rles[i],
+            rles=drawn[i][0],
+            mask_scores=drawn[i][1],
         )
         for i, original in enumerate(originals)
     ]

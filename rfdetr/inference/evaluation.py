@@ -46,6 +46,7 @@ class ImageDetections:
     scores: np.ndarray
     labels: np.ndarray
     rles: list[dict] | None
+    mask_scores: np.ndarray | None
 
 
 class SplitEvaluator:
@@ -94,7 +95,14 @@ class SplitEvaluator:
         evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
         for of_rank in distributed.gather_objects(images):
             for image in of_rank:
-                evaluator.add(image.image_id, image.boxes, image.scores, image.labels, image.rles)
+                evaluator.add(
+                    image.image_id,
+                    image.boxes,
+                    image.scores,
+                    image.labels,
+                    image.rles,
+                    image.mask_scores,
+                )
         return evaluator
 
     def pictures(self, model: nn.Module, count: int) -> Iterator[tuple[str, Image.Image]]:
@@ -143,6 +151,7 @@ class SplitEvaluator:
                 scores=scores[i],
                 labels=labels[i],
                 rles=None,
+                mask_scores=None,
             )
             for i, index in enumerate(detections.indices)
         ]
@@ -151,16 +160,17 @@ class SplitEvaluator:
         chosen = [
             np.flatnonzero(counting(image.boxes, image.scores, image.labels)) for image in images
         ]
-        rles = draw_masks(head, detections, chosen, self.precision)
+        masks = draw_masks(head, detections, chosen, self.precision)
         return [
             ImageDetections(
                 image_id=image.image_id,
                 boxes=image.boxes[drawn],
                 scores=image.scores[drawn],
                 labels=image.labels[drawn],
-                rles=image_rles,
+                rles=rles,
+                mask_scores=mask_scores,
             )
-            for image, drawn, image_rles in zip(images, chosen, rles)
+            for image, drawn, (rles, mask_scores) in zip(images, chosen, masks)
         ]
 
     def _picture(self, detections: Detections, head: AnyMaskHead | None) -> Image.Image:

@@ -56,7 +56,8 @@ class Prediction:
 
     boxes (n, 4) xyxy in pixels of the image; scores (n,) 0..1; labels (n,) in the checkpoint's
     class order, which `table` has; rles: n masks as COCO RLE dicts of the image's size, or None
-    without a mask head. An index gives one object; a slice, numbers or booleans a Prediction.
+    without a mask head; mask_scores (n,): the score times the IoU that a mask expects of itself, where
+    there are masks. An index gives one object; a slice, numbers or booleans a Prediction.
     """
 
     original: Original
@@ -65,6 +66,7 @@ class Prediction:
     scores: np.ndarray
     labels: np.ndarray
     rles: list[dict] | None
+    mask_scores: np.ndarray | None = None
 
     @property
     def names(self) -> list[str]:
@@ -129,6 +131,7 @@ class Prediction:
             scores=self.scores[indices],
             labels=self.labels[indices],
             rles=None if self.rles is None else [self.rles[i] for i in indices],
+            mask_scores=None if self.mask_scores is None else self.mask_scores[indices],
         )
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ class DetectionTable:
     """n detections of an image or of many, with images and classes numbered from 1 on.
 
     images, scores, classes (n,); boxes (n, 4) xywh in pixels; rles: n compressed RLEs, or none
-    where no masks are scored.
+    where no masks are scored; mask_scores (n,): what ranks the masks.
     """
 
     images: Array
@@ -75,6 +75,7 @@ class DetectionTable:
     scores: Array
     classes: Array
     rles: list[dict]
+    mask_scores: Array
 
     @classmethod
     def joined(cls, tables: list[DetectionTable]) -> DetectionTable:
@@ -84,7 +85,11 @@ class DetectionTable:
             scores=np.concatenate([np.empty(0), *(table.scores for table in tables)]),
             classes=np.concatenate([np.empty(0), *(table.classes for table in tables)]),
             rles=[rle for table in tables for rle in table.rles],
+            mask_scores=np.concatenate([np.empty(0), *(table.mask_scores for table in tables)]),
         )
+
+    def ranked_by_masks(self) -> DetectionTable:
+        return replace(self, scores=self.mask_scores)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -155,17 +160,20 @@ class CocoEvaluator:
         scores: Array,
         labels: Array,
         rles: list[dict] | None = None,
+        mask_scores: Array | None = None,
     ) -> None:
         """Keep the n detections of one image; unknown images and what is not finite are left out.
 
         image_id: the dataset's; boxes (n, 4) xyxy in pixels of the original; scores (n,);
         labels (n,): the dataset's category ids; rles: n compressed RLEs of the original's size,
-        needed with `masks`. Raises ValueError for other categories, sizes or numbers of RLEs.
+        needed with `masks`; mask_scores (n,): what ranks the masks, the scores where they are not
+        given. Raises ValueError for other categories, sizes or numbers of RLEs.
         """
         if image_id not in self._images:
             return
         boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
         scores = np.asarray(scores, dtype=np.float64)
+        mask_scores = np.asarray(scores if mask_scores is None else mask_scores, dtype=np.float64)
         labels = np.asarray(labels, dtype=np.int64)
         unknown = set(labels.tolist()) - self._class_numbers.keys()
         if unknown:
@@ -186,6 +194,7 @@ class CocoEvaluator:
             scores=scores[finite],
             classes=classes[finite],
             rles=finite_rles,
+            mask_scores=mask_scores[finite],
         )
 
     def _check_sizes(self, image_id: int | str, rles: list[dict]) -> None:
@@ -202,7 +211,10 @@ class CocoEvaluator:
         """COCO results with the dataset's ids: "bbox": boxes xywh in pixels, "segm": RLEs."""
         results = []
         for image_id, table in self.detections.items():
-            shapes = table.rles if kind == "segm" else table.boxes.tolist()
+            shapes = table.boxes.tolist()
+            if kind == "segm":
+                table = table.ranked_by_masks()
+                shapes = table.rles
             for shape, score, number in zip(shapes, table.scores.tolist(), table.classes.tolist()):
                 results.append(
                     {
@@ -240,7 +252,7 @@ class CocoEvaluator:
         summary = {"bbox": self._score("bbox", table, box_areas)}
         if self.masks:
             mask_areas = np.array([mask_api.area(rle) for rle in table.rles], dtype=float)
-            summary["segm"] = self._score("segm", table, mask_areas)
+            summary["segm"] = self._score("segm", table.ranked_by_masks(), mask_areas)
             summary["mask"] = mask_overlap(
                 table.images, table.classes, table.scores, table.rles, self._true_masks
             )

@@ -26,6 +26,8 @@ GRID = 28  # samples per side inside a box
 ENLARGE = 1.15  # masks may reach a little over the predicted box
 AT_ONCE = 64  # masks whose logits are computed together: it bounds the memory of many masks
 WIDE = 128  # hidden channels from which on a head has its full width
+FINE = 8  # channels of the pixel embeddings at stride 2
+STRIDE = 2  # pixels a side of a cell of the mask logits; heads of earlier versions have 4
 
 
 def enlarged(boxes: Tensor) -> Tensor:
@@ -100,15 +102,41 @@ class PixelSampler:
         return torch.lerp(above, below, self.y_part[rows, None])
 
 
-class MaskHead(nn.Module):
-    """Pixel embeddings from features and image, and a kernel for each chosen query."""
+def expected_iou(logits: Tensor) -> float:
+    """The IoU of a mask (logits > 0) with the truth, as far as its own probabilities tell.
 
-    def __init__(self, hidden: int, trunk: int, fuse: int, pixel: int, context: int, query: int):
+    logits (h, w). The expected overlap by the expected union, each pixel on its own; 0.0 for an
+    empty mask. Ranked by it times the class score, masks have .004 to .008 more mAP; by the mean
+    probability inside times the class score .003 to .004.
+    """
+    p = logits.sigmoid().nan_to_num()  # NaN weights make an empty mask
+    inside = logits > 0
+    overlap = (p * inside).sum()
+    union = inside.sum() + p.sum() - overlap
+    return (overlap / union.clamp(min=1)).item()
+
+
+class MaskHead(nn.Module):
+    """Pixel embeddings from features and image, and a kernel for each chosen query.
+
+    Convolutions work at stride 4, where a cell still knows all of its 4x4 pixels; at the end each
+    gives the embeddings of its four cells at stride 2 (sub-pixel convolution, arXiv:1609.05158).
+
+    Measured with the nano head on frozen detectors of size tiny, mask mAP at stride 4 and 2: cell
+    nuclei .431 and .457, demo .842 and .859, rods and blobs (demo.py --kind thin) .671 and .694; a
+    training step takes 1.1 times as long. 16 channels instead of FINE (.444, .847) and 4 (.454,
+    .838) were worse, and so was a stem of two convolutions on the image at stride 2 (demo .831).
+    """
+
+    def __init__(
+        self, hidden: int, trunk: int, fuse: int, pixel: int, context: int, query: int, stride: int
+    ):
         """`hidden`: channels of the features and of the queries.
         `trunk`: 3x3 convolutions on the features, at `context` channels.
         `fuse`: 3x3 convolutions on the sum with the image's own 4x4 patches.
-        `pixel`: channels of the pixel embeddings.
+        `pixel`: channels at stride 4.
         `query`: width of the perceptron that makes a kernel.
+        `stride`: of the pixel embeddings, 2 or 4.
         """
         super().__init__()
         layers: list[nn.Module] = [conv_norm_act(hidden, context, kernel=1)]
@@ -118,18 +146,25 @@ class MaskHead(nn.Module):
             conv_norm_act(3, 48, kernel=4, stride=4), nn.Conv2d(48, pixel, kernel_size=1)
         )
         self.fuse = nn.Sequential(*(conv_norm_act(pixel, pixel) for _ in range(fuse)))
+        self.finer = nn.Identity()
+        embedding = pixel
+        if stride == 2:
+            self.finer = nn.Sequential(
+                nn.Conv2d(pixel, 4 * FINE, kernel_size=1), nn.PixelShuffle(2)
+            )
+            embedding = FINE
         self.query = nn.Sequential(
-            nn.Linear(hidden + 4, query), nn.SiLU(), nn.Linear(query, pixel + 6)
+            nn.Linear(hidden + 4, query), nn.SiLU(), nn.Linear(query, embedding + 6)
         )
 
     def pixels(self, features: Tensor, images: Tensor) -> Tensor:
-        """features (B, C, h, w), images (B, 3, H, W) normalised -> (B, P, H/4, W/4)."""
-        detail = self.detail(images)  # (B, P, H/4, W/4)
-        context = self.context(features)  # (B, P, h, w)
+        """features (B, C, h, w), images (B, 3, H, W) normalised -> (B, P, H/stride, W/stride)."""
+        detail = self.detail(images)  # (B, pixel, H/4, W/4)
+        context = self.context(features)  # (B, pixel, h, w)
         context = F.interpolate(
             context, size=detail.shape[-2:], mode="bilinear", align_corners=False
         )
-        return self.fuse(context + detail)
+        return self.finer(self.fuse(context + detail))
 
     def kernels(self, queries: Tensor, boxes: Tensor) -> Tensor:
         """queries (M, C), boxes (M, 4) cxcywh 0..1 -> (M, P + 6) fp32.
@@ -162,11 +197,12 @@ class MaskHead(nn.Module):
 
     def paste(
         self, pixels: Tensor, queries: Tensor, boxes: Tensor, placement: Placement
-    ) -> Iterator[tuple[int, int, Tensor]]:
+    ) -> Iterator[tuple[int, int, Tensor, float]]:
         """Masks of one image's chosen queries in the pixels of its original, one by one.
 
         pixels (P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1 of the input -> M x (left, top,
-        bool (bh, bw) mask of the visible part of the enlarged box); elsewhere a mask is empty.
+        bool (bh, bw) mask of the visible part of the enlarged box, its expected IoU); elsewhere a
+        mask is empty.
         """
         kernels = self.kernels(queries, boxes)
         regions = placement.to_original(enlarged(boxes.float()))
@@ -183,25 +219,26 @@ class MaskHead(nn.Module):
             v = (2 * y[rows] - y0 - y1) / (y1 - y0)
             quadratic = box_quadratic(kernel[None, -6:], u[None, None, :], v[None, :, None])[0]
             logits = sampler(one_map, rows, columns) + quadratic
-            yield columns.start, rows.start, (logits > 0).cpu()
+            yield columns.start, rows.start, (logits > 0).cpu(), expected_iou(logits)
 
 
 class MaskHeadNano(MaskHead):
     """The light head of the family, at most a quarter of the standard one."""
 
-    def __init__(self, hidden: int):
+    def __init__(self, hidden: int, stride: int = STRIDE):
         query = 128 if hidden >= WIDE else 40
-        super().__init__(hidden, trunk=0, fuse=1, pixel=32, context=32, query=query)
+        super().__init__(hidden, trunk=0, fuse=1, pixel=32, context=32, query=query, stride=stride)
 
 
 class MaskHeadStandard(MaskHead):
     """The larger head: convolutions on the features, wider pixel embeddings and kernels."""
 
-    def __init__(self, hidden: int):
+    def __init__(self, hidden: int, stride: int = STRIDE):
         if hidden >= WIDE:
-            super().__init__(hidden, trunk=2, fuse=2, pixel=64, context=128, query=256)
+            widths = {"trunk": 2, "fuse": 2, "pixel": 64, "context": 128, "query": 256}
         else:
-            super().__init__(hidden, trunk=1, fuse=2, pixel=48, context=56, query=104)
+            widths = {"trunk": 1, "fuse": 2, "pixel": 48, "context": 56, "query": 104}
+        super().__init__(hidden, **widths, stride=stride)
 
 
 MASK_HEADS = {"nano": MaskHeadNano, "standard": MaskHeadStandard}
@@ -287,14 +324,17 @@ class OfficialMaskHead(nn.Module):
 
     def paste(
         self, pixels: Tensor, queries: Tensor, boxes: Tensor, placement: Placement
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """As MaskHead.paste, but a mask is not bound to its box: it may fill what is visible."""
+    ) -> Iterator[tuple[int, int, Tensor, float]]:
+        """As MaskHead.paste, but a mask is not bound to its box: it may fill what is visible.
+
+        In place of an expected IoU comes 1.0: the package ranks masks by their class scores.
+        """
         whole = [0, 0, placement.width, placement.height]
         rows, columns = placement.visible_pixels(whole)
         sampler = PixelSampler(placement, pixels)
         for one_map in maps_in_parts(self.kernels(queries), pixels):
             logits = sampler(one_map + self.bias, rows, columns)
-            yield columns.start, rows.start, (logits > 0).cpu()
+            yield columns.start, rows.start, (logits > 0).cpu(), 1.0
 
 
 def conv_norm_act(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -3,9 +3,9 @@
 A checkpoint is a plain dict of tensors and Python values: format, stage, size (every field of
 ModelSize), resolution, classes (a ClassTable), mask_head (name or None), args, model (state dict),
 exif ("apply" or "ignore": how its images were read), guessed_masks (whether masks were learnt from
-guesses), trained_on (int64: the content hashes of its training images), and in last.pt and
-checkpoint.pt ema and training (all that --resume needs). Files of earlier versions lack exif,
-guessed_masks and trained_on.
+guesses), trained_on (int64: the content hashes of its training images), mask_stride (with a mask
+head of ours), and in last.pt and checkpoint.pt ema and training (all that --resume needs). Files of
+earlier versions lack exif, guessed_masks, trained_on and mask_stride.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rfdetr import classes
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
 from rfdetr.files import atomic_write
+from rfdetr.models import segmentation
 from rfdetr.models.detector import Detector
 from rfdetr.runs.places import find_checkpoint, require_file
 from rfdetr.settings import EXIF, STAGES
@@ -33,7 +34,9 @@ from rfdetr.weights.official import from_dinov2
 from rfdetr.weights.package import from_lightning, from_package
 
 FORMAT = 1
-MASK_HEADS = (None, "nano", "standard", "official")
+MASK_HEADS = (None, *segmentation.MASK_HEADS, "official")
+MASK_STRIDES = (2, 4)
+EARLIER_STRIDE = 4  # of mask heads whose file does not name theirs
 MOST_QUERIES = 100_000  # of all groups: more would cost all memory
 MOST_ENLARGED = 4  # times the side of a file's position grid; more has to be asked for
 
@@ -102,6 +105,8 @@ def _check(content: dict) -> None:
         raise ValueError(f"exif is neither {' nor '.join(EXIF)}")
     if content["stage"] not in STAGES or content.get("mask_head") not in MASK_HEADS:
         raise ValueError("its stage or mask head is unknown")
+    if mask_stride(content) not in MASK_STRIDES:
+        raise ValueError("its mask head's stride is unknown")
     size = size_from_dict(content["size"])
     too_many_layers = size.depth + size.decoder_layers > len(model)
     if too_many_layers or size.queries * size.recipe.group_detr > MOST_QUERIES:
@@ -196,7 +201,14 @@ def build_model(content: dict, groups: int | None = 1) -> tuple[Detector, ClassT
     """
     size = size_from_dict(content["size"])
     table = table_of(content)
-    model = Detector(size, table.rows_total, table.background_last, content["mask_head"], groups)
+    model = Detector(
+        size,
+        table.rows_total,
+        table.background_last,
+        content["mask_head"],
+        groups,
+        mask_stride=mask_stride(content),
+    )
     report = load_pretrained(model, content["model"], [])
     misshapen = [f"{name}: {reason}" for name, reason in report.skipped.items()]
     problems = report.missing + misshapen + report.unexpected
@@ -217,6 +229,11 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def mask_stride(content: dict) -> int:
+    """The stride of a checkpoint's mask head."""
+    return content.get("mask_stride", EARLIER_STRIDE)
+
+
 def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -228,9 +245,10 @@ def make_content(
     table: ClassTable,
     mask_head: str | None,
     state: dict,
+    mask_stride: int = segmentation.STRIDE,
 ) -> dict:
     """What every checkpoint of ours holds; a run adds its args."""
-    return {
+    content = {
         "format": FORMAT,
         "stage": stage,
         "size": asdict(size),
@@ -239,6 +257,9 @@ def make_content(
         "mask_head": mask_head,
         "model": state,
     }
+    if mask_head in segmentation.MASK_HEADS:
+        content["mask_stride"] = mask_stride
+    return content
 
 
 def shrink(content: dict, keep: list[str]) -> dict:
