@@ -56,8 +56,8 @@ class Prediction:
 
     boxes (n, 4) xyxy in pixels of the image; scores (n,) 0..1; labels (n,) in the checkpoint's
     class order, which `table` has; rles: n masks as COCO RLE dicts of the image's size, or None
-    without a mask head; mask_scores (n,): the score times the IoU that a mask expects of itself, where
-    there are masks. An index gives one object; a slice, numbers or booleans a Prediction.
+    without a mask head; mask_scores (n,): the score times the IoU that a mask expects of itself,
+    where there are masks. An index gives one object; a slice, numbers or booleans a Prediction.
     """
 
     original: Original
