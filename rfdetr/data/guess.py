@@ -8,7 +8,7 @@ How far a mask may go is settled by its box, whose columns and rows it must touc
 of Hsu et al., NeurIPS 2019; BoxInst, arXiv:2012.02310). At last its holes are filled, and of
 several pieces the largest is kept.
 
-IoU with drawn masks on training images: nuclei .86 (boxes moved by 7 %: .81), demo .91 (.88).
+IoU with drawn masks on training images: nuclei .88 (boxes moved by 7 %: .84), demo .94 (.88).
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from scipy import ndimage
 from rfdetr.data.records import ImageRecord
 from rfdetr.masks import encode_window
 
-VERSION = 1  # of the recipe: a cache of guessed masks is of no use to another one
+VERSION = 2  # of the recipe: a cache of guessed masks is of no use to another one
 
 ELLIPSE = 0.9  # of a box's half sides: inside it most pixels are the object's
 RIDGE = 0.01  # keeps the discriminant's equations solvable
 LEAST_DEVIATION = 1.0  # of a colour, in levels of 0..255: an image of one colour tells nothing
 LEAST_OBJECT = 20  # pixels of a class, and of the ground, from which colours are learnt
 LEAST_GROUND = 50
-SHAPE = 0.5  # weight of the ellipse beside the discriminant
+SHAPE = 0.3  # weight of the ellipse beside the discriminant
 RIVAL = 3.0  # weight of being nearer to another box
-BIASES = (-0.6, -0.4, -0.2, 0.0, 0.2, 0.4, 0.6)
-BIAS_COST = 0.3
+TIGHTNESS = 0.5  # weight of the box's sides in how far a mask goes
+LARGEST_BIAS = 0.6
+GUESSING_SIDE = 320  # pixels of the image to guess in: boundaries are lost in a smaller one
 
 
 def guess_masks(
@@ -48,7 +49,7 @@ def guess_masks(
         rows, columns = window(box, height, width)
         evidence = sample(scores[labels[i]], rows, columns, height, width)
         evidence += shape_evidence(i, boxes, rows, columns)
-        mask = tidy(evidence + tightest_bias(evidence) > 0)
+        mask = tidy(evidence + tight_bias(evidence) > 0)
         rles.append(encode_window(columns.start, rows.start, mask, height, width))
     return rles
 
@@ -144,20 +145,15 @@ def shape_evidence(i: int, boxes: np.ndarray, rows: slice, columns: slice) -> np
     return evidence
 
 
-def tightest_bias(evidence: np.ndarray) -> float:
-    """Of BIASES, the one with which the mask (evidence + bias > 0) fits its box's sides best."""
-    columns = evidence.max(0)
-    rows = evidence.max(1)
+def tight_bias(evidence: np.ndarray) -> float:
+    """What to add to a box's evidence (bh, bw) so that the mask, where it is above 0, touches the
+    box's sides.
 
-    def fit(bias: float) -> float:
-        return tightness(columns + bias > 0) + tightness(rows + bias > 0) - BIAS_COST * abs(bias)
-
-    return max(BIASES, key=fit)
-
-
-def tightness(touched: np.ndarray) -> float:
-    """Dice of the columns (or rows) of a box that a mask touches with all of them."""
-    return 2 * touched.sum() / (touched.sum() + len(touched))
+    Half of what would make it just touch the sides, whose median counts: a box may be drawn badly.
+    """
+    sides = evidence[0].max(), evidence[-1].max(), evidence[:, 0].max(), evidence[:, -1].max()
+    bias = -TIGHTNESS * np.median(sides)
+    return float(np.clip(bias, -LARGEST_BIAS, LARGEST_BIAS))
 
 
 def tidy(mask: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.augment import LEAST_SIDE, PRESETS, move_boxes, random_view
-from rfdetr.data.guess import with_guesses
+from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.workers import begin_worker
@@ -185,8 +185,9 @@ class SplitDataset(Dataset):
         if not self.guess or None not in record.segmentations:
             return record.segmentations
         if index not in self.guessed:
-            pixels = self._resized(index).permute(1, 2, 0).numpy()
-            self.guessed[index] = with_guesses(record, pixels)
+            side = max(self.resolution, GUESSING_SIDE)
+            pixels = v2.functional.resize(self._read(index), [side, side], antialias=True)
+            self.guessed[index] = with_guesses(record, pixels.permute(1, 2, 0).numpy())
         return self.guessed[index]
 
     def _resized(self, index: int) -> Tensor:
