@@ -22,6 +22,7 @@ from rfdetr.models.segmentation import STRIDE
 from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
+from rfdetr.training.report import draw_guesses
 from rfdetr.training.session import (
     adapt_encoder,
     class_table,
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     with open_run(session, model):
+        if session.run and session.guess_masks:
+            draw_guesses(session.run, dataset)
         fit(session, trainer, loader, evaluator, pack)
         finish(session, table, masks=True, next_command=predict_with(session))
 

@@ -35,6 +35,7 @@ from rfdetr.training.frozen import MaskObjective
 from rfdetr.training.next_commands import DATA_FLAGS, flags_of, predict_with
 from rfdetr.training.objective import input_sides
 from rfdetr.training.optim import parameter_group
+from rfdetr.training.report import draw_guesses
 from rfdetr.training.session import Session, make_trainer, split_evaluator, training_data
 from rfdetr.weights import checkpoint
 
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         trainable = count_parameters(head)
         tick(f"Segmentation head trainable: {trainable:,} parameters ({head_name})")
         tick(f"Feature cache: {choice.why}")
+        if session.run and session.guess_masks:
+            draw_guesses(session.run, dataset)
         if session.run and not resumed:  # then it is there, and the detector's file may be gone
             write_stage2_config(session, path, head_name, choice.where, detector, head)
         if choice.where == "off":

@@ -224,6 +224,9 @@ class SegmentationSettings(MaskSettings, TrainingSettings):
     cache_views: int = integer(OF_SIZE, "flips of each image that are cached", high=4)
     keep_cache: bool = switch(True, "on disk, for later runs")
     auto_shrink: bool = switch(False, "cut the class head here")
+    early_stopping: bool = switch(
+        True, f"stop after {EARLY_STOPPING_PATIENCE} evaluations without gain, or --patience"
+    )
 
     @property
     def loss_weights(self) -> LossWeights:

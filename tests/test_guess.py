@@ -14,6 +14,7 @@ from conftest import quick_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import Image
 from pycocotools import mask as mask_api
 
 import train_seg_stage2
@@ -126,6 +127,7 @@ def test_stage_2_learns_from_boxes_alone(
     said = capsys.readouterr().out
     assert "have no mask: masks are guessed" in said
     run = tmp_path / "runs/segmentation_tiny_64_1"
+    assert Image.open(run / "guessed_masks.png").height > 300
     assert json.loads((run / "stage2_config.json").read_text())["guessed_masks"] is True
     valid = json.loads((run / "metrics.json").read_text())["epochs"][-1]["valid"]
     assert valid["segm"]["mAP"] is None and valid["bbox"]["mAP"] is not None

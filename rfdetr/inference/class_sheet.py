@@ -34,8 +34,8 @@ SURROUNDINGS = 4  # sides of an object that its example shows
 MIN_CUT = 96  # pixels of the image that an example shows at least
 
 
-def class_sheet(split: CocoSplit) -> Image.Image:
-    """Rows for each class of a split: its name, its count and examples of its objects.
+def class_sheet(split: CocoSplit, remark: str = "") -> Image.Image:
+    """Rows for each class of a split: its name, its count, a remark and examples of its objects.
 
     An example is cut out of its image with its surroundings, so that small objects are seen too,
     and shows all annotated objects there. A row is EXAMPLES wide; few classes have more rows each.
@@ -61,7 +61,7 @@ def class_sheet(split: CocoSplit) -> Image.Image:
         x = position // classes_in_column * examples * side
         y = position % classes_in_column * class_height
         name = split.class_names[label]
-        title = f"{one_line(name)}: {split.objects_per_class[label]}"
+        title = f"{one_line(name)}: {split.objects_per_class[label]}{remark}"
         pen.text((x + GAP, y + TITLE_HEIGHT / 2), title, title_colours[name], font, "lm")
         drawn = 0
         for image, index in _spread_examples(split, label, rows * examples):

@@ -7,11 +7,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 from torch import nn
 
-from rfdetr.console import banner, say, warn
+from rfdetr.console import banner, say, tick, warn
+from rfdetr.data.loaders import SplitDataset
 from rfdetr.data.statistics import shrink_problems
+from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.progress import in_hours
@@ -22,6 +26,7 @@ from rfdetr.settings import TrainingSettings, plain, yaml_text
 from rfdetr.training.engine import Progress
 from rfdetr.training.session import Session
 
+GUESSED_IMAGES = 48  # training images that are drawn with their guessed masks
 PICTURES = 4  # images of valid, always the same
 PICTURE_TIMES = 10  # as many pictures as TensorBoard shows of a tag
 
@@ -122,6 +127,22 @@ def record_test(run: Run, scores: dict, epoch: int) -> None:
 def is_picture_due(settings: TrainingSettings, epoch: int) -> bool:
     """Whether TensorBoard gets pictures of an epoch even if it is no better: of a few in a run."""
     return settings.tensorboard and epoch % math.ceil(settings.epochs / PICTURE_TIMES) == 0
+
+
+def draw_guesses(run: Run, dataset: SplitDataset) -> None:
+    """Draw objects with the masks that were guessed for them, to be looked at before they are
+    trusted; what fails is a warning.
+    """
+    file = run.folder / "guessed_masks.png"
+    split = dataset.split
+    with run.optional(f"drawing {file}"):
+        numbers = np.linspace(0, len(split.images) - 1, GUESSED_IMAGES).astype(int)
+        images = []
+        for number in np.unique(numbers).tolist():
+            masks = dataset.segmentations(number)
+            images.append(replace(split.images[number], segmentations=masks))
+        class_sheet(replace(split, images=images), " (masks guessed)").save(file)
+    tick(f"Guessed masks to look at: {file}")
 
 
 def draw_pictures(
