@@ -18,15 +18,14 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
-from rfdetr.files import atomic_write
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
-from rfdetr.runs.folder import check_free_disk, given_run, new_run
-from rfdetr.runs.metrics_file import earlier_commands, has_test_scores
+from rfdetr.runs.folder import check_free_disk
+from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.record import Run
-from rfdetr.settings import TrainingSettings, plain, yaml_text
+from rfdetr.settings import TrainingSettings, plain
 from rfdetr.sizes import ModelSize
 from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
@@ -34,6 +33,7 @@ from rfdetr.training.health import RunHealth
 from rfdetr.training.keeper import CheckpointKeeper
 from rfdetr.training.report import (
     RunClock,
+    commands_of,
     describe_run,
     draw_pictures,
     is_picture_due,
@@ -41,9 +41,10 @@ from rfdetr.training.report import (
     print_epoch,
     record_epoch,
     record_test,
+    write_config,
 )
 from rfdetr.training.resume import changed_settings, data_digest, resumed_progress
-from rfdetr.training.session import Session, split_evaluator
+from rfdetr.training.session import Session, run_folder, split_evaluator
 from rfdetr.training.signals import StopSignals, WatchedLoader
 from rfdetr.weights import checkpoint
 
@@ -141,38 +142,6 @@ def open_run(session: Session, model: nn.Module) -> AbstractContextManager:
     return session.run or nullcontext()
 
 
-def commands_of(session: Session, command: str, folder: Path) -> list[dict]:
-    """metrics.json's "commands": those before, and this one with what it changes."""
-    earlier = []
-    changed = {}
-    if session.resumed:
-        earlier = earlier_commands(folder)
-        changed = changed_settings(session.settings, session.resumed["args"])
-    own = {
-        "command": command,
-        "when": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "first_epoch": session.progress.epoch + 1,
-        "changed": changed,
-    }
-    return [*earlier, own]
-
-
-def write_config(run: Run, settings: TrainingSettings, commands: list[dict]) -> None:
-    file = run.folder / "config.yaml"
-    with run.optional(f"writing {file}"):
-        text = yaml_text(settings, commands).encode()
-        atomic_write(file, lambda opened: opened.write(text))
-
-
-def run_folder(session: Session) -> Path:
-    settings = session.settings
-    if session.resumed:
-        return settings.output_dir
-    if settings.output_dir:
-        return given_run(settings.output_dir)
-    return new_run(Path("runs"), f"{settings.run_stem}_{settings.size}_{session.resolution}")
-
-
 # ---------------------------------------------------------------- fit
 
 
@@ -201,8 +170,7 @@ def fit(
 
     def after_step(batch, losses: dict[str, float], finite: bool) -> None:
         if curves:
-            rates = [group["lr"] for group in trainer.optimizer.param_groups]
-            curves.add(progress.step, losses, rates)
+            curves.add(progress.step, losses, trainer.rates)
         health.after_step(batch, finite)
         if keeper.minutes_since_save() > settings.save_minutes:
             keeper.save("checkpoint.pt")
@@ -215,8 +183,8 @@ def fit(
                 break
             epoch = progress.epoch + 1
             loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch)
-            batches = WatchedLoader(loader, signals)
-            record = {"epoch": epoch, "train": train_one_epoch(trainer, batches, after_step)}
+            means = train_one_epoch(trainer, WatchedLoader(loader, signals), after_step)
+            record = {"epoch": epoch, "train": means}
             health.after_epoch(record["train"])
             health.check_matches(epoch, record["train"], bool(settings.fast_dev_run))
             scores = {}

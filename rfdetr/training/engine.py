@@ -114,6 +114,11 @@ class Trainer:
     device: torch.device
     progress: Progress
 
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
 
 def train_one_epoch(
     trainer: Trainer, loader: Iterable[Batch], after_step: Callable[[Batch, dict, bool], None]

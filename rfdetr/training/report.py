@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -15,15 +16,18 @@ from torch import nn
 from rfdetr.console import banner, say, tick, warn
 from rfdetr.data.loaders import SplitDataset
 from rfdetr.data.statistics import shrink_problems
+from rfdetr.files import atomic_write
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.progress import in_hours
 from rfdetr.runs.curves import PICTURES as PICTURE_TAGS
 from rfdetr.runs.curves import best_score, score_curves, train_curves
+from rfdetr.runs.metrics_file import earlier_commands
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings, plain, yaml_text
 from rfdetr.training.engine import Progress
+from rfdetr.training.resume import changed_settings
 from rfdetr.training.session import Session
 
 GUESSED_IMAGES = 48  # training images that are drawn with their guessed masks
@@ -57,6 +61,29 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
             "the valid split is empty: there are no scores, "
             "and best.pt holds the last epoch's weights"
         )
+
+
+def commands_of(session: Session, command: str, folder: Path) -> list[dict]:
+    """metrics.json's "commands": those before, and this one with what it changes."""
+    earlier = []
+    changed = {}
+    if session.resumed:
+        earlier = earlier_commands(folder)
+        changed = changed_settings(session.settings, session.resumed["args"])
+    own = {
+        "command": command,
+        "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "first_epoch": session.progress.epoch + 1,
+        "changed": changed,
+    }
+    return [*earlier, own]
+
+
+def write_config(run: Run, settings: TrainingSettings, commands: list[dict]) -> None:
+    file = run.folder / "config.yaml"
+    with run.optional(f"writing {file}"):
+        text = yaml_text(settings, commands).encode()
+        atomic_write(file, lambda opened: opened.write(text))
 
 
 class RunClock:

@@ -19,6 +19,7 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
+from rfdetr.runs.folder import given_run, new_run
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
 from rfdetr.sizes import ModelSize
@@ -149,3 +150,13 @@ def split_evaluator(
     rank = distributed.rank()
     loader = evaluation_loader(dataset, batch, settings.workers, rank, distributed.world_size())
     return SplitEvaluator(loader, table, session.precision, masks, frozen)
+
+
+def run_folder(session: Session) -> Path:
+    """The folder that a run is resumed in, was given, or gets: the next free number."""
+    settings = session.settings
+    if session.resumed:
+        return settings.output_dir
+    if settings.output_dir:
+        return given_run(settings.output_dir)
+    return new_run(Path("runs"), f"{settings.run_stem}_{settings.size}_{session.resolution}")
