@@ -298,10 +298,8 @@ def test_stage2_names_the_classes_that_coco_has_not(coco_file, few, call):
         call(train_seg_stage2.main, *quick_flags(few), "--checkpoint", coco_file)
     text = str(error.value)
     assert "does not know cells, blood_vessel, glomerulus" in text
-    assert (
-        f"train_detector_stage1.py --size tiny --dataset {few} --pretrain_weights {coco_file}"
-        in text
-    )
+    assert f"train_detector_stage1.py --size tiny --dataset {few}" in text
+    assert f"--pretrain_weights {coco_file}\n" in text
 
 
 def test_stage2_asks_for_the_shrink_of_a_tuned_file(few, call, tmp_path):
