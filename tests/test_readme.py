@@ -38,7 +38,6 @@ SCRIPTS = {stage.script: stage for stage in STAGES.values()} | {
     "validate_setup.py": ValidationSettings,
 }
 EVERY_SCRIPT = {"help", "debug", "config", "no_amp"}
-BENCHMARKS = {"kills", "cases"}
 OTHERS = {  # of torchrun and tensorboard
     "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown_timeout",
     "logdir", "samples_per_plugin",
@@ -90,7 +89,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_exists(page):
-    known = set().union(*map(flags_of, SCRIPTS), flags_of("quickstart.py"), OTHERS, BENCHMARKS)
+    known = set().union(*map(flags_of, SCRIPTS), flags_of("quickstart.py"), OTHERS)
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text("utf-8")))
     assert named <= known
 
@@ -187,7 +186,7 @@ def test_the_commands_of_the_readme(call, capsys, tmp_path):
 def run_small(line: str, call, capsys) -> str:
     """What a command prints when it is made small; nothing for those that are not run here."""
     python, *words = shlex.split(line)
-    if python == "git" or words[0] == "quickstart.py" or "nano" in words:
+    if python in ("git", "cd") or words[0] == "quickstart.py" or "nano" in words:
         return ""
     script, *flags = words[1:] if words[0] == "-m" else words
     capsys.readouterr()
