@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     pack = packer(session, detector, table, head_name, stride)
 
     with open_run(session, detector):
-        tick(f"Found Stage-1 checkpoint: {path}")
+        if not resumed:
+            tick(f"Found Stage-1 checkpoint: {path}")
         if rows_in_file != table.rows_total:
             kept = ", ".join(table.names)
             tick(f"Class head cut from {rows_in_file} rows to {kept} and background")

@@ -131,6 +131,7 @@ def test_stage_2_learns_from_boxes_alone(
     assert json.loads((run / "stage2_config.json").read_text())["guessed_masks"] is True
     valid = json.loads((run / "metrics.json").read_text())["epochs"][-1]["valid"]
     assert valid["segm"]["mAP"] is None and valid["bbox"]["mAP"] is not None
+    assert valid["mask"] == {"giou": None, "ciou": None, "dice": None}
     assert torch.load(run / "best.pt", weights_only=True)["guessed_masks"] is True
     guessed_cache = set((tmp_path / "runs/feature_cache").iterdir())
 

@@ -17,8 +17,8 @@ PLACES_NAMED = 3  # in its sentence
 PLACE_LENGTH = 200  # characters
 NO_MASKS = (
     "No segmentation masks found in COCO annotations: {}: 0 of {} annotations have a usable "
-    "segmentation. Stage 2 and single-stage training need polygons or RLE: export the dataset "
-    "with masks. Stage 1 works on boxes alone."
+    "segmentation. Export the dataset with masks (polygons or RLE). Without --masks given, stage 2 "
+    "and single-stage training guess masks from the boxes; stage 1 works on boxes alone."
 )
 
 
