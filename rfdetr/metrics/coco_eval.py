@@ -254,7 +254,7 @@ class CocoEvaluator:
             mask_areas = np.array([mask_api.area(rle) for rle in table.rles], dtype=float)
             summary["segm"] = self._score("segm", table.ranked_by_masks(), mask_areas)
             summary["mask"] = dict.fromkeys(("giou", "ciou", "dice"))
-            if self._true_masks:
+            if not all(mask["iscrowd"] for mask in self._true_masks):
                 summary["mask"] = mask_overlap(
                     table.images, table.classes, table.scores, table.rles, self._true_masks
                 )
