@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rfdetr import distributed
 from rfdetr.console import UserError
@@ -63,6 +63,20 @@ def _best_device() -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "cpu"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. Nothing waits for the copy: a GPU reads pinned memory."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def copied_by_next_wait(tensor: Tensor) -> Tensor:
+    """A copy on the CPU. Of a GPU's tensor it must not be read before the next wait for the GPU."""
+    return tensor.to("cpu", non_blocking=tensor.device.type == "cuda")
 
 
 def fused_attention_pays(device: torch.device) -> bool:

@@ -50,7 +50,13 @@ class Batch:
         return [target["index"] for target in self.targets]
 
     def pin_memory(self) -> Batch:
-        return Batch(self.images.pin_memory(), self.targets, self.unread)
+        """With images and masks where a GPU reads them by itself; the rest is small."""
+        targets = []
+        for target in self.targets:
+            if "masks" in target:
+                target = target | {"masks": target["masks"].pin_memory()}
+            targets.append(target)
+        return Batch(self.images.pin_memory(), targets, self.unread)
 
 
 class SplitDataset(Dataset):

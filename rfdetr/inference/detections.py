@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, warn
 from rfdetr.data.augment import to_model_input
-from rfdetr.device import Precision, unless_out_of_memory
+from rfdetr.device import Precision, copied_by_next_wait, to_device, unless_out_of_memory
 from rfdetr.inference.originals import Original
 from rfdetr.inference.prediction import Prediction, without_overlaps
 from rfdetr.masks import encode_window
@@ -22,6 +22,7 @@ from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
 from rfdetr.placement import Placement
 
+PIXELS_AT_ONCE = 1 << 26  # of masks on their way from a GPU to the CPU
 AnyMaskHead = MaskHead | OfficialMaskHead
 
 
@@ -30,8 +31,8 @@ class Detections:
     """The detections in a batch of B images, best first, and what a mask head draws them from.
 
     indices: B positions in the split; placements: where each of the B images lies in its original;
-    scores, labels (B, k); boxes (B, k, 4) cxcywh 0..1 of the image; queries (B, k, C);
-    features (B, C, h, w); images uint8 (B, 3, R, R).
+    on the CPU scores, labels (B, k) and boxes (B, k, 4) cxcywh 0..1 of the image; where they were
+    computed queries (B, k, C) and features (B, C, h, w); images uint8 (B, 3, R, R).
     """
 
     indices: list[int]
@@ -56,16 +57,16 @@ class Detections:
         )
 
     def on(self, device: torch.device) -> Detections:
-        """The same with all tensors on `device`."""
+        """The same with what masks are drawn from on `device`."""
         return Detections(
             indices=self.indices,
             placements=self.placements,
-            scores=self.scores.to(device),
-            labels=self.labels.to(device),
-            boxes=self.boxes.to(device),
-            queries=self.queries.to(device),
-            features=self.features.to(device),
-            images=self.images.to(device),
+            scores=self.scores,
+            labels=self.labels,
+            boxes=self.boxes,
+            queries=to_device(self.queries, device),
+            features=to_device(self.features, device),
+            images=to_device(self.images, device),
         )
 
     def boxes_in_original(self, i: int) -> np.ndarray:
@@ -74,7 +75,7 @@ class Detections:
         The same boxes are scored, saved and delivered; the official package clips its boxes, too.
         """
         placement = self.placements[i]
-        boxes = cxcywh_to_xyxy(self.boxes[i].float().cpu())
+        boxes = cxcywh_to_xyxy(self.boxes[i].float())
         return placement.clip(placement.to_original(boxes)).numpy()
 
 
@@ -118,6 +119,9 @@ class DetectionRunner:
         )
         queries = outputs["queries"]  # (B, Q, C)
         chosen = chosen[..., None].expand(-1, -1, queries.shape[-1])  # (B, k, C)
+        labels = copied_by_next_wait(labels)
+        boxes = copied_by_next_wait(boxes)
+        scores = scores.cpu()  # the one CPU-GPU sync point
         return Detections(
             indices=indices,
             placements=placements,
@@ -155,11 +159,40 @@ def draw_masks(
         with precision.autocast():
             images = to_model_input(one.images, precision.device)
             pixels = head.pixels(one.features, images)[0]
-        masks = head.paste(pixels, one.queries[0, chosen[i]], one.boxes[0, chosen[i]], placement)
+        drawn = torch.from_numpy(chosen[i])
+        queries = one.queries[0, to_device(drawn, precision.device)]
+        masks = head.paste(pixels, queries, one.boxes[0, drawn], placement)
         height = placement.height
         width = placement.width
-        rles.append([encode_window(left, top, mask, height, width) for left, top, mask in masks])
+        rles.append(
+            [encode_window(left, top, mask, height, width) for left, top, mask in on_cpu(masks)]
+        )
     return rles
+
+
+def on_cpu(masks: Iterable[tuple[int, int, Tensor]]) -> Iterator[tuple[int, int, Tensor]]:
+    """The same masks on the CPU, which waits for a GPU once in so many pixels, not for each."""
+    waiting: list[tuple[int, int, Tensor]] = []
+    pixels = 0
+    for left, top, mask in masks:
+        if mask.device.type == "cpu":
+            yield left, top, mask
+            continue
+        waiting.append((left, top, mask))
+        pixels += mask.numel()
+        if pixels > PIXELS_AT_ONCE:
+            yield from _brought_together(waiting)
+            waiting = []
+            pixels = 0
+    if waiting:
+        yield from _brought_together(waiting)
+
+
+def _brought_together(masks: list[tuple[int, int, Tensor]]) -> Iterator[tuple[int, int, Tensor]]:
+    flat = torch.cat([mask.flatten() for _, _, mask in masks]).cpu()
+    parts = flat.split([mask.numel() for _, _, mask in masks])
+    for (left, top, mask), part in zip(masks, parts):
+        yield left, top, part.view(mask.shape)
 
 
 def make_predictions(
@@ -175,8 +208,8 @@ def make_predictions(
 
     There are masks where there is a `head`. nms: as in `without_overlaps`, 0 for none.
     """
-    scores = detections.scores.cpu().numpy()
-    labels = detections.labels.cpu().numpy()
+    scores = detections.scores.numpy()
+    labels = detections.labels.numpy()
     boxes = [detections.boxes_in_original(i) for i in range(len(originals))]
     chosen = []
     for i in range(len(originals)):
