@@ -283,7 +283,12 @@ def training_loader(
 
 
 def evaluation_loader(
-    dataset: SplitDataset, batch: int, workers: int, rank: int = 0, world: int = 1
+    dataset: SplitDataset,
+    batch: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+    pin: bool = False,
 ) -> DataLoader:
     """The split in order, without augmentation, every `world`-th image of it.
 
@@ -291,7 +296,14 @@ def evaluation_loader(
     """
     keys = [(index, None) for index in range(rank, len(dataset), world)]
     batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
-    return make_loader(dataset, batches, workers, collate_fn=collate_without_stand_ins)
+    return make_loader(
+        dataset,
+        batches,
+        workers,
+        collate_fn=collate_without_stand_ins,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+    )
 
 
 def make_loader(
