@@ -17,7 +17,7 @@ from rfdetr.data.layout import find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.statistics import shrink_problems
-from rfdetr.device import compile_in_place, pick_device, pick_precision
+from rfdetr.device import compile_in_place, pick_device, pick_inference_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
@@ -26,7 +26,7 @@ from rfdetr.weights import checkpoint
 
 def main(argv: list[str] | None = None) -> None:
     settings = script_settings(EvaluationSettings, __doc__, argv)
-    precision = pick_precision(settings.amp, pick_device(settings.device))
+    device = pick_device(settings.device)
     content = checkpoint.load(settings.checkpoint)
     if settings.json:
         make_place(settings.json, "--json")
@@ -37,14 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     model, table = checkpoint.build_model(content)
     where = f"{settings.dataset} ({settings.split})"
     table = table.in_order_of(split.class_names, split.category_ids, where)
-    model.to(precision.device)
+    precision = pick_inference_precision(settings.amp, device, model.size.recipe.amp)
+    model.to(device)
     if settings.compile:
-        compile_in_place(model.encoder, precision.device)
+        compile_in_place(model.encoder, device)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
     for problem in shrink_problems(split, resolution, model.size.block):
         warn(problem.message)
     dataset = SplitDataset(split, resolution, None, masks=False)
-    loader = evaluation_loader(dataset, settings.batch, settings.workers)
+    pin = device.type == "cuda"
+    loader = evaluation_loader(dataset, settings.batch, settings.workers, pin=pin)
     masks = model.head is not None and split.mask_count > 0
     evaluator = SplitEvaluator(loader, table, precision, masks)
 

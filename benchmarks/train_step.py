@@ -59,7 +59,12 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     images = torch.randint(0, 256, (batch, 3, size.resolution, size.resolution), dtype=torch.uint8)
     labels = torch.zeros(settings["objects"], dtype=torch.long)
     targets = [
-        {"boxes": some_objects(len(labels), 8)[0], "labels": labels, "index": i}
+        {
+            "boxes": some_objects(len(labels), 8)[0],
+            "labels": labels,
+            "has_mask": torch.zeros(len(labels), dtype=torch.bool),
+            "index": i,
+        }
         for i in range(batch)
     ]
     data = Batch(images, targets)

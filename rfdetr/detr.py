@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from rfdetr.console import UserError
-from rfdetr.device import pick_device, pick_precision
+from rfdetr.device import pick_device, pick_inference_precision
 from rfdetr.inference.detections import DetectionRunner, Detections, make_predictions
 from rfdetr.inference.originals import ImageInput, Original, flatten, read_image, split_up
 from rfdetr.inference.prediction import Prediction
@@ -40,7 +40,7 @@ class RFDETR:
         self,
         checkpoint: str | Path | None = None,
         device: str = "auto",
-        amp: str = "off",
+        amp: str = PredictionSettings.amp,
         resolution: int | None = None,
     ):
         """checkpoint: a file of this repository or an official one; None: the official weights of
@@ -49,7 +49,7 @@ class RFDETR:
         Raises UserError for a file that is missing, damaged or of another size, and for a side
         that does not fit.
         """
-        self.precision = pick_precision(amp, pick_device(device))
+        place = pick_device(device)
         size = SIZES.get(self.size_name)
         if checkpoint is None and size is None:
             raise UserError(
@@ -62,13 +62,18 @@ class RFDETR:
             require_size(content, size, path)
         self.resolution = input_side(content, resolution, path)
         model, self.table = build_model(content)
-        self.model = model.to(self.precision.device)
+        self.model = model.to(place)
+        self.precision = pick_inference_precision(amp, place, model.size.recipe.amp)
         self.runner = DetectionRunner(self.table, self.precision)
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str = "auto", amp: str = "off", resolution: int | None = None
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        amp: str = PredictionSettings.amp,
+        resolution: int | None = None,
     ) -> RFDETR:
         """Any checkpoint, whatever its size."""
         return RFDETR(path, device, amp, resolution)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rfdetr import distributed
 from rfdetr.console import UserError
@@ -48,6 +48,8 @@ def pick_device(name: str) -> torch.device:
         if device.type == "cuda":
             device = torch.device("cuda", device.index or distributed.local_rank())
             torch.cuda.set_device(device)
+            # what stays fp32 is multiplied in TF32, as the official package does
+            torch.set_float32_matmul_precision("high")
         torch.zeros(1, device=device).item()  # fails where it does not work; "meta" has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -63,6 +65,20 @@ def _best_device() -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "cpu"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. Nothing waits for the copy: a GPU reads pinned memory."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def copied_by_next_wait(tensor: Tensor) -> Tensor:
+    """A copy on the CPU. Of a GPU's tensor it must not be read before the next wait for the GPU."""
+    return tensor.to("cpu", non_blocking=tensor.device.type == "cuda")
 
 
 def fused_attention_pays(device: torch.device) -> bool:
@@ -112,6 +128,15 @@ def pick_precision(amp: str, device: torch.device) -> Precision:
     return Precision(device, dtypes[amp])
 
 
+def pick_inference_precision(amp: str, device: torch.device, trained_in: str) -> Precision:
+    """As pick_precision; "auto" is what the size is trained in (its recipe's amp) on a GPU, and
+    fp32 on a CPU, whose figures in bf16 are others.
+    """
+    if amp == "auto":
+        amp = "off" if device.type == "cpu" else trained_in
+    return pick_precision(amp, device)
+
+
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -134,6 +159,12 @@ def memory_mb(device: torch.device) -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if psutil.MACOS else 2**10  # bytes
     return peak * unit / 2**20
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let a GPU's peak begin with what is allocated now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def free_memory_mb() -> float:

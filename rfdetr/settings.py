@@ -300,7 +300,7 @@ class InferenceSettings:
     resolution: int | None = integer(None, "input side in pixels (default: the checkpoint's)")
     batch: int = integer(8, "images in one forward pass")
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = choice("off", "mixed precision", AMP)
+    amp: str = choice("auto", "mixed precision (auto: as in training; off on a CPU)", AMP)
     compile: bool = switch(False, "torch.compile the encoder: slow start, then fast")
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
+from rfdetr.losses import matcher
 from rfdetr.losses.criterion import class_loss, detection_losses, mask_losses
 from rfdetr.losses.matcher import match
 from rfdetr.models.detector import Detector
@@ -106,6 +109,35 @@ def test_more_objects_than_queries_match_as_many_as_there_are():
         [prediction(1, 3)], torch.zeros(5, dtype=torch.long), random_boxes(5), [5], groups=1
     )
     assert sorted(query.tolist()) == [0, 1, 2] and len(set(obj.tolist())) == 3
+
+
+@pytest.mark.parametrize("solver", ["scipy", "lapx"])
+@pytest.mark.parametrize("shape", [(6, 9, 40), (3, 12, 12), (3, 8, 5), (2, 1, 7)])
+def test_assignments_of_many_problems_cost_the_least(monkeypatch, solver, shape):
+    if solver == "scipy":
+        monkeypatch.setattr(matcher, "lapjvr_batch", None)
+    elif matcher.lapjvr_batch is None:
+        pytest.skip("lapx is not installed")
+    generator = np.random.default_rng(0)
+    for problems in (generator.normal(size=shape), generator.integers(0, 4, shape).astype(float)):
+        problems[0, 0, 0] = 1e6  # what is not finite, and many ties
+        rows, columns = matcher.cheapest(problems)
+        assert rows.shape == columns.shape == (shape[0], min(shape[1:]))
+        for problem, own_rows, own_columns in zip(problems, rows, columns):
+            assert (np.diff(own_rows) > 0).all() and len(set(own_columns)) == len(own_columns)
+            least = problem[linear_sum_assignment(problem)].sum()
+            assert problem[own_rows, own_columns].sum() == pytest.approx(least, abs=1e-6)
+
+
+def test_layers_of_different_widths_are_matched_as_each_alone():
+    torch.manual_seed(0)
+    found = [prediction(2, 12), prediction(2, 12), prediction(2, 8)]  # fewer proposals
+    rows = torch.randint(3, (5,))
+    boxes = random_boxes(5)
+    together = match(found, rows, boxes, [2, 3], groups=2)
+    for one, expected in zip(found, together):
+        (alone,) = match([one], rows, boxes, [2, 3], groups=2)
+        assert all(torch.equal(a, b) for a, b in zip(alone, expected))
 
 
 # ---------------- class, box, giou

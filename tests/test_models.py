@@ -479,10 +479,10 @@ def test_expected_iou_is_high_where_a_mask_is_sure_of_itself():
     sure = torch.full((20, 20), -9.0)
     sure[5:15, 5:15] = 9.0
     assert expected_iou(sure) > 0.99
-    assert expected_iou(sure / 9) == pytest.approx(0.731 / (1 + 3 * 0.269), abs=0.01)
+    assert expected_iou(sure / 9).item() == pytest.approx(0.731 / (1 + 3 * 0.269), abs=0.01)
     assert expected_iou(torch.full((20, 20), -9.0)) == 0
     assert expected_iou(torch.zeros(0, 0)) == 0
     assert expected_iou(torch.full((4, 4), math.nan)) == 0
     # of two independent pixels with p = .8 and .4: .8 / 1.4
     pair = torch.logit(torch.tensor([[0.8, 0.4]]))
-    assert expected_iou(pair) == pytest.approx(0.8 / 1.4, abs=1e-4)
+    assert expected_iou(pair).item() == pytest.approx(0.8 / 1.4, abs=1e-4)

@@ -20,6 +20,7 @@ from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.detr import RFDETR, RFDETRSegNano
 from rfdetr.losses.criterion import detection_losses
+from rfdetr.losses.matcher import Matches
 from rfdetr.losses.points import mask_costs, sample_matched_masks, true_at, uncertain_points
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import OfficialMaskHead
@@ -168,7 +169,7 @@ def test_logits_and_truth_are_those_of_the_matched_pairs():
     image = torch.tensor([0, 0, 1])
     query = torch.tensor([2, 0, 1])
     obj = torch.tensor([0, 1, 2])
-    logits, truth = sample_matched_masks(prediction, (image, query, obj), masks)
+    logits, truth = sample_matched_masks(prediction, Matches(image, query, obj), masks)
     torch.testing.assert_close(logits, torch.tensor([2.5, 0.5, 4.5])[:, None].expand_as(logits))
     assert truth.equal(torch.tensor([0.0, 1.0, 1.0])[:, None].expand_as(truth))
 

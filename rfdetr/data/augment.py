@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from rfdetr.device import to_device
 from rfdetr.sizes import ModelSize
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, as the official weights expect
@@ -96,8 +97,10 @@ def draw_side(sides: list[int], seed: int, step: int) -> int:
 
 def to_model_input(images: Tensor, device: torch.device, side: int | None = None) -> Tensor:
     """uint8 (B, 3, R, R) on any device -> normalised float (B, 3, side, side) on `device`."""
-    images = images.to(device, non_blocking=True).float() / 255
-    images = v2.functional.normalize(images, MEAN, STD)
+    images = to_device(images, device).float() / 255
+    # with numbers, not tensors of them, which a GPU would wait for
+    for channel, mean, std in zip(images.unbind(1), MEAN, STD):
+        channel.sub_(mean).div_(std)
     if side is not None and side != images.shape[-1]:
         images = F.interpolate(
             images, size=(side, side), mode="bilinear", align_corners=False, antialias=True

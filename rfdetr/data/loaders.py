@@ -50,7 +50,13 @@ class Batch:
         return [target["index"] for target in self.targets]
 
     def pin_memory(self) -> Batch:
-        return Batch(self.images.pin_memory(), self.targets, self.unread)
+        """With images and masks where a GPU reads them by itself; the rest is small."""
+        targets = []
+        for target in self.targets:
+            if "masks" in target:
+                target = target | {"masks": target["masks"].pin_memory()}
+            targets.append(target)
+        return Batch(self.images.pin_memory(), targets, self.unread)
 
 
 class SplitDataset(Dataset):
@@ -278,7 +284,12 @@ def training_loader(
 
 
 def evaluation_loader(
-    dataset: SplitDataset, batch: int, workers: int, rank: int = 0, world: int = 1
+    dataset: SplitDataset,
+    batch: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+    pin: bool = False,
 ) -> DataLoader:
     """The split in order, without augmentation, every `world`-th image of it.
 
@@ -286,7 +297,14 @@ def evaluation_loader(
     """
     keys = [(index, None) for index in range(rank, len(dataset), world)]
     batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
-    return make_loader(dataset, batches, workers, collate_fn=collate_without_stand_ins)
+    return make_loader(
+        dataset,
+        batches,
+        workers,
+        collate_fn=collate_without_stand_ins,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+    )
 
 
 def make_loader(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,14 +14,15 @@ from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, warn
 from rfdetr.data.augment import to_model_input
-from rfdetr.device import Precision, unless_out_of_memory
+from rfdetr.device import Precision, copied_by_next_wait, to_device, unless_out_of_memory
 from rfdetr.inference.originals import Original
 from rfdetr.inference.prediction import Prediction, without_overlaps
 from rfdetr.masks import encode_window
 from rfdetr.models.detector import Detector, select_detections
-from rfdetr.models.segmentation import MaskHead, OfficialMaskHead
+from rfdetr.models.segmentation import MaskHead, OfficialMaskHead, PastedMask
 from rfdetr.placement import Placement
 
+PIXELS_AT_ONCE = 1 << 26  # of masks on their way from a GPU to the CPU
 AnyMaskHead = MaskHead | OfficialMaskHead
 
 
@@ -30,8 +31,8 @@ class Detections:
     """The detections in a batch of B images, best first, and what a mask head draws them from.
 
     indices: B positions in the split; placements: where each of the B images lies in its original;
-    scores, labels (B, k); boxes (B, k, 4) cxcywh 0..1 of the image; queries (B, k, C);
-    features (B, C, h, w); images uint8 (B, 3, R, R).
+    on the CPU scores, labels (B, k) and boxes (B, k, 4) cxcywh 0..1 of the image; where they were
+    computed queries (B, k, C) and features (B, C, h, w); images uint8 (B, 3, R, R).
     """
 
     indices: list[int]
@@ -56,16 +57,16 @@ class Detections:
         )
 
     def on(self, device: torch.device) -> Detections:
-        """The same with all tensors on `device`."""
+        """The same with what masks are drawn from on `device`."""
         return Detections(
             indices=self.indices,
             placements=self.placements,
-            scores=self.scores.to(device),
-            labels=self.labels.to(device),
-            boxes=self.boxes.to(device),
-            queries=self.queries.to(device),
-            features=self.features.to(device),
-            images=self.images.to(device),
+            scores=self.scores,
+            labels=self.labels,
+            boxes=self.boxes,
+            queries=to_device(self.queries, device),
+            features=to_device(self.features, device),
+            images=to_device(self.images, device),
         )
 
     def boxes_in_original(self, i: int) -> np.ndarray:
@@ -74,7 +75,7 @@ class Detections:
         The same boxes are scored, saved and delivered; the official package clips its boxes, too.
         """
         placement = self.placements[i]
-        boxes = cxcywh_to_xyxy(self.boxes[i].float().cpu())
+        boxes = cxcywh_to_xyxy(self.boxes[i].float())
         return placement.clip(placement.to_original(boxes)).numpy()
 
 
@@ -118,6 +119,9 @@ class DetectionRunner:
         )
         queries = outputs["queries"]  # (B, Q, C)
         chosen = chosen[..., None].expand(-1, -1, queries.shape[-1])  # (B, k, C)
+        labels = copied_by_next_wait(labels)
+        boxes = copied_by_next_wait(boxes)
+        scores = scores.cpu()  # the one CPU-GPU sync point
         return Detections(
             indices=indices,
             placements=placements,
@@ -156,17 +160,47 @@ def draw_masks(
         with precision.autocast():
             images = to_model_input(one.images, precision.device)
             pixels = head.pixels(one.features, images)[0]
-        masks = head.paste(pixels, one.queries[0, chosen[i]], one.boxes[0, chosen[i]], placement)
+        indices = torch.from_numpy(chosen[i])
+        queries = one.queries[0, to_device(indices, precision.device)]
+        masks = head.paste(pixels, queries, one.boxes[0, indices], placement)
         height = placement.height
         width = placement.width
         rles = []
         ious = []
-        for left, top, mask, iou in masks:
+        for left, top, mask, iou in on_cpu(masks):
             rles.append(encode_window(left, top, mask, height, width))
             ious.append(iou)
         scores = one.scores[0].cpu().numpy()[chosen[i]]
         drawn.append((rles, scores * np.array(ious, dtype=scores.dtype)))
     return drawn
+
+
+def on_cpu(masks: Iterable[PastedMask]) -> Iterator[PastedMask]:
+    """The same masks on the CPU, which waits for a GPU once in so many pixels, not for each."""
+    waiting: list[PastedMask] = []
+    pixels = 0
+    for one in masks:
+        if one.mask.device.type == "cpu":
+            yield one
+            continue
+        waiting.append(one)
+        pixels += one.mask.numel()
+        if pixels > PIXELS_AT_ONCE:
+            yield from _brought_together(waiting)
+            waiting = []
+            pixels = 0
+    if waiting:
+        yield from _brought_together(waiting)
+
+
+def _brought_together(masks: list[PastedMask]) -> Iterator[PastedMask]:
+    """On the CPU, by one copy of the bytes of all of them."""
+    ious = torch.stack([one.iou for one in masks]).float().view(torch.uint8)
+    flat = [one.mask.flatten().view(torch.uint8) for one in masks]
+    own_ious, *parts = torch.cat([ious, *flat]).cpu().split([len(ious), *map(len, flat)])
+    own_ious = own_ious.clone().view(torch.float32)
+    for one, part, iou in zip(masks, parts, own_ious):
+        yield PastedMask(one.left, one.top, part.view(torch.bool).view(one.mask.shape), iou)
 
 
 def make_predictions(
@@ -182,8 +216,8 @@ def make_predictions(
 
     There are masks where there is a `head`. nms: as in `without_overlaps`, 0 for none.
     """
-    scores = detections.scores.cpu().numpy()
-    labels = detections.labels.cpu().numpy()
+    scores = detections.scores.numpy()
+    labels = detections.labels.numpy()
     boxes = [detections.boxes_in_original(i) for i in range(len(originals))]
     chosen = []
     for i in range(len(originals)):

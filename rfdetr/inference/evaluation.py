@@ -142,8 +142,8 @@ class SplitEvaluator:
         self, detections: Detections, head: AnyMaskHead | None
     ) -> list[ImageDetections]:
         """A batch's detections by image, with masks where there is a head."""
-        scores = detections.scores.cpu().numpy()
-        labels = np.asarray(self.split.category_ids)[detections.labels.cpu().numpy()]
+        scores = detections.scores.numpy()
+        labels = np.asarray(self.split.category_ids)[detections.labels.numpy()]
         images = [
             ImageDetections(
                 image_id=self.split.images[index].id,

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
-from rfdetr.losses.matcher import match
+from rfdetr.device import to_device
+from rfdetr.losses.matcher import Matches, match, on_device
 from rfdetr.losses.points import mask_costs, sample_matched_masks
 from rfdetr.sizes import LossWeights
 
@@ -42,20 +43,22 @@ def class_loss(logits: Tensor, matched: tuple[Tensor, Tensor], rows: Tensor, iou
 
 def detection_losses(
     outputs: dict, targets: list[dict], groups: int, num_boxes: float, weights: LossWeights
-) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[dict[str, Tensor], Matches]:
     """Weighted losses of every decoder layer and of the proposals, and the last layer's matches.
 
     outputs: a training forward of the Detector.
     targets, one an image: rows (t,) of the class head, boxes (t, 4) cxcywh 0..1, and for an
-    official mask head, whose masks then count in the matching too, masks (t, R, R), has_mask (t,).
-    Returns ({name: scalar}, (image index, query index, object index)); names end in _0, _1 ... for
-    the earlier layers and in _enc for the proposals.
+    official mask head, whose masks then count in the matching too, masks (t, R, R) and, on the CPU,
+    has_mask (t,) bool.
+    Returns ({name: scalar}, matches); names end in _0, _1 ... for the earlier layers and in _enc
+    for the proposals.
     """
     predictions = {"": outputs}
     for i, earlier_layer in enumerate(outputs.get("aux_outputs", ())):
         predictions[f"_{i}"] = earlier_layer
     if "enc_outputs" in outputs:
         predictions["_enc"] = outputs["enc_outputs"]
+    layers = list(predictions.values())
     rows = torch.cat([target["rows"] for target in targets])  # (T,)
     boxes = torch.cat([target["boxes"] for target in targets])  # (T, 4)
     counts = [len(target["rows"]) for target in targets]
@@ -65,45 +68,61 @@ def detection_losses(
         masks = torch.cat([target["masks"] for target in targets])  # (T, R, R)
         has_mask = torch.cat([target["has_mask"] for target in targets])  # (T,)
         costs = [
-            mask_costs(prediction, masks, has_mask, counts, weights)
-            for prediction in predictions.values()
+            mask_costs(layer, masks, to_device(has_mask, boxes.device), counts, weights)
+            for layer in layers
         ]
-    matches = match(list(predictions.values()), rows, boxes, counts, groups, costs)
-    losses = {}
-    for (suffix, prediction), (image, query, obj) in zip(predictions.items(), matches):
-        parts = matched_losses(
-            prediction, (image, query), rows[obj], boxes[obj], num_boxes, weights
-        )
-        if with_masks:
-            labelled = has_mask[obj]
-            matched = (image[labelled], query[labelled], obj[labelled])
-            logits, truth = sample_matched_masks(prediction, matched, masks)  # (M, P) each
-            parts |= mask_losses(logits, truth, num_boxes, weights)
-        for name, loss in parts.items():
-            losses[name + suffix] = loss
-    return losses, matches[0]
+    matches = match(layers, rows, boxes, counts, groups, costs)
+    of_layers = matched_losses(layers, matches, rows, boxes, num_boxes, weights)
+    if with_masks:
+        labelled = [pairs.where(has_mask[pairs.object]) for pairs in matches]
+        for losses, layer, pairs in zip(of_layers, layers, labelled):
+            logits, truth = sample_matched_masks(layer, pairs, masks)  # (M, P) each
+            losses |= mask_losses(logits, truth, num_boxes, weights)
+    named = {}
+    for suffix, losses in zip(predictions, of_layers):
+        for name, loss in losses.items():
+            named[name + suffix] = loss
+    return named, matches[0]
 
 
 def matched_losses(
-    prediction: dict,
-    matched: tuple[Tensor, Tensor],
+    layers: list[dict],
+    matches: list[Matches],
     rows: Tensor,
     boxes: Tensor,
     num_boxes: float,
     weights: LossWeights,
-) -> dict[str, Tensor]:
-    """The weighted class, box and GIoU losses of one layer.
+) -> list[dict[str, Tensor]]:
+    """The weighted class, box and GIoU losses of each layer.
 
-    matched: image and query indices (M,); rows (M,) and boxes (M, 4) cxcywh 0..1: their objects'.
+    rows (T,), boxes (T, 4) cxcywh 0..1: of all objects. Boxes are compared in all layers at once.
     """
-    predicted = prediction["pred_boxes"].float()[matched]  # (M, 4)
-    iou, giou = box_iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(boxes))
-    classes = class_loss(prediction["pred_logits"].float(), matched, rows, iou)
-    return {
-        "loss_class": weights.cls * classes / num_boxes,
-        "loss_box": weights.bbox * (predicted - boxes).abs().sum() / num_boxes,
-        "loss_giou": weights.giou * (1 - giou).sum() / num_boxes,
-    }
+    matches = on_device(matches, boxes.device)
+    counts = [len(pairs.image) for pairs in matches]
+    predicted = torch.cat(
+        [
+            layer["pred_boxes"].float()[pairs.image, pairs.query]
+            for layer, pairs in zip(layers, matches)
+        ]
+    )  # (M of all layers, 4)
+    objects = torch.cat([pairs.object for pairs in matches])
+    true = boxes[objects]
+    true_rows = rows[objects].split(counts)
+    iou, giou = box_iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(true))
+    distances = (predicted - true).abs().split(counts)
+    misses = (1 - giou).split(counts)
+    losses = []
+    for i, (layer, pairs, own_iou) in enumerate(zip(layers, matches, iou.split(counts))):
+        matched = (pairs.image, pairs.query)
+        classes = class_loss(layer["pred_logits"].float(), matched, true_rows[i], own_iou)
+        losses.append(
+            {
+                "loss_class": weights.cls * classes / num_boxes,
+                "loss_box": weights.bbox * distances[i].sum() / num_boxes,
+                "loss_giou": weights.giou * misses[i].sum() / num_boxes,
+            }
+        )
+    return losses
 
 
 def mask_losses(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfdetr.losses.matcher import Matches, on_device
 from rfdetr.sizes import LossWeights
 
 CELLS_PER_POINT = 16
@@ -81,19 +82,18 @@ def uncertain_points(maps: Tensor) -> Tensor:
 
 
 def sample_matched_masks(
-    prediction: dict, matched: tuple[Tensor, Tensor, Tensor], masks: Tensor
+    prediction: dict, matches: Matches, masks: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The matched queries' masks and their objects' at the points where the loss looks.
 
-    matched: image index, ascending, query index and object index, (M,) each; masks (T, R, R).
-    Returns logits (M, P) and truth (M, P).
+    masks (T, R, R).  Returns logits (M, P) and truth (M, P).
     """
-    image, query, obj = matched
     pixels = prediction["pixels"]  # (B, C, h, w)
-    maps = []
-    for i, kernels in enumerate(prediction["kernels"]):  # (Q, C)
-        maps.append(kernels[query[image == i]] @ pixels[i].flatten(1))  # (m, h*w)
+    counts = torch.bincount(matches.image, minlength=len(pixels)).tolist()
+    (there,) = on_device([matches], pixels.device)
+    kernels = prediction["kernels"][there.image, there.query].split(counts)  # (m, C) each
+    maps = [own @ image.flatten(1) for own, image in zip(kernels, pixels)]  # (m, h*w) each
     maps = torch.cat(maps).float() + prediction["mask_bias"]
     maps = maps.unflatten(1, pixels.shape[-2:])[:, None]  # (M, 1, h, w)
     points = uncertain_points(maps)
-    return sample(maps, points)[:, 0], true_at(masks, obj, points)
+    return sample(maps, points)[:, 0], true_at(masks, there.object, points)

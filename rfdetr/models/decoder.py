@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def sine_embedding(boxes: Tensor, dim: int) -> Tensor:
     channels = torch.arange(dim, device=boxes.device)
     pairs = torch.div(channels, 2, rounding_mode="floor")
     frequency = 10000 ** (-2 * pairs / dim)  # (dim,)
-    yxwh = boxes[..., [1, 0, 2, 3], None]  # (..., 4, 1)
+    x, y, w, h = boxes[..., None].split(1, dim=-2)  # (..., 1, 1) each
+    yxwh = torch.cat((y, x, w, h), dim=-2)  # (..., 4, 1)
     angle = yxwh * (2 * math.pi) * frequency  # (..., 4, dim)
     sines = angle[..., 0::2].sin()
     cosines = angle[..., 1::2].cos()
@@ -70,6 +72,23 @@ def grid_proposals(shapes: list[tuple[int, int]], device: torch.device) -> Tenso
         boxes = torch.stack(((x + 0.5) / w, (y + 0.5) / h, side, side), dim=-1)  # (h, w, 4)
         levels.append(boxes.flatten(0, 1))
     return torch.cat(levels)
+
+
+def stacked(modules: Iterable[nn.Module], name: str) -> Tensor:
+    """The parameters of this name, (G, ...)."""
+    parameters = [getattr(module, name) for module in modules]
+    return torch.stack(parameters) if len(parameters) > 1 else parameters[0][None]
+
+
+def linear_of_groups(layers: Iterable[nn.Linear], x: Tensor) -> Tensor:
+    """Each group's linear layer on its own rows: x (G, n, inputs) -> (G, n, outputs)."""
+    weights = stacked(layers, "weight").transpose(1, 2)  # (G, inputs, outputs)
+    return torch.baddbmm(stacked(layers, "bias")[:, None], x, weights)
+
+
+def groups_in_a_row(x: Tensor) -> Tensor:
+    """(G, B, q, ...) -> (B, G*q, ...)."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 class DecoderLayer(nn.Module):
@@ -158,27 +177,38 @@ class Transformer(nn.Module):
         self.enc_out_bbox_embed = nn.ModuleList(copy.deepcopy(box_head) for _ in range(groups))
 
     def propose(
-        self, memory: Tensor, shapes: list[tuple[int, int]], group: int, ranked_rows: int
+        self, memory: Tensor, shapes: list[tuple[int, int]], groups: int, ranked_rows: int
     ) -> dict[str, Tensor]:
-        """The group's best proposals by the highest of the first `ranked_rows` class rows, best
+        """Each group's best proposals by the highest of the first `ranked_rows` class rows, best
         first.
 
-        memory (B, S, C) -> pred_logits (B, q, K), pred_boxes (B, q, 4) and their tokens as queries
-        (B, q, C), where q = min(Q, S).
+        memory (B, S, C) -> pred_logits (G, B, q, K), pred_boxes (G, B, q, 4) and their tokens as
+        queries (G, B, q, C), where q = min(Q, S). The groups' layers are run as one: a GPU would
+        spend more time on starting them than on computing.
         """
+        B, S, C = memory.shape
         anchors = grid_proposals(shapes, memory.device)  # (S, 4)
         inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)  # (S, 1)
         anchors = anchors * inside
-        tokens = self.enc_output_norm[group](self.enc_output[group](memory * inside))  # (B, S, C)
-        logits = self.enc_out_class_embed[group](tokens)  # (B, S, K)
-        scores = logits[..., :ranked_rows].amax(-1)  # (B, S)
-        count = min(self.queries, scores.shape[1])
-        best = scores.topk(count, dim=1).indices  # (B, q)
-        image = torch.arange(len(memory), device=memory.device)[:, None]
-        tokens = tokens[image, best]  # (B, q, C)
-        delta = self.enc_out_bbox_embed[group](tokens).float()
+        tokens = (memory * inside).flatten(0, 1).expand(groups, -1, -1)  # (G, B*S, C)
+        tokens = linear_of_groups(self.enc_output[:groups], tokens)
+        tokens = torch.stack([norm(own) for norm, own in zip(self.enc_output_norm, tokens)])
+        logits = linear_of_groups(self.enc_out_class_embed[:groups], tokens)  # (G, B*S, K)
+        tokens = tokens.unflatten(1, (B, S))
+        logits = logits.unflatten(1, (B, S))
+        scores = logits[..., :ranked_rows].amax(-1)  # (G, B, S)
+        best = scores.topk(min(self.queries, S), dim=-1).indices  # (G, B, q)
+        tokens = tokens.gather(2, best[..., None].expand(-1, -1, -1, C))  # (G, B, q, C)
+        logits = logits.gather(2, best[..., None].expand(-1, -1, -1, logits.shape[-1]))
+        delta = tokens.flatten(1, 2)  # (G, B*q, C)
+        heads = self.enc_out_bbox_embed[:groups]
+        for i in range(len(heads[0].layers)):
+            if i > 0:
+                delta = F.relu(delta)
+            delta = linear_of_groups([head.layers[i] for head in heads], delta)
+        delta = delta.unflatten(1, (B, -1)).float()  # (G, B, q, 4)
         boxes = move_boxes(anchors[best], delta)
-        return {"pred_logits": logits[image, best], "pred_boxes": boxes, "queries": tokens}
+        return {"pred_logits": logits, "pred_boxes": boxes, "queries": tokens}
 
     def forward(
         self, levels: list[Tensor], learned_deltas: Tensor, query_feat: Tensor, ranked_rows: int
@@ -195,22 +225,17 @@ class Transformer(nn.Module):
         groups = self.groups if self.training else 1
         B = len(memory)
         Q = self.queries
-        proposals = []
-        references = []
-        for group in range(groups):
-            proposal = self.propose(memory, shapes, group, ranked_rows)
-            proposals.append(proposal)
-            boxes = proposal["pred_boxes"].detach()  # (B, q, 4)
-            count = boxes.shape[1]
-            delta = learned_deltas[group * Q : (group + 1) * Q].expand(B, -1, -1)  # (B, Q, 4)
-            references.append(move_boxes(boxes, delta[:, :count]))
+        proposals = self.propose(memory, shapes, groups, ranked_rows)
+        boxes = proposals["pred_boxes"].detach()  # (G, B, q, 4)
+        count = boxes.shape[2]
+        deltas = learned_deltas[: groups * Q].view(groups, 1, Q, 4).expand(-1, B, -1, -1)
+        references = move_boxes(boxes, deltas[:, :, :count])
+        if count < Q:
             # with fewer tokens than queries the rest start from their learned box, as in the
             # official model
-            references.append(delta[:, count:])
-        references = torch.cat(references, dim=1)  # (B, G*Q, 4)
+            references = torch.cat((references, deltas[:, :, count:]), dim=2)
+        references = groups_in_a_row(references)  # (B, G*Q, 4)
         queries = query_feat[: groups * Q].expand(B, -1, -1)  # (B, G*Q, C)
-        all_proposals = {}
-        for key in proposals[0]:
-            all_proposals[key] = torch.cat([proposal[key] for proposal in proposals], dim=1)
         layers = self.decoder(queries, references, memory, shapes, groups)
-        return layers, references, all_proposals
+        proposals = {name: groups_in_a_row(values) for name, values in proposals.items()}
+        return layers, references, proposals

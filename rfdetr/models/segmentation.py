@@ -13,6 +13,7 @@ the pixel embeddings, h w side of the feature map or of the pixel embeddings, H 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from rfdetr.boxes import cxcywh_to_xyxy
+from rfdetr.device import to_device
 from rfdetr.placement import Placement
 
 GRID = 28  # samples per side inside a box
@@ -46,7 +48,8 @@ def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
     maps (B, P, h, w), boxes (M, 4) cxcywh 0..1, image_index (M,) -> (M, P, GRID, GRID) fp32.
     """
     h, w = maps.shape[-2:]
-    regions = enlarged(boxes.float()) * torch.tensor([w, h, w, h], device=boxes.device)  # (M, 4)
+    regions = enlarged(boxes.float()).unflatten(1, (2, 2))  # (M, 2, 2)
+    regions = torch.stack((regions[..., 0] * w, regions[..., 1] * h), dim=-1).flatten(1)  # (M, 4)
     # boxes of a diverged model: roi_align reads beyond its maps for what is not finite
     regions = regions.nan_to_num(0, 0, 0)
     regions = torch.cat((image_index[:, None].to(regions.dtype), regions), dim=1)  # (M, 5)
@@ -87,8 +90,8 @@ class PixelSampler:
     def __init__(self, placement: Placement, pixels: Tensor):
         """pixels (P, h, w): for the maps' sides and their device."""
         h, w = pixels.shape[1:]
-        x = placement.column_positions(w).to(pixels.device)
-        y = placement.row_positions(h).to(pixels.device)
+        x = to_device(placement.column_positions(w), pixels.device)
+        y = to_device(placement.row_positions(h), pixels.device)
         self.x_low, self.x_high, self.x_part = between(x, w)
         self.y_low, self.y_high, self.y_part = between(y, h)
 
@@ -102,8 +105,19 @@ class PixelSampler:
         return torch.lerp(above, below, self.y_part[rows, None])
 
 
-def expected_iou(logits: Tensor) -> float:
-    """The IoU of a mask (logits > 0) with the truth, as far as its own probabilities tell.
+class PastedMask(NamedTuple):
+    """A mask in pixels of the original: bool (bh, bw), its corner at (left, top), and the IoU ()
+    that it expects of itself; on the device of what it was made of.
+    """
+
+    left: int
+    top: int
+    mask: Tensor
+    iou: Tensor
+
+
+def expected_iou(logits: Tensor) -> Tensor:
+    """The IoU () of a mask (logits > 0) with the truth, as far as its own probabilities tell.
 
     logits (h, w). The expected overlap by the expected union, each pixel on its own; 0.0 for an
     empty mask. Ranked by it times the class score, masks have .004 to .008 more mAP; by the mean
@@ -113,7 +127,7 @@ def expected_iou(logits: Tensor) -> float:
     inside = logits > 0
     overlap = (p * inside).sum()
     union = inside.sum() + p.sum() - overlap
-    return (overlap / union.clamp(min=1)).item()
+    return overlap / union.clamp(min=1)
 
 
 class MaskHead(nn.Module):
@@ -179,7 +193,8 @@ class MaskHead(nn.Module):
     ) -> Tensor:
         """Mask logits (M, GRID, GRID) on the grid of each query's enlarged box: what the loss sees.
 
-        pixels (B, P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1, image_index (M,) ascending.
+        pixels (B, P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1, image_index (M,) ascending,
+        on the CPU.
         """
         kernels = self.kernels(queries, boxes)  # (M, P + 6)
         counts = torch.bincount(image_index, minlength=len(pixels)).tolist()
@@ -197,19 +212,19 @@ class MaskHead(nn.Module):
 
     def paste(
         self, pixels: Tensor, queries: Tensor, boxes: Tensor, placement: Placement
-    ) -> Iterator[tuple[int, int, Tensor, float]]:
+    ) -> Iterator[PastedMask]:
         """Masks of one image's chosen queries in the pixels of its original, one by one.
 
-        pixels (P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1 of the input -> M x (left, top,
-        bool (bh, bw) mask of the visible part of the enlarged box, its expected IoU); elsewhere a
-        mask is empty.
+        pixels (P, h, w), queries (M, C), boxes (M, 4) cxcywh 0..1 of the input, best on the CPU,
+        which needs them. Each mask is drawn in the visible part of its enlarged box; elsewhere it
+        is empty.
         """
-        kernels = self.kernels(queries, boxes)
-        regions = placement.to_original(enlarged(boxes.float()))
+        kernels = self.kernels(queries, to_device(boxes, queries.device))
+        regions = placement.to_original(enlarged(boxes.float().cpu()))
         regions = regions.nan_to_num()  # what NaN weights give: an empty mask
         sampler = PixelSampler(placement, pixels)
-        x = torch.arange(placement.width, device=boxes.device) + 0.5
-        y = torch.arange(placement.height, device=boxes.device) + 0.5
+        x = torch.arange(placement.width, device=pixels.device) + 0.5
+        y = torch.arange(placement.height, device=pixels.device) + 0.5
         maps = maps_in_parts(kernels[:, :-6], pixels)
         for one_map, kernel, region in zip(maps, kernels, regions.tolist()):
             rows, columns = placement.visible_pixels(region)
@@ -219,7 +234,7 @@ class MaskHead(nn.Module):
             v = (2 * y[rows] - y0 - y1) / (y1 - y0)
             quadratic = box_quadratic(kernel[None, -6:], u[None, None, :], v[None, :, None])[0]
             logits = sampler(one_map, rows, columns) + quadratic
-            yield columns.start, rows.start, (logits > 0).cpu(), expected_iou(logits)
+            yield PastedMask(columns.start, rows.start, logits > 0, expected_iou(logits))
 
 
 class MaskHeadNano(MaskHead):
@@ -324,7 +339,7 @@ class OfficialMaskHead(nn.Module):
 
     def paste(
         self, pixels: Tensor, queries: Tensor, boxes: Tensor, placement: Placement
-    ) -> Iterator[tuple[int, int, Tensor, float]]:
+    ) -> Iterator[PastedMask]:
         """As MaskHead.paste, but a mask is not bound to its box: it may fill what is visible.
 
         In place of an expected IoU comes 1.0: the package ranks masks by their class scores.
@@ -334,7 +349,7 @@ class OfficialMaskHead(nn.Module):
         sampler = PixelSampler(placement, pixels)
         for one_map in maps_in_parts(self.kernels(queries), pixels):
             logits = sampler(one_map + self.bias, rows, columns)
-            yield columns.start, rows.start, (logits > 0).cpu(), 1.0
+            yield PastedMask(columns.start, rows.start, logits > 0, logits.new_ones(()))
 
 
 def conv_norm_act(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

@@ -7,6 +7,7 @@ steps, all others over epochs.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from rfdetr.text import printable
@@ -85,22 +86,22 @@ class StepCurves:
         self.write = write
         self.steps_a_point = max(steps // POINTS, 1)
         self.sums: dict[str, float] = {}
-        self.count = 0
+        self.counts: Counter[str] = Counter()  # a step may have no gradient norm
 
     def add(self, step: int, losses: dict[str, float], rates: list[float]) -> None:
         """Count a step; losses: what engine.optimise returns. rates: of all groups."""
         if math.isfinite(losses["loss"]):  # else the step was skipped
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
-            self.count += 1
-        if step % self.steps_a_point or not self.count:
+                self.counts[name] += 1
+        if step % self.steps_a_point or not self.sums:
             return
         curves = {f"{RATES}{BY_STEP}/highest": max(rates), f"{RATES}{BY_STEP}/lowest": min(rates)}
         for name, total in self.sums.items():
             if name in MAIN_LOSSES:
-                curves[f"{LOSSES}{BY_STEP}/{name}"] = total / self.count
+                curves[f"{LOSSES}{BY_STEP}/{name}"] = total / self.counts[name]
             elif name == "grad_norm":
-                curves[f"{TRAINING}{BY_STEP}/{name}"] = total / self.count
+                curves[f"{TRAINING}{BY_STEP}/{name}"] = total / self.counts[name]
         self.sums = {}
-        self.count = 0
+        self.counts.clear()
         self.write(curves, step)

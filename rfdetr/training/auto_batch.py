@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from rfdetr import distributed
 from rfdetr.console import tick
 from rfdetr.data.loaders import Batch
-from rfdetr.device import free_memory_mb, memory_mb, release_memory, unless_out_of_memory
+from rfdetr.device import (
+    forget_peak_memory,
+    free_memory_mb,
+    memory_mb,
+    release_memory,
+    unless_out_of_memory,
+)
 
 OBJECTS = 30  # an image full of objects: the worst case that is tried
 HEADROOM = 0.8  # of the memory that is free, since a CPU does not refuse but swaps
@@ -47,10 +53,14 @@ def find_micro_batch(
     device = next(model.parameters()).device
     largest = 1
     if device.type == "cuda":
+        states = room_for_states(model)
         for images in divisors:
             if _step_fits(model, losses, images, resolution):
                 largest = images
                 break
+        del states
+        release_memory(device)
+        forget_peak_memory(device)  # the run's own is what is shown
     else:
         free = free_memory_mb()
         before = memory_mb(device)
@@ -63,6 +73,12 @@ def find_micro_batch(
         f"(effective {effective})"
     )
     return largest
+
+
+def room_for_states(model: nn.Module) -> list[Tensor]:
+    """As much memory as AdamW's two moments and the averaged weights are going to take."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [torch.empty_like(parameter) for parameter in trained for _ in range(3)]
 
 
 def _step_fits(model: nn.Module, losses: Callable, images: int, resolution: int) -> bool:

@@ -20,6 +20,8 @@ from rfdetr.progress import ProgressBar
 
 # what an objective counts beside its losses: summed, not averaged
 COUNTS = ("objects", "matched_objects")
+# in the sums: steps whose fp16 gradients overflowed, which have losses but no gradient norm
+WITHOUT_NORM = "steps_without_grad_norm"
 SHOWN = ("loss_class", "loss_box", "loss_giou", "loss_mask", "loss_dice")  # in the progress bar
 
 
@@ -68,17 +70,24 @@ class Progress:
             self.nan_steps += 1
             return False
         self.nan_steps = 0
-        for name, value in (losses | {"steps": 1.0}).items():
+        counted = losses | {"steps": 1.0}
+        if "grad_norm" not in losses:
+            counted[WITHOUT_NORM] = 1.0
+        for name, value in counted.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         return True
 
     def means(self) -> dict[str, float]:
         """The epoch's mean losses over its finite steps, and the sums of what is counted."""
-        steps = max(self.sums.get("steps", 0.0), 1.0)
+        sums = dict(self.sums)
+        steps = max(sums.pop("steps", 0.0), 1.0)
+        with_norm = steps - sums.pop(WITHOUT_NORM, 0.0)
         means = {}
-        for name, value in self.sums.items():
-            if name != "steps":
-                means[name] = value if name in COUNTS else value / steps
+        for name, value in sums.items():
+            if name in COUNTS:
+                means[name] = value
+            else:
+                means[name] = value / (with_norm if name == "grad_norm" else steps)
         return means
 
     def finish_epoch(self) -> None:
@@ -174,7 +183,7 @@ def losses_in_words(losses: dict[str, float]) -> str:
 
 def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
     """One optimizer step on an effective batch; returns its losses over all ranks and the gradient
-    norm.
+    norm, if that is finite.
 
     Out of memory: the batch is cut into smaller parts, which changes nothing but memory, and the
     step is repeated. A loss that is not finite skips the step.
@@ -182,27 +191,31 @@ def optimise(trainer: Trainer, batch: Batch) -> dict[str, float]:
     trainer.optimizer.zero_grad(set_to_none=True)
     losses = backward_in_parts(trainer, batch)
     distributed.sum_gradients(trainer.model.parameters())
-    names = list(losses)
-    # the one copy to the CPU after the backward pass
-    values = distributed.sum_tensor(torch.stack(list(losses.values()))).tolist()
-    result = dict(zip(names, values))
+    values = distributed.sum_tensor(torch.stack(list(losses.values())))
+    trainer.scaler.unscale_(trainer.optimizer)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(parameters, trainer.clip or math.inf)
+    # the one CPU-GPU sync point after the backward pass
+    *values, norm = torch.cat((values, norm.to(values)[None])).tolist()
+    result = dict(zip(losses, values))
     result["loss"] = sum(value for name, value in result.items() if name not in COUNTS)
-    if math.isfinite(result["loss"]):
-        trainer.scaler.unscale_(trainer.optimizer)
-        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-        result["grad_norm"] = nn.utils.clip_grad_norm_(parameters, trainer.clip or math.inf).item()
-        finite = math.isfinite(result["grad_norm"])
-        mendable = (
-            trainer.scaler.get_scale() > 1
-        )  # by a lower scale: fp16 gradients that overflowed
-        if finite or trainer.scaler.is_enabled():
-            trainer.scaler.step(trainer.optimizer)  # leaves the weights alone where they did
-            trainer.scaler.update()
-        if not (finite or mendable):
-            return result | {"loss": math.nan}
-        if trainer.ema is not None and finite:
-            trainer.ema.update(trainer.model, trainer.progress.step + 1)
+    if math.isfinite(norm):
+        result["grad_norm"] = norm
+        if math.isfinite(result["loss"]):
+            take_step(trainer)
+    elif math.isfinite(result["loss"]):
+        # fp16 gradients that overflowed: a lower scale mends them, as long as there is one
+        if trainer.scaler.get_scale() <= 1:
+            result["loss"] = math.nan
+    trainer.scaler.update()
     return result
+
+
+def take_step(trainer: Trainer) -> None:
+    """Change the weights by gradients that are finite, and their average."""
+    trainer.scaler.step(trainer.optimizer)
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.model, trainer.progress.step + 1)
 
 
 def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:

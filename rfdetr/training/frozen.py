@@ -11,9 +11,9 @@ from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
 from rfdetr.data.augment import draw_side, to_model_input
 from rfdetr.data.loaders import Batch
-from rfdetr.device import Precision
+from rfdetr.device import Precision, copied_by_next_wait, to_device
 from rfdetr.losses.criterion import mask_losses
-from rfdetr.losses.matcher import match
+from rfdetr.losses.matcher import match, on_device
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MaskHead, sample_in_boxes
 from rfdetr.sizes import LossWeights
@@ -72,22 +72,26 @@ def freeze(
     device = precision.device
     with precision.autocast():
         outputs = model(to_model_input(batch.images, device, side))
-    rows = torch.tensor(table.rows, device=device)
-    labels = torch.cat([target["labels"] for target in batch.targets]).to(device)
-    true_boxes = torch.cat([target["boxes"] for target in batch.targets]).to(device)
-    has_mask = torch.cat([target["has_mask"] for target in batch.targets]).to(device)
-    masks = torch.cat([target["masks"] for target in batch.targets]).to(device)
+    predicted = outputs["pred_boxes"].float()  # (B, Q, 4)
+    predicted_on_cpu = copied_by_next_wait(predicted)  # match waits for its costs
+    labels = torch.cat([target["labels"] for target in batch.targets])
+    rows = torch.tensor(table.rows)[labels]
+    true_boxes = torch.cat([target["boxes"] for target in batch.targets])
+    has_mask = torch.cat([target["has_mask"] for target in batch.targets])
+    masks = torch.cat([to_device(target["masks"], device) for target in batch.targets])
     counts = [len(target["labels"]) for target in batch.targets]
-    matches = match([outputs], rows[labels], true_boxes, counts, groups=1)
-    image, query, obj = matches[0]
-    boxes = outputs["pred_boxes"].float()[image, query]
-    iou, _ = box_iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes[obj]))
-    kept = (iou > MATCH_IOU) & has_mask[obj]
-    image = image[kept]
-    boxes = boxes[kept]
-    grids = sample_in_boxes(masks[:, None], boxes, obj[kept])[:, 0] > 0.5  # (m, GRID, GRID)
-    queries = outputs["queries"].float()[image, query[kept]]
-    per_image = torch.bincount(image, minlength=len(batch)).tolist()
+    (matches,) = match(
+        [outputs], to_device(rows, device), to_device(true_boxes, device), counts, groups=1
+    )
+    boxes = predicted_on_cpu[matches.image, matches.query]
+    objects = true_boxes[matches.object]
+    iou, _ = box_iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(objects))
+    kept = matches.where((iou > MATCH_IOU) & has_mask[matches.object])
+    per_image = torch.bincount(kept.image, minlength=len(batch)).tolist()
+    (there,) = on_device([kept], device)
+    boxes = predicted[there.image, there.query]
+    grids = sample_in_boxes(masks[:, None], boxes, there.object)[:, 0] > 0.5  # (m, GRID, GRID)
+    queries = outputs["queries"].float()[there.image, there.query]
     return FrozenBatch(
         images=batch.images,
         features=outputs["features"].float(),
@@ -152,16 +156,16 @@ class MaskObjective:
             side = draw_side(self.sides, self.seed, self.progress.step) if self.sides else None
             batch = freeze(self.detector, batch, self.table, self.precision, side)
         counts = torch.tensor([len(boxes) for boxes in batch.boxes])
-        image_index = torch.repeat_interleave(torch.arange(len(batch)), counts).to(device)
-        queries = torch.cat(batch.queries).to(device).float()
-        boxes = torch.cat(batch.boxes).to(device)
-        truth = torch.cat(batch.grids).to(device)
-        features = batch.features.to(device).float()
+        image_index = torch.repeat_interleave(torch.arange(len(batch)), counts)
+        queries = to_device(torch.cat(batch.queries), device).float()
+        boxes = to_device(torch.cat(batch.boxes), device)
+        truth = to_device(torch.cat(batch.grids), device)
+        features = to_device(batch.features, device).float()
         images = to_model_input(batch.images, device)
         with self.precision.autocast():
             pixels = head.pixels(features, images)
             logits = head.grid_logits(pixels, queries, boxes, image_index)
         losses = mask_losses(logits, truth, objects, self.weights)
-        losses["objects"] = torch.tensor(float(batch.objects), device=device)
-        losses["matched_objects"] = torch.tensor(float(len(queries)), device=device)
+        losses["objects"] = torch.full((), float(batch.objects), device=device)
+        losses["matched_objects"] = torch.full((), float(len(queries)), device=device)
         return losses

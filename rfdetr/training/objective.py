@@ -12,8 +12,9 @@ from torch import Tensor
 from rfdetr.classes import ClassTable
 from rfdetr.data.augment import draw_side, multi_scale_sides, to_model_input
 from rfdetr.data.loaders import Batch
-from rfdetr.device import Precision
+from rfdetr.device import Precision, to_device
 from rfdetr.losses.criterion import detection_losses, mask_losses
+from rfdetr.losses.matcher import Matches, on_device
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import sample_in_boxes
 from rfdetr.settings import TrainingSettings
@@ -49,32 +50,38 @@ class DetectorObjective:
         return losses
 
     def targets_on(self, device: torch.device, batch: Batch) -> list[dict[str, Tensor]]:
-        """The batch's targets with the class head's row of each object."""
-        rows = torch.tensor(self.table.rows, device=device)
+        """The batch's targets as detection_losses takes them; has_mask stays on the CPU."""
+        counts = [len(target["labels"]) for target in batch.targets]
+        labels = torch.cat([target["labels"] for target in batch.targets])
+        rows = torch.tensor(self.table.rows)[labels]
+        boxes = torch.cat([target["boxes"] for target in batch.targets])
+        rows_of_images = to_device(rows, device).split(counts)
+        boxes_of_images = to_device(boxes, device).split(counts)
         targets = []
-        for target in batch.targets:
-            tensors = {key: value.to(device) for key, value in target.items() if key != "index"}
-            targets.append(tensors | {"rows": rows[tensors["labels"]]})
+        for i, target in enumerate(batch.targets):
+            own = {"rows": rows_of_images[i], "boxes": boxes_of_images[i]}
+            own["has_mask"] = target["has_mask"]
+            if "masks" in target:
+                own["masks"] = to_device(target["masks"], device)
+            targets.append(own)
         return targets
 
     def matched_masks(
-        self, model: Detector, images: Tensor, outputs: dict, targets: list[dict], matches: tuple
+        self, model: Detector, images: Tensor, outputs: dict, targets: list[dict], matches: Matches
     ) -> tuple[Tensor, Tensor]:
         """Mask logits and true masks (M, GRID, GRID) of the matched queries whose objects have a
         mask.
         """
-        image, query, obj = matches
-        has_mask = torch.cat([target["has_mask"] for target in targets])[obj]
-        image = image[has_mask]
-        query = query[has_mask]
-        obj = obj[has_mask]
+        has_mask = torch.cat([target["has_mask"] for target in targets])
+        labelled = matches.where(has_mask[matches.object])
+        (there,) = on_device([labelled], images.device)
         masks = torch.cat([target["masks"] for target in targets])
-        boxes = outputs["pred_boxes"].detach()[image, query]
-        truth = sample_in_boxes(masks[:, None], boxes, obj)[:, 0]
+        boxes = outputs["pred_boxes"].detach()[there.image, there.query]
+        truth = sample_in_boxes(masks[:, None], boxes, there.object)[:, 0]
         with self.precision.autocast():
             pixels = model.mask_head.pixels(outputs["features"], images)
-            queries = outputs["queries"][image, query]
-            logits = model.mask_head.grid_logits(pixels, queries, boxes, image)
+            queries = outputs["queries"][there.image, there.query]
+            logits = model.mask_head.grid_logits(pixels, queries, boxes, labelled.image)
         return logits, truth
 
 

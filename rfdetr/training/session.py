@@ -148,7 +148,9 @@ def split_evaluator(
         split = replace(split, images=images)
     dataset = SplitDataset(split, session.resolution, None, masks=False)
     rank = distributed.rank()
-    loader = evaluation_loader(dataset, batch, settings.workers, rank, distributed.world_size())
+    world = distributed.world_size()
+    pin = session.device.type == "cuda"
+    loader = evaluation_loader(dataset, batch, settings.workers, rank, world, pin)
     return SplitEvaluator(loader, table, session.precision, masks, frozen)
 
 
