@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 
 from rfdetr.classes import ClassTable
 from rfdetr.data.loaders import Batch
@@ -301,3 +302,13 @@ def test_waits_and_copies_are_counted_by_line(gpu):
     torch.ones(2).pin_memory().to(DEVICE, non_blocking=True)
     there.to("cpu", non_blocking=True)
     assert sum(gpu.blocking_copies.values()) == 3 and sum(gpu.waits.values()) == 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_card_runs_on_a_cpu(tmp_path):
+    out = tmp_path / "gpu.md"
+    run_script("benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", out, cwd=tmp_path)
+    text = out.read_text(encoding="utf-8")
+    assert "not measured" not in text
+    for table in ("training step", "inference", "stage 2", "--batch auto", "a step of", "tiny"):
+        assert f"\n| {table}" in text
