@@ -55,6 +55,18 @@ def test_guesses_are_near_the_drawn_masks(demo):
     assert mean_iou(split, guesses) > max(0.8, mean_iou(split, whole_boxes) + 0.1)
 
 
+def test_an_object_that_looks_like_the_ground_has_a_mask_all_the_same():
+    image = np.random.default_rng(0).normal(128, 12, (320, 320, 3))
+    corners = [(x, y) for y in (10, 110, 210) for x in (10, 110, 210)]
+    boxes = np.array([(x, y, x + 60, y + 60) for x, y in corners], float)
+    for x, y in corners[1:]:
+        image[y + 6 : y + 54, x + 6 : x + 54] += (70, -70, -60)
+    masks = guess_masks(image.clip(0, 255).astype(np.uint8), boxes, np.zeros(9, int), 320, 320)
+    fills = mask_api.area(masks) / 60**2
+    assert fills[0] > 0.5  # nothing of it differs from the ground
+    assert fills[1:] == pytest.approx(0.64, abs=0.1)
+
+
 def test_drawn_masks_stay_as_they_are(demo):
     split = read_dataset(demo)["train"]
     some = without_masks(split, keep=3)
