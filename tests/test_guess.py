@@ -24,6 +24,8 @@ from rfdetr.data.loaders import EpochSampler, SplitDataset
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.masks import to_rle
+from rfdetr.runs.record import Run
+from rfdetr.training.report import draw_guesses
 
 
 def without_masks(split: CocoSplit, keep: int = 0) -> CocoSplit:
@@ -80,6 +82,22 @@ def test_drawn_masks_stay_as_they_are(demo):
     target = dataset[mixed, None]["target"]
     assert target["has_mask"].all() and target["masks"].flatten(1).any(1).all()
     assert dataset.segmentations(mixed) is segmentations  # computed once
+
+
+def test_the_sheet_of_guesses_leaves_out_what_cannot_be_read(demo, tmp_path, capsys):
+    split = without_masks(read_dataset(demo)["train"])
+    split.images[0] = replace(split.images[0], path=tmp_path / "gone.png")
+    dataset = SplitDataset(split, 64, None, masks=True, guess=True)
+    with Run(tmp_path / "run", {}, tensorboard=False) as run:
+        draw_guesses(run, dataset)
+    assert Image.open(tmp_path / "run/guessed_masks.png").height > 300
+    (tmp_path / "run/guessed_masks.png").unlink()
+    (tmp_path / "run/guessed_masks.png").mkdir()
+    capsys.readouterr()
+    with Run(tmp_path / "run", {}, tensorboard=False) as run:
+        draw_guesses(run, dataset)
+    said = "".join(capsys.readouterr())
+    assert "guessed_masks.png failed" in said and "to look at" not in said
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,6 +4,7 @@ TensorBoard.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from rfdetr.console import banner, say, tick, warn
+from rfdetr.console import UserError, banner, say, tick, warn
 from rfdetr.data.loaders import SplitDataset
 from rfdetr.data.statistics import shrink_problems
 from rfdetr.files import atomic_write
@@ -158,7 +159,7 @@ def is_picture_due(settings: TrainingSettings, epoch: int) -> bool:
 
 def draw_guesses(run: Run, dataset: SplitDataset) -> None:
     """Draw objects with the masks that were guessed for them, to be looked at before they are
-    trusted; what fails is a warning.
+    trusted; images that cannot be read are left out, what else fails is a warning.
     """
     file = run.folder / "guessed_masks.png"
     split = dataset.split
@@ -166,10 +167,11 @@ def draw_guesses(run: Run, dataset: SplitDataset) -> None:
         numbers = np.linspace(0, len(split.images) - 1, GUESSED_IMAGES).astype(int)
         images = []
         for number in np.unique(numbers).tolist():
-            masks = dataset.segmentations(number)
-            images.append(replace(split.images[number], segmentations=masks))
+            with contextlib.suppress(UserError):
+                masks = dataset.segmentations(number)
+                images.append(replace(split.images[number], segmentations=masks))
         class_sheet(replace(split, images=images), " (masks guessed)").save(file)
-    tick(f"Guessed masks to look at: {file}")
+        tick(f"Guessed masks to look at: {file}")
 
 
 def draw_pictures(
