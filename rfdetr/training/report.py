@@ -57,10 +57,16 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
     )
     for problem in shrink_problems(session.train, session.resolution, session.size.block):
         warn(problem.message)
-    if not session.splits["valid"].images:
+    valid = session.splits["valid"]
+    if not valid.images:
         warn(
             "the valid split is empty: there are no scores, "
             "and best.pt holds the last epoch's weights"
+        )
+    elif settings.metric.startswith("segm") and valid.mask_count == 0:
+        warn(
+            "the valid split has no masks: there are no mask scores, best.pt holds the last "
+            "epoch's weights, and nothing stops the run early. Draw the masks of a few valid images"
         )
 
 
