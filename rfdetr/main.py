@@ -179,7 +179,7 @@ def fit(
     with signals, naming_workers(loader.dataset.images_in_work):
         while progress.epoch < settings.epochs:
             if 0 < settings.stop_after <= keeper.evaluations_without_gain:
-                tick(f"Stopped early: {settings.stop_after} evaluations without gain (--patience)")
+                tick(stopped_early(session, keeper.evaluations_without_gain))
                 break
             epoch = progress.epoch + 1
             loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch)
@@ -249,6 +249,13 @@ def go_on(session: Session, keeper: CheckpointKeeper) -> None:
     changed = changed_settings(session.settings, session.resumed["args"])
     for name, (before, now) in changed.items():
         tick(f"--{name}: {before} before, {now} from epoch {progress.epoch + 1} on")
+
+
+def stopped_early(session: Session, evaluations: int) -> str:
+    """What to say of a run after so many evaluations without gain, and how it goes on."""
+    words = ["--resume", session.folder, "--patience", 2 * evaluations]
+    more = command_line("python", session.settings.script, *words)
+    return f"Stopped early: {evaluations} evaluations without gain. To train on: {more}"
 
 
 def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:

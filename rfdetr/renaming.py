@@ -139,12 +139,13 @@ def rename_classes(data: dict, renames: dict[str, str]) -> int:
 
     A category that gets the name of another one becomes that: its annotations get the other's id.
     """
-    categories = entries_of(data, "categories")
-    id_of = {entry["name"]: entry.get("id") for entry in categories if is_named(entry)}
+    named = [entry for entry in entries_of(data, "categories") if is_named(entry)]
+    # of those that keep their names: renames may swap names, or hand them on
+    id_of = {entry["name"]: entry.get("id") for entry in named if entry["name"] not in renames}
     merged = {}  # id -> the id of the category that has the new name already
     count = 0
-    for entry in categories:
-        if not is_named(entry) or entry["name"] not in renames:
+    for entry in named:
+        if entry["name"] not in renames:
             continue
         count += 1
         entry["name"] = renames[entry["name"]]

@@ -100,7 +100,9 @@ class TrainingSettings(DataSettings):
     )
     amp: str = choice(OF_SIZE, "mixed precision (auto: the size's own)", AMP)
     ema: bool = switch(True, "keep an average of the weights, scored as well")
-    patience: int = integer(0, "stop after this many evaluations without gain (0: never)", low=0)
+    patience: int = integer(
+        0, "stop after this many evaluations without gain (0: as --early_stopping says)", low=0
+    )
     early_stopping: bool = switch(
         False, f"stop after {EARLY_STOPPING_PATIENCE} evaluations without gain, or --patience"
     )

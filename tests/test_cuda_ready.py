@@ -187,7 +187,7 @@ def test_detecting_and_pasting_wait_once_each(gpu, name, mask_head):
     assert sum(gpu.waits.values()) == 1
     assert len(detections.boxes_in_original(0)) == 120  # on the CPU, and free
     gpu.forget()
-    (rles,) = draw_masks(model.head, detections[0:1], [np.arange(100)], FP32)
+    ((rles, _),) = draw_masks(model.head, detections[0:1], [np.arange(100)], FP32)
     assert len(rles) == 100
     assert set(gpu.blocking_copies) == set()
     assert sum(gpu.waits.values()) == 1

@@ -541,9 +541,10 @@ def test_a_run_interrupted_while_it_scores_the_test_split_does_that_on_resume(
     assert code == 2 and "has finished its 1 epochs" in text
 
 
-def test_a_run_stopped_after_its_patience_does_not_train_on(few, call):
+def test_a_run_stopped_after_its_patience_does_not_train_on(few, call, capsys):
     flags = [*quick_flags(few), "--epochs", 9, "--patience", 1, "--lr", 0, "--lr_encoder", 0]
     call(train_detector_stage1.main, *flags, "--output_dir", "run")
+    assert "train_detector_stage1.py --resume run --patience 2" in capsys.readouterr().out
     before = load(Path("run/last.pt"))["training"]["progress"]
     call(train_detector_stage1.main, "--resume", "run")
     assert load(Path("run/last.pt"))["training"]["progress"] == before

@@ -24,6 +24,8 @@ from rfdetr.data.loaders import EpochSampler, SplitDataset
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.masks import to_rle
+from rfdetr.runs.record import Run
+from rfdetr.training.report import draw_guesses
 
 
 def without_masks(split: CocoSplit, keep: int = 0) -> CocoSplit:
@@ -55,6 +57,18 @@ def test_guesses_are_near_the_drawn_masks(demo):
     assert mean_iou(split, guesses) > max(0.8, mean_iou(split, whole_boxes) + 0.1)
 
 
+def test_an_object_that_looks_like_the_ground_has_a_mask_all_the_same():
+    image = np.random.default_rng(0).normal(128, 12, (320, 320, 3))
+    corners = [(x, y) for y in (10, 110, 210) for x in (10, 110, 210)]
+    boxes = np.array([(x, y, x + 60, y + 60) for x, y in corners], float)
+    for x, y in corners[1:]:
+        image[y + 6 : y + 54, x + 6 : x + 54] += (70, -70, -60)
+    masks = guess_masks(image.clip(0, 255).astype(np.uint8), boxes, np.zeros(9, int), 320, 320)
+    fills = mask_api.area(masks) / 60**2
+    assert fills[0] > 0.5  # nothing of it differs from the ground
+    assert fills[1:] == pytest.approx(0.64, abs=0.1)
+
+
 def test_drawn_masks_stay_as_they_are(demo):
     split = read_dataset(demo)["train"]
     some = without_masks(split, keep=3)
@@ -68,6 +82,22 @@ def test_drawn_masks_stay_as_they_are(demo):
     target = dataset[mixed, None]["target"]
     assert target["has_mask"].all() and target["masks"].flatten(1).any(1).all()
     assert dataset.segmentations(mixed) is segmentations  # computed once
+
+
+def test_the_sheet_of_guesses_leaves_out_what_cannot_be_read(demo, tmp_path, capsys):
+    split = without_masks(read_dataset(demo)["train"])
+    split.images[0] = replace(split.images[0], path=tmp_path / "gone.png")
+    dataset = SplitDataset(split, 64, None, masks=True, guess=True)
+    with Run(tmp_path / "run", {}, tensorboard=False) as run:
+        draw_guesses(run, dataset)
+    assert Image.open(tmp_path / "run/guessed_masks.png").height > 300
+    (tmp_path / "run/guessed_masks.png").unlink()
+    (tmp_path / "run/guessed_masks.png").mkdir()
+    capsys.readouterr()
+    with Run(tmp_path / "run", {}, tensorboard=False) as run:
+        draw_guesses(run, dataset)
+    said = "".join(capsys.readouterr())
+    assert "guessed_masks.png failed" in said and "to look at" not in said
 
 
 @settings(max_examples=40, deadline=None)
@@ -124,8 +154,9 @@ def test_stage_2_learns_from_boxes_alone(
     monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0)  # a detector of other images
     flags = ["--checkpoint", shrunk.folder, "--resolution", 64]
     call(train_seg_stage2.main, *quick_flags(boxes_only), *flags)
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "have no mask: masks are guessed" in said
+    assert "valid split has no masks: there are no mask scores, best.pt holds the last" in said
     run = tmp_path / "runs/segmentation_tiny_64_1"
     assert Image.open(run / "guessed_masks.png").height > 300
     assert json.loads((run / "stage2_config.json").read_text())["guessed_masks"] is True

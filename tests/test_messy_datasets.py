@@ -148,6 +148,17 @@ def test_renaming_merges_with_a_class_of_the_new_name(dataset):
     assert {entry["category_id"] for entry in valid.ground_truth["annotations"]} == {1, 2}
 
 
+@pytest.mark.parametrize("flags", [["cell=vessel", "vessel=cell"], ["vessel=cell", "cell=top"]])
+def test_names_can_be_swapped_and_handed_on(dataset, flags):
+    splits = read_dataset(dataset)
+    before = splits["train"].objects_per_class
+    renamed = read_dataset(dataset, rename=flags)
+    new = dict(pair.split("=") for pair in flags)
+    for name, split in renamed.items():
+        assert split.class_names == [new[one] for one in splits[name].class_names]
+    assert renamed["train"].objects_per_class == before
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

@@ -406,6 +406,20 @@ def test_an_object_without_mask_neither_helps_nor_hurts_the_mask_figures(missing
         assert (summary["bbox"]["mAP"] > 0.99) == (len(found) == 2)
 
 
+def test_masks_of_objects_without_one_may_reach_over_their_boxes(backend):
+    truth = two_objects(image_id=2, segmentation=[])
+    truth["images"].append({"id": 2, "height": 60, "width": 80})
+    evaluator = CocoEvaluator(truth, masks=True)
+    evaluator.add(1, np.array([[5, 5, 25, 25]]), np.ones(1), np.ones(1), [square(5, 5, 20)])
+    evaluator.add(2, np.array([[39, 19, 61, 41]]), np.ones(1), np.ones(1), [square(39, 19, 22)])
+    assert evaluator.summary()["mask"] == {"giou": 1, "ciou": 1, "dice": 1}
+
+    truth["annotations"][0]["segmentation"] = None  # nothing is drawn at all
+    evaluator = CocoEvaluator(truth, masks=True)
+    evaluator.add(2, np.array([[39, 19, 61, 41]]), np.ones(1), np.ones(1), [square(39, 19, 22)])
+    assert evaluator.summary()["mask"] == {"giou": None, "ciou": None, "dice": None}
+
+
 def test_boxes_only():
     truth = random_split(8)
     for annotation in truth["annotations"]:

@@ -108,7 +108,8 @@ class CocoEvaluator:
 
         With `masks`, images need height and width, and segmentations (polygons or RLE) must be
         valid: the C library does not check. For the mask figures, an annotation without one is a
-        crowd region of its box's size, neither rewarded nor punished.
+        crowd region of its box's size, neither rewarded nor punished; images that have no other
+        annotations of a class do not count in its overlap.
         """
         self.masks = masks
         self.detections: dict[int | str, DetectionTable] = {}
@@ -128,6 +129,9 @@ class CocoEvaluator:
         self._names = [category["name"] for category in categories]
         self._true_boxes = []
         self._true_masks = []
+        # (image, class) by number, of objects with a mask and of those without
+        self._drawn: set[tuple[int, int]] = set()
+        self._undrawn: set[tuple[int, int]] = set()
         for number, annotation in enumerate(ground_truth["annotations"], start=1):
             self._add_annotation(number, annotation)
 
@@ -146,6 +150,8 @@ class CocoEvaluator:
         if not self.masks:
             return
         shape = annotation.get("segmentation")
+        pairs = self._drawn if shape else self._undrawn
+        pairs.add((box["image_id"], box["category_id"]))
         mask = dict(box)
         if not shape:
             shape = np.array([annotation["bbox"]], dtype=float)
@@ -253,12 +259,28 @@ class CocoEvaluator:
         if self.masks:
             mask_areas = np.array([mask_api.area(rle) for rle in table.rles], dtype=float)
             summary["segm"] = self._score("segm", table.ranked_by_masks(), mask_areas)
-            summary["mask"] = dict.fromkeys(("giou", "ciou", "dice"))
-            if not all(mask["iscrowd"] for mask in self._true_masks):
-                summary["mask"] = mask_overlap(
-                    table.images, table.classes, table.scores, table.rles, self._true_masks
-                )
+            summary["mask"] = self._mask_overlap(table)
         return summary
+
+    def _mask_overlap(self, table: DetectionTable) -> dict[str, float | None]:
+        if all(mask["iscrowd"] for mask in self._true_masks):
+            return dict.fromkeys(("giou", "ciou", "dice"))  # none is drawn
+        known = self._known_masks(table)
+        return mask_overlap(
+            table.images[known],
+            table.classes[known],
+            table.scores[known],
+            [table.rles[i] for i in known],
+            self._true_masks,
+        )
+
+    def _known_masks(self, table: DetectionTable) -> Array:
+        """The indices of detections in images where the masks of their class are not all missing:
+        a good one reaches a little over its object's box, and would count as wrong there.
+        """
+        unknown = self._undrawn - self._drawn
+        pairs = zip(table.images.tolist(), table.classes.tolist())
+        return np.array([i for i, pair in enumerate(pairs) if pair not in unknown], dtype=int)
 
     def _score(self, kind: str, table: DetectionTable, areas: Array) -> dict:
         """The figures of one kind; areas (n,) of the detections, for small, medium and large."""

@@ -4,6 +4,7 @@ TensorBoard.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from rfdetr.console import banner, say, tick, warn
+from rfdetr.console import UserError, banner, say, tick, warn
 from rfdetr.data.loaders import SplitDataset
 from rfdetr.data.statistics import shrink_problems
 from rfdetr.files import atomic_write
@@ -56,10 +57,16 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
     )
     for problem in shrink_problems(session.train, session.resolution, session.size.block):
         warn(problem.message)
-    if not session.splits["valid"].images:
+    valid = session.splits["valid"]
+    if not valid.images:
         warn(
             "the valid split is empty: there are no scores, "
             "and best.pt holds the last epoch's weights"
+        )
+    elif settings.metric.startswith("segm") and valid.mask_count == 0:
+        warn(
+            "the valid split has no masks: there are no mask scores, best.pt holds the last "
+            "epoch's weights, and nothing stops the run early. Draw the masks of a few valid images"
         )
 
 
@@ -158,7 +165,7 @@ def is_picture_due(settings: TrainingSettings, epoch: int) -> bool:
 
 def draw_guesses(run: Run, dataset: SplitDataset) -> None:
     """Draw objects with the masks that were guessed for them, to be looked at before they are
-    trusted; what fails is a warning.
+    trusted; images that cannot be read are left out, what else fails is a warning.
     """
     file = run.folder / "guessed_masks.png"
     split = dataset.split
@@ -166,10 +173,11 @@ def draw_guesses(run: Run, dataset: SplitDataset) -> None:
         numbers = np.linspace(0, len(split.images) - 1, GUESSED_IMAGES).astype(int)
         images = []
         for number in np.unique(numbers).tolist():
-            masks = dataset.segmentations(number)
-            images.append(replace(split.images[number], segmentations=masks))
+            with contextlib.suppress(UserError):
+                masks = dataset.segmentations(number)
+                images.append(replace(split.images[number], segmentations=masks))
         class_sheet(replace(split, images=images), " (masks guessed)").save(file)
-    tick(f"Guessed masks to look at: {file}")
+        tick(f"Guessed masks to look at: {file}")
 
 
 def draw_pictures(
