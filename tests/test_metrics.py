@@ -32,6 +32,7 @@ from rfdetr.metrics import coco_eval
 from rfdetr.metrics.coco_eval import CocoEvaluator, format_table
 from rfdetr.metrics.overlap import SCORE_THRESHOLD, mask_overlap
 from rfdetr.models.detector import select_detections
+from rfdetr.models.segmentation import PastedMask
 from rfdetr.sizes import SIZES
 
 # pycocotools.mask.decode under numpy 2
@@ -579,7 +580,8 @@ class BoxMasks(torch.nn.Module):
 
     def paste(self, pixels, queries, boxes, placement):
         for left, top, right, bottom in map(whole_pixels, boxes):
-            yield left, top, torch.ones(bottom - top, right - left, dtype=torch.bool), 1.0
+            mask = torch.ones(bottom - top, right - left, dtype=torch.bool)
+            yield PastedMask(left, top, mask, torch.ones(()))
 
 
 class Trained(torch.nn.Module):
