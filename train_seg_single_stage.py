@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     session.guess_masks = choose_masks(session.train, settings.masks)
     size = session.size
     table = class_table(session, "dataset")
-    mask_stride = checkpoint.mask_stride(resumed) if resumed else STRIDE
+    mask_stride = stride_of_start(settings, resumed)
     model = Detector(
         size,
         table.rows_total,
@@ -82,6 +82,16 @@ def main(argv: list[str] | None = None) -> None:
             draw_guesses(session.run, dataset)
         fit(session, trainer, loader, evaluator, pack)
         finish(session, table, masks=True, next_command=predict_with(session))
+
+
+def stride_of_start(settings: SingleSettings, resumed: dict | None) -> int:
+    """The stride of the mask head that the run goes on from or starts with; else a new head's."""
+    content = resumed
+    if content is None and settings.init_ckpt:
+        content = checkpoint.load(settings.init_ckpt)
+    if content and content["mask_head"] == settings.model_size.mask_head:
+        return checkpoint.mask_stride(content)
+    return STRIDE
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         draw_classes(train, settings.preview)
 
     errors = [problem for problem in problems if problem.severity == "error"]
-    masks = not errors and train.mask_count > 0
     report = {
         "format": 1,
         "ok": not errors,
@@ -80,7 +79,8 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         "repaired": repaired,
         "exif": train.exif if train else None,
         "splits": counts,
-        "stages": {"detector": not errors, "segmentation": masks, "single": masks},
+        # masks are guessed where there are none: splits has their numbers
+        "stages": dict.fromkeys(("detector", "segmentation", "single"), not errors),
         "problems": [asdict(problem) for problem in problems],
     }
     if settings.estimate and not errors:
@@ -90,7 +90,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         write_json(settings.json, report)
     if errors:
         raise UserError(errors_message(errors, settings))
-    say_what_is_possible(settings, train, sum(row["images"] for row in counts.values()), masks)
+    say_what_is_possible(settings, train, sum(row["images"] for row in counts.values()))
 
 
 def refuse_files_of_dataset(settings: ValidationSettings) -> None:
@@ -234,16 +234,14 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
     return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {then}"
 
 
-def say_what_is_possible(
-    settings: ValidationSettings, train: CocoSplit, images: int, masks: bool
-) -> None:
+def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images: int) -> None:
     """... and the next command."""
     how = "images were opened, not decoded (--check_images)"
     if settings.check_images:
         how = "every image could be decoded"
     tick(f"{len(train.class_names)} classes, {images} images; {how}")
     tick("Stage 1 (boxes) is possible")
-    if masks:
+    if train.mask_count:
         tick("Stage 2 and single stage (masks) are possible")
     else:
         warn(

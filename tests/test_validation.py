@@ -550,8 +550,12 @@ def test_validate_setup_tells_which_stages_boxes_allow(dataset, capsys):
             dataset / split / "_annotations.coco.json",
             lambda d: [a.pop("segmentation") for a in d["annotations"]],
         )
-    validate_setup.main(["--dataset", str(dataset), "--check_images", "0"])
+    report = dataset.parent / "report.json"
+    flags = ["--dataset", str(dataset), "--check_images", "0", "--json", str(report)]
+    validate_setup.main(flags)
     assert "will guess masks from the boxes" in capsys.readouterr().out
+    stages = json.loads(report.read_text())["stages"]
+    assert stages == {"detector": True, "segmentation": True, "single": True}
     with pytest.raises(UserError, match="^No segmentation masks found in COCO annotations"):
         validate_setup.main(["--dataset", str(dataset), "--need_masks", "1"])
 
