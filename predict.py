@@ -16,6 +16,7 @@ import glob
 import itertools
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -72,9 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         if not video.is_whole:
             damaged.append(str(path))
     if unreadable == len(paths):
-        raise UserError(
-            f"none of the {unreadable} files could be read (the warnings above name them)"
-        )
+        which = "the file" if unreadable == 1 else f"none of the {unreadable} files"
+        verb = "could not" if unreadable == 1 else "could"
+        raise UserError(f"{which} {verb} be read: see the warnings above")
     for message in image_warnings(images, model.resolution, model.model.size.block):
         warn(message)
     write_json(settings.output / "predictions.json", records)
@@ -144,6 +145,8 @@ def files_named_by(text: str) -> list[Path]:
 
 def what_is_there_instead(path: Path) -> str:
     """Of a path without images: what it is, and how to name what lies below it or near it."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has made one slash of two
+        return "URLs are not read: download it first, and name the file"
     below = path.glob("*/**/*") if path.is_dir() else ()
     deeper = next((file for file in below if file.suffix.lower() in IMAGES), None)
     if deeper:

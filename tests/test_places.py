@@ -140,4 +140,4 @@ def test_an_mp4_that_cannot_be_read_is_not_to_be_converted_to_mp4(call, weights,
             call(lambda argv: run_script(predict.main, argv), *flags, "--input", name)
         said = capsys.readouterr()
         assert advice in said.out
-        assert "error: none of the 1 files could be read" in said.err
+        assert "error: the file could not be read" in said.err

@@ -256,6 +256,10 @@ class CocoEvaluator:
             summary["mask"] = mask_overlap(
                 table.images, table.classes, table.scores, table.rles, self._true_masks
             )
+            # boxes stand in for missing masks, as crowds
+            masks = any(not mask["iscrowd"] for mask in self._true_masks)
+            if not masks and any(not box["iscrowd"] for box in self._true_boxes):
+                summary["mask"] = dict.fromkeys(summary["mask"])
         return summary
 
     def _score(self, kind: str, table: DetectionTable, areas: Array) -> dict:
