@@ -16,7 +16,6 @@ import glob
 import itertools
 import math
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -145,8 +144,6 @@ def files_named_by(text: str) -> list[Path]:
 
 def what_is_there_instead(path: Path) -> str:
     """Of a path without images: what it is, and how to name what lies below it or near it."""
-    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has made one slash of two
-        return "URLs are not read: download it first, and name the file"
     below = path.glob("*/**/*") if path.is_dir() else ()
     deeper = next((file for file in below if file.suffix.lower() in IMAGES), None)
     if deeper:

@@ -113,6 +113,11 @@ def test_what_is_missing_is_called_missing_with_near_names(run, path, said):
         assert said in message.replace("\\", "/") and "there is no" in message
 
 
+def test_a_url_is_called_one(run):
+    message = refusal(find_checkpoint, Path("https://example.com/best.pt"))
+    assert "it is a URL: download it first" in message
+
+
 def test_a_folder_without_checkpoints_tells_what_it_has(run):
     message = refusal(detector_of_run, Path("runs/detector_tiny_64_1/tb"))
     assert message.startswith("No checkpoint found in Stage-1 directory")

@@ -5,6 +5,7 @@ so that a script can tell before it imports torch.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from rfdetr.console import UserError
@@ -107,6 +108,8 @@ def what_is_there(path: Path, files: tuple[str, ...] = ()) -> str:
 
 def missing(path: Path) -> str:
     """How far a path that leads nowhere exists."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", path.as_posix()):  # a Path has made one slash of two
+        return "it is a URL: download it first, and give the file"
     for folder in reversed(path.parents):
         if not folder.exists():
             return f"there is no folder {folder}"
