@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> None:
         if not video.is_whole:
             damaged.append(str(path))
     if unreadable == len(paths):
-        raise UserError(
-            f"none of the {unreadable} files could be read (the warnings above name them)"
-        )
+        which = "the file" if unreadable == 1 else f"none of the {unreadable} files"
+        verb = "could not" if unreadable == 1 else "could"
+        raise UserError(f"{which} {verb} be read: see the warnings above")
     for message in image_warnings(images, model.resolution, model.model.size.block):
         warn(message)
     write_json(settings.output / "predictions.json", records)

@@ -110,7 +110,8 @@ def detector_file(settings: SegmentationSettings) -> Path:
         return settings.checkpoint
     if run is None:
         raise UserError(
-            "name the detector to freeze: --stage1_run runs/detector_... or --checkpoint FILE"
+            "name the detector to freeze, a run of stage 1 or a file: --stage1_run DIR or "
+            "--checkpoint FILE"
         )
     return detector_of_run(run)
 

@@ -104,9 +104,10 @@ def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test
         return
     if has_test and not has_test_scores(settings.output_dir):
         return
+    epochs = "1 epoch" if progress.epoch == 1 else f"{progress.epoch} epochs"
     words = ["--resume", settings.output_dir, "--epochs", progress.epoch + 20]
     raise UserError(
-        f"{settings.output_dir} has finished its {progress.epoch} epochs. To train longer, give "
+        f"{settings.output_dir} has finished its {epochs}. To train longer, give "
         f"more: {command_line('python', settings.script, *words)}"
     )
 

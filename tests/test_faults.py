@@ -538,7 +538,7 @@ def test_a_run_interrupted_while_it_scores_the_test_split_does_that_on_resume(
     call(train_detector_stage1.main, "--resume", "run")
     assert json.loads(Path("run/metrics.json").read_text())["test"].keys() == {"bbox"}
     code, text = exit_of(train_detector_stage1.main, "--resume", "run")
-    assert code == 2 and "has finished its 1 epochs" in text
+    assert code == 2 and "has finished its 1 epoch." in text
 
 
 def test_a_run_stopped_after_its_patience_does_not_train_on(few, call, capsys):

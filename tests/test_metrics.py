@@ -336,6 +336,23 @@ def test_nothing_found_gives_zero_and_missing_sizes_give_none(backend):
     assert summary["mask"] == {"giou": 0, "ciou": 0, "dice": 0}
 
 
+def test_what_has_boxes_alone_gets_no_figures_of_masks():
+    box = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 400}
+    truth = {
+        "images": [{"id": 1, "height": 60, "width": 80}],
+        "annotations": [box | {"bbox": [5, 5, 20, 20]}],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    evaluator = CocoEvaluator(truth, masks=True)
+    boxes = np.array([[5, 5, 25, 25], [40, 20, 60, 40.0]])
+    masks = [square(5, 5, 20), square(40, 20, 20)]
+    evaluator.add(1, boxes, np.array([0.9, 0.8]), np.ones(2), masks)
+    summary = evaluator.summary()
+    assert summary["bbox"]["mAP"] == pytest.approx(1)
+    assert summary["segm"]["mAP"] is None
+    assert summary["mask"] == {"giou": None, "ciou": None, "dice": None}
+
+
 @pytest.mark.parametrize(
     "images", [[], [{"id": 1, "height": 9, "width": 9}]], ids=["no images", "no annotations"]
 )

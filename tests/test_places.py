@@ -113,6 +113,11 @@ def test_what_is_missing_is_called_missing_with_near_names(run, path, said):
         assert said in message.replace("\\", "/") and "there is no" in message
 
 
+def test_a_url_is_called_one(run):
+    message = refusal(find_checkpoint, Path("https://example.com/best.pt"))
+    assert "it is a URL: download it first" in message
+
+
 def test_a_folder_without_checkpoints_tells_what_it_has(run):
     message = refusal(detector_of_run, Path("runs/detector_tiny_64_1/tb"))
     assert message.startswith("No checkpoint found in Stage-1 directory")
@@ -140,4 +145,4 @@ def test_an_mp4_that_cannot_be_read_is_not_to_be_converted_to_mp4(call, weights,
             call(lambda argv: run_script(predict.main, argv), *flags, "--input", name)
         said = capsys.readouterr()
         assert advice in said.out
-        assert "error: none of the 1 files could be read" in said.err
+        assert "error: the file could not be read" in said.err

@@ -112,7 +112,7 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_was(
 def test_resume_auto_and_more_epochs(few, call, capsys):
     call(train_detector_stage1.main, *quick_flags(few))
     folder = Path("runs/detector_tiny_32_1")
-    with pytest.raises(UserError, match="has finished its 1 epochs.*--epochs"):
+    with pytest.raises(UserError, match="has finished its 1 epoch[.].*--epochs"):
         call(train_detector_stage1.main, "--resume")
     call(
         train_detector_stage1.main, "--resume", "--epochs", 3

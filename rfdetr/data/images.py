@@ -65,7 +65,7 @@ def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         raise UserError(
             f"{printable(path)}: cannot be read as an image: {error}. "
-            "Replace it or delete its entry"
+            "Replace it or leave it out"
         ) from error
 
 

@@ -41,7 +41,7 @@ def no_dataset_message(root: Path) -> str:
     near = nearby_datasets(root)
     if near:
         names = " or ".join(f'--dataset "{folder}"' for folder in near)
-        return f"{message}. There is one beside it: run the same command with {names}"
+        return f"{message}. There is one nearby: run the same command with {names}"
     other = other_format(root)
     there = f"it is {other}" if other else describe_folder(root)
     message += (
@@ -50,7 +50,7 @@ def no_dataset_message(root: Path) -> str:
     )
     if other:
         return f"{message}Export it as COCO, from the labelling tool for example"
-    return f"{message}Another folder is named with --dataset"
+    return f"{message}Name the right folder with --dataset"
 
 
 def nearby_datasets(root: Path) -> list[Path]:
@@ -102,9 +102,9 @@ def find_coco_splits(root: Path) -> dict[str, tuple[Path, Path]]:
 
 def describe_folder(folder: Path) -> str:
     if not folder.is_dir():
-        return "not a folder"
+        return "not a folder" if folder.exists() else "there is no such folder"
     names = sorted(entry.name for entry in folder.iterdir())[:10]
-    return f"there is: {', '.join(names) or 'nothing'}"
+    return f"it holds: {', '.join(names)}" if names else "it is empty"
 
 
 def read_json(path: str | Path) -> dict:

@@ -5,6 +5,7 @@ so that a script can tell before it imports torch.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from rfdetr.console import UserError
@@ -93,7 +94,7 @@ def what_is_there(path: Path, files: tuple[str, ...] = ()) -> str:
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
         more = ", ..." if len(names) > MOST_NAMES else ""
-        there = f"there is: {', '.join(names[:MOST_NAMES])}{more}" if names else "it is empty"
+        there = f"it holds: {', '.join(names[:MOST_NAMES])}{more}" if names else "it is empty"
     elif path.exists():
         there = "it is a file"
     else:
@@ -107,6 +108,8 @@ def what_is_there(path: Path, files: tuple[str, ...] = ()) -> str:
 
 def missing(path: Path) -> str:
     """How far a path that leads nowhere exists."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", path.as_posix()):  # a Path has made one slash of two
+        return "it is a URL: download it first, and give the file"
     for folder in reversed(path.parents):
         if not folder.exists():
             return f"there is no folder {folder}"
