@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock  # comes with torch
@@ -22,6 +23,12 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
 from rfdetr.sigterm import leave
 from rfdetr.sizes import SIZES, ModelSize
+
+# a busy machine is no fault of what is tested
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(
