@@ -36,7 +36,7 @@ from rfdetr.inference.originals import read_image
 from rfdetr.inference.prediction import Prediction
 from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
-from rfdetr.text import quoted
+from rfdetr.text import command_line, quoted
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 WHOLE = 0.95  # of a video's announced frames: a video with fewer is damaged
@@ -342,7 +342,8 @@ def write_video(predictor: Predictor, path: Path, target: Path) -> VideoResult:
 
 def advice_on_video(path: Path) -> str:
     if path.suffix.lower() == ".mp4":
-        return "Copy or download it again, or write it anew: ffmpeg -i OLD.mp4 -c:v libx264 NEW.mp4"
+        words = ["ffmpeg", "-i", path, "-c:v", "libx264", path.with_stem(path.stem + "_new")]
+        return f"Copy or download it again, or write it anew: {command_line(*words)}"
     return "Convert it to .mp4 and try again"
 
 

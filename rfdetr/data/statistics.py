@@ -105,8 +105,8 @@ def shrink_warning(
         wanted = resolution * HARDLY_SEEN / max(median, 0.1)
     better = -int(-wanted // step) * step  # rounded up
     way_out = (
-        f"give --resolution {better} (memory and time grow with its square), or cut the images "
-        "into tiles beforehand"
+        f"train with --resolution {better} (memory and time grow with its square), or cut the "
+        "images into tiles beforehand"
     )
     if better > MOST_SIDE:
         way_out = f"cut the images into tiles beforehand: it would take --resolution {better}"
