@@ -279,7 +279,8 @@ def line_of_repository() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if file != Path(__file__) and ROOT in file.parents:
+        is_installed = "site-packages" in file.parts  # an environment may lie in the repository
+        if ROOT in file.parents and file != Path(__file__) and not is_installed:
             return f"{file.relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"

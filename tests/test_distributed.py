@@ -227,5 +227,5 @@ def test_what_all_processes_have_to_say_is_said_once(few, tmp_path, torchrun):
     )
     assert process.wait(120) != 0
     output = said(tmp_path)
-    assert output.count("argument --epochs: expected int >= 1 and <= 1000000000, got 'many'") == 1
+    assert output.count("error: --epochs: expected int >= 1 and <= 1000000000, got 'many'") == 1
     assert output.count("exitcode  : 2") == 1 or "exitcode: 2" in output

@@ -258,7 +258,7 @@ def test_a_dataset_without_masks(error_of, few, shrunk, tmp_path):
         (train_seg_stage2, ["--checkpoint", shrunk.folder]),
         (train_seg_single_stage, []),
     ):
-        status, text = error_of(script, *flags, dataset=data)
+        status, text = error_of(script, *flags, "--masks", "given", dataset=data)
         assert status == 2 and "No segmentation masks found in COCO annotations" in text
         assert "_annotations.coco.json" in text
 
