@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +142,16 @@ def test_tests_and_benchmarks_do_not_import_each_other():
 def test_what_is_used_needs_nothing_that_only_tests_it():
     for path in [*PACKAGE, *SCRIPTS]:
         assert not tops_of(path) & {"tests", "benchmarks", "testkit", "conftest"}, path
+
+
+@pytest.mark.parametrize(
+    "given, set_to",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
+)
+def test_threads_do_not_spin_for_long_unless_told_otherwise(given, set_to):
+    own = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    others = {name: value for name, value in os.environ.items() if name not in own}
+    code = "import os, rfdetr; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=others | given, capture_output=True, text=True)
+    assert done.stdout.strip() == set_to, done.stderr
