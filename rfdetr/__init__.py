@@ -2,9 +2,9 @@
 
 import os
 
-# Before torch is loaded: its threads spin while they wait for each other, and beside other work the
-# one that spins takes the core from the one it waits for. Seven times as fast there, no slower on an
-# idle machine (benchmarks/threads.py).
+# Before torch is loaded: its threads spin while they wait for each other, and beside other work
+# the one that spins takes the core from the one it waits for. Seven times as fast there, no slower
+# on an idle machine (benchmarks/threads.py).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
