@@ -373,7 +373,7 @@ def config_words(config, known):
 
     from rfdetr.cli import read_yaml  # needs what requirements.txt asks for
     from rfdetr.console import UserError
-    from rfdetr.settings import require_known
+    from rfdetr.resolve import require_known
 
     try:
         content = read_yaml(Path(config))

@@ -8,7 +8,8 @@ python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth    (COCO's 
 from __future__ import annotations
 
 from rfdetr.cli import check_command, training_settings
-from rfdetr.settings import SegmentationSettings, plain
+from rfdetr.resolve import plain
+from rfdetr.settings import SegmentationSettings
 
 # before torch, whose import takes seconds
 check_command(SegmentationSettings, __doc__, __name__)

@@ -14,6 +14,7 @@ from typing import NoReturn, TypeVar
 
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
+from rfdetr.resolve import read_layer, recipe_values, resolve, settings_of
 from rfdetr.runs.places import (
     detector_of_run,
     find_checkpoint,
@@ -21,15 +22,7 @@ from rfdetr.runs.places import (
     require_state,
     what_is_there,
 )
-from rfdetr.settings import (
-    DataSettings,
-    SingleSettings,
-    TrainingSettings,
-    read_layer,
-    recipe_values,
-    resolve,
-    settings_of,
-)
+from rfdetr.settings import DataSettings, SingleSettings, TrainingSettings
 from rfdetr.sizes import SIZES
 
 S = TypeVar("S")

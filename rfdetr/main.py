@@ -20,12 +20,13 @@ from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
+from rfdetr.resolve import plain
 from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk
 from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.record import Run
-from rfdetr.settings import TrainingSettings, plain
+from rfdetr.settings import TrainingSettings
 from rfdetr.sizes import ModelSize
 from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
@@ -41,6 +42,7 @@ from rfdetr.training.report import (
     print_epoch,
     record_epoch,
     record_test,
+    stopped_early,
     write_config,
 )
 from rfdetr.training.resume import changed_settings, data_digest, resumed_progress
@@ -250,13 +252,6 @@ def go_on(session: Session, keeper: CheckpointKeeper) -> None:
     changed = changed_settings(session.settings, session.resumed["args"])
     for name, (before, now) in changed.items():
         tick(f"--{name}: {before} before, {now} from epoch {progress.epoch + 1} on")
-
-
-def stopped_early(session: Session, evaluations: int) -> str:
-    """What to say of a run after so many evaluations without gain, and how it goes on."""
-    words = ["--resume", session.folder, "--patience", 2 * evaluations]
-    more = command_line("python", session.settings.script, *words)
-    return f"Stopped early: {evaluations} evaluations without gain. To train on: {more}"
 
 
 def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:

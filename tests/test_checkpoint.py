@@ -15,7 +15,8 @@ import torch
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.models.detector import Detector
-from rfdetr.settings import SingleSettings, resolve
+from rfdetr.resolve import resolve
+from rfdetr.settings import SingleSettings
 from rfdetr.sizes import SIZES
 from rfdetr.weights import archive, checkpoint
 from train_seg_single_stage import stride_of_start

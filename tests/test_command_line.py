@@ -11,6 +11,7 @@ from conftest import ROOT, environment
 
 from rfdetr.cli import make_parser
 from rfdetr.console import UserError
+from rfdetr.resolve import settings_of
 from rfdetr.settings import (
     STAGES,
     DetectorSettings,
@@ -19,7 +20,6 @@ from rfdetr.settings import (
     PredictionSettings,
     ShrinkSettings,
     ValidationSettings,
-    settings_of,
 )
 from rfdetr.sizes import SIZES
 

@@ -25,6 +25,7 @@ LAYERS = [
         "classes",
         "memory",
         "renaming",
+        "resolve",
         "requirements",
         "sigterm",
         "streams",

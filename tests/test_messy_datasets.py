@@ -23,7 +23,8 @@ from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import shrink_warning
 from rfdetr.models.detector import Detector
 from rfdetr.renaming import is_near
-from rfdetr.settings import DetectorSettings, plain, read_layer, resolve
+from rfdetr.resolve import plain, read_layer, resolve
+from rfdetr.settings import DetectorSettings
 from rfdetr.sizes import SIZES
 from rfdetr.training.report import print_banner
 from rfdetr.weights import checkpoint

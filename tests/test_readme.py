@@ -15,6 +15,7 @@ from conftest import ROOT
 
 from quickstart import parse as quickstart_flags
 from rfdetr.data.faults import CODES
+from rfdetr.resolve import settings_of
 from rfdetr.settings import (
     STAGES,
     EvaluationSettings,
@@ -22,7 +23,6 @@ from rfdetr.settings import (
     PredictionSettings,
     ShrinkSettings,
     ValidationSettings,
-    settings_of,
 )
 from rfdetr.sizes import SIZES
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rfdetr.cli import training_settings
 from rfdetr.console import UserError
+from rfdetr.resolve import plain, read_layer, resolve, settings_of
 from rfdetr.settings import (
     EARLY_STOPPING_PATIENCE,
     STAGES,
@@ -24,10 +25,6 @@ from rfdetr.settings import (
     ShrinkSettings,
     SingleSettings,
     ValidationSettings,
-    plain,
-    read_layer,
-    resolve,
-    settings_of,
 )
 from rfdetr.sizes import SIZES, LossWeights
 

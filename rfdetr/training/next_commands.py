@@ -7,8 +7,8 @@ from pathlib import Path
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
 from rfdetr.data.layout import find_splits
+from rfdetr.resolve import plain
 from rfdetr.runs.places import WEIGHTS, first_file
-from rfdetr.settings import plain
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, keep_flags
 from rfdetr.training.session import Session

@@ -22,11 +22,13 @@ from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
 from rfdetr.progress import in_hours
+from rfdetr.resolve import plain, yaml_text
 from rfdetr.runs.curves import PICTURES as PICTURE_TAGS
 from rfdetr.runs.curves import best_score, score_curves, train_curves
 from rfdetr.runs.metrics_file import earlier_commands
 from rfdetr.runs.record import Run
-from rfdetr.settings import TrainingSettings, plain, yaml_text
+from rfdetr.settings import TrainingSettings
+from rfdetr.text import command_line
 from rfdetr.training.engine import Progress
 from rfdetr.training.resume import changed_settings
 from rfdetr.training.session import Session
@@ -128,6 +130,13 @@ def print_epoch(
     say(line)
     if scores:
         say(format_table(scores))
+
+
+def stopped_early(session: Session, evaluations: int) -> str:
+    """What to say of a run after so many evaluations without gain, and how it goes on."""
+    words = ["--resume", session.folder, "--patience", 2 * evaluations]
+    more = command_line("python", session.settings.script, *words)
+    return f"Stopped early: {evaluations} evaluations without gain. To train on: {more}"
 
 
 def describe_run(run: Run, settings: TrainingSettings, header: dict) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
+from rfdetr.resolve import plain
 from rfdetr.runs.log import start_command
 from rfdetr.runs.places import STATES, require_state
-from rfdetr.settings import STAGES, TrainingSettings, plain
+from rfdetr.settings import STAGES, TrainingSettings
 from rfdetr.text import command_line
 from rfdetr.training.engine import Progress
 from rfdetr.weights import checkpoint
