@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
-from rfdetr.resolve import read_layer, recipe_values, resolve, settings_of
+from rfdetr.resolve import read_layer, resolve, settings_of
 from rfdetr.runs.places import (
     detector_of_run,
     find_checkpoint,
@@ -24,6 +24,7 @@ from rfdetr.runs.places import (
 )
 from rfdetr.settings import DataSettings, SingleSettings, TrainingSettings
 from rfdetr.sizes import SIZES
+from rfdetr.text import is_url
 
 S = TypeVar("S")
 T = TypeVar("T", bound=TrainingSettings)
@@ -97,7 +98,7 @@ def require_files(settings: object) -> None:
     """UserError for what the settings name and does not exist, as far as torch is not needed."""
     find_checkpoints(settings)
     weights = getattr(settings, "pretrain_weights", "auto")
-    if weights not in ("auto", "none") and "://" not in weights:
+    if weights not in ("auto", "none") and not is_url(weights):
         find_checkpoint(Path(weights).expanduser())
     if getattr(settings, "stage1_run", None) and not settings.checkpoint:
         detector_of_run(settings.stage1_run)
@@ -211,7 +212,9 @@ def make_parser(kind: type, description: str) -> Parser:
         setting = field.metadata["setting"]
         default = field.default
         if setting.of_size:
-            default = by_size(recipe_values(kind, field.name))
+            default = by_size(
+                {size.name: kind.recipe_value(size, field.name) for size in SIZES.values()}
+            )
         add_flag(parser, field.name, setting, default)
     if issubclass(kind, TrainingSettings):
         parser.add_argument("--no_amp", action="store_true", help="the same as --amp off")

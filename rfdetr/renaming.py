@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
 from rfdetr.console import UserError
+from rfdetr.text import quoted_name
 
 LETTERS = 4  # of a name; in shorter ones one edit makes another word
 
@@ -71,10 +71,8 @@ def rename_flags(pairs: Iterable[str]) -> str:
     """The --rename flags of some OLD=NEW, to be pasted into a shell."""
     words = []
     for pair in pairs:
-        is_plain = re.fullmatch(r"[\w .=-]+", pair)
-        quoted = f'"{pair}"' if is_plain else shlex.quote(pair)
         separator = "=" if pair.startswith("-") else " "  # argparse takes -x for a flag
-        words.append(f"--rename{separator}{quoted}")
+        words.append(f"--rename{separator}{quoted_name(pair)}")
     return " ".join(words)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,16 +47,7 @@ def fill_in_from_size(kind: type[TrainingSettings], values: dict) -> None:
     for name, setting in settings_of(kind).items():
         left_open = values[name] is MISSING or (name == "amp" and values[name] == "auto")
         if setting.of_size and left_open:
-            values[name] = recipe_values(kind, name)[values["size"]]
-
-
-def recipe_values(kind: type[TrainingSettings], name: str) -> dict[str, object]:
-    """Size -> its recipe's value of a setting; what a stage has of its own goes first."""
-    values = {}
-    for size in SIZES.values():
-        recipe = asdict(size.recipe)
-        values[size.name] = recipe.get(kind.recipe_prefix + name, recipe.get(name))
-    return values
+            values[name] = kind.recipe_value(SIZES[values["size"]], name)
 
 
 def read_layer(kind: type, values: dict, where: str, strict: bool = True) -> dict:

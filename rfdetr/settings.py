@@ -8,7 +8,7 @@ once, where its cache lies) is the run's state.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -127,8 +127,13 @@ class TrainingSettings(DataSettings):
         """Images of an optimizer step, on one rank."""
         if self.batch != "auto":
             return self.accum * self.batch
-        recipe = asdict(self.model_size.recipe)
-        return self.accum * recipe.get(self.recipe_prefix + "batch", recipe["batch"])
+        return self.accum * self.recipe_value(self.model_size, "batch")
+
+    @classmethod
+    def recipe_value(cls, size: ModelSize, name: str) -> object:
+        """A setting in a size's recipe; what this stage has of its own there goes first."""
+        usual = getattr(size.recipe, name, None)
+        return getattr(size.recipe, cls.recipe_prefix + name, usual)
 
     @property
     def stop_after(self) -> int:

@@ -4,7 +4,6 @@ it.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from rfdetr.renaming import rename_flags
 from rfdetr.runs.environment import environment
 from rfdetr.settings import ValidationSettings
 from rfdetr.sizes import SIZES, check_resolution
-from rfdetr.text import printable
+from rfdetr.text import command_line, printable
 from rfdetr.training.auto_batch import HEADROOM
 from rfdetr.training.estimate import estimate
 
@@ -248,12 +247,10 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
             "Stage 2 and single stage (masks) will guess masks from the boxes: the annotations "
             "have none"
         )
-    command = f"python train_detector_stage1.py --dataset {shlex.quote(str(settings.dataset))}"
+    words = ["python", "train_detector_stage1.py", "--dataset", settings.dataset]
     usual = ValidationSettings()
     for name in ("val_fraction", "exif", "size", "resolution", "device"):
         value = getattr(settings, name)
         if value != getattr(usual, name):
-            command += f" --{name} {value}"
-    if settings.rename:
-        command += f" {rename_flags(settings.rename)}"
-    print(f"Next: {command}")
+            words += [f"--{name}", value]
+    print(f"Next: {command_line(*words)} {rename_flags(settings.rename)}".rstrip())

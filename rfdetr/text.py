@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import unicodedata
+from pathlib import PurePath
+
+DOWNLOAD_FIRST = "is a URL: download it first, and give the file"
 
 
 def is_control(character: str) -> bool:
@@ -34,6 +37,17 @@ def quoted(word: str) -> str:
     return shlex.quote(word)
 
 
+def quoted_name(name: str) -> str:
+    """A class name (or OLD=NEW) as a word of a command, in double quotes where they serve."""
+    return f'"{name}"' if re.fullmatch(r"[\w .=-]+", name) else quoted(name)
+
+
+def is_url(path: str | PurePath) -> bool:
+    """Whether a path is a URL, also one of whose two slashes a Path has made one."""
+    text = path.as_posix() if isinstance(path, PurePath) else path
+    return bool(re.match("[A-Za-z][A-Za-z0-9+.-]+:/", text))
+
+
 def command_line(*words: object) -> str:
     """A command to be pasted into a shell."""
     return " ".join(quoted(str(word)) for word in words)
@@ -54,6 +68,5 @@ def keep_flags(names: list[str]) -> str:
         if not after_keep:
             words.append("--keep")
             after_keep = True
-        is_plain = re.fullmatch(r"[\w .-]+", name)
-        words.append(f'"{name}"' if is_plain else quoted(name))
+        words.append(quoted_name(name))
     return " ".join(words)

@@ -184,7 +184,7 @@ def test_command_line(tmp_path, capsys):
     out = tmp_path / "set"
     demo.main([str(out), "--train", "2", "--valid", "1", "--size", "96"])
     said = capsys.readouterr().out
-    assert str(out) in said and f'python validate_setup.py --dataset "{out}"' in said
+    assert str(out) in said and f"python validate_setup.py --dataset {out}" in said
     (out / "mine.txt").write_text("keep")
     with pytest.raises(SystemExit) as left:
         run_script(demo.main, [str(out)])

@@ -40,6 +40,7 @@ from rfdetr.data.demo_drawing import (
 from rfdetr.data.demo_measuring import HARD_NAMES, THIN_NAMES, render_hard, render_thin
 from rfdetr.data.layout import ANNOTATIONS, SPLITS
 from rfdetr.fields import MOST, number
+from rfdetr.text import command_line
 
 CLASS_NAMES = ("cells", "blood_vessel", "glomerulus")  # category ids 1, 2, 3
 DESCRIPTION = "rfdetr demo data"  # in "info": tells an earlier demo from somebody's own folder
@@ -342,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"Cannot write to {args.out} ({error}). Name another folder.") from error
     tick(f"Wrote {args.train} train, {args.valid} valid and {args.test} test images to {args.out}")
-    print(f'Next: python validate_setup.py --dataset "{args.out}"')
+    print("Next:", command_line("python", "validate_setup.py", "--dataset", args.out))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,7 @@ def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
             return to_rgb_array(oriented(image, apply_exif))
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         raise UserError(
-            f"{printable(path)}: cannot be read as an image: {error}. "
-            "Replace it or leave it out"
+            f"{printable(path)}: cannot be read as an image: {error}. Replace it or leave it out"
         ) from error
 
 

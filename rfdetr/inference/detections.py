@@ -170,7 +170,7 @@ def draw_masks(
         for left, top, mask, iou in on_cpu(masks):
             rles.append(encode_window(left, top, mask, height, width))
             ious.append(iou)
-        scores = one.scores[0].cpu().numpy()[chosen[i]]
+        scores = one.scores[0].numpy()[chosen[i]]
         drawn.append((rles, scores * np.array(ious, dtype=scores.dtype)))
     return drawn
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from rfdetr.console import UserError
 from rfdetr.data.image_files import is_regular_file
 from rfdetr.data.images import oriented, read_pixels, to_8_bit, to_rgb_array
+from rfdetr.text import DOWNLOAD_FIRST, is_url
 
 ImageInput = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -108,8 +108,8 @@ def read_image(image: ImageInput, turn: bool = True) -> np.ndarray:
 
 def _checked_file(path: str | Path) -> str | Path:
     """The path itself.  Raises UserError for what is not there, or no plain file."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has made one slash of two
-        raise UserError(f"{path} is a URL: download it first, and give the file")
+    if is_url(path):
+        raise UserError(f"{path} {DOWNLOAD_FIRST}")
     if not os.path.exists(path):
         raise UserError(
             f"{path}: cannot be read as an image: there is no such file (looked from {os.getcwd()})"

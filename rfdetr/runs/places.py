@@ -5,12 +5,12 @@ so that a script can tell before it imports torch.
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 
 from rfdetr.console import UserError
 from rfdetr.files import is_special_file
 from rfdetr.runs.log import start_command
+from rfdetr.text import DOWNLOAD_FIRST, is_url
 
 WEIGHTS = ("best.pt", "last.pt")  # what a run's folder means where a checkpoint is asked for
 STATES = ("last.pt", "checkpoint.pt")  # what a run can go on from
@@ -108,8 +108,8 @@ def what_is_there(path: Path, files: tuple[str, ...] = ()) -> str:
 
 def missing(path: Path) -> str:
     """How far a path that leads nowhere exists."""
-    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", path.as_posix()):  # a Path has made one slash of two
-        return "it is a URL: download it first, and give the file"
+    if is_url(path):
+        return f"it {DOWNLOAD_FIRST}"
     for folder in reversed(path.parents):
         if not folder.exists():
             return f"there is no folder {folder}"
