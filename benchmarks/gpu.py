@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from common import ROOT, Worker, peak_memory_mb, peer_train_step, run, some_objects
+from own_train_step import own_train_step
 
 sys.path.insert(0, str(ROOT))
 
@@ -74,44 +75,14 @@ def made_batch(size, images: int):
 
 
 def train(settings: dict, device: torch.device) -> Callable[[], float]:
-    """An optimizer step, without the average of the weights."""
-    from rfdetr.classes import coco_table
-    from rfdetr.device import compile_in_place, pick_precision
-    from rfdetr.models.detector import Detector
-    from rfdetr.sizes import SIZES, LossWeights
-    from rfdetr.training.engine import Progress, Trainer, optimise
-    from rfdetr.training.objective import DetectorObjective
-    from rfdetr.training.optim import parameter_groups
+    """An optimizer step on images with masks."""
 
-    size = SIZES[settings["size"]]
-    recipe = size.recipe
-    progress = Progress(micro_batch=settings["batch"])
-    head = size.mask_head if size.mask_head == "official" else None
-    model = Detector(size, rows=91, mask_head=head).to(device).train()
-    if settings["compile"]:
-        compile_in_place(model.encoder, device)
-    precision = pick_precision(settings["amp"], device)
-    losses = DetectorObjective(coco_table(), LossWeights(), precision, (), 0, progress)
-    groups = parameter_groups(model, recipe.lr, recipe.lr_encoder, recipe.weight_decay)
-    is_half = settings["amp"] == "fp16"
-    trainer = Trainer(
-        model=model,
-        losses=losses,
-        optimizer=torch.optim.AdamW(groups, fused=True),
-        schedule=lambda step: 1.0,
-        scaler=torch.amp.GradScaler(device.type, enabled=is_half),
-        ema=None,
-        clip=recipe.clip,
-        device=device,
-        progress=progress,
+    def make_batch(size):
+        return made_batch(size, settings["batch"])
+
+    return own_train_step(
+        settings["size"], settings["amp"], settings["compile"], make_batch, device
     )
-    batch = made_batch(size, settings["batch"])
-
-    def step() -> float:
-        optimise(trainer, batch)
-        return len(batch)
-
-    return step
 
 
 def detect(settings: dict, device: torch.device) -> Callable[[], float]:

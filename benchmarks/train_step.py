@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from common import Case, peer_train_step, run, some_objects
+from own_train_step import own_train_step
 
 CASES = [
     Case(
@@ -26,54 +27,22 @@ CASES = [
 
 
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
-    from rfdetr.classes import coco_table
     from rfdetr.data.loaders import Batch
-    from rfdetr.device import pick_precision
-    from rfdetr.models.detector import Detector
-    from rfdetr.sizes import SIZES, LossWeights
-    from rfdetr.training.engine import Progress, Trainer, optimise
-    from rfdetr.training.objective import DetectorObjective
-    from rfdetr.training.optim import parameter_groups
 
-    size = SIZES["nano"]
-    batch = settings["batch"]
-    recipe = size.recipe
-    progress = Progress(micro_batch=batch)
-    model = Detector(size, rows=91).to(device).train()
-    precision = pick_precision("bf16" if settings["amp"] == "bf16" else "off", device)
-    objective = DetectorObjective(
-        coco_table(), LossWeights(), precision, sides=(), seed=0, progress=progress
-    )
-    groups = parameter_groups(model, recipe.lr, recipe.lr_encoder, recipe.weight_decay)
-    trainer = Trainer(
-        model=model,
-        losses=objective,
-        optimizer=torch.optim.AdamW(groups, fused=True),
-        schedule=lambda step: 1.0,
-        scaler=torch.amp.GradScaler(device.type, enabled=False),
-        ema=None,
-        clip=recipe.clip,
-        device=device,
-        progress=progress,
-    )
-    images = torch.randint(0, 256, (batch, 3, size.resolution, size.resolution), dtype=torch.uint8)
-    labels = torch.zeros(settings["objects"], dtype=torch.long)
-    targets = [
-        {
-            "boxes": some_objects(len(labels), 8)[0],
-            "labels": labels,
-            "has_mask": torch.zeros(len(labels), dtype=torch.bool),
-            "index": i,
-        }
-        for i in range(batch)
-    ]
-    data = Batch(images, targets)
+    def make_batch(size) -> Batch:
+        side = size.resolution
+        images = torch.randint(0, 256, (settings["batch"], 3, side, side), dtype=torch.uint8)
+        labels = torch.zeros(settings["objects"], dtype=torch.long)
+        has_mask = torch.zeros(len(labels), dtype=torch.bool)
+        targets = []
+        for index in range(len(images)):
+            boxes = some_objects(len(labels), 8)[0]
+            target = {"boxes": boxes, "labels": labels, "has_mask": has_mask, "index": index}
+            targets.append(target)
+        return Batch(images, targets)
 
-    def step() -> float:
-        optimise(trainer, data)
-        return batch
-
-    return step
+    amp = "bf16" if settings["amp"] == "bf16" else "off"
+    return own_train_step("nano", amp, False, make_batch, device)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
 from rfdetr.sigterm import leave
 from rfdetr.sizes import SIZES, ModelSize
+from testkit.datasets import coco, write
 
 # a busy machine is no fault of what is tested
 hypothesis.settings.register_profile(
@@ -77,6 +78,14 @@ def shared(tmp_path_factory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A dataset written by hand, without faults: four images in train, two in valid."""
+    write(tmp_path / "data/train", coco(4))
+    write(tmp_path / "data/valid", coco(2))
+    return tmp_path / "data"
 
 
 @pytest.fixture(scope="session")

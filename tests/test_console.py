@@ -407,7 +407,6 @@ def test_keep_flags_come_back_as_the_names(names):
 
 def test_plain_names_are_printed_plainly():
     assert (
-        keep_flags(["cells", "blood vessel", "it's"])
-        == """--keep "cells" "blood vessel" "it's\""""
+        keep_flags(["cells", "blood vessel", "it's"]) == """--keep "cells" "blood vessel" "it's\""""
     )
     assert keep_flags(["a", "-b", "c"]) == '--keep "a" --keep=-b --keep "c"'

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_utils
-from test_validation import HEIGHT, WIDTH, coco, rewrite, write
 
 import evaluate
 import predict
@@ -31,28 +30,17 @@ from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.exif import exif_note
 from rfdetr.data.images import ORIENTATION, load_image
+from rfdetr.data.layout import ANNOTATIONS
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.rle import rle_extents
 from rfdetr.detr import RFDETR, read_image
 from rfdetr.text import is_control
 from rfdetr.weights import checkpoint
-
-FILE = "_annotations.coco.json"
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    write(tmp_path / "data/train", coco(4))
-    write(tmp_path / "data/valid", coco(2))
-    return tmp_path / "data"
-
-
-def codes(root: Path, **options) -> dict[str, str]:
-    return {problem.code: problem.severity for problem in inspect_dataset(root, **options)[1]}
+from testkit.datasets import HEIGHT, WIDTH, coco, codes, rewrite, write
 
 
 def change(root: Path, edit) -> None:
-    rewrite(root / "train" / FILE, edit)
+    rewrite(root / "train" / ANNOTATIONS, edit)
 
 
 # ---------------------------------------------------------------- EXIF orientation
@@ -132,7 +120,7 @@ def test_a_size_left_out_follows_what_others_prove_of_exif(dataset):
     record = read_dataset(dataset)["train"].images[1]
     assert (record.width, record.height) == (WIDTH, HEIGHT) and white_corner(record) == (0, 0)
     fix_dataset(dataset, dataset.parent / "fixed", decode=False)
-    entry = json.loads((dataset.parent / "fixed/train" / FILE).read_text())["images"][1]
+    entry = json.loads((dataset.parent / "fixed/train" / ANNOTATIONS).read_text())["images"][1]
     assert (entry["width"], entry["height"]) == (WIDTH, HEIGHT)
 
 
@@ -331,7 +319,7 @@ def test_fix_never_takes_another_file_for_an_image(dataset):
     (dataset / "train/sub").mkdir()
     done = fix_dataset(dataset, dataset.parent / "fixed", decode=False)["train"]
     assert done == {"IMG_PATH: the same file's plain path is written": 2}
-    data = json.loads((dataset.parent / "fixed/train" / FILE).read_text())
+    data = json.loads((dataset.parent / "fixed/train" / ANNOTATIONS).read_text())
     assert [Path(entry["file_name"]).name for entry in data["images"]] == [
         "2.png",
         "3.png",
@@ -400,7 +388,7 @@ def test_scored_images_that_were_trained_on_are_told_by_content(undivided, tmp_p
     shutil.copytree(data / "train", tmp_path / "other/valid")
     shutil.copytree(data / "train", tmp_path / "other/train")
     rewrite(
-        tmp_path / "other/valid" / FILE,
+        tmp_path / "other/valid" / ANNOTATIONS,
         lambda d: [rename(tmp_path / "other/valid", e) for e in d["images"]],
     )
     call(evaluate.main, "--checkpoint", best, "--dataset", tmp_path / "other", "--device", "cpu")
@@ -452,7 +440,7 @@ def test_weights_remember_what_they_started_from_was_trained_on(undivided, few, 
 )
 def test_class_names_with_control_characters_are_an_error_that_fix_mends(dataset, name):
     for split in ("train", "valid"):
-        rewrite(dataset / split / FILE, lambda data: data["categories"][0].update(name=name))
+        rewrite(dataset / split / ANNOTATIONS, lambda data: data["categories"][0].update(name=name))
     assert codes(dataset) == {"CAT_NAME_CONTROL": "error"}
     message = inspect_dataset(dataset)[1][0].message
     assert message.isprintable() and "--fix" in message
@@ -507,7 +495,7 @@ def test_a_passing_error_is_neither_corruption_nor_remembered(dataset, monkeypat
     assert codes(dataset, decode=True).keys() == {"IMG_CORRUPT"}
     names = [
         e["file_name"]
-        for e in json.loads((dataset.parent / "fixed/train" / FILE).read_text())["images"]
+        for e in json.loads((dataset.parent / "fixed/train" / ANNOTATIONS).read_text())["images"]
     ]
     assert names == ["1.png", "3.png", "4.png"] and codes(dataset.parent / "fixed").keys() <= {
         "IMG_LINK"
@@ -529,7 +517,7 @@ def test_pipes_and_folders_are_refused_by_their_type(dataset, tmp_path):
         read_image(dataset / "train/1.png")
     fix_dataset(dataset, tmp_path / "fixed", decode=False)
     assert codes(tmp_path / "fixed").keys() == {"IMG_LINK", "CLASS_NOT_IN_TRAIN"}
-    (dataset / "valid" / FILE).unlink()
-    os.mkfifo(dataset / "valid" / FILE)
+    (dataset / "valid" / ANNOTATIONS).unlink()
+    os.mkfifo(dataset / "valid" / ANNOTATIONS)
     assert "JSON_INVALID" in codes(dataset)
     assert time.monotonic() - begin < 60

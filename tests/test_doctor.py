@@ -15,17 +15,7 @@ from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_validation import (
-    ANNOTATION_FAULTS,
-    DATA_FAULTS,
-    HEIGHT,
-    SQUARE,
-    WIDTH,
-    anything,
-    coco,
-    rewrite,
-    write,
-)
+from test_validation import ANNOTATION_FAULTS, DATA_FAULTS, anything
 
 import validate_setup
 from rfdetr import console
@@ -38,16 +28,10 @@ from rfdetr.data.repair import fix_dataset
 from rfdetr.device import Precision
 from rfdetr.sizes import SIZES
 from rfdetr.training import estimate
+from testkit.datasets import HEIGHT, SQUARE, WIDTH, coco, rewrite, write
 
 FILE = "_annotations.coco.json"
 ANN = {"id": 900, "image_id": 1, "category_id": 1, "bbox": [4, 15, 10, 8], "area": 80, "iscrowd": 0}
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    write(tmp_path / "data/train", coco(4))
-    write(tmp_path / "data/valid", coco(2))
-    return tmp_path / "data"
 
 
 def doctor(*words: object, capsys) -> tuple[int, str, str, dict]:
@@ -130,7 +114,12 @@ def far_away(root: Path) -> None:
 
 
 def crowded(root: Path) -> None:
-    add(*({**ANN, "id": 1000 + n, "area": 20, "bbox": [n % 90 / 4, n / 100, 5, 5]} for n in range(2000)))(root)
+    add(
+        *(
+            {**ANN, "id": 1000 + n, "area": 20, "bbox": [n % 90 / 4, n / 100, 5, 5]}
+            for n in range(2000)
+        )
+    )(root)
 
 
 def odd_images(root: Path) -> None:
@@ -436,7 +425,9 @@ def test_what_cannot_be_fixed_is_left_to_the_user(dataset, tmp_path, monkeypatch
     change("images", width=41)(dataset)
     status, _, error, found = doctor("--dataset", dataset, "--fix", "copy", capsys=capsys)
     assert (
-        status == 2 and "IMG_SIZE" in found and "All errors (see above): IMG_SIZE. This is left to you" in error
+        status == 2
+        and "IMG_SIZE" in found
+        and "All errors (see above): IMG_SIZE. This is left to you" in error
     )
 
 

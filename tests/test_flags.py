@@ -28,6 +28,7 @@ from rfdetr.data.augment import multi_scale_sides
 from rfdetr.losses.criterion import detection_losses, mask_losses
 from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.training.optim import Schedule
+from testkit.datasets import changed_copy, drop_masks
 from testkit.in_process import output_of
 
 STILL = ["--lr", 0, "--lr_encoder", 0]  # nothing is learned
@@ -248,12 +249,7 @@ def test_stage1_folders_without_a_checkpoint(error_of, tmp_path):
 
 @pytest.mark.slow
 def test_a_dataset_without_masks(error_of, few, shrunk, tmp_path):
-    data = shutil.copytree(few, tmp_path / "boxes")
-    for file in data.glob("*/_annotations.coco.json"):
-        content = json.loads(file.read_text())
-        for annotation in content["annotations"]:
-            del annotation["segmentation"]
-        file.write_text(json.dumps(content))
+    data = changed_copy(few, tmp_path / "boxes", drop_masks)
     for script, flags in (
         (train_seg_stage2, ["--checkpoint", shrunk.folder]),
         (train_seg_single_stage, []),

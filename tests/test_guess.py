@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.masks import to_rle
 from rfdetr.runs.record import Run
 from rfdetr.training.report import draw_guesses
+from testkit.datasets import changed_copy
 
 
 def without_masks(split: CocoSplit, keep: int = 0) -> CocoSplit:
@@ -138,14 +138,12 @@ def test_every_second_image_of_a_batch_has_drawn_masks(demo):
 @pytest.fixture(scope="module")
 def boxes_only(few, tmp_path_factory) -> Path:
     """The few images without any mask, neither in train nor in valid."""
-    folder = tmp_path_factory.mktemp("data") / "boxes"
-    shutil.copytree(few, folder)
-    for file in folder.glob("*/_annotations.coco.json"):
-        content = json.loads(file.read_text())
+
+    def empty_masks(content: dict) -> None:
         for entry in content["annotations"]:
             entry["segmentation"] = []
-        file.write_text(json.dumps(content))
-    return folder
+
+    return changed_copy(few, tmp_path_factory.mktemp("data") / "boxes", empty_masks)
 
 
 def test_stage_2_learns_from_boxes_alone(

@@ -20,6 +20,7 @@ import predict
 from rfdetr.console import UserError
 from rfdetr.detr import RFDETR, RFDETRNano
 from rfdetr.inference.detections import DetectionRunner
+from testkit.datasets import changed_copy
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +28,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="session")
 def odd_data(demo, tmp_path_factory) -> Path:
     """The demo with a crowd, an image without objects, and category ids with holes in another order of images."""
-    root = tmp_path_factory.mktemp("data") / "odd"
-    shutil.copytree(demo, root)
-    for file in root.glob("*/_annotations.coco.json"):
-        content = json.loads(file.read_text())
+
+    def change(content: dict) -> None:
         new_id = {c["id"]: 10 * c["id"] + 7 for c in content["categories"]}
         for category in content["categories"]:
             category["id"] = new_id[category["id"]]
@@ -56,8 +55,8 @@ def odd_data(demo, tmp_path_factory) -> Path:
             "area": int(region.sum()),
         }
         content["images"].reverse()
-        file.write_text(json.dumps(content))
-    return root
+
+    return changed_copy(demo, tmp_path_factory.mktemp("data") / "odd", change)
 
 
 def test_plain_pycocotools_gives_the_same_figures_on_the_written_results(

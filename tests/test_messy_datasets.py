@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_validation import coco, rewrite, write
 
 import evaluate
 import predict
@@ -19,6 +18,7 @@ import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.data.coco import inspect_dataset, read_dataset
+from rfdetr.data.layout import ANNOTATIONS
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import shrink_warning
 from rfdetr.models.detector import Detector
@@ -28,23 +28,11 @@ from rfdetr.settings import DetectorSettings
 from rfdetr.sizes import SIZES
 from rfdetr.training.report import print_banner
 from rfdetr.weights import checkpoint
-
-FILE = "_annotations.coco.json"
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    write(tmp_path / "data/train", coco(4))
-    write(tmp_path / "data/valid", coco(2))
-    return tmp_path / "data"
+from testkit.datasets import codes, rewrite
 
 
 def change(root: Path, edit, split: str = "train") -> None:
-    rewrite(root / split / FILE, edit)
-
-
-def codes(root: Path, **options) -> dict[str, str]:
-    return {problem.code: problem.severity for problem in inspect_dataset(root, **options)[1]}
+    rewrite(root / split / ANNOTATIONS, edit)
 
 
 def areas(root: Path) -> list[float]:
@@ -326,7 +314,7 @@ def test_other_formats_are_named(tmp_path, files, words):
 
 
 def test_the_folder_beside_is_named(dataset):
-    for wrong in (dataset / "train", dataset / "train" / FILE, dataset.parent):
+    for wrong in (dataset / "train", dataset / "train" / ANNOTATIONS, dataset.parent):
         with pytest.raises(UserError, match=r"run the same command with --dataset") as error:
             read_dataset(wrong)
         assert str(error.value).endswith(f'--dataset "{dataset}"')

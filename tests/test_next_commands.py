@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, quoted
 from rfdetr.training.resume import require_stage
 from rfdetr.weights import checkpoint
+from testkit.datasets import changed_copy, drop_masks
 
 # of a stage, so that it is over at once; what a command has to carry by itself is not in it
 QUICK = ["--fast_dev_run", 1, "--batch", 2, "--accum", 1, "--tensorboard", 0]
@@ -52,23 +52,9 @@ def next_line(output: str) -> str:
     return line.removeprefix("Next:")
 
 
-def changed_copy(data: Path, folder: Path, change: Callable[[dict], None]) -> Path:
-    shutil.copytree(data, folder)
-    for file in folder.glob("*/_annotations.coco.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        change(content)
-        file.write_text(json.dumps(content), encoding="utf-8")
-    return folder
-
-
 def rename_classes(content: dict) -> None:
     for category, name in zip(content["categories"], ODD_NAMES):
         category["name"] = name
-
-
-def drop_masks(content: dict) -> None:
-    for annotation in content["annotations"]:
-        del annotation["segmentation"]
 
 
 @pytest.mark.slow

@@ -273,7 +273,6 @@ def test_a_file_gives_settings_and_flags_win(text, words, said, tmp_path, monkey
         assert code == 0 and said.items() <= vars(jobs[0]).items()
 
 
-
 @pytest.mark.parametrize(
     ("steps", "images", "per_step", "min_steps", "per_epoch", "epochs"),
     [

@@ -321,9 +321,7 @@ def test_stage2_console(stage2, shrunk):
     assert re.search(r"✓ Segmentation head trainable: [\d,]+ parameters", stage2.output)
 
 
-def test_the_unshrunk_message_and_the_command_in_it(
-    demo, stage1, shrunk, call, capsys, tmp_path
-):
+def test_the_unshrunk_message_and_the_command_in_it(demo, stage1, shrunk, call, capsys, tmp_path):
     run = shutil.copytree(stage1.folder, tmp_path / "run")
     (run / shrunk.folder.name).unlink()
     flags = [*train_flags(demo), "--stage1_run", run]

@@ -28,39 +28,10 @@ from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.faults import Problem
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.data.rle import run_sums
+from testkit.datasets import HEIGHT, SQUARE, WIDTH, coco, rewrite, write
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH, HEIGHT = 40, 30
-SQUARE = [[4, 5, 14, 5, 14, 13, 4, 13]]
 EMPTY_RLE = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
-
-
-def coco(images: int = 2) -> dict:
-    """A sound file: one cell in every image, the vessel in the first one too."""
-    entry = {"bbox": [4, 5, 10, 8], "area": 80, "iscrowd": 0, "segmentation": SQUARE}
-    annotations = [{"id": n, "image_id": n, "category_id": 1} | entry for n in range(1, images + 1)]
-    beside = {"bbox": [20, 5, 10, 8], "segmentation": [[20, 5, 30, 5, 30, 13, 20, 13]]}
-    annotations.append({"id": 50, "image_id": 1, "category_id": 2} | entry | beside)
-    return {
-        "images": [
-            {"id": n, "file_name": f"{n}.png", "width": WIDTH, "height": HEIGHT}
-            for n in range(1, images + 1)
-        ],
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "cell"}, {"id": 2, "name": "vessel"}],
-    }
-
-
-def write(folder: Path, data: dict) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, entry in enumerate(data["images"]):
-        image = Image.new(
-            "RGB", (WIDTH, HEIGHT), (number % 256, ord(folder.name[0]), number // 256)
-        )
-        image.save(folder / Path(entry["file_name"]).name)
-    file = folder / "_annotations.coco.json"
-    file.write_text(json.dumps(data), encoding="utf-8")
-    return file
 
 
 @pytest.fixture
@@ -68,12 +39,6 @@ def dataset(tmp_path: Path) -> Path:
     write(tmp_path / "data/train", coco(4))
     write(tmp_path / "data/valid", coco(1))
     return tmp_path / "data"
-
-
-def rewrite(file: Path, change) -> None:
-    data = json.loads(file.read_text(encoding="utf-8"))
-    change(data)
-    file.write_text(json.dumps(data), encoding="utf-8")
 
 
 def check_annotations(data: dict, file: str | Path) -> list[Problem]:
