@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device)
     predictor = Predictor(model, settings.threshold, settings.nms, settings.batch)
+    is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
     suffix = None if settings.pictures == "0" else f".{settings.pictures}"
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     if unreadable == len(paths):
         which = "the file" if unreadable == 1 else f"none of the {unreadable} files"
         verb = "could not" if unreadable == 1 else "could"
+        if is_new and not next(settings.output.iterdir(), None):
+            settings.output.rmdir()
         raise UserError(f"{which} {verb} be read: see the warnings above")
     for message in image_warnings(images, model.resolution, model.model.size.block):
         warn(message)

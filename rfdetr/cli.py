@@ -232,12 +232,9 @@ def add_flag(parser: Parser, name: str, setting: Setting, default: object) -> No
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    options: dict = {"help": setting.help + default_text(setting, default)}
-    if setting.choices:
-        options["choices"] = setting.choices
-    else:
-        options["type"] = read
-        options["metavar"] = setting.metavar
+    metavar = "{%s}" % ",".join(setting.choices) if setting.choices else setting.metavar
+    options: dict = {"type": read, "metavar": metavar}
+    options["help"] = setting.help + default_text(setting, default)
     if setting.bare is not None:
         options |= {"nargs": "?", "const": setting.bare}
     if setting.several:

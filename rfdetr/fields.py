@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -72,7 +73,11 @@ class Setting:
         if text in self.words:
             return text
         if self.choices and text not in self.choices:
-            raise ValueError(f"invalid choice: {text!r} (choose from {', '.join(self.choices)})")
+            near = difflib.get_close_matches(text, self.choices, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"invalid choice: {text!r}{meant}: choose from {', '.join(self.choices)}"
+            )
         return self.read_one(text)
 
 

@@ -187,9 +187,9 @@ def fit(
             epoch = progress.epoch + 1
             loader.batch_sampler.set_epoch(progress.epoch, progress.step_in_epoch)
             means = train_one_epoch(trainer, WatchedLoader(loader, signals), after_step)
+            health.after_epoch(means)
+            health.check_matches(epoch, means, bool(settings.fast_dev_run))
             record = {"epoch": epoch, "train": means}
-            health.after_epoch(record["train"])
-            health.check_matches(epoch, record["train"], bool(settings.fast_dev_run))
             scores = {}
             gained = False
             weights = None  # of the table and the pictures

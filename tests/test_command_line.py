@@ -107,6 +107,11 @@ def test_a_mistyped_flag_is_refused_with_the_near_one(flag, meant):
     assert (f"did you mean {meant}?" in text) if meant else ("did you mean" not in text)
 
 
+def test_a_mistyped_choice_is_refused_with_the_near_one():
+    assert "'tinny' (did you mean tiny?)" in error_of(DetectorSettings, "--size", "tinny")
+    assert "did you mean" not in error_of(DetectorSettings, "--size", "vast")
+
+
 def test_a_word_too_many_and_a_bad_value_are_told_in_two_lines():
     assert "'there' belongs to no flag" in error_of(DetectorSettings, "--epochs", "3", "there")
     for flags in (["--epochs", "0"], ["--size", "huge"], ["--lr"]):

@@ -228,6 +228,7 @@ def test_nothing_but_unreadable_images_is_an_error(photos, stage2, call):
     flags = ["--checkpoint", stage2.folder / "best.pt", "--output", "out"]
     with pytest.raises(UserError, match="the file could not be read"):
         call(predict.main, *flags, "--input", photos / "broken.jpg")
+    assert not Path("out").exists()
     with pytest.raises(UserError, match="no images or videos"):
         call(predict.main, *flags, "--input", "nowhere/*.jpg")
 

@@ -110,7 +110,7 @@ def test_gray_is_read_as_files_are(tmp_path):
         (np.zeros(8), "must be gray"),
         (np.full((8, 8), 200.0), "0..1.*200.*divide it by 255"),
         (np.full((8, 8), -1.0), "before it is normalised"),
-        (np.full((8, 8), np.nan), "0..1"),
+        (np.full((8, 8), np.nan), "NaN or infinite pixels"),
         (np.zeros((8, 8), int), r"int64.*astype\('uint8'\)"),
         (torch.zeros(8, 9, 3), r"permute\(2, 0, 1\)"),
         ("https://example.org/a.jpg", "is a URL: download it first"),

@@ -343,7 +343,10 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"Cannot write to {args.out} ({error}). Name another folder.") from error
     tick(f"Wrote {args.train} train, {args.valid} valid and {args.test} test images to {args.out}")
-    print("Next:", command_line("python", "validate_setup.py", "--dataset", args.out))
+    print(
+        "Next:",
+        command_line("python", "validate_setup.py", "--dataset", args.out, "--size", "tiny"),
+    )
 
 
 if __name__ == "__main__":

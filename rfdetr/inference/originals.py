@@ -170,7 +170,9 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
         )
     low = array.min()
     high = array.max()
-    if not (low >= 0 and high <= 1):  # never true of NaN
+    if not np.isfinite(array).all():
+        raise UserError("a float image must lie in 0..1, this one has NaN or infinite pixels")
+    if low < 0 or high > 1:
         raise UserError(
             f"a float image must lie in 0..1, this one reaches from {low:.4g} to {high:.4g}. Where "
             "it is 0..255, divide it by 255; give it before it is normalised"
