@@ -593,6 +593,7 @@ def test_small_objects_are_told_with_the_resolution_that_helps(
     assert "ANN_SMALL" in doctor(*flags, "--resolution", better - 32, capsys=capsys)[3]
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_and_the_other_sizes_follow(monkeypatch, dataset, tmp_path, capsys):
     seconds, before, peak = estimate.measure("tiny", 64, Precision(estimate.torch.device("cpu")))
     assert seconds > 0 and peak >= before
@@ -627,6 +628,7 @@ def die(*_) -> None:
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_a_step_that_ends_its_process_ends_nothing_else(monkeypatch):
     monkeypatch.setattr(estimate, "measure", die)
     with pytest.raises(UserError, match="nano at 384 px runs out of memory"):

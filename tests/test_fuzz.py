@@ -30,8 +30,8 @@ from testkit.fuzzer import Fuzzer
 from testkit.random_evaluations import run_sets
 
 # of each kind: the first are for every day, the others are slow
-FIRST = range(28)
-FURTHER = range(28, 84)
+FIRST = range(14)
+FURTHER = range(14, 84)
 plainly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 RANDOM = st.integers(0, 2**32).map(random.Random)
 

@@ -146,6 +146,7 @@ def boxes_only(few, tmp_path_factory) -> Path:
     return changed_copy(few, tmp_path_factory.mktemp("data") / "boxes", empty_masks)
 
 
+@pytest.mark.slow
 def test_stage_2_learns_from_boxes_alone(
     boxes_only, few, shrunk, call, tmp_path, capsys, monkeypatch
 ):

@@ -282,7 +282,7 @@ def scene(height: int, width: int, boxes: list, names: list[str] | None = None) 
     return {"shape": (height, width), "boxes": boxes, "names": names, "scores": None, "masks": None}
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(scenes())
 @example(scene(2000, 1500, [[10 + 7 * i, 10.3, 11 + 7.13 * i, 12.4] for i in range(60)]))
 @example(
