@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     model.exif = settings.exif or model.exif
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device)
-    predictor = Predictor(model, settings.threshold, settings.nms, settings.batch)
+    tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
+    if tiling:
+        tick(tiling.told())
+    predictor = Predictor(model, settings)
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
@@ -78,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         if is_new and not next(settings.output.iterdir(), None):
             settings.output.rmdir()
         raise UserError(f"{which} {verb} be read: see the warnings above")
-    for message in image_warnings(images, model.resolution, model.model.size.block):
+    side = tiling.side if tiling else None
+    for message in image_warnings(images, model.resolution, model.model.size.block, side):
         warn(message)
     write_json(settings.output / "predictions.json", records)
     written = "pictures and predictions.json" if suffix else "predictions.json"
@@ -96,19 +100,23 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model, what of its detections counts, and how many images it gets at a time.
-
-    threshold, nms, batch: as in RFDETR.predict.
-    """
+    """A model, and how predict.py is asked to use it."""
 
     model: RFDETR
-    threshold: float
-    nms: float
-    batch: int
+    settings: PredictionSettings
 
     def predict(self, images: list[np.ndarray]) -> list[Prediction]:
         """Of a few images (H, W, 3) uint8 RGB."""
-        return self.model.predict(images, self.threshold, nms=self.nms, batch=self.batch)
+        settings = self.settings
+        return self.model.predict(
+            images,
+            settings.threshold,
+            nms=settings.nms,
+            batch=settings.batch,
+            tile=settings.tile,
+            tile_overlap=settings.tile_overlap,
+            tile_full=settings.tile_full,
+        )
 
 
 # ---------------------------------------------------------------- files
@@ -204,7 +212,7 @@ def predict_images(
     records = []
     unreadable = 0
     saving: list[Future] = []
-    batches = list(in_batches(iter(paths), predictor.batch))
+    batches = list(in_batches(iter(paths), predictor.settings.batch))
     # the pool reads the next images and saves the last pictures while the model works
     with ThreadPoolExecutor() as pool:
         reading = read_ahead(pool, batches, turn=predictor.model.exif == "apply")
@@ -360,8 +368,8 @@ def predict_frames(predictor: Predictor, path: Path, file: Path | None) -> Video
     rate = video.get(cv2.CAP_PROP_FPS) or UNKNOWN_RATE
     result = VideoResult(records=[], frames=0, announced=announced)
     writer = None
-    batches = in_batches(read_video(video), predictor.batch)
-    total = math.ceil(max(announced, 0) / predictor.batch)
+    batches = in_batches(read_video(video), predictor.settings.batch)
+    total = math.ceil(max(announced, 0) / predictor.settings.batch)
     for frames in ProgressBar(batches, path.name, "batches", total):
         for prediction in predictor.predict(frames):
             if file and writer is None:

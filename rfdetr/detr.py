@@ -18,12 +18,19 @@ from torchvision.transforms import v2
 
 from rfdetr.console import UserError
 from rfdetr.device import pick_device, pick_inference_precision
-from rfdetr.inference.detections import DetectionRunner, Detections, make_predictions
+from rfdetr.inference.detections import (
+    DetectionRunner,
+    Detections,
+    make_predictions,
+    sure_detections,
+)
 from rfdetr.inference.originals import ImageInput, Original, flatten, read_image, split_up
 from rfdetr.inference.prediction import Prediction
+from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
 from rfdetr.placement import Placement
 from rfdetr.settings import PredictionSettings
 from rfdetr.sizes import SIZES
+from rfdetr.tiling import Tiling, choose_tile, crop
 from rfdetr.weights.checkpoint import build_model, input_side, load, require_size
 from rfdetr.weights.download import find_weights
 
@@ -66,6 +73,8 @@ class RFDETR:
         self.precision = pick_inference_precision(amp, place, model.size.recipe.amp)
         self.runner = DetectionRunner(self.table, self.precision)
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
+        self.trained_tile = content.get("tile") or 0  # pixels of an image; 0: no tiles
+        self.trained_side = content.get("image_side")  # pixels; None: of an earlier version
 
     @classmethod
     def from_checkpoint(
@@ -89,6 +98,9 @@ class RFDETR:
         *,
         nms: float = PredictionSettings.nms,
         batch: int = PredictionSettings.batch,
+        tile: int | str | None = PredictionSettings.tile,
+        tile_overlap: float = PredictionSettings.tile_overlap,
+        tile_full: bool = PredictionSettings.tile_full,
     ) -> Prediction | list[Prediction]:
         """Detect objects with a score of at least `threshold`, 0..1, in one image or several.
 
@@ -98,6 +110,9 @@ class RFDETR:
         array (B, H, W, C) or a tensor (B, C, H, W). The model gets `batch` of them at a time.
         nms: the IoU, 0..1, above which the worse of two boxes of a class is left out, and one of
         two classes where they all but coincide; 0: none is, as in the official package.
+        tile: images larger than so many pixels are looked at in tiles of that side, which overlap
+        by the share tile_overlap; "auto": at the scale of the training images; 0: none are; None:
+        as in training. tile_full: each image is looked at as a whole, too.
 
         Returns a Prediction; for several images a list of them. Raises UserError for an argument
         out of its range, an image that cannot be read, and where the model gives NaN.
@@ -105,18 +120,35 @@ class RFDETR:
         require_share("threshold", threshold)
         require_share("nms", nms)
         require_count("batch", batch)
+        require_share("tile_overlap", tile_overlap)
+        tiling = self.tiling(tile, tile_overlap, tile_full)
         if isinstance(images, Iterator):
             images = list(images)
         if split_up(images) is None:
-            return self._predict([images], threshold, nms)[0]
+            return self._predict([images], threshold, nms, tiling, batch)[0]
         singles = flatten(images)
         predictions = []
         for first in range(0, len(singles), batch):
-            predictions += self._predict(singles[first : first + batch], threshold, nms, first)
+            part = singles[first : first + batch]
+            predictions += self._predict(part, threshold, nms, tiling, batch, first)
         return predictions
 
+    def tiling(self, tile: int | str | None, overlap: float, full: bool) -> Tiling | None:
+        """The tiles that predict() looks at, by its arguments; None for none.
+
+        Raises UserError where there is nothing to tell what "auto" is.
+        """
+        side = choose_tile(tile, self.trained_tile, self.trained_side)
+        return Tiling(side, overlap, full) if side else None
+
     def _predict(
-        self, images: list[ImageInput], threshold: float, nms: float, first: int | None = None
+        self,
+        images: list[ImageInput],
+        threshold: float,
+        nms: float,
+        tiling: Tiling | None,
+        batch: int,
+        first: int | None = None,
     ) -> list[Prediction]:
         """In one batch of single images; first: the position of its first image in the list."""
         turn = self.exif == "apply"
@@ -129,6 +161,11 @@ class RFDETR:
                     raise
                 raise UserError(f"images[{position}]: {error}") from error
         originals = [Original.of(image, array, turn) for image, array in zip(images, pixels)]
+        if tiling is not None:
+            return [
+                self._predict_in_tiles(original, array, tiling, threshold, nms, batch)
+                for original, array in zip(originals, pixels)
+            ]
         inputs = torch.stack([self._resized(array) for array in pixels])
         placements = [Placement.resized(*array.shape[:2]) for array in pixels]
         predictions = []
@@ -145,6 +182,43 @@ class RFDETR:
                 nms,
             )
         return predictions
+
+    def _predict_in_tiles(
+        self,
+        original: Original,
+        pixels: np.ndarray,
+        tiling: Tiling,
+        threshold: float,
+        nms: float,
+        batch: int,
+    ) -> Prediction:
+        """In one image (H, W, 3) uint8, `batch` of its tiles at a time."""
+        height, width = pixels.shape[:2]
+        windows = tiling.windows(height, width)
+        seen: list[DetectedInWindow] = []
+        for first in range(0, len(windows), batch):
+            part = windows[first : first + batch]
+            inputs = torch.stack([self._resized(crop(pixels, window)) for window in part])
+            placements = [Placement.of_window(window, height, width) for window in part]
+            indices = list(range(len(part)))
+            for detections in self.runner.run(self.model, inputs, placements, indices):
+                require_finite(detections)
+                of_detections = [part[i] for i in detections.indices]
+                chosen = sure_detections(detections, threshold, nms)
+                seen += in_windows(
+                    detections, of_detections, chosen, self.model.head, self.precision
+                )
+        merged = merge(seen, height, width)
+        prediction = Prediction(
+            original=original,
+            table=self.table,
+            boxes=merged.boxes,
+            scores=merged.scores,
+            labels=merged.labels,
+            rles=merged.rles(),
+            mask_scores=merged.mask_scores,
+        )
+        return prediction.without_duplicates(nms) if len(windows) > 1 else prediction
 
     def _resized(self, original: np.ndarray) -> Tensor:
         """(H, W, 3) uint8 -> the model's input, (3, R, R) uint8."""

@@ -16,6 +16,7 @@ from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, say, tick, warn
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.records import CocoSplit
+from rfdetr.data.statistics import typical_side
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.evaluation import SplitEvaluator
@@ -225,6 +226,7 @@ def make_keeper(
         "args": plain(session.settings),
         "left_out": train.left_out,
         "exif": train.exif,
+        "image_side": typical_side(train),
         "guessed_masks": session.guess_masks,
         "trained_on": trained_on.unique(),
     }

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rfdetr.tiling import Window
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
@@ -34,6 +36,12 @@ class Placement:
     def resized(cls, height: int, width: int) -> Placement:
         """Of an original that is resized as a whole, whatever the input's sides."""
         return cls(np.array([[width, 0.0, 0.0], [0.0, height, 0.0]]), height, width)
+
+    @classmethod
+    def of_window(cls, window: Window, height: int, width: int) -> Placement:
+        """Of a part of an original that is resized by itself: a tile."""
+        matrix = np.array([[window.width, 0.0, window.left], [0.0, window.height, window.top]])
+        return cls(matrix, height, width)
 
     def to_original(self, boxes: Tensor) -> Tensor:
         """Boxes (n, 4) xyxy in 0..1 of the input -> (n, 4) xyxy in pixels, not clipped."""

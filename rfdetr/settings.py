@@ -294,7 +294,22 @@ STAGES: dict[str, type[TrainingSettings]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceSettings:
+class TileSettings:
+    """Large images in parts."""
+
+    tile: int | str | None = integer(
+        None,
+        "look at larger images in tiles of so many pixels; auto: at the scale of the training "
+        "images; 0: as a whole (default: as in training)",
+        low=0,
+        words=("auto",),
+    )
+    tile_overlap: float = decimal(0.2, "share of a tile that the next one shows, too", high=0.9)
+    tile_full: bool = switch(False, "with tiles: look at the whole image, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceSettings(TileSettings):
     """What evaluate.py and predict.py have in common."""
 
     checkpoint: Path = checkpoint_file(

@@ -31,6 +31,7 @@ LAYERS = [
         "streams",
         "text",
         "placement",
+        "tiling",
         "progress",
     ],
     ["device", "models", "data", "metrics", "losses"],

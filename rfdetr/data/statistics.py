@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,13 +114,18 @@ def shrink_warning(
     return f"{'; '.join(facts)}: hardly seen; {way_out}"
 
 
-def image_warnings(files: Sequence[Path], resolution: int, step: int) -> list[str]:
+def image_warnings(
+    files: Sequence[Path], resolution: int, step: int, tile: int | None = None
+) -> list[str]:
     """What is to be said of image files without annotations: too large, or of several pages.
 
-    resolution, step: as in shrink_warning. Files that cannot be read are passed over.
+    resolution, step: as in shrink_warning; tile: the side of the tiles that are looked at, in
+    pixels. Files that cannot be read are passed over.
     """
     headers = {file: read_header(file) for file in files}
     image_sides = [max(header.size) for header in headers.values() if header]
+    if tile:
+        image_sides = [min(side, tile) for side in image_sides]
     messages = [shrink_warning(image_sides, resolution, step)]
     several = [
         f"{file}: {header.pages}" for file, header in headers.items() if header and header.pages > 1
@@ -129,3 +135,9 @@ def image_warnings(files: Sequence[Path], resolution: int, step: int) -> list[st
         what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
         messages.append(f"{what}: the first of each is read")
     return [message for message in messages if message]
+
+
+def typical_side(split: CocoSplit) -> int:
+    """The median image's side in pixels, of a square of its area."""
+    sides = [math.sqrt(image.height * image.width) for image in split.images]
+    return round(float(np.median(sides)))

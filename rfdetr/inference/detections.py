@@ -144,7 +144,6 @@ class DetectionRunner:
         warn(f"out of memory: detecting in {self.images_at_once} images at a time from now on")
 
 
-@torch.inference_mode()
 def draw_masks(
     head: AnyMaskHead, detections: Detections, chosen: list[np.ndarray], precision: Precision
 ) -> list[tuple[list[dict], np.ndarray]]:
@@ -153,26 +152,32 @@ def draw_masks(
 
     Memory does not grow with the number of detections: a head draws a few at a time.
     """
-    head.eval()
     drawn = []
     for i, placement in enumerate(detections.placements):
-        one = detections[i : i + 1].on(precision.device)  # one image's pixel maps are large enough
-        with precision.autocast():
-            images = to_model_input(one.images, precision.device)
-            pixels = head.pixels(one.features, images)[0]
-        indices = torch.from_numpy(chosen[i])
-        queries = one.queries[0, to_device(indices, precision.device)]
-        masks = head.paste(pixels, queries, one.boxes[0, indices], placement)
-        height = placement.height
-        width = placement.width
         rles = []
         ious = []
-        for left, top, mask, iou in on_cpu(masks):
-            rles.append(encode_window(left, top, mask, height, width))
+        for left, top, mask, iou in paste_masks(head, detections, i, chosen[i], precision):
+            rles.append(encode_window(left, top, mask, placement.height, placement.width))
             ious.append(iou)
-        scores = one.scores[0].numpy()[chosen[i]]
+        scores = detections.scores[i].numpy()[chosen[i]]
         drawn.append((rles, scores * np.array(ious, dtype=scores.dtype)))
     return drawn
+
+
+@torch.inference_mode()
+def paste_masks(
+    head: AnyMaskHead, detections: Detections, i: int, chosen: np.ndarray, precision: Precision
+) -> Iterator[PastedMask]:
+    """The masks of image i's detections chosen (n,), on the CPU, a few at a time."""
+    head.eval()
+    one = detections[i : i + 1].on(precision.device)  # one image's pixel maps are large enough
+    with precision.autocast():
+        images = to_model_input(one.images, precision.device)
+        pixels = head.pixels(one.features, images)[0]
+    indices = torch.from_numpy(chosen)
+    queries = one.queries[0, to_device(indices, precision.device)]
+    masks = head.paste(pixels, queries, one.boxes[0, indices], detections.placements[i])
+    yield from on_cpu(masks)
 
 
 def on_cpu(masks: Iterable[PastedMask]) -> Iterator[PastedMask]:
@@ -203,6 +208,18 @@ def _brought_together(masks: list[PastedMask]) -> Iterator[PastedMask]:
         yield PastedMask(one.left, one.top, part.view(torch.bool).view(one.mask.shape), iou)
 
 
+def sure_detections(detections: Detections, threshold: float, nms: float) -> list[np.ndarray]:
+    """Of each image, best first, which score `threshold` or more; nms: as in without_overlaps."""
+    chosen = []
+    for i in range(len(detections.indices)):
+        scores = detections.scores[i].numpy()
+        labels = detections.labels[i].numpy()
+        sure = np.flatnonzero(scores >= threshold)
+        boxes = detections.boxes_in_original(i)[sure]
+        chosen.append(sure[without_overlaps(boxes, scores[sure], labels[sure], nms)])
+    return chosen
+
+
 def make_predictions(
     detections: Detections,
     originals: list[Original],
@@ -219,11 +236,7 @@ def make_predictions(
     scores = detections.scores.numpy()
     labels = detections.labels.numpy()
     boxes = [detections.boxes_in_original(i) for i in range(len(originals))]
-    chosen = []
-    for i in range(len(originals)):
-        sure = np.flatnonzero(scores[i] >= threshold)
-        kept = without_overlaps(boxes[i][sure], scores[i, sure], labels[i, sure], nms)
-        chosen.append(sure[kept])
+    chosen = sure_detections(detections, threshold, nms)
     drawn: list = [(None, None)] * len(originals)
     if head is not None:
         drawn = draw_masks(head, detections, chosen, precision)

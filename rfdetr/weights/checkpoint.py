@@ -4,8 +4,9 @@ A checkpoint is a plain dict of tensors and Python values: format, stage, size (
 ModelSize), resolution, classes (a ClassTable), mask_head (name or None), args, model (state dict),
 exif ("apply" or "ignore": how its images were read), guessed_masks (whether masks were learnt from
 guesses), trained_on (int64: the content hashes of its training images), mask_stride (with a mask
-head of ours), and in last.pt and checkpoint.pt ema and training (all that --resume needs). Files of
-earlier versions lack exif, guessed_masks, trained_on and mask_stride.
+head of ours), image_side (a typical training image's, in pixels), tile (the side of the tiles that
+it was trained on; 0 for none), and in last.pt and checkpoint.pt ema and training (all that --resume
+needs). Files of earlier versions lack what stands from exif to tile.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ FORMAT = 1
 MASK_HEADS = (None, *segmentation.MASK_HEADS, "official")
 MASK_STRIDES = (2, 4)
 EARLIER_STRIDE = 4  # of mask heads whose file does not name theirs
+MOST_IMAGE_SIDE = 10**6  # pixels
 MOST_QUERIES = 100_000  # of all groups: more would cost all memory
 MOST_ENLARGED = 4  # times the side of a file's position grid; more has to be asked for
 
@@ -101,6 +103,10 @@ def _check(content: dict) -> None:
     ema = content.get("ema") or {}
     require_plain(ema)
     require_plain({"trained_on": trained_on(content)})
+    for name in ("tile", "image_side"):
+        side = content.get(name)
+        if side is not None and not (type(side) is int and 0 <= side <= MOST_IMAGE_SIDE):
+            raise ValueError(f"{name} is no number of pixels")
     if content.get("exif") not in (None, *EXIF):
         raise ValueError(f"exif is neither {' nor '.join(EXIF)}")
     if content["stage"] not in STAGES or content.get("mask_head") not in MASK_HEADS:

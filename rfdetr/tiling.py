@@ -1,0 +1,107 @@
+"""Large images in parts: where the tiles of an image lie.
+
+Slicing an image and merging what its parts show is the idea of SAHI (arXiv:2202.06934).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from rfdetr.console import UserError
+
+AUTO = "auto"
+LEAST_TILE = 32
+
+
+class Window(NamedTuple):
+    """A rectangle of whole pixels of an image, from its corner up to right and bottom."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    def common(self, other: Window) -> Window | None:
+        """What lies in both; None where nothing does."""
+        both = Window(
+            max(self.left, other.left),
+            max(self.top, other.top),
+            min(self.right, other.right),
+            min(self.bottom, other.bottom),
+        )
+        return both if both.left < both.right and both.top < both.bottom else None
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of side x side pixels, neighbours having at least the share `overlap` in common.
+
+    with_whole: the whole image is looked at as one more tile, for objects larger than a tile.
+    """
+
+    side: int
+    overlap: float = 0.2
+    with_whole: bool = False
+
+    def told(self) -> str:
+        whole = ", and each image as a whole" if self.with_whole else ""
+        return f"Tiles of {self.side} px, {self.overlap:.0%} in common{whole}"
+
+    def windows(self, height: int, width: int) -> list[Window]:
+        """The tiles of an image, which they cover evenly; one of it all where it is no larger."""
+        whole = Window(0, 0, width, height)
+        tiles = [
+            Window(left, top, min(left + self.side, width), min(top + self.side, height))
+            for top in self._starts(height)
+            for left in self._starts(width)
+        ]
+        if self.with_whole and tiles != [whole]:
+            tiles.append(whole)
+        return tiles
+
+    def _starts(self, pixels: int) -> list[int]:
+        """Where the tiles begin along an axis."""
+        if pixels <= self.side:
+            return [0]
+        common = min(round(self.side * self.overlap), self.side - 1)
+        count = math.ceil((pixels - common) / (self.side - common))
+        last = pixels - self.side
+        return [round(last * i / (count - 1)) for i in range(count)]
+
+
+def crop(pixels: np.ndarray, window: Window) -> np.ndarray:
+    """The part (h, w, C) of an image (H, W, C)."""
+    return pixels[window.top : window.bottom, window.left : window.right]
+
+
+def choose_tile(tile: int | str | None, trained_tile: int, trained_side: int | None) -> int:
+    """The side of a tile in pixels to predict or score with; 0 for none.
+
+    tile: 0, a side, "auto" or None, as in --tile; trained_tile: of the training's tiles, 0 for
+    none; trained_side: of a typical training image. Raises UserError.
+    """
+    if tile is None:
+        return trained_tile
+    if tile == AUTO:
+        if trained_tile or trained_side:
+            return trained_tile or trained_side
+        raise UserError(
+            "--tile auto: this checkpoint does not say how large its training images were: give "
+            "their usual side in pixels, such as --tile 640"
+        )
+    is_number = isinstance(tile, (int, np.integer)) and not isinstance(tile, bool)
+    if not is_number or tile and tile < LEAST_TILE:
+        raise UserError(f"tile must be 0, auto, or {LEAST_TILE} pixels or more, got {tile!r}")
+    return int(tile)

@@ -1,0 +1,161 @@
+"""Tiles: they cover an image, and each object in it comes back once, whole, however they cut it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as mask_api
+
+from rfdetr.console import UserError
+from rfdetr.inference.tiles import DetectedInWindow, PixelMask, merge
+from rfdetr.placement import Placement
+from rfdetr.tiling import Tiling, Window, choose_tile
+
+plainly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@plainly
+@given(
+    st.integers(1, 900), st.integers(1, 900), st.integers(32, 400), st.floats(0, 0.9), st.booleans()
+)
+def test_tiles_cover_the_image_and_overlap_as_asked(height, width, side, overlap, full):
+    windows = Tiling(side, overlap, full).windows(height, width)
+    seen = np.zeros((height, width), dtype=int)
+    for left, top, right, bottom in windows:
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        seen[top:bottom, left:right] += 1
+    assert seen.min() == 1 + (full and len(windows) > 1)
+    tiles = windows[:-1] if full and len(windows) > 1 else windows
+    assert all(
+        tile.width == min(side, width) and tile.height == min(side, height) for tile in tiles
+    )
+    lefts = sorted({tile.left for tile in tiles})
+    assert all(
+        b - a <= side - min(round(side * overlap), side - 1) for a, b in zip(lefts, lefts[1:])
+    )
+    if max(height, width) <= side:
+        assert windows == [Window(0, 0, width, height)]
+
+
+def disc(height: int, width: int, x: float, y: float, radius: float) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+
+
+def seen_in(
+    window: Window, objects: list[np.ndarray], least: float, masks: bool = True
+) -> DetectedInWindow:
+    """What a perfect detector shows of objects (H, W) bool: those visible by `least` at least."""
+    boxes = []
+    scores = []
+    shown = []
+    for number, pixels in enumerate(objects):
+        part = np.zeros_like(pixels)
+        rows = slice(window.top, window.bottom)
+        columns = slice(window.left, window.right)
+        part[rows, columns] = pixels[rows, columns]
+        if part.sum() < max(least * pixels.sum(), 1):
+            continue
+        y, x = np.nonzero(part)
+        boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+        scores.append(0.5 + 0.4 * part.sum() / pixels.sum() - number / 1000)
+        inside = part[y.min() : y.max() + 1, x.min() : x.max() + 1]
+        shown.append(PixelMask(int(x.min()), int(y.min()), inside))
+    scores = np.array(scores, dtype=np.float32)
+    return DetectedInWindow(
+        window=window,
+        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        scores=scores,
+        labels=np.zeros(len(scores), dtype=np.int64),
+        masks=shown if masks else None,
+        mask_scores=scores if masks else None,
+    )
+
+
+def found_in_tiles(tiling: Tiling, objects: list[np.ndarray], least: float, masks: bool = True):
+    height, width = objects[0].shape
+    windows = tiling.windows(height, width)
+    return merge([seen_in(window, objects, least, masks) for window in windows], height, width)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32), st.sampled_from([64, 96, 130]), st.booleans())
+def test_every_object_comes_back_once_and_whole(seed, side, full):
+    """Objects no larger than what tiles have in common are whole in one of them."""
+    rng = np.random.default_rng(seed)
+    objects = []
+    taken = np.zeros((240, 300), dtype=bool)
+    for _ in range(60):
+        pixels = disc(240, 300, rng.uniform(0, 300), rng.uniform(0, 240), rng.uniform(3, 9))
+        if pixels.any() and not (pixels & taken).any():
+            objects.append(pixels)
+            taken |= pixels
+    found = found_in_tiles(Tiling(side, 0.35, full), objects, least=0.15)
+    masks = sorted(mask_api.decode(rle).astype(bool).tobytes() for rle in found.rles())
+    assert masks == sorted(pixels.tobytes() for pixels in objects)
+    assert (np.diff(found.scores) <= 0).all()
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_an_object_larger_than_a_tile_is_joined_from_its_parts(masks):
+    objects = [disc(300, 400, 210, 150, 120), disc(300, 400, 20, 20, 12)]
+    found = found_in_tiles(Tiling(128, 0.25), objects, least=0.01, masks=masks)
+    assert len(found.scores) == 2
+    large = int(np.argmax(found.boxes[:, 2]))
+    assert np.abs(found.boxes[large] - [90, 30, 330, 270]).max() <= 1
+    if masks:
+        pixels = mask_api.decode(found.rles()[large]).astype(bool)
+        assert (pixels == objects[0]).mean() > 0.999
+    else:
+        assert found.masks is None and found.rles() is None
+
+
+def test_neighbours_and_other_classes_are_not_joined():
+    window = Window(0, 0, 100, 100)
+    beside = Window(80, 0, 180, 100)
+    boxes = np.array([[60, 10, 90, 40], [60, 50, 100, 90]], dtype=np.float32)
+    others = np.array([[90, 10, 120, 40], [80, 50, 110, 90]], dtype=np.float32)
+    one = DetectedInWindow(window, boxes, np.array([0.9, 0.8]), np.array([0, 0]))
+    other = DetectedInWindow(beside, others, np.array([0.7, 0.6]), np.array([0, 1]))
+    found = merge([one, other], 100, 180)
+    assert found.scores.tolist() == [0.9, 0.8, 0.7, 0.6]
+    same = DetectedInWindow(beside, others, np.array([0.7, 0.6]), np.array([0, 0]))
+    found = merge([one, same], 100, 180)
+    assert found.scores.tolist() == [0.9, 0.8, 0.7]
+    assert found.boxes[1].tolist() == [60, 50, 110, 90]
+
+
+def test_of_a_whole_and_a_cut_detection_the_whole_one_is_taken_whatever_their_scores():
+    window = Window(0, 0, 100, 100)
+    beside = Window(70, 0, 170, 100)
+    cut = DetectedInWindow(window, np.array([[85.0, 10, 100, 40]]), np.array([0.95]), np.array([0]))
+    whole = DetectedInWindow(
+        beside, np.array([[85.0, 10, 115, 40]]), np.array([0.6]), np.array([0])
+    )
+    for tiles in ([cut, whole], [whole, cut]):
+        found = merge(tiles, 100, 170)
+        assert found.boxes.tolist() == [[85, 10, 115, 40]] and found.scores.tolist() == [0.6]
+
+
+def test_nothing_detected_is_an_empty_result():
+    windows = Tiling(64).windows(100, 100)
+    found = merge([seen_in(window, [], least=0) for window in windows], 100, 100)
+    assert found.boxes.shape == (0, 4) and found.rles() == []
+
+
+def test_a_tile_is_placed_where_it_was_cut():
+    placement = Placement.of_window(Window(30, 20, 94, 84), 200, 300)
+    assert placement.visible == [30, 20, 94, 84]
+
+
+def test_which_tiles_a_checkpoint_is_used_with():
+    assert choose_tile(None, 0, 256) == 0 and choose_tile(None, 320, 256) == 320
+    assert choose_tile("auto", 0, 256) == 256 and choose_tile("auto", 320, 256) == 320
+    assert choose_tile(0, 320, 256) == 0 and choose_tile(640, 320, 256) == 640
+    for wrong in ("large", 31, -5, True, 3.5):
+        with pytest.raises(UserError, match="tile must be"):
+            choose_tile(wrong, 0, 256)
+    with pytest.raises(UserError, match="does not say how large"):
+        choose_tile("auto", 0, None)
