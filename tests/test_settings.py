@@ -132,7 +132,7 @@ def test_the_specified_defaults():
     assert head.resolution is None  # the detector's
     assert (head.mask_head, head.cache, head.auto_shrink) == ("auto", "auto", False)
     single = resolve(SingleSettings, {})
-    assert (single.lr, single.lr_encoder, single.warmup_epochs) == (5e-5, 1e-4, 0.0)
+    assert (single.lr, single.lr_encoder, single.warmup_epochs) == (1e-4, 1.5e-4, 0.0)
 
 
 def test_settings_that_must_be_given_are_named_all_at_once():
