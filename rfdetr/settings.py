@@ -2,8 +2,9 @@
 
 Flags, `--config FILE.yaml`, a run's config.yaml and what a checkpoint keeps are made from these
 fields. They are resolved once (`resolve.py`): the size's recipe < the file < a resumed run's own <
-the command line. Afterwards nothing changes them: what a run finds out (how many images fit at
-once, where its cache lies) is the run's state.
+the command line; a batch that is left open once the device is known (`on_device`). Afterwards
+nothing changes them: what a run finds out (how many images fit at once, where its cache lies) is
+the run's state.
 """
 
 from __future__ import annotations

@@ -98,12 +98,14 @@ def _largest_by_one_image(
 ) -> int:
     """The first of `divisors` that fits by what one image's training step takes."""
     device = next(model.parameters()).device
-    free = HEADROOM * free_on_device_mb(device) - bytes_of_states(model, ema) / 2**20
+    processes = distributed.world_size()  # taken to be on this machine
+    states = processes * bytes_of_states(model, ema) / 2**20
+    free = HEADROOM * free_on_device_mb(device) - states
     before = memory_mb(device)
     peak = _peak_of_step(model, losses, 1, side)
     if peak is None:
         return 1
-    one = max(peak - before, 1.0) * distributed.world_size()  # on this machine
+    one = processes * max(peak - before, 1.0)
     fitting = [images for images in divisors if images * one < free]
     return fitting[0] if fitting else 1
 
