@@ -46,14 +46,15 @@ def main(argv: list[str] | None = None) -> None:
         session.trained_on = start_detector(model, table, settings)
     adapt_encoder(session, model)
 
-    dataset, sampler = training_data(session, masks=False)
+    sides = input_sides(settings, session.size, session.resolution)
+    dataset, sampler = training_data(session, masks=False, sides=sides)
     pin = session.device.type == "cuda"
     loader = training_loader(dataset, sampler, settings.workers, pin)
     losses = DetectorObjective(
         table=table,
         weights=settings.loss_weights,
         precision=session.precision,
-        sides=input_sides(settings, session.size, session.resolution),
+        sides=sides,
         seed=settings.seed,
         progress=session.progress,
     )

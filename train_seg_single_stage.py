@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rfdetr.cli import check_command, training_settings
 from rfdetr.settings import SingleSettings
+from rfdetr.sizes import ModelSize
 
 # before torch, whose import takes seconds
 check_command(SingleSettings, __doc__, __name__)
@@ -40,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     session.guess_masks = choose_masks(session.train, settings.masks)
     size = session.size
     table = class_table(session, "dataset")
-    mask_stride = stride_of_start(settings, resumed)
+    start = None
+    if settings.init_ckpt and not resumed:
+        start = checkpoint.load(settings.init_ckpt)
+    mask_stride = stride_of_head(size, resumed or start)
     model = Detector(
         size,
         table.rows_total,
@@ -50,17 +54,18 @@ def main(argv: list[str] | None = None) -> None:
         mask_stride=mask_stride,
     ).to(session.device)
     if not resumed:
-        session.trained_on = start_detector(model, table, settings, settings.init_ckpt)
+        session.trained_on = start_detector(model, table, settings, settings.init_ckpt, start)
     adapt_encoder(session, model)
 
-    dataset, sampler = training_data(session, masks=True)
+    sides = input_sides(settings, size, session.resolution)
+    dataset, sampler = training_data(session, masks=True, sides=sides)
     pin = session.device.type == "cuda"
     loader = training_loader(dataset, sampler, settings.workers, pin)
     losses = DetectorObjective(
         table=table,
         weights=settings.loss_weights,
         precision=session.precision,
-        sides=input_sides(settings, size, session.resolution),
+        sides=sides,
         seed=settings.seed,
         progress=session.progress,
     )
@@ -84,12 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         finish(session, table, masks=True, next_command=predict_with(session))
 
 
-def stride_of_start(settings: SingleSettings, resumed: dict | None) -> int:
-    """The stride of the mask head that the run goes on from or starts with; else a new head's."""
-    content = resumed
-    if content is None and settings.init_ckpt:
-        content = checkpoint.load(settings.init_ckpt)
-    if content and content["mask_head"] == settings.model_size.mask_head:
+def stride_of_head(size: ModelSize, content: dict | None) -> int:
+    """The stride of the mask head in the checkpoint that the run begins with; else a new head's."""
+    if content and content["mask_head"] == size.mask_head:
         return checkpoint.mask_stride(content)
     return STRIDE
 

@@ -7,6 +7,9 @@ import os
 # on an idle machine (benchmarks/threads.py).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Read when torch is loaded: what Metal has no kernel for is computed on the CPU and ends no run
+# (device.py says what it is).
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 _DETECTORS = ["Base", "Large", "Large2026", "Medium", "Nano", "Small"]
 _WITH_MASKS = ["Seg2XLarge", "SegLarge", "SegMedium", "SegNano", "SegSmall", "SegXLarge"]

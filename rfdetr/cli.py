@@ -232,7 +232,7 @@ def add_flag(parser: Parser, name: str, setting: Setting, default: object) -> No
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    metavar = "{%s}" % ",".join(setting.choices) if setting.choices else setting.metavar
+    metavar = f"{{{','.join(setting.choices)}}}" if setting.choices else setting.metavar
     options: dict = {"type": read, "metavar": metavar}
     options["help"] = setting.help + default_text(setting, default)
     if setting.bare is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,10 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from rfdetr import distributed
-from rfdetr.console import UserError
+from rfdetr.console import UserError, warn
 from rfdetr.memory import is_out_of_memory
 
 Result = TypeVar("Result")
+# what a model computes that not every torch has a kernel for on Apple's GPUs
+METAL_OPERATIONS = {
+    "deformable attention": ("aten::grid_sampler_2d", "aten::grid_sampler_2d_backward"),
+    "resizing images": ("aten::_upsample_bilinear2d_aa",),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name} is not usable here ({reason}): try --device cpu"
         ) from error
+    if device.type == "mps":
+        warn_of_fallbacks(device)
     return device
 
 
@@ -65,6 +73,25 @@ def _best_device() -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "cpu"
+
+
+def has_kernel(operation: str, device: torch.device) -> bool:
+    """Whether this torch computes an operation ("aten::topk") on the device itself."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operation, device.type.upper())
+
+
+@functools.cache  # once a process
+def warn_of_fallbacks(device: torch.device) -> None:
+    """Name what Metal has no kernel for; rfdetr/__init__.py lets torch compute it on the CPU."""
+    missing = []
+    for what, operations in METAL_OPERATIONS.items():
+        if not all(has_kernel(operation, device) for operation in operations):
+            missing.append(what)
+    if missing:
+        warn(
+            f"torch {torch.__version__} has no Metal kernel for {' and '.join(missing)}: the CPU "
+            "computes that part, which is slower. A newer torch may have one"
+        )
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -149,9 +176,14 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory so far in MB: allocated on a GPU, resident of this process elsewhere."""
+    """Peak memory so far in MB: allocated on a GPU, resident of this process elsewhere.
+
+    Metal tells no peak: there it is what torch holds of it now, freed and kept tensors among it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
     if psutil.WINDOWS:
         return psutil.Process().memory_info().peak_wset / 2**20
     import resource  # Windows does not have it
@@ -170,6 +202,19 @@ def forget_peak_memory(device: torch.device) -> None:
 def free_memory_mb() -> float:
     """Main memory that can be taken without swapping, in MB."""
     return psutil.virtual_memory().available / 2**20
+
+
+def free_on_device_mb(device: torch.device) -> float:
+    """Memory that tensors on `device` can still take, in MB: what the GPU's driver has left, what
+    Metal recommends at most less what it has given, or main memory.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free / 2**20
+    if device.type == "mps":
+        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(left / 2**20, free_memory_mb())  # a Mac's GPU shares its main memory
+    return free_memory_mb()
 
 
 def unless_out_of_memory(attempt: Callable[[], Result], device: torch.device) -> Result | None:

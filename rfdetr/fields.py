@@ -172,3 +172,14 @@ def by_size(values: dict[str, object]) -> str:
         if text not in parts:
             parts.append(f"{', '.join(sizes)}: {text}")
     return "; ".join(parts)
+
+
+def batch_of(recipes: dict[str, int]):
+    """--batch of a stage; recipes: size -> images in one forward pass."""
+    return integer(
+        None,
+        "images in one forward pass; auto: the largest that fits, batch x accum kept "
+        f"(default: auto on CUDA, elsewhere {by_size(recipes)})",
+        high=65536,
+        words=("auto",),
+    )

@@ -60,6 +60,7 @@ SPARE_DISK = 64 << 20  # bytes
 def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
     """Device, seed and data, before anything is written; the dataset's warnings are printed."""
     device = pick_device(settings.device)
+    settings = settings.on_device(device.type)
     distributed.start(device)
     torch.manual_seed(settings.seed)
     size = settings.model_size

@@ -2,8 +2,9 @@
 
 Flags, `--config FILE.yaml`, a run's config.yaml and what a checkpoint keeps are made from these
 fields. They are resolved once (`resolve.py`): the size's recipe < the file < a resumed run's own <
-the command line. Afterwards nothing changes them: what a run finds out (how many images fit at
-once, where its cache lies) is the run's state.
+the command line; a batch that is left open once the device is known (`on_device`). Afterwards
+nothing changes them: what a run finds out (how many images fit at once, where its cache lies) is
+the run's state.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rfdetr.console import UserError
 from rfdetr.fields import (
     OF_SIZE,
     REQUIRED,
+    batch_of,
     by_size,
     checkpoint_file,
     choice,
@@ -80,9 +82,7 @@ class TrainingSettings(DataSettings):
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
     resolution: int | None = integer(None, f"input side in pixels (default: {OWN_RESOLUTION})")
     epochs: int = integer(OF_SIZE, "passes over the training images")
-    batch: int | str = integer(
-        OF_SIZE, "images in one forward pass, or auto", high=65536, words=("auto",)
-    )
+    batch: int | str | None = batch_of({name: size.recipe.batch for name, size in SIZES.items()})
     accum: int = integer(OF_SIZE, "forward passes per optimizer step", high=65536)
     workers: int = integer(OF_SIZE, "loader processes", low=0, high=256)
     weight_decay: float = decimal(OF_SIZE, "AdamW's weight decay")
@@ -125,15 +125,24 @@ class TrainingSettings(DataSettings):
     @property
     def effective_batch(self) -> int:
         """Images of an optimizer step, on one rank."""
-        if self.batch != "auto":
-            return self.accum * self.batch
-        return self.accum * self.recipe_value(self.model_size, "batch")
+        return self.accum * (self.batch if isinstance(self.batch, int) else self.recipe_batch)
+
+    @property
+    def recipe_batch(self) -> int:
+        """Images in one forward pass as the size's recipe has them."""
+        return self.recipe_value(self.model_size, "batch")
 
     @classmethod
     def recipe_value(cls, size: ModelSize, name: str) -> object:
         """A setting in a size's recipe; what this stage has of its own there goes first."""
         usual = getattr(size.recipe, name, None)
         return getattr(size.recipe, cls.recipe_prefix + name, usual)
+
+    def on_device(self, kind: str) -> TrainingSettings:
+        """With the batch that was left open; kind: the device's type, "cuda"."""
+        if self.batch is not None:
+            return self
+        return replace(self, batch="auto" if kind == "cuda" else self.recipe_batch)
 
     @property
     def stop_after(self) -> int:
@@ -215,6 +224,7 @@ class SegmentationSettings(MaskSettings, TrainingSettings):
     recipe_prefix = "seg_"
 
     resolution: int | None = integer(None, "input side in pixels (default: the detector's)")
+    batch: int | str | None = batch_of({n: size.recipe.seg_batch for n, size in SIZES.items()})
     stage1_run: Path | None = path(None, "run folder of stage 1")
     checkpoint: Path | None = checkpoint_file(
         None, "detector to freeze (default: the run's best.pt, else last.pt)"

@@ -18,7 +18,7 @@ from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
-from rfdetr.device import Precision, free_memory_mb, pick_device, pick_precision
+from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.renaming import rename_flags
@@ -198,10 +198,7 @@ def draw_classes(split: CocoSplit, path: Path) -> None:
 def estimate_sizes(name: str, resolution: int, precision: Precision, images: int) -> list[dict]:
     """Print and return what stage 1 takes by size."""
     rows = estimate(name, resolution, precision, images)
-    if precision.device.type == "cuda":
-        free = torch.cuda.mem_get_info(precision.device)[0] / 2**20
-    else:
-        free = free_memory_mb()
+    free = free_on_device_mb(precision.device)
     print(f"Stage 1 here, {images} images a pass, small sets repeated")
     columns = f"{'parameters':>13}{'MB, batch 1':>13}{'batch 4':>10}{'s an epoch':>12}"
     print(f"{'size':<13}{'px':>5}{columns}")

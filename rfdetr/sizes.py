@@ -43,7 +43,8 @@ class Recipe:
     drop_path: float = 0.0
     multi_scale: bool = True
     workers: int = 2
-    min_steps: int = 5  # a small dataset is repeated until an epoch has this many optimizer steps
+    # a small dataset is repeated until an epoch has this many optimizer steps: 1,000 in 50 epochs
+    min_steps: int = 20
     # stage 2, the mask head on the frozen detector
     seg_epochs: int = 50
     seg_batch: int = 4
@@ -51,12 +52,12 @@ class Recipe:
     seg_lr: float = 1e-3
     seg_weight_decay: float = 1e-4
     seg_multi_scale: bool = False
-    seg_min_steps: int = 5
+    seg_min_steps: int = 20
     seg_clip: float = 1.0
     cache_views: int = 2  # flips of each image whose features are kept: 2 left-right, 4 up-down too
     # single stage, both at once
-    single_lr: float = 5e-5
-    single_lr_encoder: float = 1e-4
+    single_lr: float = 1e-4
+    single_lr_encoder: float = 1.5e-4
     single_mask_loss_coef: float = LossWeights.mask
     single_dice_loss_coef: float = LossWeights.dice
 

@@ -411,7 +411,7 @@ def test_batch_auto_keeps_the_effective_batch(stage1_run, monkeypatch):
     roomy = stage1_run(*flags)
     assert roomy.last["training"]["progress"]["micro_batch"] == 8
     assert "8 x 1 accumulated" in roomy.output
-    monkeypatch.setattr(rfdetr.training.auto_batch, "free_memory_mb", lambda: 0.0)
+    monkeypatch.setattr(rfdetr.training.auto_batch, "free_on_device_mb", lambda device: 0.0)
     tight = stage1_run(*flags)
     assert tight.last["training"]["progress"]["micro_batch"] == 1
     assert "1 x 8 accumulated" in tight.output

@@ -85,7 +85,7 @@ def test_none_of_a_higher_layer_means_the_default():
 def test_defaults_of_the_three_stages_are_the_sizes(size):
     recipe = SIZES[size].recipe
     detector = resolve(DetectorSettings, {"size": size})
-    assert (detector.epochs, detector.batch, detector.accum) == (
+    assert (detector.epochs, detector.recipe_batch, detector.accum) == (
         recipe.epochs,
         recipe.batch,
         recipe.accum,
@@ -95,7 +95,7 @@ def test_defaults_of_the_three_stages_are_the_sizes(size):
     assert (detector.multi_scale, detector.workers) == (recipe.multi_scale, recipe.workers)
 
     head = resolve(SegmentationSettings, {"size": size})
-    assert (head.epochs, head.batch, head.accum) == (
+    assert (head.epochs, head.recipe_batch, head.accum) == (
         recipe.seg_epochs,
         recipe.seg_batch,
         recipe.seg_accum,
@@ -105,7 +105,7 @@ def test_defaults_of_the_three_stages_are_the_sizes(size):
     assert (head.cache_views, head.workers) == (recipe.cache_views, recipe.workers)
 
     single = resolve(SingleSettings, {"size": size})
-    assert (single.epochs, single.batch, single.accum) == (
+    assert (single.epochs, single.recipe_batch, single.accum) == (
         recipe.epochs,
         recipe.batch,
         recipe.accum,
@@ -132,7 +132,7 @@ def test_the_specified_defaults():
     assert head.resolution is None  # the detector's
     assert (head.mask_head, head.cache, head.auto_shrink) == ("auto", "auto", False)
     single = resolve(SingleSettings, {})
-    assert (single.lr, single.lr_encoder, single.warmup_epochs) == (5e-5, 1e-4, 0.0)
+    assert (single.lr, single.lr_encoder, single.warmup_epochs) == (1e-4, 1.5e-4, 0.0)
 
 
 def test_settings_that_must_be_given_are_named_all_at_once():

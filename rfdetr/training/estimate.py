@@ -69,6 +69,8 @@ def measure(name: str, resolution: int, precision: Precision) -> tuple[float, fl
         ema.update(model, 1)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
         if (seconds := time.perf_counter() - begin) > PATIENCE:
             break
     return seconds, before, memory_mb(device)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from rfdetr.device import has_kernel
 from rfdetr.models.detector import Detector
 from rfdetr.settings import TrainingSettings
 from rfdetr.sizes import Recipe
@@ -39,6 +41,13 @@ def parameter_groups(
 def parameter_group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> dict:
     """One AdamW group; the schedule's factor is taken of `base_lr`."""
     return {"params": parameters, "base_lr": lr, "lr": lr, "weight_decay": weight_decay}
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether this torch has AdamW as one kernel there."""
+    if device.type == "mps":
+        return has_kernel("aten::_fused_adamw_", device)
+    return device.type in ("cpu", "cuda")
 
 
 @dataclass(frozen=True)

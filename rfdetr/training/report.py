@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from rfdetr import distributed
 from rfdetr.console import UserError, banner, say, tick, warn
 from rfdetr.data.loaders import SplitDataset
 from rfdetr.data.statistics import shrink_problems
@@ -57,6 +58,9 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
             "Output": session.run.folder,
         },
     )
+    repeated = words_on_repetition(session)
+    if repeated:
+        tick(repeated)
     for problem in shrink_problems(session.train, session.resolution, session.size.block):
         warn(problem.message)
     valid = session.splits["valid"]
@@ -70,6 +74,20 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
             "the valid split has no masks: there are no mask scores, best.pt holds the last "
             "epoch's weights, and nothing stops the run early. Draw the masks of a few valid images"
         )
+
+
+def words_on_repetition(session: Session) -> str | None:
+    """Why an epoch goes through a small dataset more than once; None where it does not."""
+    settings = session.settings
+    images = len(session.train.images)
+    steps = session.progress.steps
+    drawn = steps * settings.effective_batch * distributed.world_size()
+    if drawn <= images or settings.fast_dev_run:
+        return None
+    return (
+        f"A small dataset: {images} images are drawn {drawn / images:.1f} times an epoch, so that "
+        f"it has {steps} optimizer steps ({settings.epochs * steps:,} in all; --min_steps)"
+    )
 
 
 def commands_of(session: Session, command: str, folder: Path) -> list[dict]:

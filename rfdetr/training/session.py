@@ -25,7 +25,7 @@ from rfdetr.settings import TrainingSettings
 from rfdetr.sizes import ModelSize
 from rfdetr.training.auto_batch import find_micro_batch
 from rfdetr.training.engine import Progress, Trainer
-from rfdetr.training.optim import make_schedule
+from rfdetr.training.optim import has_fused_adamw, make_schedule
 from rfdetr.weights import checkpoint
 
 EVALUATION_BATCH = 16  # images, at most
@@ -81,13 +81,19 @@ def adapt_encoder(session: Session, model: Detector) -> None:
         compile_in_place(model.encoder, session.device)
 
 
-def training_data(session: Session, masks: bool) -> tuple[SplitDataset, EpochSampler]:
+def training_data(
+    session: Session, masks: bool, sides: tuple[int, ...] = ()
+) -> tuple[SplitDataset, EpochSampler]:
     """The training images and their order; each list of the sampler is one optimizer step of this
     rank.
+
+    sides: what multi-scale draws from, if it does. Images are loaded at the largest, so that a step
+    makes them smaller, never larger than what was read.
     """
     settings = session.settings
     augment = session.size.recipe.augment
-    dataset = SplitDataset(session.train, session.resolution, augment, masks, session.guess_masks)
+    side = max(sides, default=session.resolution)
+    dataset = SplitDataset(session.train, side, augment, masks, session.guess_masks)
     sampler = EpochSampler(
         len(dataset),
         settings.effective_batch,
@@ -119,14 +125,14 @@ def make_trainer(
         progress.micro_batch = settings.batch
         if settings.batch == "auto":
             progress.micro_batch = find_micro_batch(
-                model, losses, settings.effective_batch, session.resolution
+                model, losses, settings.effective_batch, session.resolution, settings.ema
             )
     progress.micro_batch = min(progress.micro_batch, settings.effective_batch)
     is_half = session.precision.dtype is torch.float16
     return Trainer(
         model=model,
         losses=losses,
-        optimizer=torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu")),
+        optimizer=torch.optim.AdamW(groups, fused=has_fused_adamw(device)),
         schedule=make_schedule(settings, recipe, steps),
         scaler=torch.amp.GradScaler(device.type, enabled=is_half),
         ema=ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if settings.ema else None,

@@ -12,6 +12,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import ModelSize
@@ -44,6 +45,27 @@ def shape_differences(size: ModelSize, state: dict[str, Tensor]) -> list[str]:
         if wanted != actual:
             differences.append(f"{name}: expected {wanted}, file {actual}")
     return differences
+
+
+def fit_class_head(
+    own: Tensor, stored: Tensor, source_row: dict[int, int], source: ClassTable, table: ClassTable
+) -> Tensor:
+    """A new class head of `table`, from a file's head of `source`: weights (K, C) or biases (K,).
+
+    own: the model's initial values. source_row: {row: row of the file that it is copied from}.
+    A class that the file does not know begins at the mean of the rows that its classes have.
+    Proposals are ranked by their highest row, and where every row is as often the highest as any
+    other, their mean is its best linear stand-in: proposals are ranked about as the file ranks
+    them, from the first step on. Rows of no class, background among them, stay at their prior: the
+    initial bias, and no weight, so that they raise no proposal above another.
+    """
+    fitted = own.clone() if own.dim() == 1 else torch.zeros_like(own)
+    mean = stored[list(source.rows)].mean(0)
+    for row in table.rows:
+        fitted[row] = mean
+    for row, other in source_row.items():
+        fitted[row] = stored[other]
+    return fitted
 
 
 @dataclass
