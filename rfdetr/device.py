@@ -39,14 +39,22 @@ class Precision:
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto" is CUDA, else MPS, else the CPU.
 
-    Raises UserError for a device that this machine does not have.
+    Under torchrun each process takes the card of its local rank.  Raises UserError for a device
+    that this machine does not have, and for one card that all processes would share.
     """
+    if name.startswith("cuda:") and distributed.processes() > 1:
+        raise UserError(
+            f"--device {name} names one card, torchrun has started {distributed.processes()} "
+            "processes: leave --device out, and each takes a card of its own. Which cards, "
+            "CUDA_VISIBLE_DEVICES=0,1 before torchrun says"
+        )
     if name == "auto":
         name = _best_device()
     try:
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", device.index or distributed.local_rank())
+            _require_card(device)
             torch.cuda.set_device(device)
             # what stays fp32 is multiplied in TF32, as the official package does
             torch.set_float32_matmul_precision("high")
@@ -65,6 +73,16 @@ def _best_device() -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "cpu"
+
+
+def _require_card(device: torch.device) -> None:
+    """UserError where torchrun has started more processes on this machine than it has cards."""
+    cards = torch.cuda.device_count()
+    if distributed.processes() > 1 and device.index >= cards > 0:
+        raise UserError(
+            f"torchrun has started process {device.index + 1} on this machine, which has {cards} "
+            f"cards: --nproc_per_node {cards} is the most"
+        )
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import run_script
 
+from rfdetr import distributed
 from rfdetr.classes import ClassTable
+from rfdetr.console import UserError
 from rfdetr.data.loaders import Batch
-from rfdetr.device import Precision, pick_inference_precision
+from rfdetr.device import Precision, pick_device, pick_inference_precision
 from rfdetr.inference.detections import DetectionRunner, draw_masks
 from rfdetr.models.detector import Detector
 from rfdetr.placement import Placement
@@ -24,7 +26,9 @@ from rfdetr.sizes import SIZES, LossWeights, ModelSize
 from rfdetr.training import frozen
 from rfdetr.training.engine import Progress, Trainer, optimise
 from rfdetr.training.frozen import FrozenBatch, MaskObjective, freeze
+from rfdetr.training.keeper import CheckpointKeeper
 from rfdetr.training.objective import DetectorObjective
+from rfdetr.training.signals import StopSignals
 from testkit.pretend_cuda import DEVICE, OnCuda, PretendCuda
 
 TABLE = ClassTable(("a", "b"), (1, 2), (0, 1), 3, 2)
@@ -111,6 +115,86 @@ def test_an_optimizer_step_waits_once_more_for_losses_and_gradient_norm(gpu):
     assert result["grad_norm"] == 0.0 and result["loss"] > 0
     assert set(gpu.blocking_copies) == set()
     assert sum(gpu.waits.values()) == 2 + 1  # two micro-batches, one step
+
+
+# ---------------------------------------------------------------- several cards
+
+
+@pytest.fixture
+def two_ranks(gpu, monkeypatch) -> list[str]:
+    """Two processes with a card each, of which this is the first: the devices of what is summed."""
+    devices = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: devices.append(tensor.device.type))
+    return devices
+
+
+def test_numbers_and_signals_go_from_cpu_to_cpu_where_ranks_have_cards(gpu, two_ranks):
+    assert distributed.sum_over_ranks(3.0) == 3.0
+    StopSignals(lambda: None).stop_if_asked()
+    assert two_ranks == ["cpu", "cpu"]
+    assert not gpu.waits and not gpu.kernels and not gpu.blocking_copies
+
+
+def test_ranks_meet_on_the_cpu_before_their_cards_sum_gradients(gpu, two_ranks):
+    layer = torch.nn.Linear(3, 2).to(DEVICE)
+    distributed.sum_gradients(layer.parameters())
+    assert two_ranks == ["cpu", "cuda"]
+    assert layer.weight.grad.device.type == "cuda" and not gpu.waits
+
+
+@pytest.mark.parametrize(
+    "device, backend", [(DEVICE, "cpu:gloo,cuda:nccl"), (torch.device("cpu"), "gloo")]
+)
+def test_a_group_has_a_way_for_each_device(monkeypatch, device, backend):
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    join = torch.distributed.init_process_group
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda name, timeout: asked.append(name)
+    )
+    distributed.start(device)
+    assert asked == [backend]
+    if not torch.distributed.is_nccl_available():
+        return
+    store = torch.distributed.HashStore()
+    try:  # torch knows the backend by this name, and sends objects from CPU to CPU
+        join("cpu:gloo,cuda:gloo", store=store, rank=0, world_size=1)
+        assert torch.distributed.distributed_c10d._get_object_coll_device() == "cpu"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_card_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="cuda:1 names one card.*leave --device out"):
+        pick_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 2 on this machine.*--nproc_per_node 1"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_lost_process_leaves_the_name_of_the_last_save(tmp_path, saved, monkeypatch):
+    keeper = CheckpointKeeper(tmp_path, None, dict, "bbox/mAP", False, {})
+    if saved:
+        progress = {"epoch": 2, "step_in_epoch": 7}
+        torch.save({"training": {"progress": progress}}, tmp_path / "checkpoint.pt")
+        load = lambda path: torch.load(path, weights_only=True)  # noqa: E731
+        monkeypatch.setattr("rfdetr.training.keeper.checkpoint.load", load)
+    with pytest.raises(UserError, match="has ended") as told, keeper.naming_last_save():
+        with distributed._together():
+            raise RuntimeError("Connection closed by peer")
+    if saved:
+        assert "checkpoint.pt (epoch 3, after 7 steps)" in str(told.value)
+        assert f"--resume {tmp_path}" in str(told.value)
+    else:
+        assert "Nothing was saved yet" in str(told.value)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
