@@ -6,6 +6,7 @@ Sides and channels are small, since no count depends on them; depth, layers and 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import run_script
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
-from rfdetr.data.loaders import Batch
+from rfdetr.data.loaders import Batch, EpochSampler
 from rfdetr.device import Precision, pick_device, pick_inference_precision
 from rfdetr.inference.detections import DetectionRunner, draw_masks
 from rfdetr.models.detector import Detector
@@ -23,8 +24,9 @@ from rfdetr.placement import Placement
 from rfdetr.runs.curves import StepCurves
 from rfdetr.settings import InferenceSettings
 from rfdetr.sizes import SIZES, LossWeights, ModelSize
-from rfdetr.training import frozen
+from rfdetr.training import feature_cache, frozen
 from rfdetr.training.engine import Progress, Trainer, optimise
+from rfdetr.training.feature_cache import CachedLoader, FeatureCache, Views
 from rfdetr.training.frozen import FrozenBatch, MaskObjective, freeze
 from rfdetr.training.keeper import CheckpointKeeper
 from rfdetr.training.objective import DetectorObjective
@@ -256,6 +258,82 @@ def test_a_step_of_stage_2_waits_once_on_fresh_views_and_never_on_cached_ones(gp
     losses(with_mask_head.mask_head, cached, 5.0)
     assert set(gpu.blocking_copies) == set()
     assert set(gpu.waits) == set()
+
+
+@pytest.fixture
+def cached(gpu, with_mask_head, tmp_path, monkeypatch) -> tuple:
+    """An open cache of four made images' two views, its loader, and the views that the detector
+    was run on together, call by call.
+    """
+    size = with_mask_head.size
+    samples = []
+    for index in range(4):
+        target = made_batch(size).targets[0] | {"index": index}
+        image = torch.full((3, size.resolution, size.resolution), index, dtype=torch.uint8)
+        samples.append({"image": image, "target": target, "unread": {}})
+    records = [SimpleNamespace(segmentations=[[]] * 3, labels=[0] * 3) for _ in samples]
+    dataset = SimpleNamespace(
+        split=SimpleNamespace(images=records),
+        resolution=size.resolution,
+        guess=False,
+        cache={},
+    )
+    together = []
+
+    def counted(model, batch, *rest):
+        together.append(batch.indices)
+        return freeze(model, batch, *rest)
+
+    class Images(SimpleNamespace):
+        def __len__(self) -> int:
+            return len(samples)
+
+        def __getitem__(self, key: tuple) -> dict:
+            return samples[key[0]]
+
+    monkeypatch.setattr(feature_cache, "freeze", counted)
+    monkeypatch.setattr(feature_cache, "cache_key", lambda *what: {"format": 2})
+    objective = replace(stage2(with_mask_head), progress=Progress(micro_batch=3))
+    cache = FeatureCache(objective, Images(**vars(dataset)), 2, tmp_path).open(True)
+    sampler = EpochSampler(4, 4, 0, 2)
+    return cache, CachedLoader(cache, sampler), together
+
+
+def test_on_a_gpu_views_are_detected_in_batches_and_read_ahead_into_pinned_memory(gpu, cached):
+    cache, loader, together = cached
+    for number in range(20):  # until every view has been drawn
+        loader.batch_sampler.set_epoch(number)
+        for batch in loader:
+            assert batch.images.is_pinned() and batch.features.is_pinned()
+    assert max(len(images) for images in together) == 3  # as many as the micro-batch
+    assert sum(len(images) for images in together) == 8 and len(together) < 8
+    for keys, batch in zip(loader.batch_sampler, loader, strict=True):
+        assert batch.indices == [index for index, _ in keys]
+        assert batch.images[:, 0, 0, 0].tolist() == batch.indices
+    assert sum(len(images) for images in together) == 8
+
+
+def test_a_batch_of_views_that_does_not_fit_is_halved(gpu, cached, monkeypatch, capsys):
+    cache, loader, together = cached
+    whole = feature_cache.freeze
+
+    def short_of_memory(model, batch, *rest):
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, batch, *rest)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(feature_cache, "freeze", short_of_memory)
+    batch = cache.batch([loader.reader[index, 0] for index in range(4)])
+    assert batch.indices == [0, 1, 2, 3] and together == [[0], [1], [2], [3]]
+    assert cache.objective.progress.micro_batch == 1 and "out of memory" in capsys.readouterr().out
+
+
+def test_an_error_of_the_reader_ahead_is_the_loaders(gpu, cached, monkeypatch):
+    cache, loader, _ = cached
+    monkeypatch.setattr(Views, "__getitem__", lambda views, key: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader))
 
 
 @pytest.mark.parametrize("name, mask_head", [("nano", "nano"), ("seg-nano", "official")])

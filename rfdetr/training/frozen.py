@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class FrozenBatch:
     @property
     def objects(self) -> int:
         return sum(self.counts)
+
+    def pin_memory(self) -> FrozenBatch:
+        """With images and features where a GPU reads them by itself; the rest is small."""
+        images = self.images.pin_memory()
+        return replace(self, images=images, features=self.features.pin_memory())
 
 
 @torch.no_grad()
