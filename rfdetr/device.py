@@ -108,8 +108,12 @@ def fused_attention_pays(device: torch.device) -> bool:
     return device.type != "cpu" or not torch.is_autocast_enabled("cpu")
 
 
-def compile_in_place(module: nn.Module, device: torch.device) -> None:
+def compile_in_place(module: nn.Module, device: torch.device, weights_stay: bool = False) -> None:
     """torch.compile a module; its parameters and their names stay.
+
+    weights_stay: nothing in this process changes them any more. A CPU's compiled code then holds
+    them cast and in the order that its products read; otherwise it casts them at every call, and is
+    hardly faster than what was not compiled.
 
     Raises UserError where this machine cannot compile.
     """
@@ -121,6 +125,9 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
             f"--compile 1 does not work here ({reason}): it needs a C++ compiler, and Triton on a "
             "GPU. Leave it out"
         ) from error
+    import torch._inductor.config as inductor  # takes a second
+
+    inductor.freezing = weights_stay and device.type == "cpu"
     module.compile()
 
 

@@ -32,7 +32,14 @@ from rfdetr.training.engine import lower_micro_batch
 from rfdetr.training.feature_file import RecordFile
 from rfdetr.training.feature_key import cache_key, caches_of_other_formats, folder_name
 from rfdetr.training.feature_room import feature_shape, in_mb
-from rfdetr.training.frozen import FrozenBatch, MaskObjective, apply_view, flipped, freeze
+from rfdetr.training.frozen import (
+    FrozenBatch,
+    MaskObjective,
+    apply_view,
+    flipped,
+    flipped_axes,
+    freeze,
+)
 
 AHEAD = 2  # batches that are read and pinned while a GPU works on an earlier one
 
@@ -229,8 +236,8 @@ class FeatureCache:
         record = self.records.load(self.number(index, self.views))
         if record is None:
             return None
-        values = np.frombuffer(bytearray(record), np.uint8).reshape(self.picture_shape)
-        return apply_view(torch.from_numpy(values), view)
+        picture = np.frombuffer(record, np.uint8).reshape(self.picture_shape)
+        return torch.from_numpy(np.flip(picture, flipped_axes(view)).copy())
 
     def _look_up(self, view: int, sample: dict) -> tuple[dict, bytes | None]:
         """The sample with its image, and its record; with its objects, where there is none."""

@@ -112,13 +112,19 @@ LEFT_RIGHT = 1  # bits of a view's number
 UP_DOWN = 2
 
 
-def apply_view(images: Tensor, view: int) -> Tensor:
-    """Flip (..., H, W) images as the bits of `view` say."""
+def flipped_axes(view: int) -> tuple[int, ...]:
+    """The axes of (..., H, W) images that the bits of `view` flip."""
     axes = []
     if view & LEFT_RIGHT:
         axes.append(-1)
     if view & UP_DOWN:
         axes.append(-2)
+    return tuple(axes)
+
+
+def apply_view(images: Tensor, view: int) -> Tensor:
+    """Flip (..., H, W) images as the bits of `view` say."""
+    axes = flipped_axes(view)
     return images.flip(axes) if axes else images
 
 
