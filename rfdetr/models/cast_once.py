@@ -7,6 +7,7 @@ frozen or read in inference mode.
 from __future__ import annotations
 
 import copy
+from itertools import zip_longest
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,15 +32,14 @@ class CastWeights:
 
     def of(self, model: nn.Module) -> nn.Module:
         """The copy of a model, in eval mode; the model itself where parts of it are compiled."""
-        if any(module._compiled_call_impl is not None for module in model.modules()):
-            return model
         kept = self._copies.get(model)
-        if kept is None or not kept.has_parts_of(model):
+        if kept is None or not kept.is_of(model):
+            if any(module._compiled_call_impl is not None for module in model.modules()):
+                return model
             kept = CastCopy(model, self.dtype)
             self._copies[model] = kept
-        kept.follow(model)
+        kept.follow()
         return kept.model
-
 
     def forget(self) -> None:
         """Cast all weights anew when they are needed next."""
@@ -51,32 +51,31 @@ class CastCopy:
     """A model's copy and the state of the weights that it was cast from."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
-        self.parts = parts_of(model)
+        self.parameters = list(model.parameters())
+        self.weights = cast_weights(model)
         self.cast: list[Tensor] = []
         # what deepcopy finds in its memo it takes as it is
-        memo: dict[int, object] = {id(part): part for part in self.parts}
-        for weight in cast_weights(model):
+        memo: dict[int, object] = {id(part): part for part in self.parameters}
+        memo |= {id(part): part for part in model.buffers()}
+        for weight in self.weights:
             own = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
             memo[id(weight)] = own
             self.cast.append(own)
         self.model = copy.deepcopy(model, memo).eval()
         self.versions: list[tuple[int, object]] = []
 
-    def has_parts_of(self, model: nn.Module) -> bool:
-        """Whether the model still has the very tensors that the copy was made of."""
-        parts = parts_of(model)
-        if len(parts) != len(self.parts):
-            return False
-        return all(own is part for own, part in zip(self.parts, parts))
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model still has the very parameters that the copy was made of."""
+        pairs = zip_longest(self.parameters, model.parameters())
+        return all(own is theirs for own, theirs in pairs)
 
     @torch.no_grad()
-    def follow(self, model: nn.Module) -> None:
+    def follow(self) -> None:
         """Cast again where weights have changed since, as torch counts it."""
-        weights = cast_weights(model)
-        versions = [(weight.data_ptr(), version_of(weight)) for weight in weights]
+        versions = [(weight.data_ptr(), version_of(weight)) for weight in self.weights]
         if versions == self.versions:
             return
-        for own, weight in zip(self.cast, weights):
+        for own, weight in zip(self.cast, self.weights):
             own.copy_(weight)
         self.versions = versions
 
@@ -84,10 +83,6 @@ class CastCopy:
 def version_of(weight: Tensor) -> object:
     """Equal as long as torch has counted no change; tensors of inference mode count none."""
     return object() if weight.is_inference() else weight._version
-
-
-def parts_of(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def cast_weights(model: nn.Module) -> list[nn.Parameter]:
