@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model.exif = settings.exif or model.exif
     if settings.compile:
-        compile_in_place(model.model.encoder, model.precision.device)
+        compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
     predictor = Predictor(model, settings.threshold, settings.nms, settings.batch)
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
