@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     precision = pick_inference_precision(settings.amp, device, model.size.recipe.amp)
     model.to(device)
     if settings.compile:
-        compile_in_place(model.encoder, device)
+        compile_in_place(model.encoder, device, weights_stay=True)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
     for problem in shrink_problems(split, resolution, model.size.block):
         warn(problem.message)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model.exif = settings.exif or model.exif
     if settings.compile:
-        compile_in_place(model.model.encoder, model.precision.device)
+        compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
     if tiling:
         tick(tiling.told())

@@ -31,7 +31,8 @@ from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS, STRIDE
 from rfdetr.runs.places import detector_of_run
 from rfdetr.text import command_line, keep_flags
-from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache, fits_in_memory
+from rfdetr.training.feature_cache import CachedLoader, FeatureCache
+from rfdetr.training.feature_room import choose_cache, fits_in_memory
 from rfdetr.training.frozen import MaskObjective
 from rfdetr.training.next_commands import DATA_FLAGS, flags_of, predict_with
 from rfdetr.training.objective import input_sides
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             pin = session.device.type == "cuda"
             loader = training_loader(dataset, sampler, settings.workers, pin)
         else:
-            cache.open(choice.where == "disk")
+            cache.open(choice.where == "disk", choice.images)
             loader = CachedLoader(cache, sampler, settings.workers)
         fit(session, trainer, loader, evaluator, pack)
         if choice.where == "disk":

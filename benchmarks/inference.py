@@ -66,7 +66,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     model = Detector(size, rows=91, groups=1).to(device).eval()
     head = MASK_HEADS["nano"](size.hidden).to(device)
     if settings.get("compile"):
-        compile_in_place(model.encoder, device)
+        compile_in_place(model.encoder, device, weights_stay=True)
     images = torch.randint(0, 256, (1, 3, size.resolution, size.resolution), dtype=torch.uint8)
     table = ClassTable(tuple(map(str, range(90))), tuple(range(1, 91)), tuple(range(1, 91)), 91, 0)
     runner = DetectionRunner(table, precision)

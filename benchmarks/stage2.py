@@ -62,10 +62,10 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import MASK_HEADS
     from rfdetr.sizes import SIZES, LossWeights
-    from rfdetr.training import feature_cache
+    from rfdetr.training import feature_cache, frozen
     from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 
-    feature_cache.MATCH_IOU = -1.0
+    frozen.MATCH_IOU = -1.0
     size, count = SIZES["nano"], settings["images"]
     recipe, table = size.recipe, ClassTable(("thing",), (1,), (0,), 2, 1)
     split = read_dataset(write_coco(Path(FOLDER.name) / "data", count, settings["objects"]))[

@@ -45,14 +45,22 @@ class Precision:
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto" is CUDA, else MPS, else the CPU.
 
-    Raises UserError for a device that this machine does not have.
+    Under torchrun each process takes the card of its local rank.  Raises UserError for a device
+    that this machine does not have, and for one card that all processes would share.
     """
+    if name.startswith("cuda:") and distributed.processes() > 1:
+        raise UserError(
+            f"--device {name} names one card, torchrun has started {distributed.processes()} "
+            "processes: leave --device out, and each takes a card of its own. Which cards, "
+            "CUDA_VISIBLE_DEVICES=0,1 before torchrun says"
+        )
     if name == "auto":
         name = _best_device()
     try:
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", device.index or distributed.local_rank())
+            _require_card(device)
             torch.cuda.set_device(device)
             # what stays fp32 is multiplied in TF32, as the official package does
             torch.set_float32_matmul_precision("high")
@@ -94,6 +102,16 @@ def warn_of_fallbacks(device: torch.device) -> None:
         )
 
 
+def _require_card(device: torch.device) -> None:
+    """UserError where torchrun has started more processes on this machine than it has cards."""
+    cards = torch.cuda.device_count()
+    if distributed.processes() > 1 and device.index >= cards > 0:
+        raise UserError(
+            f"torchrun has started process {device.index + 1} on this machine, which has {cards} "
+            f"cards: --nproc_per_node {cards} is the most"
+        )
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on `device`. Nothing waits for the copy: a GPU reads pinned memory."""
     if device.type != "cuda" or tensor.device.type != "cpu":
@@ -117,8 +135,12 @@ def fused_attention_pays(device: torch.device) -> bool:
     return device.type != "cpu" or not torch.is_autocast_enabled("cpu")
 
 
-def compile_in_place(module: nn.Module, device: torch.device) -> None:
+def compile_in_place(module: nn.Module, device: torch.device, weights_stay: bool = False) -> None:
     """torch.compile a module; its parameters and their names stay.
+
+    weights_stay: nothing in this process changes them any more. A CPU's compiled code then holds
+    them cast and in the order that its products read; otherwise it casts them at every call, and is
+    hardly faster than what was not compiled.
 
     Raises UserError where this machine cannot compile.
     """
@@ -130,6 +152,9 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
             f"--compile 1 does not work here ({reason}): it needs a C++ compiler, and Triton on a "
             "GPU. Leave it out"
         ) from error
+    import torch._inductor.config as inductor  # takes a second
+
+    inductor.freezing = weights_stay and device.type == "cpu"
     module.compile()
 
 

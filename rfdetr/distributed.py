@@ -18,24 +18,37 @@ from rfdetr.console import UserError
 TIMEOUT = datetime.timedelta(hours=1)
 
 
+class ProcessLost(UserError):
+    """Another process of the run has ended or does not answer."""
+
+
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """Around a call that needs every rank: a UserError where one of them is gone."""
+    """Around a call that needs every rank: ProcessLost where one of them is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
+        raise ProcessLost(
             "another process of this run has ended or does not answer, and so this one ends. "
             "Which one, and how, is in torchrun's summary below (exit code -9: killed, mostly for "
-            "want of memory). What was saved is kept: run the same command again with --resume RUN"
+            "want of memory)"
         ) from error
 
 
+def processes() -> int:
+    """How many processes torchrun has started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(device: torch.device) -> None:
-    """Join the process group that torchrun's variables describe; nothing on a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
+    """Join the process group that torchrun's variables describe; nothing on a single process.
+
+    Objects and numbers go from CPU to CPU, by gloo: they never wait for a GPU, and gloo notices at
+    once where a process has ended.
+    """
+    if processes() <= 1 or dist.is_initialized():
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _together():
         dist.init_process_group(backend, timeout=TIMEOUT)
 
@@ -68,18 +81,23 @@ def launcher() -> list[str]:
     return ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))]
 
 
-def sum_over_ranks(value: float, device: torch.device) -> float:
+def sum_over_ranks(value: float) -> float:
     """The sum of `value` over all ranks."""
     if world_size() == 1:
         return value
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    return sum_tensor(torch.tensor(value, dtype=dtype, device=device)).item()
+    return sum_tensor(torch.tensor(value, dtype=torch.float64)).item()
 
 
 def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The elementwise sum of `tensor` over all ranks, in place."""
+    """The elementwise sum of `tensor` over all ranks, in place.
+
+    On GPUs the ranks meet first: who waits for a GPU's sum with a process that has ended waits for
+    TIMEOUT. Meanwhile the GPUs work on.
+    """
     if world_size() > 1:
         with _together():
+            if tensor.device.type == "cuda":
+                dist.all_reduce(torch.zeros(()))
             dist.all_reduce(tensor)
     return tensor
 

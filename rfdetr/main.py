@@ -169,7 +169,7 @@ def fit(
     if session.resumed:
         go_on(session, keeper)
     health = RunHealth(session.folder, session.run, session.train, progress, keeper.nan_batches)
-    signals = StopSignals(lambda: save_and_say(session, keeper), session.device)
+    signals = StopSignals(lambda: save_and_say(session, keeper))
     clock = RunClock(progress, settings.epochs)
     curves = StepCurves(session.run.scalars, progress.steps) if session.run else None
 
@@ -181,7 +181,7 @@ def fit(
             keeper.save("checkpoint.pt")
         signals.stop_if_asked()
 
-    with signals, naming_workers(loader.dataset.images_in_work):
+    with signals, keeper.naming_last_save(), naming_workers(loader.dataset.images_in_work):
         while progress.epoch < settings.epochs:
             if 0 < settings.stop_after <= keeper.evaluations_without_gain:
                 tick(stopped_early(session, keeper.evaluations_without_gain))

@@ -22,7 +22,7 @@ train_detector_stage1.py train_seg_stage2.py train_seg_single_stage.py
 rfdetr/main.py rfdetr/settings.py
 rfdetr/models/*.py rfdetr/losses/*.py
 rfdetr/training/engine.py rfdetr/training/objective.py rfdetr/training/optim.py
-rfdetr/training/frozen.py rfdetr/training/feature_cache.py
+rfdetr/training/frozen.py rfdetr/training/feature_cache.py rfdetr/training/feature_file.py
 rfdetr/data/coco.py rfdetr/data/augment.py rfdetr/data/loaders.py
 rfdetr/inference/detections.py rfdetr/inference/evaluation.py
 rfdetr/sizes.py rfdetr/classes.py rfdetr/boxes.py

@@ -6,25 +6,31 @@ Sides and channels are small, since no count depends on them; depth, layers and 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
 
+from rfdetr import distributed
 from rfdetr.classes import ClassTable
-from rfdetr.data.loaders import Batch
-from rfdetr.device import Precision, pick_inference_precision
+from rfdetr.console import UserError
+from rfdetr.data.loaders import Batch, EpochSampler
+from rfdetr.device import Precision, pick_device, pick_inference_precision
 from rfdetr.inference.detections import DetectionRunner, draw_masks
 from rfdetr.models.detector import Detector
 from rfdetr.placement import Placement
 from rfdetr.runs.curves import StepCurves
 from rfdetr.settings import InferenceSettings
 from rfdetr.sizes import SIZES, LossWeights, ModelSize
-from rfdetr.training import frozen
+from rfdetr.training import feature_cache, frozen
 from rfdetr.training.engine import Progress, Trainer, optimise
+from rfdetr.training.feature_cache import CachedLoader, FeatureCache, Views
 from rfdetr.training.frozen import FrozenBatch, MaskObjective, freeze
+from rfdetr.training.keeper import CheckpointKeeper
 from rfdetr.training.objective import DetectorObjective
+from rfdetr.training.signals import StopSignals
 from testkit.pretend_cuda import DEVICE, OnCuda, PretendCuda
 
 TABLE = ClassTable(("a", "b"), (1, 2), (0, 1), 3, 2)
@@ -113,6 +119,86 @@ def test_an_optimizer_step_waits_once_more_for_losses_and_gradient_norm(gpu):
     assert sum(gpu.waits.values()) == 2 + 1  # two micro-batches, one step
 
 
+# ---------------------------------------------------------------- several cards
+
+
+@pytest.fixture
+def two_ranks(gpu, monkeypatch) -> list[str]:
+    """Two processes with a card each, of which this is the first: the devices of what is summed."""
+    devices = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dist = torch.distributed
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: devices.append(tensor.device.type))
+    return devices
+
+
+def test_numbers_and_signals_go_from_cpu_to_cpu_where_ranks_have_cards(gpu, two_ranks):
+    assert distributed.sum_over_ranks(3.0) == 3.0
+    StopSignals(lambda: None).stop_if_asked()
+    assert two_ranks == ["cpu", "cpu"]
+    assert not gpu.waits and not gpu.kernels and not gpu.blocking_copies
+
+
+def test_ranks_meet_on_the_cpu_before_their_cards_sum_gradients(gpu, two_ranks):
+    layer = torch.nn.Linear(3, 2).to(DEVICE)
+    distributed.sum_gradients(layer.parameters())
+    assert two_ranks == ["cpu", "cuda"]
+    assert layer.weight.grad.device.type == "cuda" and not gpu.waits
+
+
+@pytest.mark.parametrize(
+    "device, backend", [(DEVICE, "cpu:gloo,cuda:nccl"), (torch.device("cpu"), "gloo")]
+)
+def test_a_group_has_a_way_for_each_device(monkeypatch, device, backend):
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    join = torch.distributed.init_process_group
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda name, timeout: asked.append(name)
+    )
+    distributed.start(device)
+    assert asked == [backend]
+    if not torch.distributed.is_nccl_available():
+        return
+    store = torch.distributed.HashStore()
+    try:  # torch knows the backend by this name, and sends objects from CPU to CPU
+        join("cpu:gloo,cuda:gloo", store=store, rank=0, world_size=1)
+        assert torch.distributed.distributed_c10d._get_object_coll_device() == "cpu"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_card_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="cuda:1 names one card.*leave --device out"):
+        pick_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 2 on this machine.*--nproc_per_node 1"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_lost_process_leaves_the_name_of_the_last_save(tmp_path, saved, monkeypatch):
+    keeper = CheckpointKeeper(tmp_path, None, dict, "bbox/mAP", False, {})
+    if saved:
+        progress = {"epoch": 2, "step_in_epoch": 7}
+        torch.save({"training": {"progress": progress}}, tmp_path / "checkpoint.pt")
+        load = lambda path: torch.load(path, weights_only=True)  # noqa: E731
+        monkeypatch.setattr("rfdetr.training.keeper.checkpoint.load", load)
+    with pytest.raises(UserError, match="has ended") as told, keeper.naming_last_save():
+        with distributed._together():
+            raise RuntimeError("Connection closed by peer")
+    if saved:
+        assert "checkpoint.pt (epoch 3, after 7 steps)" in str(told.value)
+        assert f"--resume {tmp_path}" in str(told.value)
+    else:
+        assert "Nothing was saved yet" in str(told.value)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_losses_are_the_same_numbers_on_either_device(gpu, device):
     """The pretended GPU computes what the CPU does."""
@@ -172,6 +258,82 @@ def test_a_step_of_stage_2_waits_once_on_fresh_views_and_never_on_cached_ones(gp
     losses(with_mask_head.mask_head, cached, 5.0)
     assert set(gpu.blocking_copies) == set()
     assert set(gpu.waits) == set()
+
+
+@pytest.fixture
+def cached(gpu, with_mask_head, tmp_path, monkeypatch) -> tuple:
+    """An open cache of four made images' two views, its loader, and the views that the detector
+    was run on together, call by call.
+    """
+    size = with_mask_head.size
+    samples = []
+    for index in range(4):
+        target = made_batch(size).targets[0] | {"index": index}
+        image = torch.full((3, size.resolution, size.resolution), index, dtype=torch.uint8)
+        samples.append({"image": image, "target": target, "unread": {}})
+    records = [SimpleNamespace(segmentations=[[]] * 3, labels=[0] * 3) for _ in samples]
+    dataset = SimpleNamespace(
+        split=SimpleNamespace(images=records),
+        resolution=size.resolution,
+        guess=False,
+        cache={},
+    )
+    together = []
+
+    def counted(model, batch, *rest):
+        together.append(batch.indices)
+        return freeze(model, batch, *rest)
+
+    class Images(SimpleNamespace):
+        def __len__(self) -> int:
+            return len(samples)
+
+        def __getitem__(self, key: tuple) -> dict:
+            return samples[key[0]]
+
+    monkeypatch.setattr(feature_cache, "freeze", counted)
+    monkeypatch.setattr(feature_cache, "cache_key", lambda *what: {"format": 2})
+    objective = replace(stage2(with_mask_head), progress=Progress(micro_batch=3))
+    cache = FeatureCache(objective, Images(**vars(dataset)), 2, tmp_path).open(True)
+    sampler = EpochSampler(4, 4, 0, 2)
+    return cache, CachedLoader(cache, sampler), together
+
+
+def test_on_a_gpu_views_are_detected_in_batches_and_read_ahead_into_pinned_memory(gpu, cached):
+    cache, loader, together = cached
+    for number in range(20):  # until every view has been drawn
+        loader.batch_sampler.set_epoch(number)
+        for batch in loader:
+            assert batch.images.is_pinned() and batch.features.is_pinned()
+    assert max(len(images) for images in together) == 3  # as many as the micro-batch
+    assert sum(len(images) for images in together) == 8 and len(together) < 8
+    for keys, batch in zip(loader.batch_sampler, loader, strict=True):
+        assert batch.indices == [index for index, _ in keys]
+        assert batch.images[:, 0, 0, 0].tolist() == batch.indices
+    assert sum(len(images) for images in together) == 8
+
+
+def test_a_batch_of_views_that_does_not_fit_is_halved(gpu, cached, monkeypatch, capsys):
+    cache, loader, together = cached
+    whole = feature_cache.freeze
+
+    def short_of_memory(model, batch, *rest):
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, batch, *rest)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(feature_cache, "freeze", short_of_memory)
+    batch = cache.batch([loader.reader[index, 0] for index in range(4)])
+    assert batch.indices == [0, 1, 2, 3] and together == [[0], [1], [2], [3]]
+    assert cache.objective.progress.micro_batch == 1 and "out of memory" in capsys.readouterr().out
+
+
+def test_an_error_of_the_reader_ahead_is_the_loaders(gpu, cached, monkeypatch):
+    cache, loader, _ = cached
+    monkeypatch.setattr(Views, "__getitem__", lambda views, key: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(loader))
 
 
 @pytest.mark.parametrize("name, mask_head", [("nano", "nano"), ("seg-nano", "official")])

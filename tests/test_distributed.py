@@ -218,6 +218,8 @@ def test_the_others_end_when_one_is_killed(few, tmp_path, torchrun):
     output = said(tmp_path)
     assert output.count("another process of this run has ended") == 1
     assert "exit code -9" in output and "defect" not in output
+    assert output.count("The last save is run/") == 1
+    assert "torchrun --nproc_per_node 2" in output and "--resume run" in output
     torch.load(tmp_path / "run/last.pt")
 
 

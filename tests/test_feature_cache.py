@@ -26,9 +26,11 @@ from rfdetr.device import Precision
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.sizes import SIZES, LossWeights
-from rfdetr.training import feature_cache, frozen
+from rfdetr.training import feature_cache, feature_key, feature_room, frozen
 from rfdetr.training.engine import Progress
-from rfdetr.training.feature_cache import CachedLoader, FeatureCache, choose_cache
+from rfdetr.training.feature_cache import CachedLoader, FeatureCache
+from rfdetr.training.feature_file import RecordFile
+from rfdetr.training.feature_room import choose_cache
 from rfdetr.training.frozen import FrozenBatch, MaskObjective, flipped, freeze
 from rfdetr.weights import checkpoint
 
@@ -90,7 +92,7 @@ def computed(monkeypatch) -> list[int]:
 
 def read(cache: FeatureCache, *keys: tuple[int, int]) -> FrozenBatch:
     """The batch of (image index, any number) as a loader makes it."""
-    views = feature_cache.Views(cache.dataset, cache.views, cache.states)
+    views = feature_cache.Views(cache.dataset, cache.views, cache.records.states)
     return cache.batch([views[key] for key in keys])
 
 
@@ -225,11 +227,10 @@ def test_where_an_image_cannot_be_read_the_next_one_stands_in(
         assert list(batch.unread) == [0] and "bad.png" in batch.unread[0]
     read(cache, (1, 0))
     cache.dataset.cache.clear()
-    split.images[1].path = (
-        tmp_path / "bad.png"
-    )  # a file that becomes unreadable in the middle of a run
+    # a file that becomes unreadable in the middle of a run: its kept view needs it no more
+    split.images[1].path = tmp_path / "bad.png"
     batch = read(cache, (1, 0), (2, 1))
-    assert batch.indices == [2, 2] and computed == [1, 1, 2, 2]
+    assert batch.indices == [1, 2] and computed == [1, 1, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -256,7 +257,8 @@ def test_a_view_of_nano_takes_at_most_300_kib(demo):
     cache = FeatureCache(
         objective_for(nano), SplitDataset(split, 384, None, True), 2, Path("nowhere")
     )
-    assert cache.bytes <= 300 * 1024 * 2 * len(split.images)
+    views_and_picture = 300 * 1024 * 2 + 3 * 384**2 + 3 * 8
+    assert cache.bytes <= views_and_picture * len(split.images)
     assert cache.record_bytes(0) == nano.size.hidden * 24 * 24 * 2
 
 
@@ -282,7 +284,7 @@ def test_a_second_run_computes_nothing(cache_of, computed, capsys):
 def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch):
     whole = read(cache_of(), *ALL)
     del computed[:]
-    cache, write = cache_of(on_disk=True), FeatureCache._write
+    cache, write = cache_of(on_disk=True), RecordFile._write
     read(cache, (1, 0))
 
     def killed(self, place, data):
@@ -291,7 +293,7 @@ def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(FeatureCache, "_write", killed)
+        patched.setattr(RecordFile, "_write", killed)
         with pytest.raises(KeyboardInterrupt):
             read(cache, (0, 1))
     resumed = cache_of(on_disk=True)
@@ -305,7 +307,7 @@ def test_a_damaged_view_is_computed_again(cache_of, computed, place):
     whole = read(cache := cache_of(on_disk=True), *ALL)
     with open(cache.path, "r+b") as file:
         file.seek(
-            {"record": int(cache.offsets[3]) + 20, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place]
+            {"record": int(cache.records.offsets[3]) + 20, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place]
         )
         file.write(b"\xff")
     del computed[:]
@@ -396,7 +398,7 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
     keys.append(key(precision=Precision(torch.device("cpu"), torch.bfloat16)))
     for name in ("FORMAT", "GRID", "ENLARGE", "MATCH_IOU"):
         with monkeypatch.context() as patched:
-            patched.setattr(frozen if name == "MATCH_IOU" else feature_cache, name, 7)
+            patched.setattr(frozen if name == "MATCH_IOU" else feature_key, name, 7)
             keys.append(key())
     image = next(annotations.parent.glob("*.png"), None) or next(annotations.parent.glob("*.jpg"))
     os.utime(image, ns=(1, 1))
@@ -416,16 +418,16 @@ def test_the_key_follows_everything_that_the_views_depend_on(detector, demo, tmp
 
 
 def test_a_large_file_is_told_by_blocks_from_all_of_it(tmp_path):
-    file, size = tmp_path / "large.bmp", 10 * feature_cache.SAMPLES * feature_cache.BLOCK
+    file, size = tmp_path / "large.bmp", 10 * feature_key.SAMPLES * feature_key.BLOCK
     file.write_bytes(bytes(size))
-    samples = {feature_cache.sample_of_file(file)}
+    samples = {feature_key.sample_of_file(file)}
     for place in (0, size - 1):
         with open(file, "r+b") as content:
             content.seek(place)
             content.write(b"x")
-        samples.add(feature_cache.sample_of_file(file))
+        samples.add(feature_key.sample_of_file(file))
     assert len(samples) == 3
-    assert feature_cache.sample_of_file(tmp_path / "missing.bmp") == b""
+    assert feature_key.sample_of_file(tmp_path / "missing.bmp") == b""
 
 
 # ---------------------------------------------------------------- where it goes
@@ -439,29 +441,103 @@ def test_a_large_file_is_told_by_blocks_from_all_of_it(tmp_path):
         ("off", 1e6, 1e6, "off"),
         ("auto", 1e6, 1e6, "disk"),
         ("auto", 1e6, 0.1, "ram"),
-        ("auto", 0.1, 0.1, "off"),
+        ("auto", 0.01, 0.01, "off"),
     ],
 )
 def test_where_the_cache_goes(mode, ram_mb, disk_mb, expected, monkeypatch, cache_of):
-    monkeypatch.setattr(feature_cache, "free_memory_mb", lambda: ram_mb)
+    monkeypatch.setattr(feature_room, "free_memory_mb", lambda: ram_mb)
     monkeypatch.setattr(
-        feature_cache, "free_disk", lambda folder: disk_mb * 1e6 + feature_cache.SPARE_DISK
+        feature_room, "free_disk", lambda folder: disk_mb * 1e6 + feature_room.SPARE_DISK
     )
     choice = choose_cache(mode, cache_of(), multi_scale=False)
     assert choice.where == expected
     assert ("as asked" in choice.why) == (mode != "auto") and ("MB free" in choice.why) == (
-        disk_mb == 0.1
+        disk_mb <= 0.1
     )
 
 
 def test_a_full_folder_is_used_whatever_the_disk_has_free(cache_of, monkeypatch):
-    monkeypatch.setattr(feature_cache, "free_disk", lambda folder: 0)
+    monkeypatch.setattr(feature_room, "free_disk", lambda folder: 0)
     cache = cache_of(on_disk=True)
     with pytest.raises(UserError, match="--cache ram or --cache off"):
         choose_cache("disk", cache, multi_scale=False)
     read(cache, *ALL)
-    monkeypatch.setattr(feature_cache, "free_disk", lambda folder: feature_cache.SPARE_DISK + 1)
+    monkeypatch.setattr(feature_room, "free_disk", lambda folder: feature_room.SPARE_DISK + 1)
     assert choose_cache("auto", cache, multi_scale=False).where == "disk"
+
+
+def test_what_fits_is_kept_and_the_rest_said_and_computed(cache_of, monkeypatch, computed, capsys):
+    cache = cache_of()
+    two_images = cache.offset_of(2) - cache.offset_of(0)
+    disk = 2 * two_images + feature_room.SPARE_DISK + 2
+    monkeypatch.setattr(feature_room, "free_disk", lambda folder: disk)
+    monkeypatch.setattr(feature_room, "free_memory_mb", lambda: 0.001)
+    monkeypatch.setattr(FeatureCache, "seconds_a_view", lambda cache: 3600.0)
+    choice = choose_cache("auto", cache, multi_scale=False)
+    assert (choice.where, choice.images) == ("disk", 2)
+    assert "in part" in choice.why and "2 of 3 images, at most 1 MB" in choice.why
+    assert "about 1:00:00 (h:mm:ss) an epoch" in choice.why
+    part = FeatureCache(cache.objective, cache.dataset, 2, cache.path.parent.parent)
+    part.open(True, choice.images)
+    whole = read(cache, *ALL)
+    del computed[:]
+    assert_same(read(part, *ALL), whole)
+    assert_same(read(part, *ALL), whole)
+    assert computed == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert part.saved()[0] == 4 and part.saved()[1] <= two_images
+
+
+def test_the_detector_is_timed_for_what_is_said(cache_of, computed):
+    assert cache_of().seconds_a_view() > 0
+    assert len(computed) == 2
+
+
+def test_kept_views_decode_no_image(cache_of, dataset, monkeypatch):
+    for on_disk in (False, True):
+        cache = cache_of(on_disk=on_disk)
+        whole = read(cache, *ALL)
+        with monkeypatch.context() as patched:
+            patched.setattr(SplitDataset, "image", None)
+            patched.setattr(SplitDataset, "__getitem__", None)
+            assert_same(read(cache, *ALL), whole)
+
+
+@pytest.mark.parametrize("place", ["picture", "state"])
+def test_a_damaged_picture_is_read_again(cache_of, computed, place):
+    cache = cache_of(on_disk=True)
+    whole = read(cache, *ALL)
+    number = cache.number(1, cache.views)
+    with open(cache.path, "r+b") as file:
+        file.seek({"picture": int(cache.records.offsets[number]) + 9, "state": 8 * number}[place])
+        file.write(b"\xff\xfe")
+    del computed[:]
+    again = cache_of(on_disk=True)
+    assert_same(read(again, *ALL), whole)
+    assert_same(read(again, *ALL), whole)
+    assert computed == []
+
+
+def test_the_size_that_is_said_has_the_pictures_in_it(cache_of):
+    cache = cache_of(on_disk=True)
+    before = cache.saved()[2]
+    read(cache, *ALL)
+    _, size, missing = cache.saved()
+    assert size >= 3 * 3 * 64**2 and missing == 0
+    assert size <= before < cache.bytes
+
+
+def test_a_cache_of_an_earlier_form_is_named_and_left(cache_of, capsys):
+    old = cache_of(on_disk=True)
+    key = json.loads(old.path.with_name("key.json").read_text(encoding="utf-8")) | {"format": 1}
+    folder = old.path.parent.with_name("0123")
+    folder.mkdir()
+    (folder / "key.json").write_text(json.dumps(key), encoding="utf-8")
+    (folder / "views.bin").write_bytes(b"views")
+    capsys.readouterr()
+    cache_of(on_disk=True)
+    said = capsys.readouterr().out
+    assert said.count(f"{folder} has an earlier form (1, now 2") == 1
+    assert (folder / "views.bin").read_bytes() == b"views"
 
 
 def test_one_cache_cannot_hold_many_scales(cache_of):
@@ -494,7 +570,7 @@ def test_a_disk_that_cannot_hold_it_is_a_user_error_and_takes_no_space(
 def test_a_disk_that_fills_up_ends_no_run(cache_of, file_limit, computed, capsys):
     whole = read(cache_of(), *ALL)
     cache = cache_of(on_disk=True)
-    file_limit(int(cache.offsets[2]) + 100)  # in the middle of the third view
+    file_limit(int(cache.records.offsets[3]) + 100)  # in the middle of the third view
     del computed[:]
     assert_same(whole, read(cache, *ALL))
     assert_same(whole, read(cache, *ALL))
@@ -566,7 +642,7 @@ def test_validation_is_kept_between_epochs_where_memory_holds_it(few, shrunk, ca
 
     monkeypatch.setattr(train_seg_stage2, "fit", noted)
     for ram in (1e6, 0.1):
-        monkeypatch.setattr(feature_cache, "free_memory_mb", lambda ram=ram: ram)
+        monkeypatch.setattr(feature_room, "free_memory_mb", lambda ram=ram: ram)
         call(train_seg_stage2.main, *quick_flags(few), "--checkpoint", shrunk.folder)
     assert kept == [True, False]
 

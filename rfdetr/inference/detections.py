@@ -18,6 +18,7 @@ from rfdetr.device import Precision, copied_by_next_wait, to_device, unless_out_
 from rfdetr.inference.originals import Original
 from rfdetr.inference.prediction import Prediction, without_overlaps
 from rfdetr.masks import encode_window
+from rfdetr.models.cast_once import CastWeights
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.segmentation import MaskHead, OfficialMaskHead, PastedMask
 from rfdetr.placement import Placement
@@ -87,6 +88,9 @@ class DetectionRunner:
         # (N,): the row of each label in the class head
         self.class_rows = torch.tensor(table.rows, device=precision.device)
         self.images_at_once: int | None = None  # None: as many as are given
+        self.cast_weights: CastWeights | None = None
+        if precision.device.type == "cpu" and precision.dtype is not None:
+            self.cast_weights = CastWeights(precision.dtype)
 
     def run(
         self, model: Detector, images: Tensor, placements: list[Placement], indices: list[int]
@@ -96,7 +100,11 @@ class DetectionRunner:
         placements, indices: B each, as in Detections. Raises UserError where not even one image
         fits in memory.
         """
+        if model.training:
+            self.forget_weights()
         model.eval()
+        if self.cast_weights is not None:
+            model = self.cast_weights.of(model)
         first = 0
         while first < len(images):
             part = slice(first, first + (self.images_at_once or len(images)))
@@ -107,6 +115,11 @@ class DetectionRunner:
                 continue
             yield detections
             first += len(detections.indices)
+
+    def forget_weights(self) -> None:
+        """Keep nothing that was made of weights: they may have been trained since."""
+        if self.cast_weights is not None:
+            self.cast_weights.forget()
 
     @torch.inference_mode()
     def _detect(

@@ -127,6 +127,7 @@ class SplitEvaluator:
         return self._kept_detections
 
     def _detect(self, model: Detector) -> Iterator[Detections]:
+        self.runner.forget_weights()
         for batch in ProgressBar(self.loader, "detecting", "batches"):
             note_unread(batch.unread, self.unread)
             records = [self.split.images[index] for index in batch.indices]

@@ -223,7 +223,7 @@ def backward_in_parts(trainer: Trainer, batch: Batch) -> dict[str, Tensor]:
 
     Out of memory halves the images in one forward pass, and the whole batch is repeated.
     """
-    objects = max(distributed.sum_over_ranks(batch.objects, trainer.device), 1.0)
+    objects = max(distributed.sum_over_ranks(batch.objects), 1.0)
     random_state = random_states(trainer.device)
     while True:
         losses = unless_out_of_memory(lambda: backward(trainer, batch, objects), trainer.device)

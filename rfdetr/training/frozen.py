@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ class FrozenBatch:
     def objects(self) -> int:
         return sum(self.counts)
 
+    def pin_memory(self) -> FrozenBatch:
+        """With images and features where a GPU reads them by itself; the rest is small."""
+        images = self.images.pin_memory()
+        return replace(self, images=images, features=self.features.pin_memory())
+
 
 @torch.no_grad()
 def freeze(
@@ -107,13 +112,19 @@ LEFT_RIGHT = 1  # bits of a view's number
 UP_DOWN = 2
 
 
-def apply_view(images: Tensor, view: int) -> Tensor:
-    """Flip (..., H, W) images as the bits of `view` say."""
+def flipped_axes(view: int) -> tuple[int, ...]:
+    """The axes of (..., H, W) images that the bits of `view` flip."""
     axes = []
     if view & LEFT_RIGHT:
         axes.append(-1)
     if view & UP_DOWN:
         axes.append(-2)
+    return tuple(axes)
+
+
+def apply_view(images: Tensor, view: int) -> Tensor:
+    """Flip (..., H, W) images as the bits of `view` say."""
+    axes = flipped_axes(view)
     return images.flip(axes) if axes else images
 
 

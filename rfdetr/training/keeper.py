@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from torch.optim import Optimizer
 
 from rfdetr import distributed
 from rfdetr.console import UserError, warn
+from rfdetr.runs.places import STATES
+from rfdetr.text import command_line
 from rfdetr.training.engine import Trainer, random_states, set_random_states
 from rfdetr.weights import checkpoint
 from rfdetr.weights.archive import require_plain
@@ -64,6 +68,27 @@ class CheckpointKeeper:
 
     def minutes_since_save(self) -> float:
         return (time.monotonic() - self.last_save) / 60
+
+    @contextlib.contextmanager
+    def naming_last_save(self) -> Iterator[None]:
+        """Where another process is lost: ProcessLost with the state that is kept, and how to go on
+        with it.
+        """
+        try:
+            yield
+        except distributed.ProcessLost as error:
+            raise distributed.ProcessLost(f"{error}. {self.last_save_in_words()}") from error
+
+    def last_save_in_words(self) -> str:
+        """The newest state in the run's folder, whichever process has written it."""
+        saved = [file for name in STATES if (file := self.folder / name).exists()]
+        if not saved:
+            return "Nothing was saved yet: type the same command again"
+        newest = max(saved, key=lambda file: file.stat().st_mtime_ns)
+        progress = checkpoint.load(newest)["training"]["progress"]
+        place = f"epoch {progress['epoch'] + 1}, after {progress['step_in_epoch']} steps"
+        words = [*distributed.launcher(), sys.argv[0], "--resume", self.folder]
+        return f"The last save is {newest} ({place}). Go on with:\n  {command_line(*words)}"
 
     def state(self) -> dict:
         """The content of last.pt and checkpoint.pt: all that --resume needs."""

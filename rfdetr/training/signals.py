@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import torch
-
 from rfdetr import distributed
 from rfdetr.console import Stopped
 from rfdetr.data.workers import STOP_SIGNALS
@@ -26,9 +24,8 @@ class StopSignals:
     `save` is called before Stopped is raised: it keeps the state and says how to go on.
     """
 
-    def __init__(self, save: Callable[[], None], device: torch.device):
+    def __init__(self, save: Callable[[], None]):
         self.save = save
-        self.device = device
         self.received: int | None = None
         self.at_once = False  # nothing of the run's state changes: a signal need not wait
         self.waiting = False  # for a batch
@@ -80,7 +77,7 @@ class StopSignals:
 
     def stop_if_asked(self) -> None:
         """Any rank's signal stops them all, at the same step."""
-        if distributed.sum_over_ranks(self.received or 0, self.device):
+        if distributed.sum_over_ranks(self.received or 0):
             self.stop()
 
     def stop(self) -> None:
