@@ -48,8 +48,8 @@ def codes(root: Path, **options) -> dict[str, str]:
 
 
 def areas(root: Path) -> list[float]:
-    images = read_dataset(root)["train"].images
-    return [entry["area"] for image in images for entry in image.annotations]
+    entries = read_dataset(root)["train"].ground_truth["annotations"]
+    return [entry["area"] for entry in entries]
 
 
 # ---------------------------------------------------------------- areas

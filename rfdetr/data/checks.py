@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from rfdetr.data.annotation_checks import SoundAnnotation, check_annotations, is_whole
+from rfdetr.data.checked_annotations import check_annotations
+from rfdetr.data.columns import Columns, build_columns
 from rfdetr.data.exif import ExifDecision, SizedImage, settle_size, size_is_wrong
 from rfdetr.data.faults import Faults
+from rfdetr.data.flat import FlatAnnotations, is_whole
 from rfdetr.data.image_cache import ImageCache
-from rfdetr.data.image_files import ImageEntry, ImageFile, inspect_image_file, stays_inside
+from rfdetr.data.image_files import (
+    NOT_INSPECTED,
+    ImageEntry,
+    ImageFile,
+    inspect_image_file,
+    stays_inside,
+)
 from rfdetr.data.layout import read_json
 from rfdetr.progress import ProgressBar
 from rfdetr.text import is_control
@@ -25,7 +33,6 @@ from rfdetr.text import is_control
 NOT_USABLE = {"IMG_MISSING", "IMG_TYPE", "IMG_BOMB"}  # images with these are left out
 SKIPPED = ("IMG_CORRUPT", "IMG_UNREADABLE")  # training goes on without a few of these
 FEW_SKIPPED = 3  # images, or 1 % of the split; more are an error
-NOT_INSPECTED = ImageFile()
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class ListedSplit:
     entries: dict[int | str, ImageEntry]  # by id
     files: dict[int | str, ImageFile] | None  # by id; None: images are not looked for
     decoded: bool  # whether the files were read as a whole
-    annotations: list[dict]  # not checked
+    annotations: FlatAnnotations  # not checked
     faults: Faults
 
     def images(self) -> Iterator[tuple[ImageEntry, ImageFile]]:
@@ -54,9 +61,7 @@ class CheckedSplit:
     annotation_file: Path
     categories: list[dict]  # the sound entries
     listed: dict[int | str, SizedImage]  # by id, those that cannot be read, too
-    images: list[SizedImage]  # of these the usable ones
-    files: dict[int | str, ImageFile]  # of the listed images, by id
-    annotations: dict[int | str, list[SoundAnnotation]]  # by image id
+    columns: Columns  # of the usable ones
     exif: ExifDecision
     faults: Faults
 
@@ -87,8 +92,8 @@ def list_split(
     faults = Faults(Path(file))
     categories = table_of(data, "categories", faults)
     images = table_of(data, "images", faults)
-    annotations = table_of(data, "annotations", faults)
-    sound_categories = check_categories(categories, annotations, faults)
+    annotations = flat_annotations(data, faults)
+    sound_categories = check_categories(categories, annotations.used_categories, faults)
     entries = check_image_entries(images, faults)
     files = None
     if folder is not None:
@@ -108,20 +113,18 @@ def check_split(split: ListedSplit, exif: ExifDecision) -> CheckedSplit:
     """Check the images and annotations of a listed split; the faults are added to its own."""
     listed = {entry.id: settle_size(entry, file, exif) for entry, file in split.images()}
     if split.files is None:
-        usable = list(listed.values())
+        usable = [image for image in listed.values() if image.width < inf]
     else:
         usable = check_image_files(split, listed)
     category_ids = {entry["id"] for entry in split.categories}
-    annotations = check_annotations(split.annotations, listed, category_ids, split.faults)
+    sound = check_annotations(split.annotations, listed, category_ids, split.faults)
     files = split.files or {}
     note_exif_doubts(usable, files, exif, split.faults)
     return CheckedSplit(
         annotation_file=split.annotation_file,
         categories=split.categories,
         listed=listed,
-        images=usable,
-        files=files,
-        annotations=annotations,
+        columns=build_columns(usable, files, sound),
         exif=exif,
         faults=split.faults,
     )
@@ -139,11 +142,21 @@ def table_of(data: dict, key: str, faults: Faults) -> list[dict]:
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
+def flat_annotations(data: dict, faults: Faults) -> FlatAnnotations:
+    """The annotations of a file as columns, which they may be already."""
+    annotations = data.get("annotations")
+    if isinstance(annotations, FlatAnnotations):
+        return annotations
+    entries = table_of(data, "annotations", faults)
+    shown = ProgressBar(entries, "checking annotations", "annotations")
+    return FlatAnnotations.of(entries, shown)
+
+
 # ---------------------------------------------------------------- categories
 
 
-def check_categories(entries: list[dict], annotations: list[dict], faults: Faults) -> list[dict]:
-    """The sound entries, one an id."""
+def check_categories(entries: list[dict], used: set[int], faults: Faults) -> list[dict]:
+    """The sound entries, one an id.  used: the category ids that have annotations."""
     sound: dict[int, dict] = {}
     for index, entry in enumerate(entries):
         category_id = entry.get("id")
@@ -158,8 +171,6 @@ def check_categories(entries: list[dict], annotations: list[dict], faults: Fault
             faults.note("CAT_NAME_CONTROL", place, entry)
     # Labelling tools give the placeholder the name of the class where there is only one class:
     # that is no duplicate.
-    annotated = [entry.get("category_id") for entry in annotations]
-    used = {category_id for category_id in annotated if is_whole(category_id)}
     left_out = placeholders(sound.values(), used)
     names = Counter(
         entry["name"]

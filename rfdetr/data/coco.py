@@ -6,6 +6,7 @@ then are the splits built, complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -16,15 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from rfdetr.console import UserError, tick
-from rfdetr.data.annotation_checks import SoundAnnotation
-from rfdetr.data.checks import NOT_INSPECTED, CheckedSplit, ListedSplit, check_split, list_split
+from rfdetr.data.checks import CheckedSplit, ListedSplit, check_split, list_split
 from rfdetr.data.class_checks import class_problems
-from rfdetr.data.exif import SizedImage, decide_exif, exif_note
+from rfdetr.data.columns import Columns
+from rfdetr.data.exif import decide_exif, exif_note
 from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
-from rfdetr.data.image_files import ImageFile
+from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.labels import number_classes
 from rfdetr.data.layout import SPLITS, find_splits, read_json
-from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.data.records import CocoSplit, ImageTable
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
 
@@ -127,7 +128,7 @@ def list_files(
     problems = []
     for name, (file, _) in files.items():
         try:
-            contents[name] = read_json(file)
+            contents[name] = read_annotation_file(file, streamed=not rename)
         except UserError as error:
             problems.append(dataset_error("JSON_INVALID", str(error), root))
     if rename and not problems:
@@ -140,6 +141,17 @@ def list_files(
         file, folder = files[name]
         listed[name] = list_split(file, folder, decode, contents.pop(name))
     return listed, problems
+
+
+def read_annotation_file(file: Path, streamed: bool) -> dict:
+    """What an annotation file holds, its annotations as columns where it can be `streamed`.
+
+    Raises UserError as read_json.
+    """
+    if streamed:
+        with contextlib.suppress(NotStreamable, OSError):
+            return stream_json(file)[0]
+    return read_json(file)
 
 
 def missing_splits(
@@ -169,17 +181,10 @@ def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
     splits = {}
     for name, split in checked.items():
         labels = classes.labels[name]
+        compute_areas(split.columns)
         splits[name] = CocoSplit(
             annotation_file=split.annotation_file,
-            images=[
-                build_record(
-                    image,
-                    split.files.get(image.id, NOT_INSPECTED),
-                    split.annotations.get(image.id, []),
-                    labels,
-                )
-                for image in split.images
-            ],
+            images=ImageTable(split.columns, labels),
             class_names=classes.class_names,
             category_ids=classes.category_ids[name],
             left_out=classes.left_out,
@@ -189,37 +194,14 @@ def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
     return splits
 
 
-def build_record(
-    image: SizedImage, file: ImageFile, annotations: list[SoundAnnotation], labels: dict[int, int]
-) -> ImageRecord:
-    """labels: category id -> label."""
-    entries = []
-    objects = []
-    boxes = []
-    for entry, box in annotations:
-        if entry["area"] is None:
-            entry = entry | {"area": annotation_area(entry, image.height, image.width)}
-        entries.append(entry)
-        if box and not entry["iscrowd"]:
-            objects.append(entry)
-            boxes.append(box)
-    return ImageRecord(
-        id=image.id,
-        file_name=image.file_name,
-        path=file.path,
-        width=image.width,
-        height=image.height,
-        annotations=entries,
-        objects=objects,
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-        labels=np.array([labels[entry["category_id"]] for entry in objects], np.int64),
-        segmentations=[entry["segmentation"] for entry in objects],
-        orientation=file.orientation,
-        exif_proof=image.exif_proof,
-        apply_exif=image.apply_exif,
-        file_sha256=file.file_sha256,
-        content_hash=file.content_hash,
-    )
+def compute_areas(columns: Columns) -> None:
+    """Set the areas that are missing."""
+    missing = np.flatnonzero(np.isnan(columns.areas))
+    rows = np.searchsorted(columns.first, missing, side="right") - 1  # of their images
+    for index, row in zip(missing.tolist(), rows.tolist()):
+        width, height = columns.sizes[row].tolist()
+        entry = columns.entry(index, 0, height, width)
+        columns.areas[index] = annotation_area(entry, height, width)
 
 
 def divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
@@ -228,45 +210,52 @@ def divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
     All entries of one file are in the same part, that of the first of them by its hash. Train
     keeps at least one file.
     """
-    images = sorted(split.images, key=name_hash)
-    entries_of_file: dict[object, list[ImageRecord]] = {}
-    for image in images:
-        entries_of_file.setdefault(file_identity(image), []).append(image)
-    wanted = min(max(round(fraction * len(images)), 1), len(images) - 1)
-    groups = list(entries_of_file.values())
+    images = split.images
+    names = [images.file_name(place) for place in range(len(images))]
+    places = sorted(range(len(images)), key=lambda place: name_hash(names[place]))
+    places_of_file: dict[object, list[int]] = {}
+    for place in places:
+        places_of_file.setdefault(file_identity(images.path(place)), []).append(place)
+    wanted = min(max(round(fraction * len(places)), 1), len(places) - 1)
+    groups = list(places_of_file.values())
     valid = []
     while len(groups) > 1 and len(valid) < wanted:
         valid += groups.pop(0)
-    train = [image for group in groups for image in group]
-    return replace(split, images=train), replace(split, images=valid)
+    train = [place for group in groups for place in group]
+    return tuple(
+        replace(split, images=images[np.array(part, np.int64)]) for part in (train, valid)
+    )
 
 
-def name_hash(image: ImageRecord) -> bytes:
-    return hashlib.sha256(image.file_name.encode(errors="replace")).digest()
+def name_hash(file_name: str) -> bytes:
+    return hashlib.sha256(file_name.encode(errors="replace")).digest()
 
 
-def file_identity(image: ImageRecord) -> object:
+def file_identity(path: Path) -> object:
     """The same for all entries of one file, under whatever names and links."""
     try:
-        status = image.path.stat()
+        status = path.stat()
     except OSError:
-        return os.path.normpath(image.path)
+        return os.path.normpath(path)
     if status.st_ino:
         return (status.st_dev, status.st_ino)
-    return os.path.realpath(image.path)
+    return os.path.realpath(path)
 
 
 # ---------------------------------------------------------------- faults of whole splits
 
 
 def note_too_many_objects(split: CocoSplit, queries: int, faults: Faults) -> None:
-    for image, count in zip(split.images, split.objects_per_image):
-        if count > queries:
-            place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
-            faults.note("IMG_MANY_OBJECTS", place)
+    counts = split.images.object_counts
+    for number in np.flatnonzero(counts > queries).tolist():
+        image = split.images[number]
+        place = f"image {image.id} ({image.file_name}): {counts[number]}, queries: {queries}"
+        faults.note("IMG_MANY_OBJECTS", place)
 
 
 def note_shared_images(split: CocoSplit, train: CocoSplit, faults: Faults) -> None:
+    if not (split.images.is_decoded and train.images.is_decoded):
+        return
     train_files = {
         image.file_sha256: image.file_name for image in train.images if image.file_sha256
     }

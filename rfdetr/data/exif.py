@@ -99,8 +99,7 @@ def exif_note(splits: dict[str, CocoSplit], wanted: str | None) -> str:
 
     wanted: the --exif that was given, if any.
     """
-    images = [image for split in splits.values() for image in split.images]
-    proofs = [image.exif_proof for image in images if image.orientation > 1]
+    proofs = [proof for split in splits.values() for proof in split.images.exif_proofs]
     if not proofs:
         return ""
     decision = next(iter(splits.values())).exif

@@ -61,6 +61,9 @@ class ImageFile:
     content_hash: int | None = None  # None where the file cannot be read
 
 
+NOT_INSPECTED = ImageFile()
+
+
 class ImageHeader(NamedTuple):
     """What a file tells when it is opened."""
 
