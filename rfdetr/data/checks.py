@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rfdetr.data.checked_annotations import check_annotations
 from rfdetr.data.columns import Columns, build_columns
-from rfdetr.data.exif import ExifDecision, SizedImage, settle_size, size_is_wrong
+from rfdetr.data.exif import ExifDecision, SizedImage, exif_proofs, settle_size, size_is_wrong
 from rfdetr.data.faults import Faults
 from rfdetr.data.flat import FlatAnnotations, is_whole
 from rfdetr.data.image_cache import ImageCache
@@ -46,12 +46,18 @@ class ListedSplit:
     decoded: bool  # whether the files were read as a whole
     annotations: FlatAnnotations  # not checked
     faults: Faults
+    sha256: str = ""  # of the annotation file, where an index of it may be kept
 
     def images(self) -> Iterator[tuple[ImageEntry, ImageFile]]:
         """Each entry with its file."""
         files = self.files or {}
         for image_id, entry in self.entries.items():
             yield entry, files.get(image_id, NOT_INSPECTED)
+
+    @property
+    def proofs(self) -> frozenset[bool]:
+        """What the images' sizes prove of their EXIF orientation."""
+        return exif_proofs(self.images())
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,11 @@ class CheckedSplit:
 
     annotation_file: Path
     categories: list[dict]  # the sound entries
-    listed: dict[int | str, SizedImage]  # by id, those that cannot be read, too
+    # by id, those that cannot be read, too; empty where the split is known from an earlier start
+    listed: dict[int | str, SizedImage]
     columns: Columns  # of the usable ones
     exif: ExifDecision
+    proofs: frozenset[bool]  # what this file's images add to it
     faults: Faults
 
 
@@ -80,12 +88,17 @@ def check_file(
 
 
 def list_split(
-    file: str | Path, folder: Path | None = None, decode: bool = False, data: dict | None = None
+    file: str | Path,
+    folder: Path | None = None,
+    decode: bool = False,
+    data: dict | None = None,
+    sha256: str = "",
 ) -> ListedSplit:
     """Check the tables, categories and image entries of an annotation file.
 
     data: what the file holds, where it was read before.  folder: where its images are looked for;
-    `decode`: read them as a whole, not their headers alone.  Raises UserError for no JSON.
+    `decode`: read them as a whole, not their headers alone.  sha256: as in ListedSplit.  Raises
+    UserError for no JSON.
     """
     if data is None:
         data = read_json(file)
@@ -106,6 +119,7 @@ def list_split(
         decoded=decode,
         annotations=annotations,
         faults=faults,
+        sha256=sha256,
     )
 
 
@@ -126,6 +140,7 @@ def check_split(split: ListedSplit, exif: ExifDecision) -> CheckedSplit:
         listed=listed,
         columns=build_columns(usable, files, sound),
         exif=exif,
+        proofs=split.proofs,
         faults=split.faults,
     )
 

@@ -20,8 +20,9 @@ from rfdetr.console import UserError, tick
 from rfdetr.data.checks import CheckedSplit, ListedSplit, check_split, list_split
 from rfdetr.data.class_checks import class_problems
 from rfdetr.data.columns import Columns
-from rfdetr.data.exif import decide_exif, exif_note
+from rfdetr.data.exif import ExifDecision, decide_exif, exif_note
 from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
+from rfdetr.data.index import keep_index, read_index
 from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.labels import number_classes
 from rfdetr.data.layout import SPLITS, find_splits, read_json
@@ -82,8 +83,8 @@ def inspect_dataset(
         return {}, [dataset_error("DATASET_LAYOUT", str(error), root)]
     listed, problems = list_files(files, decode, root, rename)
     problems += missing_splits(files, val_fraction, root)
-    decision = decide_exif((pair for split in listed.values() for pair in split.images()), exif)
-    checked = {name: check_split(split, decision) for name, split in listed.items()}
+    decision = decide_exif(frozenset().union(*(split.proofs for split in listed.values())), exif)
+    checked = {name: check_listed(listed.pop(name), *files[name], decision) for name in [*listed]}
     splits = build_splits(checked)
     faults = {name: split.faults for name, split in checked.items()}
     if val_fraction and "train" in splits and "valid" not in files:
@@ -122,36 +123,57 @@ def inspect_dataset(
 
 def list_files(
     files: dict[str, tuple[Path, Path]], decode: bool, root: str | Path, rename: Sequence[str]
-) -> tuple[dict[str, ListedSplit], list[Problem]]:
-    """What the annotation files list, and a problem for each that is no JSON."""
+) -> tuple[dict[str, ListedSplit | CheckedSplit], list[Problem]]:
+    """What the annotation files list, and a problem for each that is no JSON.
+
+    Splits that are known from an earlier start are checked already.
+    """
     contents = {}
     problems = []
-    for name, (file, _) in files.items():
+    listed = {}
+    for name, (file, folder) in files.items():
+        known = None if decode or rename else read_index(file, folder)
+        if known is not None:
+            listed[name] = known
+            continue
         try:
             contents[name] = read_annotation_file(file, streamed=not rename)
         except UserError as error:
             problems.append(dataset_error("JSON_INVALID", str(error), root))
     if rename and not problems:
-        names = {name: class_names_of(data) for name, data in contents.items()}
+        names = {name: class_names_of(data) for name, (data, _) in contents.items()}
         renames = read_renames(rename, names)
-        for data in contents.values():
+        for data, _ in contents.values():
             rename_classes(data, renames)
-    listed = {}
     for name in list(contents):
-        file, folder = files[name]
-        listed[name] = list_split(file, folder, decode, contents.pop(name))
-    return listed, problems
+        data, sha256 = contents.pop(name)
+        listed[name] = list_split(*files[name], decode, data, "" if decode else sha256)
+    return {name: listed[name] for name in files if name in listed}, problems
 
 
-def read_annotation_file(file: Path, streamed: bool) -> dict:
-    """What an annotation file holds, its annotations as columns where it can be `streamed`.
+def read_annotation_file(file: Path, streamed: bool) -> tuple[dict, str]:
+    """(what an annotation file holds, its sha256 or "" where an index of it is of no use).
 
-    Raises UserError as read_json.
+    streamed: the annotations come as columns, where the file is written as usual.  Raises UserError
+    as read_json.
     """
     if streamed:
         with contextlib.suppress(NotStreamable, OSError):
-            return stream_json(file)[0]
-    return read_json(file)
+            return stream_json(file)
+    return read_json(file), ""
+
+
+def check_listed(
+    split: ListedSplit | CheckedSplit, file: Path, folder: Path, exif: ExifDecision
+) -> CheckedSplit:
+    """A split with all its checks done, from an index where there is one or can be one."""
+    if isinstance(split, CheckedSplit):
+        if split.exif == exif:
+            return split
+        split = list_split(file, folder, False, *read_annotation_file(file, streamed=True))
+    checked = check_split(split, exif)
+    compute_areas(checked.columns)
+    return keep_index(checked, folder, split.sha256) if split.sha256 else checked
 
 
 def missing_splits(
@@ -181,7 +203,6 @@ def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
     splits = {}
     for name, split in checked.items():
         labels = classes.labels[name]
-        compute_areas(split.columns)
         splits[name] = CocoSplit(
             annotation_file=split.annotation_file,
             images=ImageTable(split.columns, labels),

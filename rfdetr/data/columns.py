@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
+from rfdetr.console import UserError
+from rfdetr.data.array_file import map_arrays, read_header
 from rfdetr.data.checked_annotations import SoundAnnotations
 from rfdetr.data.exif import SizedImage
 from rfdetr.data.flat import NO_MASK, POLYGONS, RLE_TEXT
@@ -51,10 +54,22 @@ class Columns:
     parts: np.ndarray  # (p, 2) int64,
     numbers: np.ndarray  # float64
     texts: np.ndarray  # and uint8
+    source: tuple[str, str] | None = None  # path and token of the index that they are mapped from
+
+    def __reduce__(self) -> tuple:
+        """Another process maps the same file."""
+        if self.source:
+            return map_columns, self.source
+        return Columns, (*self.arrays().values(),)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The columns by name."""
+        names = [field.name for field in fields(self) if field.name != "source"]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def bytes(self) -> int:
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        return sum(array.nbytes for array in self.arrays().values())
 
     def text(self, name: str, index: int) -> str:
         """One text of the text column of this name."""
@@ -88,6 +103,19 @@ class Columns:
             "iscrowd": int(self.is_crowd[index]),
             "segmentation": self.mask(index, height, width),
         }
+
+
+def map_columns(path: str, token: str | None = None) -> Columns:
+    """The columns that were written to an index; `token`: what it had when it was opened before.
+
+    Raises OSError, DamagedFile, and UserError where the index is no longer that one.
+    """
+    header, begin, found = read_header(Path(path))
+    if token not in (None, found):
+        raise UserError(f"{path}: the dataset changed while it was in use: start the run again")
+    arrays = map_arrays(Path(path), header, begin)
+    del arrays["stamps"]
+    return Columns(**arrays, source=(path, found))
 
 
 def build_columns(

@@ -48,16 +48,19 @@ class SizedImage:
         return min(self.width, self.height)
 
 
-def decide_exif(
-    images: Iterable[tuple[ImageEntry, ImageFile]], wanted: str | None = None
-) -> ExifDecision:
+def decide_exif(proofs: Iterable[bool], wanted: str | None = None) -> ExifDecision:
     """What the sizes of a dataset's images prove; else `wanted`, "apply" or "ignore", or apply."""
-    proofs = {exif_proof(entry, file) for entry, file in images} - {None}
+    proofs = frozenset(proofs)
     if len(proofs) == 1:
         apply = True in proofs
     else:
         apply = wanted != "ignore"
-    return ExifDecision(apply, frozenset(proofs))
+    return ExifDecision(apply, proofs)
+
+
+def exif_proofs(images: Iterable[tuple[ImageEntry, ImageFile]]) -> frozenset[bool]:
+    """What the annotated sizes of images prove."""
+    return frozenset({exif_proof(entry, file) for entry, file in images} - {None})
 
 
 def exif_proof(entry: ImageEntry, file: ImageFile) -> bool | None:

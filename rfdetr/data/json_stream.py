@@ -52,11 +52,12 @@ class Window:
         self._known = (self.at, byte + passed)
         return byte + passed
 
-    def read_on(self, size: int = BLOCK) -> bool:
-        """Forget what lies before the place and read on; False at the file's end."""
+    def read_on(self, size: int = 0) -> bool:
+        """Forget what lies before the place and read on, `size` or more; False at the file's end.
+        """
         if self._is_done:
             return False
-        block = self.file.read(size)
+        block = self.file.read(max(size, BLOCK))
         self.digest.update(block)
         self._is_done = not block
         self._known = (0, self.byte)
@@ -86,15 +87,14 @@ class Window:
         """The next value, which must begin with a bracket or a quotation mark and so has an end."""
         if self.character() not in ("{", "[", '"'):
             raise NotStreamable
-        size = BLOCK
         while True:
             try:
                 value, self.at = self._decode_value(self.text, self.at)
                 return value
             except JSONDecodeError as error:
-                if not self.read_on(size):
+                # as much as there is: a long value is not tried again for each block
+                if not self.read_on(len(self.text) - self.at):
                     raise NotStreamable from error
-                size = max(size, len(self.text))  # a long value is not tried for each block
 
     def value(self) -> object:
         """The next value, of whatever kind."""
