@@ -1,6 +1,6 @@
 """Starting on a dataset of COCO's size: 118,000 images, 862,000 polygons, a JSON of 400 MB.
 
-python benchmarks/large_dataset.py [--images 12000] [--folder DIR] [--first_only]
+python benchmarks/large_dataset.py [--images 12000] [--folder DIR]
 
 Makes the set (the images are hard links to 50 JPEGs of the demo generator), then reads it as
 training does, each time in a process of its own: once with `json.load` alone, once with an empty
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -33,6 +32,7 @@ SIDE = 320
 OBJECTS = 7.3  # an image
 CORNERS = 22
 CLASSES = 80
+SAMPLES = 20  # images that a worker reads before it is measured
 
 
 def make_set(folder: Path, images: int) -> None:
@@ -88,7 +88,7 @@ def write_annotations(file: Path, images: int) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
-# ---------------------------------------------------------------- measured in processes of their own
+# ---------------------------------------------------------------- each in a process of its own
 
 
 def peak_mb() -> float:
@@ -122,28 +122,46 @@ def start(folder: Path) -> None:
     dataset = SplitDataset(split, 384, "crops", masks=True, guess=choose_masks(split, "auto"))
     EpochSampler(len(dataset), 4, 0, 1, every_other=images_with_drawn_masks(split))
     assert len(split.content_hashes) == len(dataset)
-    if multiprocessing.get_start_method(allow_none=True):
-        measure_worker(dataset)
 
 
-def measure_worker(dataset: object) -> None:
-    from testkit.worker_memory import measure
+class Probe:
+    """A dataset whose samples are the MB that the process which reads them alone holds."""
 
-    print(json.dumps({"worker_mb": measure(dataset)}))
+    def __init__(self, dataset: object):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> float:
+        for number in range(index, index + SAMPLES):
+            self.dataset[number % len(self), number]
+        return private_mb()
 
 
-def measured(what: str, folder: Path, method: str = "") -> dict:
-    """Seconds of CPU, peak MB, and a worker's own MB where a start `method` is named."""
-    words = [sys.executable, __file__, "--folder", str(folder), "--part", what]
-    if method:
-        words += ["--method", method]
+def worker_memory(folder: Path, split: str, method: str) -> float:
+    """MB that a worker alone holds after it has read a few images."""
+    from torch.utils.data import DataLoader
+
+    from rfdetr.data.coco import read_dataset
+    from rfdetr.data.loaders import SplitDataset
+
+    dataset = SplitDataset(read_dataset(folder / "data")[split], 384, "crops", masks=True)
+    dataset.cache = None
+    loader = DataLoader(Probe(dataset), num_workers=1, multiprocessing_context=method)
+    return float(next(iter(loader)))
+
+
+def measured(*what: str, folder: Path) -> dict:
+    """The figures of a part, from a process of its own."""
+    words = [sys.executable, __file__, "--folder", str(folder), "--part", *what]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_part(what: str, folder: Path, method: str) -> None:
+def run_part(what: str, *words: str, folder: Path) -> dict:
     import torch  # noqa: F401  counted among the imports
 
     import rfdetr.data.coco
@@ -151,38 +169,45 @@ def run_part(what: str, folder: Path, method: str) -> None:
     import rfdetr.data.mask_source
     import rfdetr.data.statistics  # noqa: F401
 
+    if what == "worker":
+        return {"mb": worker_memory(folder, *words)}
     before = peak_mb()
     began = time.process_time()
     wall = time.perf_counter()
     {"json": json_alone, "start": start}[what](folder)
-    figures = {
+    return {
         "cpu": time.process_time() - began,
         "wall": time.perf_counter() - wall,
         "peak_mb": peak_mb() - before,
         "process_mb": peak_mb(),
     }
-    print(json.dumps(figures))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--folder", type=Path, help="where the set is made, or is from before")
-    parser.add_argument("--part", choices=["json", "start"], help=argparse.SUPPRESS)
-    parser.add_argument("--method", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        run_part(args.part, args.folder, args.method)
+        print(json.dumps(run_part(*args.part, folder=args.folder)))
         return
     folder = args.folder or Path(tempfile.mkdtemp(prefix="large_dataset_"))
     make_set(folder, args.images)
     cache = folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     os.environ["RFDETR_CACHE"] = str(cache)
-    alone = measured("json", folder)
+    alone = measured("json", folder=folder)
     report("json.load", alone, alone)
-    report("first start", measured("start", folder), alone)
-    report("start", measured("start", folder), alone)
+    report("first start", measured("start", folder=folder), alone)
+    shutil.rmtree(cache / "indices")
+    report("first start, images known", measured("start", folder=folder), alone)
+    report("later start", measured("start", folder=folder), alone)
+    for method in ("fork", "spawn"):
+        large, small = (
+            measured("worker", split, method, folder=folder)["mb"] for split in ("train", "valid")
+        )
+        print(f"a worker's own memory, {method:5}: {large - small:6.1f} MB more than of 50 images")
 
 
 def report(title: str, figures: dict, alone: dict) -> None:

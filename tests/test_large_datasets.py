@@ -115,7 +115,8 @@ def test_a_damaged_index_is_made_anew(dataset, place):
 
 def test_without_a_place_for_an_index_nothing_is_lost(dataset, monkeypatch):
     first = inspected(dataset)
-    monkeypatch.setenv("RFDETR_CACHE", str(dataset / "train" / FILE))  # a file: no folder can be there
+    no_folder = dataset / "train" / FILE
+    monkeypatch.setenv("RFDETR_CACHE", str(no_folder))
     assert inspected(dataset) == first
     assert read_dataset(dataset)["train"].images.columns.source is None
 

@@ -82,7 +82,7 @@ def check_annotations(
     notes = [entries.judge(judged), entries.without_mask(lacks_mask)]
     for _, code, place, entry in merge(*notes, key=lambda note: note[0]):
         faults.note(code, place, entry)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         found = coordinate_faults(
             sound.boxes, entries.measured_extents(), sizes.min(axis=1), sound.is_sound
         )
@@ -160,7 +160,7 @@ def is_doubtful(
     flat = sound.flat
     doubtful = np.array(flat.odd, bool)
     doubtful |= ~np.isin(sound.categories, list(category_ids))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         x, y, width, height = sound.boxes.T
         low = np.maximum(sound.boxes[:, :2], 0)
         far_corner = sound.boxes[:, :2] + sound.boxes[:, 2:]

@@ -161,9 +161,12 @@ def inspect_image_file(
 
 def is_behind_link(path: Path, folder: Path) -> bool:
     """Whether a file, or a folder on the way to it from `folder` on, is a symbolic link."""
-    depth = len(path.relative_to(folder).parts)
-    way = [path, *path.parents][: depth + 1]
-    return any(os.path.islink(part) for part in way)
+    part = path
+    while not os.path.islink(part):
+        if part == folder:
+            return False
+        part = part.parent
+    return True
 
 
 def read_image_file(path: Path, annotated_size: tuple[float, float], decode: bool) -> list:
