@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from rfdetr.data import index
+from rfdetr.data import checked_annotations, index, loaders
+from rfdetr.data.checks import check_file
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.flat import FlatAnnotations
+from rfdetr.data.images import ORIENTATION
 from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.layout import read_json
 from rfdetr.data.records import CocoSplit
@@ -171,3 +177,69 @@ def test_what_is_no_plain_document_is_left_to_the_other_reader(tmp_path, text):
     file.write_text(text, encoding="utf-8")
     with pytest.raises(NotStreamable):
         stream_json(file)
+
+
+ODD = [None, True, 0, -1, 1.0, 0.5, 1e8, 1e308, 10**400, math.nan, math.inf, "x", [], {}, [[]]]
+ODD += [2**53, 1e-4, -0.0, 64.05, 64.3, -0.05, -0.3, [1, 2, 3, 4]]
+ODD += [{"size": [64, 64], "counts": [4096]}, {"size": [64, 64], "counts": "PP4"}]
+
+
+def odd_document(document: dict, seed: int) -> dict:
+    """A COCO document with a few values that are wrong, or rare."""
+    rng = random.Random(seed)
+    data = json.loads(json.dumps(document))
+    for _ in range(rng.choice([1, 2, 5])):
+        entry = rng.choice(data["annotations"])
+        key = rng.choice(["bbox", "segmentation", *TRUTH])
+        value = entry.get(key)
+        while isinstance(value, list) and value and rng.random() < 0.7:
+            entry, key = value, rng.randrange(len(value))
+            value = entry[key]
+        entry[key] = rng.choice(ODD)
+    twin = dict(rng.choice(data["annotations"]))
+    if rng.random() < 0.5:
+        data["annotations"].append(twin | rng.choice([{}, {"id": 10**6}, {"area": 5}]))
+    return data
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_checked_at_once_is_what_is_checked_one_by_one(demo, monkeypatch, seed):
+    document = json.loads((demo / "train" / FILE).read_text(encoding="utf-8"))
+
+    def checked() -> tuple[list, list]:
+        split = check_file("x.json", data=odd_document(document, seed))
+        columns = split.columns
+        entries = [columns.entry(i, 0, 64, 64) for i in range(len(columns.ids))]
+        return split.faults.problems(), [entries, columns.clipped.tolist(), columns.first.tolist()]
+
+    at_once = checked()
+
+    def all_of_them(sound, sizes, category_ids):
+        return np.ones(len(sound.ids), dtype=bool)
+
+    monkeypatch.setattr(checked_annotations, "is_doubtful", all_of_them)
+    assert repr(checked()) == repr(at_once)  # as text: NaN is not equal to itself
+
+
+def test_guesses_beyond_what_memory_is_for_are_not_kept(demo, monkeypatch):
+    split = read_dataset(demo)["train"]
+    images = [replace(split.images[i], segmentations=[]) for i in range(6)]
+    for image in images:
+        image.segmentations = [None] * len(image.labels)
+    monkeypatch.setattr(loaders, "GUESSES_KEPT", 2 * len(images[0].labels))
+    dataset = loaders.SplitDataset(replace(split, images=images), 64, None, True, guess=True)
+    guesses = [dataset.segmentations(index) for index in range(len(images))]
+    assert 0 in dataset.guessed and sum(map(len, dataset.guessed.values())) <= loaders.GUESSES_KEPT
+    assert [dataset.segmentations(index) for index in range(len(images))] == guesses
+
+
+def test_another_exif_decision_makes_an_index_anew(dataset):
+    record = read_dataset(dataset)["train"].images[0]
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    # a square: its size proves nothing
+    Image.new("RGB", (record.width, record.height)).save(record.path, exif=exif)
+    os.utime(record.path, (1e9, 1e9))
+    for wanted in ("apply", "ignore", "apply"):
+        image = read_dataset(dataset, exif=wanted)["train"].images[0]
+        assert image.apply_exif == (wanted == "apply")

@@ -232,7 +232,7 @@ def divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
     keeps at least one file.
     """
     images = split.images
-    names = [images.file_name(place) for place in range(len(images))]
+    names = split.file_names
     places = sorted(range(len(images)), key=lambda place: name_hash(names[place]))
     places_of_file: dict[object, list[int]] = {}
     for place in places:

@@ -179,6 +179,9 @@ class ImageTable(Sequence):
 class ImageList(list):
     """Records that were chosen or changed one by one, as an ImageTable to look at."""
 
+    def file_name(self, index: int) -> str:
+        return self[index].file_name
+
     @property
     def object_counts(self) -> np.ndarray:
         return np.array([len(image.labels) for image in self], int)
@@ -213,6 +216,10 @@ class CocoSplit:
     def __post_init__(self):
         if isinstance(self.images, list):
             self.images = ImageList(self.images)
+
+    @property
+    def file_names(self) -> list[str]:
+        return [self.images.file_name(index) for index in range(len(self.images))]
 
     @property
     def objects_per_image(self) -> list[int]:
