@@ -150,9 +150,7 @@ def measure_polygons(sound: SoundAnnotations) -> None:
         sound.extents[np.array(flat.rle_indices, np.int64)] = rle_extents
 
 
-def is_doubtful(
-    sound: SoundAnnotations, sizes: np.ndarray, category_ids: set[int]
-) -> np.ndarray:
+def is_doubtful(sound: SoundAnnotations, sizes: np.ndarray, category_ids: set[int]) -> np.ndarray:
     """(n,) which annotations may have a fault; the boxes of the others are clipped.
 
     sizes (n, 2): of their images.  A mask that is missing is no doubt.
@@ -217,10 +215,7 @@ class EntryCheck:
     """Judges entries that are not plainly sound, in the order of the file."""
 
     def __init__(
-        self,
-        sound: SoundAnnotations,
-        images: dict[int | str, SizedImage],
-        category_ids: set[int],
+        self, sound: SoundAnnotations, images: dict[int | str, SizedImage], category_ids: set[int]
     ):
         self.sound = sound
         self.images = images

@@ -243,9 +243,7 @@ def divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
     while len(groups) > 1 and len(valid) < wanted:
         valid += groups.pop(0)
     train = [place for group in groups for place in group]
-    return tuple(
-        replace(split, images=images[np.array(part, np.int64)]) for part in (train, valid)
-    )
+    return tuple(replace(split, images=images[np.array(part, np.int64)]) for part in (train, valid))
 
 
 def name_hash(file_name: str) -> bytes:
