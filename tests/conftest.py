@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock  # comes with torch
 
 from rfdetr.data.checks import check_file
-from rfdetr.data.coco import build_splits
+from rfdetr.data.coco import build_splits, compute_areas
 from rfdetr.data.demo import make_demo
 from rfdetr.data.faults import raise_errors
 from rfdetr.data.records import CocoSplit
@@ -118,6 +118,7 @@ def read_split(file: Path, folder: Path, name: str) -> CocoSplit:
     """One annotation file alone, checked and read as read_dataset reads all of a dataset."""
     split = check_file(file, folder)
     raise_errors(split.faults.problems(), file.parent.parent)
+    compute_areas(split.columns)
     return build_splits({name: split})[name]
 
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_the_memory_cache_changes_nothing(split):
 
 
 def test_empty_images_stay(split):
-    changed = copy.deepcopy(split)
+    changed = replace(split, images=copy.deepcopy(list(split.images)))
     before, emptied = len(split.images[0].boxes), changed.images[1]
     for name in ("boxes", "labels", "segmentations"):
         setattr(emptied, name, getattr(emptied, name)[:0])

@@ -36,8 +36,8 @@ def change(root: Path, edit, split: str = "train") -> None:
 
 
 def areas(root: Path) -> list[float]:
-    images = read_dataset(root)["train"].images
-    return [entry["area"] for image in images for entry in image.annotations]
+    entries = read_dataset(root)["train"].ground_truth["annotations"]
+    return [entry["area"] for entry in entries]
 
 
 # ---------------------------------------------------------------- areas

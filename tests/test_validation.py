@@ -352,7 +352,7 @@ def test_empty_splits(dataset):
 
     rewrite(dataset / "valid/_annotations.coco.json", clear)
     assert codes(check_dataset(dataset)) == {"SPLIT_EMPTY": "warning"}
-    assert read_dataset(dataset)["valid"].images == []
+    assert len(read_dataset(dataset)["valid"].images) == 0
     rewrite(dataset / "train/_annotations.coco.json", clear)
     assert check_dataset(dataset)[0].severity == "error"
     with pytest.raises(UserError, match="without a usable object"):

@@ -13,19 +13,29 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from rfdetr.data.annotation_checks import SoundAnnotation, check_annotations, is_whole
-from rfdetr.data.exif import ExifDecision, SizedImage, settle_size, size_is_wrong
+from rfdetr.data.checked_annotations import check_annotations
+from rfdetr.data.columns import Columns, build_columns
+from rfdetr.data.exif import ExifDecision, SizedImage, exif_proofs, settle_size, size_is_wrong
 from rfdetr.data.faults import Faults
+from rfdetr.data.flat import FlatAnnotations, is_whole
 from rfdetr.data.image_cache import ImageCache
-from rfdetr.data.image_files import ImageEntry, ImageFile, inspect_image_file, stays_inside
+from rfdetr.data.image_files import (
+    NOT_INSPECTED,
+    ImageEntry,
+    ImageFile,
+    inspect_image_file,
+    stays_inside,
+)
 from rfdetr.data.layout import read_json
+from rfdetr.data.rle import chunks
 from rfdetr.progress import ProgressBar
 from rfdetr.text import is_control
 
 NOT_USABLE = {"IMG_MISSING", "IMG_TYPE", "IMG_BOMB"}  # images with these are left out
 SKIPPED = ("IMG_CORRUPT", "IMG_UNREADABLE")  # training goes on without a few of these
+MANY_HEADERS = 64  # images that a thread looks at in one go,
+FEW_DECODED = 4  # and that it reads as a whole
 FEW_SKIPPED = 3  # images, or 1 % of the split; more are an error
-NOT_INSPECTED = ImageFile()
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,20 @@ class ListedSplit:
     entries: dict[int | str, ImageEntry]  # by id
     files: dict[int | str, ImageFile] | None  # by id; None: images are not looked for
     decoded: bool  # whether the files were read as a whole
-    annotations: list[dict]  # not checked
+    annotations: FlatAnnotations  # not checked
     faults: Faults
+    sha256: str = ""  # of the annotation file, where an index of it may be kept
 
     def images(self) -> Iterator[tuple[ImageEntry, ImageFile]]:
         """Each entry with its file."""
         files = self.files or {}
         for image_id, entry in self.entries.items():
             yield entry, files.get(image_id, NOT_INSPECTED)
+
+    @property
+    def proofs(self) -> frozenset[bool]:
+        """What the images' sizes prove of their EXIF orientation."""
+        return exif_proofs(self.images())
 
 
 @dataclass(frozen=True)
@@ -53,11 +69,11 @@ class CheckedSplit:
 
     annotation_file: Path
     categories: list[dict]  # the sound entries
-    listed: dict[int | str, SizedImage]  # by id, those that cannot be read, too
-    images: list[SizedImage]  # of these the usable ones
-    files: dict[int | str, ImageFile]  # of the listed images, by id
-    annotations: dict[int | str, list[SoundAnnotation]]  # by image id
+    # by id, those that cannot be read, too; empty where the split is known from an earlier start
+    listed: dict[int | str, SizedImage]
+    columns: Columns  # of the usable ones
     exif: ExifDecision
+    proofs: frozenset[bool]  # what this file's images add to it
     faults: Faults
 
 
@@ -75,20 +91,25 @@ def check_file(
 
 
 def list_split(
-    file: str | Path, folder: Path | None = None, decode: bool = False, data: dict | None = None
+    file: str | Path,
+    folder: Path | None = None,
+    decode: bool = False,
+    data: dict | None = None,
+    sha256: str = "",
 ) -> ListedSplit:
     """Check the tables, categories and image entries of an annotation file.
 
     data: what the file holds, where it was read before.  folder: where its images are looked for;
-    `decode`: read them as a whole, not their headers alone.  Raises UserError for no JSON.
+    `decode`: read them as a whole, not their headers alone.  sha256: as in ListedSplit.  Raises
+    UserError for no JSON.
     """
     if data is None:
         data = read_json(file)
     faults = Faults(Path(file))
     categories = table_of(data, "categories", faults)
     images = table_of(data, "images", faults)
-    annotations = table_of(data, "annotations", faults)
-    sound_categories = check_categories(categories, annotations, faults)
+    annotations = flat_annotations(data, faults)
+    sound_categories = check_categories(categories, annotations.used_categories, faults)
     entries = check_image_entries(images, faults)
     files = None
     if folder is not None:
@@ -101,6 +122,7 @@ def list_split(
         decoded=decode,
         annotations=annotations,
         faults=faults,
+        sha256=sha256,
     )
 
 
@@ -108,21 +130,20 @@ def check_split(split: ListedSplit, exif: ExifDecision) -> CheckedSplit:
     """Check the images and annotations of a listed split; the faults are added to its own."""
     listed = {entry.id: settle_size(entry, file, exif) for entry, file in split.images()}
     if split.files is None:
-        usable = list(listed.values())
+        usable = [image for image in listed.values() if image.width < inf]
     else:
         usable = check_image_files(split, listed)
     category_ids = {entry["id"] for entry in split.categories}
-    annotations = check_annotations(split.annotations, listed, category_ids, split.faults)
+    sound = check_annotations(split.annotations, listed, category_ids, split.faults)
     files = split.files or {}
     note_exif_doubts(usable, files, exif, split.faults)
     return CheckedSplit(
         annotation_file=split.annotation_file,
         categories=split.categories,
         listed=listed,
-        images=usable,
-        files=files,
-        annotations=annotations,
+        columns=build_columns(usable, files, sound),
         exif=exif,
+        proofs=split.proofs,
         faults=split.faults,
     )
 
@@ -139,11 +160,21 @@ def table_of(data: dict, key: str, faults: Faults) -> list[dict]:
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
+def flat_annotations(data: dict, faults: Faults) -> FlatAnnotations:
+    """The annotations of a file as columns, which they may be already."""
+    annotations = data.get("annotations")
+    if isinstance(annotations, FlatAnnotations):
+        return annotations
+    entries = table_of(data, "annotations", faults)
+    shown = ProgressBar(entries, "checking annotations", "annotations")
+    return FlatAnnotations.of(entries, shown)
+
+
 # ---------------------------------------------------------------- categories
 
 
-def check_categories(entries: list[dict], annotations: list[dict], faults: Faults) -> list[dict]:
-    """The sound entries, one an id."""
+def check_categories(entries: list[dict], used: set[int], faults: Faults) -> list[dict]:
+    """The sound entries, one an id.  used: the category ids that have annotations."""
     sound: dict[int, dict] = {}
     for index, entry in enumerate(entries):
         category_id = entry.get("id")
@@ -158,8 +189,6 @@ def check_categories(entries: list[dict], annotations: list[dict], faults: Fault
             faults.note("CAT_NAME_CONTROL", place, entry)
     # Labelling tools give the placeholder the name of the class where there is only one class:
     # that is no duplicate.
-    annotated = [entry.get("category_id") for entry in annotations]
-    used = {category_id for category_id in annotated if is_whole(category_id)}
     left_out = placeholders(sound.values(), used)
     names = Counter(
         entry["name"]
@@ -228,7 +257,13 @@ def inspect_images(
     """Read the images' files, several at once; those without a sound file_name are left out."""
     named = [entry for entry in entries.values() if entry.file_name]
     with ImageCache(folder) as cache, ThreadPoolExecutor() as threads:
-        files = threads.map(lambda entry: inspect_image_file(entry, folder, decode, cache), named)
+
+        def inspect(part: list[ImageEntry]) -> list[ImageFile]:
+            return [inspect_image_file(entry, folder, decode, cache) for entry in part]
+
+        # several at once: to hand a thread each image by itself costs a third of reading it
+        parts = threads.map(inspect, chunks(named, FEW_DECODED if decode else MANY_HEADERS))
+        files = (file for part in parts for file in part)
         title = f"reading the images of {folder}"
         shown = ProgressBar(files, title, total=len(named))
         return {entry.id: file for file, entry in zip(shown, named)}

@@ -6,6 +6,7 @@ then are the splits built, complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -16,15 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from rfdetr.console import UserError, tick
-from rfdetr.data.annotation_checks import SoundAnnotation
-from rfdetr.data.checks import NOT_INSPECTED, CheckedSplit, ListedSplit, check_split, list_split
+from rfdetr.data.checks import CheckedSplit, ListedSplit, check_split, list_split
 from rfdetr.data.class_checks import class_problems
-from rfdetr.data.exif import SizedImage, decide_exif, exif_note
+from rfdetr.data.columns import Columns
+from rfdetr.data.exif import ExifDecision, decide_exif, exif_note
 from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
-from rfdetr.data.image_files import ImageFile
+from rfdetr.data.index import keep_index, read_index
+from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.labels import number_classes
 from rfdetr.data.layout import SPLITS, find_splits, read_json
-from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.data.records import CocoSplit, ImageTable
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
 
@@ -81,8 +83,8 @@ def inspect_dataset(
         return {}, [dataset_error("DATASET_LAYOUT", str(error), root)]
     listed, problems = list_files(files, decode, root, rename)
     problems += missing_splits(files, val_fraction, root)
-    decision = decide_exif((pair for split in listed.values() for pair in split.images()), exif)
-    checked = {name: check_split(split, decision) for name, split in listed.items()}
+    decision = decide_exif(frozenset().union(*(split.proofs for split in listed.values())), exif)
+    checked = {name: check_listed(listed.pop(name), *files[name], decision) for name in [*listed]}
     splits = build_splits(checked)
     faults = {name: split.faults for name, split in checked.items()}
     if val_fraction and "train" in splits and "valid" not in files:
@@ -121,25 +123,57 @@ def inspect_dataset(
 
 def list_files(
     files: dict[str, tuple[Path, Path]], decode: bool, root: str | Path, rename: Sequence[str]
-) -> tuple[dict[str, ListedSplit], list[Problem]]:
-    """What the annotation files list, and a problem for each that is no JSON."""
+) -> tuple[dict[str, ListedSplit | CheckedSplit], list[Problem]]:
+    """What the annotation files list, and a problem for each that is no JSON.
+
+    Splits that are known from an earlier start are checked already.
+    """
     contents = {}
     problems = []
-    for name, (file, _) in files.items():
+    listed = {}
+    for name, (file, folder) in files.items():
+        known = None if decode or rename else read_index(file, folder)
+        if known is not None:
+            listed[name] = known
+            continue
         try:
-            contents[name] = read_json(file)
+            contents[name] = read_annotation_file(file, streamed=not rename)
         except UserError as error:
             problems.append(dataset_error("JSON_INVALID", str(error), root))
     if rename and not problems:
-        names = {name: class_names_of(data) for name, data in contents.items()}
+        names = {name: class_names_of(data) for name, (data, _) in contents.items()}
         renames = read_renames(rename, names)
-        for data in contents.values():
+        for data, _ in contents.values():
             rename_classes(data, renames)
-    listed = {}
     for name in list(contents):
-        file, folder = files[name]
-        listed[name] = list_split(file, folder, decode, contents.pop(name))
-    return listed, problems
+        data, sha256 = contents.pop(name)
+        listed[name] = list_split(*files[name], decode, data, "" if decode else sha256)
+    return {name: listed[name] for name in files if name in listed}, problems
+
+
+def read_annotation_file(file: Path, streamed: bool) -> tuple[dict, str]:
+    """(what an annotation file holds, its sha256 or "" where an index of it is of no use).
+
+    streamed: the annotations come as columns, where the file is written as usual.  Raises UserError
+    as read_json.
+    """
+    if streamed:
+        with contextlib.suppress(NotStreamable, OSError):
+            return stream_json(file)
+    return read_json(file), ""
+
+
+def check_listed(
+    split: ListedSplit | CheckedSplit, file: Path, folder: Path, exif: ExifDecision
+) -> CheckedSplit:
+    """A split with all its checks done, from an index where there is one or can be one."""
+    if isinstance(split, CheckedSplit):
+        if split.exif == exif:
+            return split
+        split = list_split(file, folder, False, *read_annotation_file(file, streamed=True))
+    checked = check_split(split, exif)
+    compute_areas(checked.columns)
+    return keep_index(checked, folder, split.sha256) if split.sha256 else checked
 
 
 def missing_splits(
@@ -171,15 +205,7 @@ def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
         labels = classes.labels[name]
         splits[name] = CocoSplit(
             annotation_file=split.annotation_file,
-            images=[
-                build_record(
-                    image,
-                    split.files.get(image.id, NOT_INSPECTED),
-                    split.annotations.get(image.id, []),
-                    labels,
-                )
-                for image in split.images
-            ],
+            images=ImageTable(split.columns, labels),
             class_names=classes.class_names,
             category_ids=classes.category_ids[name],
             left_out=classes.left_out,
@@ -189,37 +215,14 @@ def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
     return splits
 
 
-def build_record(
-    image: SizedImage, file: ImageFile, annotations: list[SoundAnnotation], labels: dict[int, int]
-) -> ImageRecord:
-    """labels: category id -> label."""
-    entries = []
-    objects = []
-    boxes = []
-    for entry, box in annotations:
-        if entry["area"] is None:
-            entry = entry | {"area": annotation_area(entry, image.height, image.width)}
-        entries.append(entry)
-        if box and not entry["iscrowd"]:
-            objects.append(entry)
-            boxes.append(box)
-    return ImageRecord(
-        id=image.id,
-        file_name=image.file_name,
-        path=file.path,
-        width=image.width,
-        height=image.height,
-        annotations=entries,
-        objects=objects,
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-        labels=np.array([labels[entry["category_id"]] for entry in objects], np.int64),
-        segmentations=[entry["segmentation"] for entry in objects],
-        orientation=file.orientation,
-        exif_proof=image.exif_proof,
-        apply_exif=image.apply_exif,
-        file_sha256=file.file_sha256,
-        content_hash=file.content_hash,
-    )
+def compute_areas(columns: Columns) -> None:
+    """Set the areas that are missing."""
+    missing = np.flatnonzero(np.isnan(columns.areas))
+    rows = np.searchsorted(columns.first, missing, side="right") - 1  # of their images
+    for index, row in zip(missing.tolist(), rows.tolist()):
+        width, height = columns.sizes[row].tolist()
+        entry = columns.entry(index, 0, height, width)
+        columns.areas[index] = annotation_area(entry, height, width)
 
 
 def divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
@@ -228,45 +231,50 @@ def divide(split: CocoSplit, fraction: float) -> tuple[CocoSplit, CocoSplit]:
     All entries of one file are in the same part, that of the first of them by its hash. Train
     keeps at least one file.
     """
-    images = sorted(split.images, key=name_hash)
-    entries_of_file: dict[object, list[ImageRecord]] = {}
-    for image in images:
-        entries_of_file.setdefault(file_identity(image), []).append(image)
-    wanted = min(max(round(fraction * len(images)), 1), len(images) - 1)
-    groups = list(entries_of_file.values())
+    images = split.images
+    names = split.file_names
+    places = sorted(range(len(images)), key=lambda place: name_hash(names[place]))
+    places_of_file: dict[object, list[int]] = {}
+    for place in places:
+        places_of_file.setdefault(file_identity(images.path(place)), []).append(place)
+    wanted = min(max(round(fraction * len(places)), 1), len(places) - 1)
+    groups = list(places_of_file.values())
     valid = []
     while len(groups) > 1 and len(valid) < wanted:
         valid += groups.pop(0)
-    train = [image for group in groups for image in group]
-    return replace(split, images=train), replace(split, images=valid)
+    train = [place for group in groups for place in group]
+    return tuple(replace(split, images=images[np.array(part, np.int64)]) for part in (train, valid))
 
 
-def name_hash(image: ImageRecord) -> bytes:
-    return hashlib.sha256(image.file_name.encode(errors="replace")).digest()
+def name_hash(file_name: str) -> bytes:
+    return hashlib.sha256(file_name.encode(errors="replace")).digest()
 
 
-def file_identity(image: ImageRecord) -> object:
+def file_identity(path: Path) -> object:
     """The same for all entries of one file, under whatever names and links."""
     try:
-        status = image.path.stat()
+        status = path.stat()
     except OSError:
-        return os.path.normpath(image.path)
+        return os.path.normpath(path)
     if status.st_ino:
         return (status.st_dev, status.st_ino)
-    return os.path.realpath(image.path)
+    return os.path.realpath(path)
 
 
 # ---------------------------------------------------------------- faults of whole splits
 
 
 def note_too_many_objects(split: CocoSplit, queries: int, faults: Faults) -> None:
-    for image, count in zip(split.images, split.objects_per_image):
-        if count > queries:
-            place = f"image {image.id} ({image.file_name}): {count}, queries: {queries}"
-            faults.note("IMG_MANY_OBJECTS", place)
+    counts = split.images.object_counts
+    for number in np.flatnonzero(counts > queries).tolist():
+        image = split.images[number]
+        place = f"image {image.id} ({image.file_name}): {counts[number]}, queries: {queries}"
+        faults.note("IMG_MANY_OBJECTS", place)
 
 
 def note_shared_images(split: CocoSplit, train: CocoSplit, faults: Faults) -> None:
+    if not (split.images.is_decoded and train.images.is_decoded):
+        return
     train_files = {
         image.file_sha256: image.file_name for image in train.images if image.file_sha256
     }

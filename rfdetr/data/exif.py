@@ -48,16 +48,19 @@ class SizedImage:
         return min(self.width, self.height)
 
 
-def decide_exif(
-    images: Iterable[tuple[ImageEntry, ImageFile]], wanted: str | None = None
-) -> ExifDecision:
+def decide_exif(proofs: Iterable[bool], wanted: str | None = None) -> ExifDecision:
     """What the sizes of a dataset's images prove; else `wanted`, "apply" or "ignore", or apply."""
-    proofs = {exif_proof(entry, file) for entry, file in images} - {None}
+    proofs = frozenset(proofs)
     if len(proofs) == 1:
         apply = True in proofs
     else:
         apply = wanted != "ignore"
-    return ExifDecision(apply, frozenset(proofs))
+    return ExifDecision(apply, proofs)
+
+
+def exif_proofs(images: Iterable[tuple[ImageEntry, ImageFile]]) -> frozenset[bool]:
+    """What the annotated sizes of images prove."""
+    return frozenset({exif_proof(entry, file) for entry, file in images} - {None})
 
 
 def exif_proof(entry: ImageEntry, file: ImageFile) -> bool | None:
@@ -99,8 +102,7 @@ def exif_note(splits: dict[str, CocoSplit], wanted: str | None) -> str:
 
     wanted: the --exif that was given, if any.
     """
-    images = [image for split in splits.values() for image in split.images]
-    proofs = [image.exif_proof for image in images if image.orientation > 1]
+    proofs = [proof for split in splits.values() for proof in split.images.exif_proofs]
     if not proofs:
         return ""
     decision = next(iter(splits.values())).exif

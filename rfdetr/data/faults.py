@@ -212,25 +212,31 @@ class Faults:
 
     def __init__(self, annotation_file: Path):
         self.annotation_file = annotation_file
-        self._places: dict[str, list[str]] = {}  # by code, in the order of their first fault
+        # by code, in the order of their first fault: how many there are, and the first places
+        self._counts: dict[str, int] = {}
+        self._places: dict[str, list[str]] = {}
         self._codes: dict[int, set[str]] = {}  # id() of what is at fault -> its codes
         self._errors: set[str] = set()  # codes that are errors here although CODES says warning
 
     def note(self, code: str, place: str, of: object = None) -> None:
         """Add a fault; `of`: the entry that has it, for `codes_of`."""
-        self._places.setdefault(code, []).append(printable(place[:PLACE_LENGTH]))
+        places = self._places.setdefault(code, [])
+        self._counts[code] = self._counts.get(code, 0) + 1
+        if len(places) < PLACES_KEPT:
+            places.append(printable(place[:PLACE_LENGTH]))
         if of is not None:
             self._codes.setdefault(id(of), set()).add(code)
 
     def forget(self, code: str) -> None:
         self._places.pop(code, None)
+        self._counts.pop(code, None)
 
     def make_error(self, code: str) -> None:
         """Let what CODES calls a warning be an error in this file."""
         self._errors.add(code)
 
     def count(self, code: str) -> int:
-        return len(self._places.get(code, ()))
+        return self._counts.get(code, 0)
 
     def codes_of(self, entry: object) -> set[str]:
         """The codes that were noted of this very object."""
@@ -245,11 +251,24 @@ class Faults:
         problems = []
         for code, places in self._places.items():
             severity = self._severity(code)
-            headline = self._headline(code, len(places))
+            count = self._counts[code]
+            headline = self._headline(code, count)
             message = f"{headline} ({first_few(places)}): {CODES[code].advice}"
-            kept = places[:PLACES_KEPT]
-            problems.append(Problem(code, severity, message, len(places), kept, headline))
+            problems.append(Problem(code, severity, message, count, list(places), headline))
         return sorted(problems, key=lambda problem: problem.severity)
+
+    def as_plain(self) -> dict:
+        """What was noted, as JSON holds it; not which entry has which fault."""
+        errors = sorted(self._errors)
+        return {"counts": self._counts, "places": self._places, "errors": errors}
+
+    @classmethod
+    def from_plain(cls, annotation_file: Path, plain: dict) -> Faults:
+        faults = cls(annotation_file)
+        faults._counts = dict(plain["counts"])
+        faults._places = {code: list(places) for code, places in plain["places"].items()}
+        faults._errors = set(plain["errors"])
+        return faults
 
     def _severity(self, code: str) -> str:
         return "error" if code in self._errors else CODES[code].severity

@@ -181,14 +181,5 @@ def sample(scores: np.ndarray, rows: slice, columns: slice, height: int, width: 
     h, w = scores.shape
     y = (np.arange(rows.start, rows.stop) + 0.5) * h / height - 0.5
     x = (np.arange(columns.start, columns.stop) + 0.5) * w / width - 0.5
-    y = np.clip(y, 0, h - 1)
-    x = np.clip(x, 0, w - 1)
-    y_low = np.floor(y).astype(int)
-    x_low = np.floor(x).astype(int)
-    y_high = np.minimum(y_low + 1, h - 1)
-    x_high = np.minimum(x_low + 1, w - 1)
-    x_part = x - x_low
-    y_part = (y - y_low)[:, None]
-    above = scores[y_low][:, x_low] * (1 - x_part) + scores[y_low][:, x_high] * x_part
-    below = scores[y_high][:, x_low] * (1 - x_part) + scores[y_high][:, x_high] * x_part
-    return above * (1 - y_part) + below * y_part
+    places = np.meshgrid(y, x, indexing="ij")
+    return ndimage.map_coordinates(scores, places, order=1, mode="nearest")

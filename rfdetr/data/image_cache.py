@@ -23,10 +23,10 @@ SETTLED = 2e9
 Stamp = tuple[int, int] | None  # (bytes, time of change in ns); None where there is no file
 
 
-def stamp_of(path: Path) -> Stamp:
+def stamp_of(path: str | Path) -> Stamp:
     """What tells an unchanged file at once."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns

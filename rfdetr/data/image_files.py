@@ -61,6 +61,9 @@ class ImageFile:
     content_hash: int | None = None  # None where the file cannot be read
 
 
+NOT_INSPECTED = ImageFile()
+
+
 class ImageHeader(NamedTuple):
     """What a file tells when it is opened."""
 
@@ -158,9 +161,12 @@ def inspect_image_file(
 
 def is_behind_link(path: Path, folder: Path) -> bool:
     """Whether a file, or a folder on the way to it from `folder` on, is a symbolic link."""
-    depth = len(path.relative_to(folder).parts)
-    way = [path, *path.parents][: depth + 1]
-    return any(os.path.islink(part) for part in way)
+    part = path
+    while not os.path.islink(part):
+        if part == folder:
+            return False
+        part = part.parent
+    return True
 
 
 def read_image_file(path: Path, annotated_size: tuple[float, float], decode: bool) -> list:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from rfdetr.data.checks import CheckedSplit, placeholders
 
 
@@ -63,8 +65,4 @@ def number_classes(splits: dict[str, CheckedSplit]) -> ClassNumbers:
 
 def used_categories(split: CheckedSplit) -> set[int]:
     """The category ids of a split's sound annotations."""
-    return {
-        annotation.entry["category_id"]
-        for image in split.images
-        for annotation in split.annotations.get(image.id, ())
-    }
+    return set(np.unique(split.columns.categories).tolist())

@@ -22,6 +22,7 @@ from rfdetr.data.workers import begin_worker
 from rfdetr.masks import rasterise
 
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
+GUESSES_KEPT = 100_000  # masks that each process keeps, about 50 MB; others are guessed anew
 FEW_UNREAD = 3  # images, or 1 % of a split: with more it is better to stop
 
 
@@ -84,7 +85,8 @@ class SplitDataset(Dataset):
         self.augment = augment
         self.masks = masks
         self.guess = guess
-        self.guessed: dict[int, list] = {}  # index -> the image's masks
+        self.guessed: dict[int, list] = {}  # index -> the image's masks, of the first images
+        self.guesses = 0  # how many masks these have
         self.crops = augment is not None and PRESETS[augment].crop_chance > 0
         self.cache: dict[int, Tensor] | None = None  # index -> the resized image
         if self.bytes_of_images <= RAM_CACHE_BYTES:
@@ -190,11 +192,15 @@ class SplitDataset(Dataset):
         record = self.split.images[index]
         if not self.guess or None not in record.segmentations:
             return record.segmentations
-        if index not in self.guessed:
-            side = max(self.resolution, GUESSING_SIDE)
-            pixels = v2.functional.resize(self._read(index), [side, side], antialias=True)
-            self.guessed[index] = with_guesses(record, pixels.permute(1, 2, 0).numpy())
-        return self.guessed[index]
+        if index in self.guessed:
+            return self.guessed[index]
+        side = max(self.resolution, GUESSING_SIDE)
+        pixels = v2.functional.resize(self._read(index), [side, side], antialias=True)
+        masks = with_guesses(record, pixels.permute(1, 2, 0).numpy())
+        if self.guesses + len(masks) <= GUESSES_KEPT:
+            self.guessed[index] = masks
+            self.guesses += len(masks)
+        return masks
 
     def _resized(self, index: int) -> Tensor:
         if self.cache is not None and index in self.cache:

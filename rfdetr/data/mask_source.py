@@ -25,9 +25,7 @@ def choose_masks(split: CocoSplit, asked: str) -> bool:
     there and warns of what is not.  Raises UserError where a split without masks is to be taken as
     given.
     """
-    has_mask = np.array(
-        [mask is not None for image in split.images for mask in image.segmentations]
-    )
+    has_mask = split.images.has_mask
     drawn = int(has_mask.sum())
     missing = len(has_mask) - drawn
     if drawn == 0 and asked == "given":
@@ -50,8 +48,6 @@ def choose_masks(split: CocoSplit, asked: str) -> bool:
 
 def images_with_drawn_masks(split: CocoSplit) -> list[int]:
     """The indices of images with a drawn mask, where these are less than half of all."""
-    drawn = []
-    for index, image in enumerate(split.images):
-        if any(mask is not None for mask in image.segmentations):
-            drawn.append(index)
+    places = np.repeat(np.arange(len(split.images)), split.images.object_counts)
+    drawn = np.unique(places[split.images.has_mask]).tolist()
     return drawn if 2 * len(drawn) < len(split.images) else []

@@ -63,7 +63,7 @@ def fix_dataset(
     contents = {name: read_json(file) for name, (file, _) in files.items()}
     renames = read_renames(rename, {name: class_names_of(data) for name, data in contents.items()})
     listed = [list_split(*files[name], data=data) for name, data in contents.items()]
-    decision = decide_exif((pair for split in listed for pair in split.images()), exif)
+    decision = decide_exif(frozenset().union(*(split.proofs for split in listed)), exif)
     cleaned = {
         name: clean(contents.pop(name), *places, decode, decision, renames)
         for name, places in files.items()

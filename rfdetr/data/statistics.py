@@ -10,7 +10,7 @@ import numpy as np
 
 from rfdetr.data.faults import PLACES_KEPT, Problem, first_few
 from rfdetr.data.image_files import read_header
-from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.data.records import CocoSplit
 
 HARDLY_SEEN = 8  # pixels: the side of objects of half a patch of most sizes
 MOST_SIDE = 2048  # pixels: larger inputs are no way out
@@ -20,18 +20,17 @@ COCO_AREAS = {"small": 32**2, "medium": 96**2, "large": np.inf}  # up to so many
 
 def count_by_size(split: CocoSplit) -> dict[str, int]:
     """How many objects are small, medium and large as evaluate.py scores them: by their area."""
-    areas = [entry["area"] for image in split.images for entry in image.objects]
+    areas = split.images.areas
     size_classes = np.searchsorted(list(COCO_AREAS.values()), areas, side="right")
     return {name: int((size_classes == i).sum()) for i, name in enumerate(COCO_AREAS)}
 
 
 def object_sides(split: CocoSplit, resolution: int) -> np.ndarray:
     """(objects,) square roots of the boxes' areas in pixels of the `resolution` px square input."""
-    sides = [np.zeros((0, 2))]
-    for image in split.images:
-        scale = resolution / np.array([image.width, image.height])
-        sides.append((image.boxes[:, 2:] - image.boxes[:, :2]) * scale)
-    return np.sqrt(np.concatenate(sides).prod(axis=1))
+    images = split.images
+    scales = np.repeat(resolution / images.sizes, images.object_counts, axis=0)
+    boxes = images.boxes
+    return np.sqrt(((boxes[:, 2:] - boxes[:, :2]) * scales).prod(axis=1))
 
 
 def shrink_problems(split: CocoSplit, resolution: int, step: int) -> list[Problem]:
@@ -39,28 +38,31 @@ def shrink_problems(split: CocoSplit, resolution: int, step: int) -> list[Proble
 
     step: what a resolution must be a multiple of.
     """
-    objects = [(entry, image) for image in split.images for entry in image.objects]
+    images = split.images
     sides = object_sides(split, resolution)
-    image_sides = [max(image.width, image.height) for image in split.images]
+    image_sides = images.sizes.max(axis=1, initial=0)
     message = shrink_warning(image_sides, resolution, step, sides)
     if not message:
         return []
-    small = np.flatnonzero(sides < HARDLY_SEEN)
     if is_hardly_seen(sides):
         code = "ANN_SMALL"
+        small = np.flatnonzero(sides < HARDLY_SEEN)
+        places_of = np.repeat(np.arange(len(images)), images.object_counts)
+        annotation_ids = images.annotation_ids
         places = []
-        for index in small[:PLACES_KEPT]:
-            entry, image = objects[index]
-            place = f"annotation {entry['id']} of image {image.id} ({image.file_name})"
-            places.append(f"{place}: {sides[index]:.1f} px")
+        for index in small[:PLACES_KEPT].tolist():
+            image = images[places_of[index]]
+            place = f"image {image.id} ({image.file_name}): {sides[index]:.1f} px"
+            places.append(f"annotation {annotation_ids[index]} of {place}")
         count = len(small)
     else:
         code = "IMG_SHRUNK"
-        shrunk = [image for image in split.images if is_shrunk(image, resolution)]
-        places = [f"{image.file_name}: {image.width}x{image.height}" for image in shrunk]
-        count = len(places)
+        shrunk = np.flatnonzero(is_shrunk(image_sides, resolution))
+        kept = [images[index] for index in shrunk[:PLACES_KEPT].tolist()]
+        places = [f"{image.file_name}: {image.width}x{image.height}" for image in kept]
+        count = len(shrunk)
     message = f"{split.annotation_file}: {message}"
-    return [Problem(code, "warning", message, count, places[:PLACES_KEPT])]
+    return [Problem(code, "warning", message, count, places)]
 
 
 def is_hardly_seen(sides: np.ndarray) -> bool:
@@ -68,23 +70,28 @@ def is_hardly_seen(sides: np.ndarray) -> bool:
     return len(sides) > 0 and float(np.median(sides)) < HARDLY_SEEN
 
 
-def is_shrunk(image: ImageRecord, resolution: int) -> bool:
-    return max(image.width, image.height) > MOST_SHRUNK * resolution
+def is_shrunk(image_sides: np.ndarray, resolution: int) -> np.ndarray:
+    """(images,) bool; image_sides: the images' longer sides in pixels."""
+    return image_sides > MOST_SHRUNK * resolution
 
 
 def shrink_warning(
-    image_sides: Sequence[int], resolution: int, step: int, object_sides: np.ndarray | None = None
+    image_sides: Sequence[int] | np.ndarray,
+    resolution: int,
+    step: int,
+    object_sides: np.ndarray | None = None,
 ) -> str:
     """What is lost where images are shrunk to the model's input, and the way out; "" for nothing.
 
     image_sides: the images' longer sides in pixels.  resolution: the input's side, a multiple of
     `step`.  object_sides: of the objects' boxes in pixels of the input, where they are known.
     """
-    if not image_sides:
+    if len(image_sides) == 0:
         return ""
-    longest = max(image_sides)
+    image_sides = np.array(image_sides)
+    longest = int(image_sides.max())
     factor = longest / resolution
-    shrunk = sum(side > MOST_SHRUNK * resolution for side in image_sides)
+    shrunk = int(is_shrunk(image_sides, resolution).sum())
     median = np.inf
     if object_sides is not None and is_hardly_seen(object_sides):
         median = float(np.median(object_sides))

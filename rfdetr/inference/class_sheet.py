@@ -80,16 +80,17 @@ def _spread_examples(split: CocoSplit, label: int, count: int) -> list[tuple[Ima
 
     Those of one image are as few as there are images for, and spread over it too.
     """
-    images = [image for image in split.images if label in image.labels]
-    if not images:
+    places = split.places_of_class(label)
+    if not len(places):
         return []
     examples = []
-    numbers = np.unique(np.linspace(0, len(images) - 1, count).astype(int))
-    indices = [np.flatnonzero(images[number].labels == label) for number in numbers]
+    numbers = np.unique(np.linspace(0, len(places) - 1, count).astype(int))
+    images = [split.images[place] for place in places[numbers].tolist()]
+    indices = [np.flatnonzero(image.labels == label) for image in images]
     each = math.ceil(count / len(numbers))
-    for number, of_image in zip(numbers, indices):
+    for image, of_image in zip(images, indices):
         chosen = np.unique(np.linspace(0, len(of_image) - 1, each).astype(int))
-        examples += [(images[number], of_image[i]) for i in chosen]
+        examples += [(image, of_image[i]) for i in chosen]
     return examples[:count]
 
 

@@ -76,8 +76,8 @@ def changed_settings(settings: TrainingSettings, before: dict) -> dict[str, list
 def data_digest(split: CocoSplit) -> str:
     """sha256 of a split's annotations and of which images it has."""
     digest = hashlib.sha256(checkpoint.file_sha256(split.annotation_file).encode())
-    for image in split.images:
-        digest.update(f"{image.file_name}\n".encode(errors="surrogatepass"))
+    for name in split.file_names:
+        digest.update(f"{name}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 

@@ -1,0 +1,331 @@
+"""All annotations of a file checked at once; those in doubt are read again, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from heapq import merge
+from math import inf
+
+import numpy as np
+
+from rfdetr.data.annotation_checks import (
+    MOST_AREA,
+    SLACK,
+    THINNEST,
+    area_is_wrong,
+    check_segmentation,
+    clip_box,
+    entry_faults,
+    is_identical,
+)
+from rfdetr.data.coordinates import FEW_PIXELS, coordinate_faults
+from rfdetr.data.exif import SizedImage
+from rfdetr.data.faults import CODES, Faults
+from rfdetr.data.flat import (
+    LIMIT,
+    NO_EXTENT,
+    NO_MASK,
+    POLYGONS,
+    RLE_RUNS,
+    RLE_TEXT,
+    FlatAnnotations,
+)
+from rfdetr.data.rle import rle_extents, run_sums
+
+Note = tuple[int, str, str, object]  # of a fault: index, code, place, the entry or None
+
+AT_ONCE = 1000  # entries in doubt that are read together
+NOT_LISTED = SizedImage("", "not listed", inf, inf)
+
+
+@dataclass
+class SoundAnnotations:
+    """The n annotations of a file: which are sound, and what of them is to be learnt.
+
+    Columns in the order of the file; those of unsound ones mean nothing.
+    """
+
+    flat: FlatAnnotations
+    is_sound: np.ndarray  # (n,) bool
+    ids: np.ndarray  # (n,) int64
+    categories: np.ndarray  # (n,) int64
+    is_crowd: np.ndarray  # (n,) bool
+    areas: np.ndarray  # (n,) float64; NaN where they are to be computed
+    boxes: np.ndarray  # (n, 4) float64 x, y, width, height as in the file
+    clipped: np.ndarray  # (n, 4) float64 xyxy inside the image; NaN where the entry is dropped
+    mask_kinds: np.ndarray  # (n,) uint8, as in FlatAnnotations; NO_MASK where none is usable
+    spans: np.ndarray  # (n, 2) int64
+    extents: np.ndarray  # (n, 4) float64 xyxy of the masks; NaN where there is none
+
+
+def check_annotations(
+    flat: FlatAnnotations,
+    images: dict[int | str, SizedImage],
+    category_ids: set[int],
+    faults: Faults,
+) -> SoundAnnotations:
+    """Note the faults of annotations and tell the sound ones.
+
+    images: all that the file lists, those that cannot be read, too.  What the columns prove to be
+    without a fault is not looked at again; the others are read and judged one by one.
+    """
+    sizes = image_sizes(flat, images)
+    sound = columns_of(flat)
+    measure_polygons(sound)
+    judged = np.flatnonzero(is_doubtful(sound, sizes, category_ids))
+    usual = np.ones(len(flat), dtype=bool)
+    usual[judged] = False
+    sound.is_sound[:] = usual
+    lacks_mask = usual & (sound.mask_kinds == NO_MASK) & ~sound.is_crowd
+    entries = EntryCheck(sound, images, category_ids)
+    notes = [entries.judge(judged), entries.without_mask(lacks_mask)]
+    for _, code, place, entry in merge(*notes, key=lambda note: note[0]):
+        faults.note(code, place, entry)
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = coordinate_faults(
+            sound.boxes, entries.measured_extents(), sizes.min(axis=1), sound.is_sound
+        )
+        for code, severity, indices in found:
+            for index in indices.tolist():
+                faults.note(code, entries.place(index))
+            if severity == "error":
+                faults.make_error(code)
+    return sound
+
+
+# ---------------------------------------------------------------- all at once
+
+
+def columns_of(flat: FlatAnnotations) -> SoundAnnotations:
+    """The columns as the file has them: copies, so that `flat` may grow."""
+    count = len(flat)
+    return SoundAnnotations(
+        flat=flat,
+        is_sound=np.zeros(count, dtype=bool),
+        ids=np.array(flat.ids, np.int64),
+        categories=np.array(flat.categories, np.int64),
+        is_crowd=np.array(flat.crowd, bool),
+        areas=np.array(flat.areas, np.float64),
+        boxes=np.array(flat.boxes, np.float64).reshape(-1, 4),
+        clipped=np.full((count, 4), np.nan),
+        mask_kinds=np.array(flat.mask_kinds, np.uint8),
+        spans=np.array(flat.spans, np.int64).reshape(-1, 2),
+        extents=np.full((count, 4), np.nan),
+    )
+
+
+def image_sizes(flat: FlatAnnotations, images: dict[int | str, SizedImage]) -> np.ndarray:
+    """(n, 2) width and height of each annotation's image in pixels; NaN for an unknown image.
+
+    Infinite where neither the entry nor the file tells them.
+    """
+    sizes = np.full((len(flat.image_ids) + 1, 2), np.nan)
+    for image_id, number in flat.image_ids.items():
+        image = images.get(image_id)
+        if image is not None:
+            sizes[number] = image.width, image.height
+    return sizes[np.array(flat.image_numbers, np.int64)]  # -1 is the last row
+
+
+def measure_polygons(sound: SoundAnnotations) -> None:
+    """Set the extents of polygons and compressed RLEs."""
+    flat = sound.flat
+    if len(flat.parts):
+        begins = np.array(flat.parts, np.int64)[0::2]
+        numbers = np.frombuffer(flat.numbers, np.float64)
+        pairs = begins // 2  # all have an even number of coordinates
+        extents = np.empty((len(begins), 4))
+        for axis in (0, 1):
+            values = numbers[axis::2]
+            np.minimum.reduceat(values, pairs, out=extents[:, axis])
+            np.maximum.reduceat(values, pairs, out=extents[:, 2 + axis])
+        has_parts = (sound.mask_kinds == POLYGONS) & (sound.spans[:, 1] > sound.spans[:, 0])
+        first = sound.spans[has_parts, 0]
+        low = np.minimum.reduceat(extents[:, :2], first)
+        high = np.maximum.reduceat(extents[:, 2:], first)
+        sound.extents[has_parts] = np.hstack([low, high])
+    if len(flat.rle_indices):
+        rle_extents = np.array(flat.rle_extents, np.float64).reshape(-1, 4)
+        sound.extents[np.array(flat.rle_indices, np.int64)] = rle_extents
+
+
+def is_doubtful(sound: SoundAnnotations, sizes: np.ndarray, category_ids: set[int]) -> np.ndarray:
+    """(n,) which annotations may have a fault; the boxes of the others are clipped.
+
+    sizes (n, 2): of their images.  A mask that is missing is no doubt.
+    """
+    flat = sound.flat
+    doubtful = np.array(flat.odd, bool)
+    doubtful |= ~np.isin(sound.categories, list(category_ids))
+    with np.errstate(invalid="ignore", over="ignore"):
+        x, y, width, height = sound.boxes.T
+        low = np.maximum(sound.boxes[:, :2], 0)
+        far_corner = sound.boxes[:, :2] + sound.boxes[:, 2:]
+        high = np.minimum(far_corner, sizes)
+        out = np.stack([-x, -y, *(far_corner - sizes).T])
+        fits = (width >= THINNEST) & (height >= THINNEST) & (high - low >= THINNEST).all(1)
+        doubtful |= ~(fits & (out.max(axis=0, initial=-inf) <= SLACK))
+        sound.clipped[:, :2] = low
+        sound.clipped[:, 2:] = high
+        left, top, right, bottom = sound.extents.T
+        is_polygon = sound.mask_kinds == POLYGONS
+        far = 2 * sizes.max(axis=1)
+        near = (np.minimum(left, top) >= -far) & (np.maximum(right, bottom) <= far)
+        near &= (np.minimum(left, top) >= -LIMIT) & (np.maximum(right, bottom) <= LIMIT)
+        doubtful |= is_polygon & ~near
+        most = (width + 1) * (height + 1)
+        around = (right - left + 1) * (bottom - top + 1)
+        most = np.where(is_polygon, np.maximum(most, around), most)
+        if len(flat.rle_indices):
+            indices = np.array(flat.rle_indices, np.int64)
+            rows, columns = np.array(flat.rle_sizes, np.int64).reshape(-1, 2).T
+            pixels = rows * columns
+            fits = np.isin(sizes[indices, 0] - columns, (0, inf))
+            fits &= np.isin(sizes[indices, 1] - rows, (0, inf))
+            fits &= np.array(flat.rle_sums, np.int64) == pixels
+            doubtful[indices] |= ~fits
+            most[indices] = np.maximum(most[indices], pixels)
+        is_share = (sound.areas < 1) & (width * height > FEW_PIXELS)
+        doubtful |= is_share | (sound.areas > MOST_AREA * most)
+    return doubtful | is_repeated(sound.ids) | is_repeated(twin_keys(sound))
+
+
+def is_repeated(values: np.ndarray) -> np.ndarray:
+    """(n,) which of some whole numbers occur more than once."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def twin_keys(sound: SoundAnnotations) -> np.ndarray:
+    """(n,) uint64, equal for annotations of the same image, category and box; seldom for others."""
+    key = np.array(sound.flat.image_numbers, np.int64).view(np.uint64)
+    boxes = sound.boxes + 0.0  # -0.0 equals 0.0
+    columns = [sound.categories, *boxes.T]
+    for column in columns:
+        key = (key ^ key >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+        key ^= np.ascontiguousarray(column).view(np.uint64)
+    return key
+
+
+# ---------------------------------------------------------------- one by one
+
+
+class EntryCheck:
+    """Judges entries that are not plainly sound, in the order of the file."""
+
+    def __init__(
+        self, sound: SoundAnnotations, images: dict[int | str, SizedImage], category_ids: set[int]
+    ):
+        self.sound = sound
+        self.images = images
+        self.category_ids = category_ids
+        self.first_with_id: dict[int, dict] = {}
+        self.first_with_box: dict[tuple, dict] = {}
+        self.places: dict[int, str] = {}  # of the entries that were judged
+        self.image_ids = list(sound.flat.image_ids)
+        self.rles: dict[int, dict] = {}  # by index, those that are to be measured
+
+    def place(self, index: int) -> str:
+        """Where an annotation is, for a message."""
+        if index in self.places:
+            return self.places[index]
+        image_id = self.image_ids[self.sound.flat.image_numbers[index]]
+        image = self.images[image_id]
+        return f"annotation {self.sound.ids[index]} of image {image_id} ({image.file_name})"
+
+    def without_mask(self, lacks_mask: np.ndarray) -> Iterator[Note]:
+        for index in np.flatnonzero(lacks_mask).tolist():
+            yield index, "ANN_NO_MASK", self.place(index), None
+
+    def judge(self, indices: np.ndarray) -> Iterator[Note]:
+        """The faults of these entries; their rows of the columns are set."""
+        entries = self.sound.flat.entries
+        for start in range(0, len(indices), AT_ONCE):
+            part = indices[start : start + AT_ONCE].tolist()
+            read = entries.read(part)
+            sums = run_sums(compressed_counts(read))
+            checked = [self._check(*pair, sums) for pair in zip(part, read)]
+            self._measure_rles()
+            for index, entry, (place, codes) in zip(part, read, checked):
+                for code in codes:
+                    yield index, code, place, entry if entries.in_memory else None
+
+    def _check(self, index: int, entry: dict, sums: dict[str, int]) -> tuple[str, list[str]]:
+        """(the place, the codes of its faults) of one entry; its row of the columns is set."""
+        sound = self.sound
+        image_id = entry.get("image_id")
+        # ids of other types may not be hashable
+        known = type(image_id) in (int, str) and image_id in self.images
+        image = self.images[image_id] if known else NOT_LISTED
+        place = f"annotation {entry.get('id')} of image {image_id} ({image.file_name})"
+        box, box_fault = clip_box(entry, image.width, image.height)
+        mask = check_segmentation(entry.get("segmentation"), image.width, image.height, sums)
+        codes = entry_faults(entry, known, self.category_ids, self.first_with_id)
+        wrong_area = area_is_wrong(entry, box, mask)
+        if wrong_area:
+            codes.append("ANN_AREA_INVALID")
+        shape_faults = mask.faults | {box_fault} if box_fault else mask.faults
+        codes += sorted(shape_faults)
+        sound.extents[index] = np.nan
+        if any(CODES[code].severity == "error" for code in codes):
+            return place, codes
+        self.places[index] = place
+        is_crowd = int(entry.get("iscrowd") or 0)
+        if box and not is_crowd and mask.usable:
+            if mask.extent:
+                sound.extents[index] = mask.extent
+            else:
+                self.rles[index] = mask.usable
+        key = (image_id, entry["category_id"], *entry["bbox"])
+        twin = self.first_with_box.setdefault(key, entry)
+        if box and twin is not entry and is_identical(twin, entry):
+            codes.append("ANN_DUPLICATE")
+            box = None
+        if box and not is_crowd and not mask.usable:
+            codes.append("ANN_NO_MASK")
+        area = None if wrong_area else entry.get("area")
+        sound.is_sound[index] = True
+        sound.is_crowd[index] = is_crowd
+        sound.areas[index] = np.nan if area is None else area
+        sound.clipped[index] = box or np.nan
+        self._set_mask(index, mask.usable)
+        return place, codes
+
+    def _measure_rles(self) -> None:
+        extents = rle_extents(list(self.rles.values()))
+        for index, extent in zip(self.rles, extents):
+            self.sound.extents[index] = extent or NO_EXTENT
+        self.rles = {}
+
+    def _set_mask(self, index: int, usable: list | dict | None) -> None:
+        """Set what is usable of an entry's mask."""
+        flat = self.sound.flat
+        kind = NO_MASK
+        span = (0, 0)
+        if isinstance(usable, list):
+            kind = POLYGONS
+            first = len(flat.parts) // 2
+            for polygon in usable:
+                flat.add_polygon(polygon)
+            span = (first, len(flat.parts) // 2)
+        elif usable and type(usable["counts"]) is str:
+            kind = RLE_TEXT
+            span = flat.add_text(usable["counts"])
+        elif usable:
+            kind = RLE_RUNS
+            span = flat.add_runs(usable["counts"])
+        self.sound.mask_kinds[index] = kind
+        self.sound.spans[index] = span
+
+    def measured_extents(self) -> np.ndarray:
+        """(n, 4) extents of the masks that are compared with their boxes; NaN for the others."""
+        counts = self.sound.is_sound & ~self.sound.is_crowd
+        return np.where(counts[:, None], self.sound.extents, np.nan)
+
+
+def compressed_counts(entries: list[dict]) -> list[str]:
+    """The texts of all compressed RLEs."""
+    masks = [entry.get("segmentation") for entry in entries]
+    counts = [mask.get("counts") for mask in masks if isinstance(mask, dict)]
+    return [text for text in counts if type(text) is str]
