@@ -21,6 +21,7 @@ from rfdetr.device import compile_in_place, pick_device, pick_inference_precisio
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.coco_eval import format_table
+from rfdetr.tiling import tiling_of
 from rfdetr.weights import checkpoint
 
 
@@ -42,16 +43,20 @@ def main(argv: list[str] | None = None) -> None:
     if settings.compile:
         compile_in_place(model.encoder, device, weights_stay=True)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
-    for problem in shrink_problems(split, resolution, model.size.block):
-        warn(problem.message)
-    dataset = SplitDataset(split, resolution, None, masks=False)
+    tiling = tiling_of(content, settings.tile, settings.tile_overlap, settings.tile_full)
+    if tiling:
+        tick(tiling.told())
+    else:
+        for problem in shrink_problems(split, resolution, model.size.block):
+            warn(problem.message)
+    dataset = SplitDataset(split, resolution, None, masks=False, tiling=tiling)
     pin = device.type == "cuda"
     loader = evaluation_loader(dataset, settings.batch, settings.workers, pin=pin)
     masks = model.head is not None and split.mask_count > 0
     evaluator = SplitEvaluator(loader, table, precision, masks)
 
     coco = evaluator.collect(model)
-    check_unread(evaluator.unread, split)
+    check_unread(evaluator.unread, dataset.split)
     summary = coco.summary()
     place = f"{settings.dataset} ({settings.split}, {len(split.images)} images, {resolution} px)"
     print(f"{settings.checkpoint} on {place}")

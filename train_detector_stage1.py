@@ -22,6 +22,7 @@ from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
 from rfdetr.training.session import (
     adapt_encoder,
+    choose_tiles,
     class_table,
     make_trainer,
     split_evaluator,
@@ -34,6 +35,7 @@ from rfdetr.weights.start import start_detector
 def main(argv: list[str] | None = None) -> None:
     settings, resumed = training_settings(DetectorSettings, __doc__, argv)
     session = begin(settings, resumed)
+    choose_tiles(session, resumed)
     table = class_table(session, settings.head)
     model = Detector(
         session.size,

@@ -38,7 +38,13 @@ from rfdetr.training.next_commands import DATA_FLAGS, flags_of, predict_with
 from rfdetr.training.objective import input_sides
 from rfdetr.training.optim import parameter_group
 from rfdetr.training.report import draw_guesses
-from rfdetr.training.session import Session, make_trainer, split_evaluator, training_data
+from rfdetr.training.session import (
+    Session,
+    choose_tiles,
+    make_trainer,
+    split_evaluator,
+    training_data,
+)
 from rfdetr.weights import checkpoint
 
 
@@ -53,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     warn_of_other_exif(content, session.train, path)
     session.trained_on = checkpoint.trained_on(content)
     session.resolution = checkpoint.input_side(content, settings.resolution, path)
+    choose_tiles(session, content)
     rows_in_file = checkpoint.table_of(content).rows_total
     head_name = mask_head_name(settings, content, path)
     detector, table = frozen_detector(session, content, path)

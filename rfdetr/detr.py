@@ -30,7 +30,7 @@ from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
 from rfdetr.placement import Placement
 from rfdetr.settings import PredictionSettings
 from rfdetr.sizes import SIZES
-from rfdetr.tiling import Tiling, choose_tile, crop
+from rfdetr.tiling import Tiling, crop, tiling_of
 from rfdetr.weights.checkpoint import build_model, input_side, load, require_size
 from rfdetr.weights.download import find_weights
 
@@ -73,8 +73,8 @@ class RFDETR:
         self.precision = pick_inference_precision(amp, place, model.size.recipe.amp)
         self.runner = DetectionRunner(self.table, self.precision)
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
-        self.trained_tile = content.get("tile") or 0  # pixels of an image; 0: no tiles
-        self.trained_side = content.get("image_side")  # pixels; None: of an earlier version
+        # tile and image_side, as in a checkpoint
+        self.trained_with = {name: content.get(name) for name in ("tile", "image_side")}
 
     @classmethod
     def from_checkpoint(
@@ -138,8 +138,7 @@ class RFDETR:
 
         Raises UserError where there is nothing to tell what "auto" is.
         """
-        side = choose_tile(tile, self.trained_tile, self.trained_side)
-        return Tiling(side, overlap, full) if side else None
+        return tiling_of(self.trained_with, tile, overlap, full)
 
     def _predict(
         self,
@@ -209,15 +208,7 @@ class RFDETR:
                     detections, of_detections, chosen, self.model.head, self.precision
                 )
         merged = merge(seen, height, width)
-        prediction = Prediction(
-            original=original,
-            table=self.table,
-            boxes=merged.boxes,
-            scores=merged.scores,
-            labels=merged.labels,
-            rles=merged.rles(),
-            mask_scores=merged.mask_scores,
-        )
+        prediction = merged.as_prediction(original, self.table)
         return prediction.without_duplicates(nms) if len(windows) > 1 else prediction
 
     def _resized(self, original: np.ndarray) -> Tensor:

@@ -168,7 +168,8 @@ def fit(
     keeper = make_keeper(session, trainer, pack)
     if session.resumed:
         go_on(session, keeper)
-    health = RunHealth(session.folder, session.run, session.train, progress, keeper.nan_batches)
+    images = loader.dataset.split
+    health = RunHealth(session.folder, session.run, images, progress, keeper.nan_batches)
     signals = StopSignals(lambda: save_and_say(session, keeper))
     clock = RunClock(progress, settings.epochs)
     curves = StepCurves(session.run.scalars, progress.steps) if session.run else None
@@ -228,6 +229,7 @@ def make_keeper(
         "left_out": train.left_out,
         "exif": train.exif,
         "image_side": typical_side(train),
+        "tile": session.tiling.side if session.tiling else 0,
         "guessed_masks": session.guess_masks,
         "trained_on": trained_on.unique(),
     }

@@ -65,7 +65,22 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings(DataSettings):
+class TileSettings:
+    """Large images in parts."""
+
+    tile: int | str | None = integer(
+        None,
+        "train on tiles of so many pixels of larger images; auto: by the objects' sizes; 0: on "
+        "whole images (default: whole images, stage 2 as its detector)",
+        low=0,
+        words=("auto",),
+    )
+    tile_overlap: float = decimal(0.2, "share of a tile that the next one shows, too", high=0.9)
+    tile_full: bool = switch(False, "with tiles: look at the whole image, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(TileSettings, DataSettings):
     """What the three training scripts have in common."""
 
     stage: ClassVar[str]  # "detector", "segmentation" or "single"
@@ -304,8 +319,8 @@ STAGES: dict[str, type[TrainingSettings]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TileSettings:
-    """Large images in parts."""
+class InferenceSettings(TileSettings):
+    """What evaluate.py and predict.py have in common."""
 
     tile: int | str | None = integer(
         None,
@@ -314,13 +329,6 @@ class TileSettings:
         low=0,
         words=("auto",),
     )
-    tile_overlap: float = decimal(0.2, "share of a tile that the next one shows, too", high=0.9)
-    tile_full: bool = switch(False, "with tiles: look at the whole image, too")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InferenceSettings(TileSettings):
-    """What evaluate.py and predict.py have in common."""
 
     checkpoint: Path = checkpoint_file(
         REQUIRED, "a file of this repository, a run's folder (its best.pt), or an official file"

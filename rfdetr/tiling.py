@@ -105,3 +105,12 @@ def choose_tile(tile: int | str | None, trained_tile: int, trained_side: int | N
     if not is_number or tile and tile < LEAST_TILE:
         raise UserError(f"tile must be 0, auto, or {LEAST_TILE} pixels or more, got {tile!r}")
     return int(tile)
+
+
+def tiling_of(content: dict, tile: int | str | None, overlap: float, full: bool) -> Tiling | None:
+    """The tiles to predict or score with, None for none; tile: as in --tile.
+
+    content: of the checkpoint. Raises UserError.
+    """
+    side = choose_tile(tile, content.get("tile") or 0, content.get("image_side"))
+    return Tiling(side, overlap, full) if side else None

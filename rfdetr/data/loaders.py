@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from rfdetr.console import UserError, warn
 from rfdetr.data.augment import LEAST_SIDE, PRESETS, move_boxes, random_view
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
-from rfdetr.data.records import CocoSplit
+from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.data.tiles import in_tiles, visible_objects
 from rfdetr.data.workers import begin_worker
 from rfdetr.masks import rasterise
+from rfdetr.tiling import Tiling, Window, crop
 
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
 GUESSES_KEPT = 100_000  # masks that each process keeps, about 50 MB; others are guessed anew
@@ -76,15 +79,20 @@ class SplitDataset(Dataset):
         augment: str | None,
         masks: bool,
         guess: bool = False,
+        tiling: Tiling | None = None,
     ):
         """augment: a name in augment.PRESETS, or None.  guess: masks that are missing are guessed
-        from the boxes.
+        from the boxes.  tiling: the images are those tiles; with augmentation not the same ones
+        each time.
         """
-        self.split = split
+        self.whole_split = split
+        self.split = in_tiles(split, tiling)
+        self.tiling = tiling
         self.resolution = resolution
         self.augment = augment
         self.masks = masks
         self.guess = guess
+        self.last_read: tuple[Path | None, np.ndarray | None] = (None, None)  # cut into tiles
         self.guessed: dict[int, list] = {}  # index -> the image's masks, of the first images
         self.guesses = 0  # how many masks these have
         self.crops = augment is not None and PRESETS[augment].crop_chance > 0
@@ -97,6 +105,21 @@ class SplitDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split.images)
 
+    def positions_of(self, images: list[int]) -> list[int]:
+        """Of images of the split, by number: their tiles' positions where there are tiles."""
+        if self.tiling is None:
+            return images
+        wanted = set(images)
+        places = self.split.images.places
+        return [index for index, (number, _) in enumerate(places) if number in wanted]
+
+    def share_of(self, rank: int, world: int) -> list[int]:
+        """Every `world`-th image of the split, in order; an image's tiles stay together."""
+        if self.tiling is None:
+            return list(range(rank, len(self), world))
+        places = self.split.images.places
+        return [index for index, (number, _) in enumerate(places) if number % world == rank]
+
     @property
     def bytes_of_images(self) -> int:
         return len(self) * 3 * self.resolution**2
@@ -106,26 +129,38 @@ class SplitDataset(Dataset):
         augmented = self.augment is not None and seed is not None
         # Crops are taken from the whole image. Everything else is from the resized one, which is
         # worth keeping.
-        index, image, unread = self.image(index, whole=augmented and self.crops)
-        height, width = image.shape[-2:]
+        moves = augmented and self.tiling is not None
+        index, image, unread = self.image(index, augmented and self.crops, seed if moves else None)
+        record = self.record(index, seed if moves else None)
         matrix = np.eye(2, 3)
+        height, width = image.shape[-2:]
         if augmented:
             image, matrix = self._augmented(image, seed)
-        record = self.split.images[index]
-        matrix = matrix * [width / record.width, height / record.height, 1]
-        return {"image": image, "target": self._target(index, matrix), "unread": unread}
+        matrix = matrix @ to_pixels_of(record, height, width)
+        return {"image": image, "target": self._target(index, record, matrix), "unread": unread}
 
-    def image(self, index: int, whole: bool = False) -> tuple[int, Tensor, dict[int, str]]:
+    def record(self, index: int, seed: int | None = None) -> ImageRecord:
+        """An image, or a tile of one; seed: the tile is moved by it."""
+        images = self.split.images
+        record = images[index] if seed is None else images.moved(index, seed)
+        if self.masks and self.guess and None in record.segmentations:
+            record = replace(record, segmentations=self.segmentations(index, record.window))
+        return record
+
+    def image(
+        self, index: int, whole: bool = False, seed: int | None = None
+    ) -> tuple[int, Tensor, dict[int, str]]:
         """(index, pixels, {index of an unreadable image: why}) of the first image to be read.
 
         The images are tried from `index` on.  Pixels are uint8 (3, R, R), or (3, H, W) where the
-        `whole` image is asked for.  Raises UserError where no image of the split can be read.
+        `whole` image is asked for; seed: a tile is moved by it.  Raises UserError where no image of
+        the split can be read.
         """
         unread: dict[int, str] = {}
         while len(unread) < len(self):
             self._note_in_work(index)
             try:
-                pixels = self._read(index) if whole else self._resized(index)
+                pixels = self._read(index, seed) if whole else self._resized(index, seed)
                 return index, pixels, unread
             except UserError as error:
                 unread[index] = str(error)
@@ -164,15 +199,13 @@ class SplitDataset(Dataset):
         torch.set_rng_state(state)
         return view
 
-    def _target(self, index: int, matrix: np.ndarray) -> dict:
+    def _target(self, index: int, record: ImageRecord, matrix: np.ndarray) -> dict:
         """An image's objects, as in Batch.  matrix (2, 3): from its pixels to those of the view."""
-        record = self.split.images[index]
         side = self.resolution
         boxes = move_boxes(record.boxes, matrix, side)
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
         relative = torch.from_numpy(boxes[kept] / side).float()
-        all_segmentations = self.segmentations(index) if self.masks else record.segmentations
-        segmentations = [all_segmentations[i] for i in kept]
+        segmentations = [record.segmentations[i] for i in kept]
         has_mask = [segmentation is not None for segmentation in segmentations]
         target = {
             "boxes": box_convert(relative, "xyxy", "cxcywh"),
@@ -187,32 +220,64 @@ class SplitDataset(Dataset):
                     rasterise(segmentation, record.height, record.width, matrix, mask)
         return target
 
-    def segmentations(self, index: int) -> list[list | dict | None]:
-        """The masks of an image's objects, guessed ones among them where that is asked for."""
-        record = self.split.images[index]
+    def segmentations(self, index: int, window: Window | None = None) -> list[list | dict | None]:
+        """The masks of an image's objects, guessed ones among them where that is asked for.
+
+        window: of a tile that was moved; else it is where the split has it.
+        """
+        if self.tiling is None:
+            return self._segmentations_of_image(index)
+        number, own_window = self.split.images.places[index]
+        masks = self._segmentations_of_image(number)
+        kept = visible_objects(self.whole_split.images[number], window or own_window)
+        return [masks[i] for i in kept]
+
+    def _segmentations_of_image(self, index: int) -> list[list | dict | None]:
+        record = self.whole_split.images[index]
         if not self.guess or None not in record.segmentations:
             return record.segmentations
         if index in self.guessed:
             return self.guessed[index]
         side = max(self.resolution, GUESSING_SIDE)
-        pixels = v2.functional.resize(self._read(index), [side, side], antialias=True)
+        image = torch.from_numpy(load_image(record)).permute(2, 0, 1)
+        pixels = v2.functional.resize(image, [side, side], antialias=True)
         masks = with_guesses(record, pixels.permute(1, 2, 0).numpy())
         if self.guesses + len(masks) <= GUESSES_KEPT:
             self.guessed[index] = masks
             self.guesses += len(masks)
         return masks
 
-    def _resized(self, index: int) -> Tensor:
-        if self.cache is not None and index in self.cache:
+    def _resized(self, index: int, seed: int | None = None) -> Tensor:
+        is_kept = self.cache is not None and seed is None
+        if is_kept and index in self.cache:
             return self.cache[index]
         size = [self.resolution, self.resolution]
-        image = v2.functional.resize(self._read(index), size, antialias=True).contiguous()
-        if self.cache is not None:
+        image = v2.functional.resize(self._read(index, seed), size, antialias=True).contiguous()
+        if is_kept:
             self.cache[index] = image
         return image
 
-    def _read(self, index: int) -> Tensor:
-        return torch.from_numpy(load_image(self.split.images[index])).permute(2, 0, 1)  # (3, H, W)
+    def _read(self, index: int, seed: int | None = None) -> Tensor:
+        """(3, H, W) of an image or a tile; seed: the tile is moved by it."""
+        images = self.split.images
+        record = images[index] if seed is None else images.moved(index, seed)
+        if record.window is None:
+            return torch.from_numpy(load_image(record)).permute(2, 0, 1)
+        file, pixels = self.last_read
+        if file != record.path:
+            pixels = load_image(record)
+            self.last_read = (record.path, pixels)
+        return torch.from_numpy(crop(pixels, record.window)).permute(2, 0, 1)
+
+
+def to_pixels_of(record: ImageRecord, height: int, width: int) -> np.ndarray:
+    """(3, 3): from a record's image to pixels of what is seen of it, resized to height x width."""
+    seen = record.window or Window(0, 0, record.width, record.height)
+    x_scale = width / seen.width
+    y_scale = height / seen.height
+    return np.array(
+        [[x_scale, 0, -seen.left * x_scale], [0, y_scale, -seen.top * y_scale], [0, 0, 1]]
+    )
 
 
 class EpochSampler(Sampler):
@@ -301,7 +366,7 @@ def evaluation_loader(
 
     Images that cannot be read are left out.
     """
-    keys = [(index, None) for index in range(rank, len(dataset), world)]
+    keys = [(index, None) for index in dataset.share_of(rank, world)]
     batches = [keys[start : start + batch] for start in range(0, len(keys), batch)]
     return make_loader(
         dataset,

@@ -13,6 +13,7 @@ import numpy as np
 from rfdetr.data.columns import PROOF_OF, Columns
 from rfdetr.data.faults import Problem
 from rfdetr.data.flat import NO_MASK
+from rfdetr.tiling import Window
 
 
 @dataclass
@@ -36,6 +37,7 @@ class ImageRecord:
     apply_exif: bool  # whether load_image turns or mirrors the stored pixels
     file_sha256: bytes  # of the whole file where the check decoded it, else empty
     content_hash: int | None  # image_files.content_hash; None where the file cannot be read
+    window: Window | None = None  # of a tile: the part of the image that is seen
 
 
 class ImageTable(Sequence):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.data.images import load_image
 from rfdetr.data.loaders import note_unread
-from rfdetr.data.records import CocoSplit
+from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import Precision
 from rfdetr.inference.detections import (
@@ -24,8 +25,11 @@ from rfdetr.inference.detections import (
     Detections,
     draw_masks,
     make_predictions,
+    sure_detections,
 )
 from rfdetr.inference.originals import Original
+from rfdetr.inference.prediction import Prediction
+from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
 from rfdetr.inference.visualise import MIN_SIDE, draw, picture_colours, side_by_side
 from rfdetr.masks import to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator, counting
@@ -49,6 +53,21 @@ class ImageDetections:
     mask_scores: np.ndarray | None
 
 
+@dataclass
+class TilesOfImage:
+    """What is seen in the tiles of an image; number: its place in the split."""
+
+    number: int
+    tiles: list[DetectedInWindow]
+
+
+def placed(record: ImageRecord) -> Placement:
+    """Where the model's input lies in an image of a split: as a whole, or a tile."""
+    if record.window is None:
+        return Placement.resized(record.height, record.width)
+    return Placement.of_window(record.window, record.height, record.width)
+
+
 class SplitEvaluator:
     """Scores a model on a split and draws its detections.
 
@@ -67,6 +86,9 @@ class SplitEvaluator:
         """masks: score a whole model's masks as well as its boxes."""
         self.loader = loader
         self.split: CocoSplit = loader.dataset.split
+        self.whole_split: CocoSplit = (
+            loader.dataset.whole_split
+        )  # its images, where those are tiles
         self.table = table
         self.runner = DetectionRunner(table, precision)
         self.precision = precision
@@ -90,9 +112,13 @@ class SplitEvaluator:
         head = self._head(model)
         images = []
         with naming_workers(self.loader.dataset.images_in_work):
-            for detections in self.detections(model):
-                images += self._in_originals(detections, head)
-        evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
+            if self.loader.dataset.tiling:
+                for tiles in self._tiles_by_image(model, head, self._counting):
+                    images.append(self._merged(tiles))
+            else:
+                for detections in self.detections(model):
+                    images += self._in_originals(detections, head)
+        evaluator = CocoEvaluator(self.whole_split.ground_truth, masks=head is not None)
         for of_rank in distributed.gather_objects(images):
             for image in of_rank:
                 evaluator.add(
@@ -108,6 +134,9 @@ class SplitEvaluator:
     def pictures(self, model: nn.Module, count: int) -> Iterator[tuple[str, Image.Image]]:
         """The names and pictures of the first `count` images: ground truth beside prediction."""
         head = self._head(model)
+        if self.loader.dataset.tiling:
+            yield from self._pictures_of_tiles(model, head, count)
+            return
         for detections in self.detections(model):
             for i, index in enumerate(detections.indices[:count]):
                 yield self.split.images[index].path.stem, self._picture(detections[i : i + 1], head)
@@ -131,7 +160,7 @@ class SplitEvaluator:
         for batch in ProgressBar(self.loader, "detecting", "batches"):
             note_unread(batch.unread, self.unread)
             records = [self.split.images[index] for index in batch.indices]
-            placements = [Placement.resized(record.height, record.width) for record in records]
+            placements = [placed(record) for record in records]
             yield from self.runner.run(model, batch.images, placements, batch.indices)
 
     def _head(self, model: nn.Module) -> AnyMaskHead | None:
@@ -158,9 +187,7 @@ class SplitEvaluator:
         ]
         if head is None:
             return images
-        chosen = [
-            np.flatnonzero(counting(image.boxes, image.scores, image.labels)) for image in images
-        ]
+        chosen = self._counting(detections)
         masks = draw_masks(head, detections, chosen, self.precision)
         return [
             ImageDetections(
@@ -173,6 +200,65 @@ class SplitEvaluator:
             )
             for image, drawn, (rles, mask_scores) in zip(images, chosen, masks)
         ]
+
+    def _counting(self, detections: Detections) -> list[np.ndarray]:
+        """Of each image the detections that a figure can depend on."""
+        scores = detections.scores.numpy()
+        labels = detections.labels.numpy()
+        return [
+            np.flatnonzero(counting(detections.boxes_in_original(i), scores[i], labels[i]))
+            for i in range(len(detections.indices))
+        ]
+
+    def _tiles_by_image(
+        self,
+        model: nn.Module,
+        head: AnyMaskHead | None,
+        choose: Callable[[Detections], list[np.ndarray]],
+    ) -> Iterator[TilesOfImage]:
+        """What is seen in the tiles of one image after the other; choose: which detections."""
+        current = None
+        for detections in self.detections(model):
+            places = [self.split.images.places[index] for index in detections.indices]
+            windows = [window for _, window in places]
+            seen = in_windows(detections, windows, choose(detections), head, self.precision)
+            for (number, _), tile in zip(places, seen):
+                if current is None or current.number != number:
+                    if current is not None:
+                        yield current
+                    current = TilesOfImage(number, [])
+                current.tiles.append(tile)
+        if current is not None:
+            yield current
+
+    def _merged(self, seen: TilesOfImage) -> ImageDetections:
+        record = self.whole_split.images[seen.number]
+        merged = merge(seen.tiles, record.height, record.width)
+        return ImageDetections(
+            image_id=record.id,
+            boxes=merged.boxes,
+            scores=merged.scores,
+            labels=np.asarray(self.split.category_ids)[merged.labels],
+            rles=merged.rles(),
+            mask_scores=merged.mask_scores,
+        )
+
+    def _pictures_of_tiles(
+        self, model: nn.Module, head: AnyMaskHead | None, count: int
+    ) -> Iterator[tuple[str, Image.Image]]:
+        """As `pictures`, of whole images."""
+        nms = PredictionSettings.nms
+
+        def choose(detections: Detections) -> list[np.ndarray]:
+            return sure_detections(detections, DRAW_THRESHOLD, nms)
+
+        for seen in itertools.islice(self._tiles_by_image(model, head, choose), count):
+            record = self.whole_split.images[seen.number]
+            image = load_image(record)
+            original = Original(record.height, record.width, pixels=image)
+            merged = merge(seen.tiles, record.height, record.width)
+            prediction = merged.as_prediction(original, self.table).without_duplicates(nms)
+            yield record.path.stem, self._beside_truth(record, image, prediction, head)
 
     def _picture(self, detections: Detections, head: AnyMaskHead | None) -> Image.Image:
         """Ground truth at the left, the detections in this one image at the right."""
@@ -188,6 +274,15 @@ class SplitEvaluator:
             self.precision,
             nms=PredictionSettings.nms,
         )
+        return self._beside_truth(record, image, prediction, head)
+
+    def _beside_truth(
+        self,
+        record: ImageRecord,
+        image: np.ndarray,
+        prediction: Prediction,
+        head: AnyMaskHead | None,
+    ) -> Image.Image:
         true_masks = None
         if head is not None:
             true_masks = [

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rfdetr.classes import ClassTable
 from rfdetr.device import Precision
 from rfdetr.inference.detections import AnyMaskHead, Detections, paste_masks
+from rfdetr.inference.originals import Original
+from rfdetr.inference.prediction import Prediction
 from rfdetr.masks import encode_window
 from rfdetr.tiling import Window
 
@@ -83,6 +86,17 @@ class Merged:
     labels: np.ndarray
     masks: list[PixelMask] | None
     mask_scores: np.ndarray | None
+
+    def as_prediction(self, original: Original, table: ClassTable) -> Prediction:
+        return Prediction(
+            original=original,
+            table=table,
+            boxes=self.boxes,
+            scores=self.scores,
+            labels=self.labels,
+            rles=self.rles(),
+            mask_scores=self.mask_scores,
+        )
 
     def rles(self) -> list[dict] | None:
         """The masks as COCO RLEs of the image's size."""

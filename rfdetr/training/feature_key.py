@@ -56,6 +56,8 @@ def digest_of_images(split: CocoSplit) -> str:
         for sample, image in zip(shown, split.images):
             file = image.path.stat()
             told_by = (image.file_name, file.st_size, file.st_mtime_ns, image.apply_exif)
+            if image.window:
+                told_by += tuple(image.window)
             images.update(repr(told_by).encode())
             images.update(sample + image.boxes.tobytes() + image.labels.tobytes())
     return images.hexdigest()

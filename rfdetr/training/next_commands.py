@@ -14,7 +14,7 @@ from rfdetr.text import command_line, keep_flags
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
 
-DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename")
+DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename", "tile")
 USUAL_DEVICE = "auto"
 
 

@@ -61,8 +61,9 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
     repeated = words_on_repetition(session)
     if repeated:
         tick(repeated)
-    for problem in shrink_problems(session.train, session.resolution, session.size.block):
-        warn(problem.message)
+    if not session.tiling:
+        for problem in shrink_problems(session.train, session.resolution, session.size.block):
+            warn(problem.message)
     valid = session.splits["valid"]
     if not valid.images:
         warn(

@@ -16,6 +16,7 @@ from rfdetr.console import tick
 from rfdetr.data.loaders import EpochSampler, SplitDataset, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
+from rfdetr.data.tiles import training_tiling
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
@@ -23,6 +24,7 @@ from rfdetr.runs.folder import given_run, new_run
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
 from rfdetr.sizes import ModelSize
+from rfdetr.tiling import AUTO, Tiling
 from rfdetr.training.auto_batch import find_micro_batch
 from rfdetr.training.engine import Progress, Trainer
 from rfdetr.training.optim import has_fused_adamw, make_schedule
@@ -45,6 +47,7 @@ class Session:
     resolution: int | None  # side of the model's input; stage 2 takes its detector's
     trained_on: Tensor | None  # content hashes of the images that its start was trained on
     guess_masks: bool = False  # of training objects that have none
+    tiling: Tiling | None = None  # of the images
     folder: Path | None = None
     run: Run | None = None  # open on rank 0 alone
 
@@ -71,6 +74,34 @@ def class_table(session: Session, head: str) -> ClassTable:
     return table.in_order_of(train.class_names, train.category_ids, where)
 
 
+def choose_tiles(session: Session, content: dict | None = None) -> None:
+    """Set the run's tiles, and say what they are.
+
+    content: the checkpoint that a run begins with or is resumed from; where --tile is left open,
+    the tiles are its own. Raises UserError.
+    """
+    settings = session.settings
+    tile = settings.tile
+    known = (content or {}).get("tile")
+    if known is not None and (tile is None or session.resumed and tile == AUTO):
+        tile = known
+    session.tiling = training_tiling(
+        session.train, session.resolution, tile, settings.tile_overlap, settings.tile_full
+    )
+    if session.tiling:
+        images = session.train.images
+        tick(f"{session.tiling.told()}: {len(images)} images are {count_of_tiles(session)}")
+    elif tile == AUTO:
+        tick("--tile auto: objects are large enough in whole images")
+
+
+def count_of_tiles(session: Session) -> str:
+    images = session.train.images
+    sizes = images.sizes.tolist()
+    count = sum(len(session.tiling.windows(height, width)) for width, height in sizes)
+    return f"{count:,} tiles"
+
+
 def adapt_encoder(session: Session, model: Detector) -> None:
     """What --freeze_encoder and --compile ask for."""
     if session.settings.freeze_encoder:
@@ -93,7 +124,8 @@ def training_data(
     settings = session.settings
     augment = session.size.recipe.augment
     side = max(sides, default=session.resolution)
-    dataset = SplitDataset(session.train, side, augment, masks, session.guess_masks)
+    dataset = SplitDataset(session.train, side, augment, masks, session.guess_masks, session.tiling)
+    drawn = images_with_drawn_masks(session.train) if session.guess_masks else []
     sampler = EpochSampler(
         len(dataset),
         settings.effective_batch,
@@ -101,7 +133,7 @@ def training_data(
         settings.min_steps,
         distributed.rank(),
         distributed.world_size(),
-        images_with_drawn_masks(session.train) if session.guess_masks else (),
+        dataset.positions_of(drawn),
     )
     if settings.fast_dev_run:
         sampler.steps = min(sampler.steps, settings.fast_dev_run)
@@ -152,7 +184,7 @@ def split_evaluator(
     if settings.fast_dev_run:
         images = split.images[: batch * settings.fast_dev_run]
         split = replace(split, images=images)
-    dataset = SplitDataset(split, session.resolution, None, masks=False)
+    dataset = SplitDataset(split, session.resolution, None, masks=False, tiling=session.tiling)
     rank = distributed.rank()
     world = distributed.world_size()
     pin = session.device.type == "cuda"

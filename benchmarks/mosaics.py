@@ -1,0 +1,111 @@
+"""A dataset's images laid side by side into large ones, to try tiles on: every object once.
+
+python benchmarks/mosaics.py --dataset nuclei --out nuclei_1024 --side 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_api
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rfdetr.masks import to_rle  # noqa: E402
+
+GROUND = 128  # gray where no image lies
+ANNOTATIONS = "_annotations.coco.json"
+
+
+def rows_of(sizes: list[tuple[int, int]], side: int) -> list[tuple[int, int, int, int]]:
+    """(picture, index, left, top) of images (width, height) in their order, in rows; those larger
+    than a picture are left out.
+    """
+    places = []
+    picture = 0
+    left = 0
+    top = 0
+    row_height = 0
+    for index, (width, height) in enumerate(sizes):
+        if max(width, height) > side:
+            continue
+        if left + width > side:
+            left = 0
+            top += row_height
+            row_height = 0
+        if top + height > side:
+            picture += 1
+            left = 0
+            top = 0
+            row_height = 0
+        places.append((picture, index, left, top))
+        left += width
+        row_height = max(row_height, height)
+    return places
+
+
+def moved(annotation: dict, left: int, top: int, side: int) -> dict:
+    """The annotation as it lies in a picture of side x side pixels."""
+    x, y, width, height = annotation["bbox"]
+    shape = annotation["segmentation"]
+    if isinstance(shape, list):
+        shift = np.array([left, top])
+        shape = [(np.reshape(one, (-1, 2)) + shift).ravel().tolist() for one in shape]
+    elif shape:
+        small = mask_api.decode(to_rle(shape, *shape["size"]))
+        canvas = np.zeros((side, side), dtype=np.uint8, order="F")
+        canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
+        shape = mask_api.encode(canvas)
+        shape["counts"] = shape["counts"].decode()
+    return annotation | {"bbox": [x + left, y + top, width, height], "segmentation": shape}
+
+
+def make_mosaics(source: Path, target: Path, side: int) -> None:
+    """Write the mosaics of one split's folder."""
+    data = json.loads((source / ANNOTATIONS).read_text(encoding="utf-8"))
+    target.mkdir(parents=True)
+    places = rows_of([(image["width"], image["height"]) for image in data["images"]], side)
+    of_image: dict[int, list[dict]] = {}
+    for annotation in data["annotations"]:
+        of_image.setdefault(annotation["image_id"], []).append(annotation)
+    images = []
+    annotations = []
+    for picture in range(places[-1][0] + 1 if places else 0):
+        canvas = np.full((side, side, 3), GROUND, dtype=np.uint8)
+        for _, index, left, top in [place for place in places if place[0] == picture]:
+            image = data["images"][index]
+            pixels = np.asarray(Image.open(source / image["file_name"]).convert("RGB"))
+            height, width = pixels.shape[:2]
+            canvas[top : top + height, left : left + width] = pixels
+            for annotation in of_image.get(image["id"], []):
+                new = moved(annotation, left, top, side)
+                annotations.append(new | {"id": len(annotations) + 1, "image_id": picture + 1})
+        name = f"mosaic_{picture:03d}.png"
+        Image.fromarray(canvas).save(target / name)
+        images.append({"id": picture + 1, "file_name": name, "width": side, "height": side})
+    content = {"images": images, "annotations": annotations, "categories": data["categories"]}
+    (target / ANNOTATIONS).write_text(json.dumps(content), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--side", type=int, default=1024)
+    args = parser.parse_args()
+    for split in ("train", "valid", "test"):
+        if (args.dataset / split / ANNOTATIONS).is_file():
+            make_mosaics(args.dataset / split, args.out / split, args.side)
+    print(f"Next: python train_detector_stage1.py --dataset {args.out} --size tiny --tile auto")
+
+
+if __name__ == "__main__":
+    main()
