@@ -155,7 +155,8 @@ def run_job(args):
     begin = time.time()
     job = Job(args)
     job.choose_dataset_and_size()
-    job.step("validate_setup.py", *job.flags(*(DATA_FLAGS + MODEL_FLAGS)))
+    checked = job.flags(*(DATA_FLAGS + MODEL_FLAGS)) + job.tile_flag()
+    job.step("validate_setup.py", *checked)
     job.count_images()
     detector, weights = job.train_detector()
     checkpoint = job.shrink(detector, weights)
@@ -205,6 +206,10 @@ class Job(object):
                 words += ["--" + name, str(value)]
         return tuple(words)
 
+    def tile_flag(self):
+        """Of stage 1 and of the checks; later steps find it in the checkpoint."""
+        return ("--tile", self.args.tile) if self.args.tile else ()
+
     def step(self, *arguments):
         """Run a script; Stop with its exit code where it fails."""
         code = run(arguments)
@@ -239,7 +244,7 @@ class Job(object):
             self.args.epochs = epochs_for(
                 "Stage 1", self.steps[0], self.images, batch, self.recipe.min_steps
             )
-        own = self.flags("seed", "epochs", "pretrain_weights")
+        own = self.flags("seed", "epochs", "pretrain_weights") + self.tile_flag()
         return self.train("train_detector_stage1.py", "detector", "the detector is", own)
 
     def shrink(self, detector, weights):
@@ -360,6 +365,7 @@ def parse(argv):
         help="orientation of images whose annotated size does not tell")
     add("--rename", nargs="+", action="extend", metavar="OLD=NEW",
         help="call classes otherwise: \"Date=date\" where valid says Date, train date")
+    add("--tile", help="train on tiles of so many pixels of larger images; auto: by the objects")
     add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add("--config", metavar="FILE", help="these settings in YAML; flags win")
     add("--test", nargs=argparse.REMAINDER,

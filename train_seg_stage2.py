@@ -223,7 +223,12 @@ def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
     """What the detector sees of the images without augmentation, for all runs beside this one."""
     settings = session.settings
     plain_images = SplitDataset(
-        session.train, session.resolution, None, masks=True, guess=session.guess_masks
+        split=session.train,
+        resolution=session.resolution,
+        augment=None,
+        masks=True,
+        guess=session.guess_masks,
+        tiling=session.tiling,
     )
     runs = settings.output_dir.parent if settings.output_dir else Path("runs")
     return FeatureCache(losses, plain_images, settings.cache_views, runs / "feature_cache")

@@ -110,7 +110,9 @@ def main() -> None:
     from rfdetr.runs.environment import environment
 
     info = environment()
-    print(f"{info['cpu']}, {info['threads']} threads, torch {info['torch']}, commit {info['commit']}")
+    print(
+        f"{info['cpu']}, {info['threads']} threads, torch {info['torch']}, commit {info['commit']}"
+    )
     split = read_dataset(args.dataset)["valid"]
     model = RFDETR.from_checkpoint(args.checkpoint, device="cpu")
     mosaic = np.full((args.side, args.side, 3), 128, dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -89,8 +90,9 @@ def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
 
 def read_splits(settings: TrainingSettings, size: ModelSize) -> dict[str, CocoSplit]:
     """The dataset's splits, "test" only where it is to be scored."""
+    queries = math.inf if settings.tile else size.queries  # of a tile, not of an image
     splits = read_dataset(
-        settings.dataset, settings.val_fraction, size.queries, settings.exif, settings.rename
+        settings.dataset, settings.val_fraction, queries, settings.exif, settings.rename
     )
     if settings.run_test and "test" not in splits:
         warn(f"--run_test 1: {settings.dataset} has no test split, it is skipped")

@@ -404,7 +404,7 @@ class ExportSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationSettings(DataSettings):
+class ValidationSettings(TileSettings, DataSettings):
     """validate_setup.py"""
 
     size: str = choice("nano", "model size to be trained", SIZES)

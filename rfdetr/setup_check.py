@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
+from rfdetr.data.tiles import training_tiling
 from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
 from rfdetr.inference.class_sheet import class_sheet
@@ -52,17 +54,23 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         settings.val_fraction,
         settings.need_masks,
         settings.check_images,
-        size.queries,
+        math.inf if settings.tile else size.queries,  # of a tile, not of an image
         settings.exif,
         settings.rename,
     )
     train = splits.get("train")
-    if train:
+    tiling = None
+    if train and settings.tile:
+        tile = settings.tile
+        tiling = training_tiling(train, resolution, tile, settings.tile_overlap, settings.tile_full)
+    if train and not tiling:
         problems += shrink_problems(train, resolution, size.block)
     problems.sort(key=lambda problem: problem.severity)
     counts = {name: describe_split(split, resolution) for name, split in splits.items()}
     if counts:
         print_splits(counts)
+    if tiling:
+        tick(f"{tiling.told()}, cut from the images in training")
     note = exif_note(splits, settings.exif)
     if note:
         tick(note)
@@ -246,7 +254,7 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
         )
     words = ["python", "train_detector_stage1.py", "--dataset", settings.dataset]
     usual = ValidationSettings()
-    for name in ("val_fraction", "exif", "size", "resolution", "device"):
+    for name in ("val_fraction", "exif", "size", "resolution", "device", "tile"):
         value = getattr(settings, name)
         if value != getattr(usual, name):
             words += [f"--{name}", value]

@@ -269,6 +269,8 @@ def test_training_says_it_after_its_banner(dataset, capsys):
         splits=read_dataset(dataset),
         size=SIZES["tiny"],
         resolution=32,
+        tiling=None,
+        images_an_epoch=4,
         progress=SimpleNamespace(micro_batch=1, steps=1),
         precision=SimpleNamespace(name="fp32"),
         run=SimpleNamespace(folder="runs/x"),

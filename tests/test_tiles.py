@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from conftest import quick_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 
+import evaluate
+import predict
+import train_detector_stage1
+import train_seg_stage2
 from rfdetr.console import UserError
+from rfdetr.data.coco import read_dataset
+from rfdetr.data.images import load_image
+from rfdetr.data.loaders import SplitDataset
+from rfdetr.data.tiles import suggested_tile, visible_objects
 from rfdetr.inference.tiles import DetectedInWindow, PixelMask, merge
 from rfdetr.placement import Placement
-from rfdetr.tiling import Tiling, Window, choose_tile
+from rfdetr.tiling import Tiling, Window, choose_tile, crop
+from rfdetr.weights import checkpoint
 
 plainly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -159,3 +174,108 @@ def test_which_tiles_a_checkpoint_is_used_with():
             choose_tile(wrong, 0, 256)
     with pytest.raises(UserError, match="does not say how large"):
         choose_tile("auto", 0, None)
+
+
+# ---------------------------------------------------------------- training and scoring
+
+
+@pytest.fixture
+def tiled(demo) -> SplitDataset:
+    return SplitDataset(read_dataset(demo)["train"], 64, "dihedral", True, tiling=Tiling(64, 0.25))
+
+
+def test_a_tile_shows_its_part_of_the_image_and_the_objects_in_it(tiled):
+    assert len(tiled) == len(tiled.split.images) > len(tiled.whole_split.images)
+    for index in range(0, len(tiled), 5):
+        sample = tiled[index, None]
+        record = tiled.split.images[index]
+        whole = load_image(record)
+        part = torch.from_numpy(crop(whole, record.window)).permute(2, 0, 1)
+        assert torch.equal(sample["image"], part)  # 64 px of the original on 64 px of the input
+        target = sample["target"]
+        assert len(target["labels"]) == len(target["masks"])
+        for mask, (x, y, w, h) in zip(target["masks"].numpy(), target["boxes"].numpy() * 64):
+            rows, columns = np.nonzero(mask)
+            if len(rows):
+                assert rows.min() >= y - h / 2 - 1 and rows.max() + 1 <= y + h / 2 + 1
+                assert columns.min() >= x - w / 2 - 1 and columns.max() + 1 <= x + w / 2 + 1
+
+
+def test_in_training_tiles_move_as_the_seed_says_and_stay_in_the_image(tiled):
+    windows = {tiled.record(0, seed).window for seed in range(20)}
+    assert len(windows) > 5
+    assert all(0 <= w.left < w.right <= 96 and 0 <= w.top < w.bottom <= 96 for w in windows)
+    assert all(w.width == w.height == 64 for w in windows)
+    first = tiled[1, 7]
+    again = tiled[1, 7]
+    assert torch.equal(first["image"], again["image"])
+    assert torch.equal(first["target"]["boxes"], again["target"]["boxes"])
+
+
+def test_objects_that_are_hardly_visible_are_not_learnt_there():
+    boxes = np.array([[0, 0, 40, 40], [50, 0, 90, 40], [60, 0, 100, 40]], dtype=np.float32)
+    record = SimpleNamespace(boxes=boxes)
+    assert visible_objects(record, Window(0, 0, 64, 64)).tolist() == [0, 1]
+
+
+def test_guessed_masks_are_those_of_the_whole_image(demo):
+    split = read_dataset(demo)["train"]
+    images = [replace(i, segmentations=[None] * len(i.segmentations)) for i in split.images]
+    split = replace(split, images=images)
+    whole = SplitDataset(split, 64, None, masks=True, guess=True)
+    tiles = SplitDataset(split, 64, None, masks=True, guess=True, tiling=Tiling(64, 0.25))
+    for index in range(6):
+        number, window = tiles.split.images.places[index]
+        kept = visible_objects(split.images[number], window)
+        assert tiles.segmentations(index) == [whole.segmentations(number)[i] for i in kept]
+
+
+def test_tiles_are_suggested_by_the_sizes_of_the_objects():
+    def split_of(side: int, sides: list[float]) -> SimpleNamespace:
+        boxes = np.array([[0, 0, one, one] for one in sides], dtype=np.float32).reshape(-1, 4)
+        return SimpleNamespace(images=SimpleNamespace(boxes=boxes, sizes=np.array([[side, side]])))
+
+    assert suggested_tile(split_of(2000, [20] * 50), 384) == 480  # 16 px of the input
+    assert suggested_tile(split_of(2000, [20] * 90 + [300] * 10), 384) == 1216  # 4 of the largest
+    assert suggested_tile(split_of(500, [20] * 50), 384) == 0
+    assert suggested_tile(split_of(2000, []), 384) == 0
+
+
+def test_every_rank_scores_all_tiles_of_its_images(tiled):
+    shares = [tiled.share_of(rank, 2) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == list(range(len(tiled)))
+    numbers = [{tiled.split.images.places[index][0] for index in share} for share in shares]
+    assert not numbers[0] & numbers[1]
+
+
+@pytest.mark.slow
+def test_a_run_in_tiles_is_scored_and_used_in_tiles(few, call, capsys, tmp_path):
+    tiles = ["--tile", 48]
+    call(train_detector_stage1.main, *quick_flags(few), *tiles, "--output_dir", "stage1")
+    assert "Tiles of 48 px, 20% in common: 4 images are 16 tiles" in capsys.readouterr().out
+    weights = checkpoint.load(tmp_path / "stage1/best.pt")
+    assert weights["tile"] == 48 and weights["image_side"] == 64
+    words = ["--checkpoint", "stage1/best.pt", "--dataset", few]
+    call(evaluate.main, *words, "--json", "own.json")
+    assert "Tiles of 48 px" in capsys.readouterr().out
+    call(evaluate.main, *words, "--json", "whole.json", "--tile", 0)
+    assert "Tiles of" not in capsys.readouterr().out
+    valid = json.loads((tmp_path / "stage1/metrics.json").read_text())["best"]
+    assert json.loads((tmp_path / "own.json").read_text())["bbox"]["mAP"] == pytest.approx(
+        valid["value"], abs=1e-6
+    )
+    call(
+        train_seg_stage2.main,
+        *quick_flags(few),
+        "--stage1_run",
+        "stage1",
+        "--auto_shrink",
+        1,
+        "--output_dir",
+        "s2",
+    )
+    assert "Tiles of 48 px" in capsys.readouterr().out
+    image = few / "valid"
+    call(predict.main, "--checkpoint", "s2", "--input", image, "--output", "p", "--threshold", 0)
+    assert "Tiles of 48 px" in capsys.readouterr().out
+    assert (tmp_path / "p/predictions.json").is_file()

@@ -53,7 +53,7 @@ class Window:
         return byte + passed
 
     def read_on(self, size: int = 0) -> bool:
-        """Forget what lies before the place and read on, `size` or more; False at the file's end."""
+        """Forget what lies before the place and read on, `size` or more; False at the end."""
         if self._is_done:
             return False
         block = self.file.read(max(size, BLOCK))

@@ -113,11 +113,11 @@ def shrink_warning(
         wanted = resolution * HARDLY_SEEN / max(median, 0.1)
     better = -int(-wanted // step) * step  # rounded up
     way_out = (
-        f"train with --resolution {better} (memory and time grow with its square), or cut the "
-        "images into tiles beforehand"
+        f"train on tiles (--tile auto), or with --resolution {better} (memory and time grow with "
+        "its square)"
     )
     if better > MOST_SIDE:
-        way_out = f"cut the images into tiles beforehand: it would take --resolution {better}"
+        way_out = f"train on tiles (--tile auto): it would take --resolution {better}"
     return f"{'; '.join(facts)}: hardly seen; {way_out}"
 
 

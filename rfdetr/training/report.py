@@ -80,13 +80,14 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
 def words_on_repetition(session: Session) -> str | None:
     """Why an epoch goes through a small dataset more than once; None where it does not."""
     settings = session.settings
-    images = len(session.train.images)
+    images = session.images_an_epoch
     steps = session.progress.steps
     drawn = steps * settings.effective_batch * distributed.world_size()
     if drawn <= images or settings.fast_dev_run:
         return None
+    noun = "tiles" if session.tiling else "images"
     return (
-        f"A small dataset: {images} images are drawn {drawn / images:.1f} times an epoch, so that "
+        f"A small dataset: {images} {noun} are drawn {drawn / images:.1f} times an epoch, so that "
         f"it has {steps} optimizer steps ({settings.epochs * steps:,} in all; --min_steps)"
     )
 

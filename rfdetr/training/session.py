@@ -56,6 +56,15 @@ class Session:
         return self.precision.device
 
     @property
+    def images_an_epoch(self) -> int:
+        """Images, or their tiles, that there are to be trained on."""
+        images = self.train.images
+        if self.tiling is None:
+            return len(images)
+        sizes = images.sizes.tolist()
+        return sum(len(self.tiling.windows(height, width)) for width, height in sizes)
+
+    @property
     def train(self) -> CocoSplit:
         return self.splits["train"]
 
@@ -89,17 +98,10 @@ def choose_tiles(session: Session, content: dict | None = None) -> None:
         session.train, session.resolution, tile, settings.tile_overlap, settings.tile_full
     )
     if session.tiling:
-        images = session.train.images
-        tick(f"{session.tiling.told()}: {len(images)} images are {count_of_tiles(session)}")
+        images = len(session.train.images)
+        tick(f"{session.tiling.told()}: {images} images are {session.images_an_epoch:,} tiles")
     elif tile == AUTO:
         tick("--tile auto: objects are large enough in whole images")
-
-
-def count_of_tiles(session: Session) -> str:
-    images = session.train.images
-    sizes = images.sizes.tolist()
-    count = sum(len(session.tiling.windows(height, width)) for width, height in sizes)
-    return f"{count:,} tiles"
 
 
 def adapt_encoder(session: Session, model: Detector) -> None:
