@@ -15,11 +15,9 @@ import torch
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.models.detector import Detector
-from rfdetr.resolve import resolve
-from rfdetr.settings import SingleSettings
 from rfdetr.sizes import SIZES
 from rfdetr.weights import archive, checkpoint
-from train_seg_single_stage import stride_of_start
+from train_seg_single_stage import stride_of_head
 
 
 @pytest.fixture
@@ -343,15 +341,12 @@ def test_mask_heads_of_earlier_versions_are_built_as_they_were(small_size, conte
     assert checkpoint.mask_stride(content) == 2
 
 
-def test_a_single_stage_keeps_the_mask_head_that_it_starts_from(content, tmp_path):
-    checkpoint.save(tmp_path / "old.pt", content | {"mask_stride": 4})
-    checkpoint.save(tmp_path / "other.pt", content | {"mask_stride": 4, "mask_head": "official"})
-    given = resolve(SingleSettings, {"size": "tiny", "init_ckpt": tmp_path / "old.pt"})
-    assert stride_of_start(given, None) == 4
-    assert stride_of_start(given, content) == 2  # a resumed run's own
-    assert stride_of_start(resolve(SingleSettings, {"size": "tiny"}), None) == 2
-    given = resolve(SingleSettings, {"size": "tiny", "init_ckpt": tmp_path / "other.pt"})
-    assert stride_of_start(given, None) == 2
+def test_a_single_stage_keeps_the_mask_head_that_it_starts_from(content):
+    size = SIZES["tiny"]
+    assert stride_of_head(size, content | {"mask_stride": 4}) == 4
+    assert stride_of_head(size, content) == 2
+    assert stride_of_head(size, None) == 2
+    assert stride_of_head(size, content | {"mask_stride": 4, "mask_head": "official"}) == 2
 
 
 def test_a_mask_head_of_an_unknown_stride_is_refused(content, tmp_path):
