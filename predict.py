@@ -13,17 +13,12 @@ from rfdetr.settings import PredictionSettings
 check_command(PredictionSettings, __doc__, __name__)
 
 import glob
-import itertools
-import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from rfdetr.console import UserError, run_script, tick, warn
@@ -31,17 +26,18 @@ from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
+from rfdetr.inference.batches import in_batches
 from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
 from rfdetr.inference.originals import read_image
 from rfdetr.inference.prediction import Prediction
+from rfdetr.inference.records import as_records
+from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
+from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
-from rfdetr.text import command_line, quoted
+from rfdetr.text import quoted
 
-VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
-WHOLE = 0.95  # of a video's announced frames: a video with fewer is damaged
 JPEG_QUALITY = 92  # Pillow's scale up to 95
-UNKNOWN_RATE = 25.0  # frames a second, where a video does not tell
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         if path.suffix.lower() not in VIDEOS:
             continue
         name = suffix and free_name(path.stem, ".mp4", taken_names)
-        video = predict_video(predictor, path, settings.output, name)
+        video = predict_video(predictor.predict, predictor.batch, path, settings.output, name)
         records += video.records
         if video.frames == 0:
             unreadable += 1
@@ -224,12 +220,6 @@ def predict_images(
     return records, unreadable
 
 
-def in_batches(items: Iterator, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last one shorter; none for no items."""
-    while batch := list(itertools.islice(items, size)):
-        yield batch
-
-
 def read_ahead(
     pool: ThreadPoolExecutor, batches: list[list[Path]], turn: bool
 ) -> Iterator[list[np.ndarray | None]]:
@@ -263,125 +253,6 @@ def save_picture(prediction: Prediction, file: Path) -> None:
     with writing_to(file.parent, "--output"):
         file.unlink(missing_ok=True)  # a link would be written through
         prediction.picture().save(file, compress_level=1, quality=JPEG_QUALITY)
-
-
-def as_records(
-    path: Path, picture: str | None, prediction: Prediction, frame: int | None = None
-) -> list[dict]:
-    """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null.
-
-    picture: the picture's or video's name in --output, or None.
-    """
-    records = []
-    for i, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
-        record = {
-            "file": str(path),
-            "picture": picture,
-            "class": prediction.names[i],
-            "score": prediction.scores[i].item(),
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "mask": prediction.rles[i] if prediction.rles else None,
-        }
-        if prediction.mask_scores is not None:
-            record["mask_score"] = prediction.mask_scores[i].item()
-        if frame is not None:
-            record["frame"] = frame
-        records.append(record)
-    return records
-
-
-# ---------------------------------------------------------------- videos
-
-
-@dataclass
-class VideoResult:
-    """The records of a video's objects, with frame numbers, and how many frames were decoded.
-
-    announced: frames that the file says it has; 0 or less: it does not say.
-    """
-
-    records: list[dict]
-    frames: int
-    announced: int
-
-    @property
-    def is_whole(self) -> bool:
-        return self.frames >= WHOLE * self.announced
-
-
-def predict_video(predictor: Predictor, path: Path, output: Path, name: str | None) -> VideoResult:
-    """Write a copy of a video with everything drawn in, where it has a name; warns of damage."""
-    if name is None:
-        result = predict_frames(predictor, path, None)
-    else:
-        result = write_video(predictor, path, output / name)
-    if result.frames == 0:
-        warn(f"{path} cannot be read as a video: it has no frames. {advice_on_video(path)}")
-    elif result.frames < result.announced:
-        warn(
-            f"{path} is damaged: {result.frames} of the {result.announced} frames that it "
-            "announces could be decoded"
-        )
-    return result
-
-
-def write_video(predictor: Predictor, path: Path, target: Path) -> VideoResult:
-    """Write a copy of a video with everything drawn in, if there are frames."""
-    output = target.parent
-    with writing_to(output, "--output"), tempfile.TemporaryDirectory(dir=output) as folder:
-        temporary = Path(folder) / target.name  # a link at the target would be written through
-        result = predict_frames(predictor, path, temporary)
-        if result.frames == 0:
-            return result
-        # OpenCV does not tell when it cannot write
-        written = cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT)
-        if written != result.frames:
-            raise UserError(
-                f"could not write all of {target}. Free some space there, or name another --output"
-            )
-        os.replace(temporary, target)
-    return result
-
-
-def advice_on_video(path: Path) -> str:
-    if path.suffix.lower() == ".mp4":
-        words = ["ffmpeg", "-i", path, "-c:v", "libx264", path.with_stem(path.stem + "_new")]
-        return f"Copy or download it again, or write it anew: {command_line(*words)}"
-    return "Convert it to .mp4 and try again"
-
-
-def predict_frames(predictor: Predictor, path: Path, file: Path | None) -> VideoResult:
-    """Write the frames of a video with everything drawn in as .mp4, if there are any.
-
-    file: None: they are not drawn.
-    """
-    video = cv2.VideoCapture(str(path))
-    announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    rate = video.get(cv2.CAP_PROP_FPS) or UNKNOWN_RATE
-    result = VideoResult(records=[], frames=0, announced=announced)
-    writer = None
-    batches = in_batches(read_video(video), predictor.batch)
-    total = math.ceil(max(announced, 0) / predictor.batch)
-    for frames in ProgressBar(batches, path.name, "batches", total):
-        for prediction in predictor.predict(frames):
-            if file and writer is None:
-                codec = cv2.VideoWriter_fourcc(*"mp4v")
-                size = prediction.image.shape[1::-1]
-                writer = cv2.VideoWriter(str(file), codec, rate, size)
-            if writer is not None:
-                writer.write(cv2.cvtColor(np.asarray(prediction.picture()), cv2.COLOR_RGB2BGR))
-            name = file.name if file else None
-            result.records += as_records(path, name, prediction, result.frames)
-            result.frames += 1
-    if writer is not None:
-        writer.release()
-    return result
-
-
-def read_video(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    """A video's frames, (H, W, 3) uint8 RGB."""
-    while (frame := video.read()[1]) is not None:
-        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
 if __name__ == "__main__":
