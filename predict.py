@@ -13,10 +13,14 @@ from rfdetr.settings import PredictionSettings
 check_command(PredictionSettings, __doc__, __name__)
 
 import glob
+import itertools
+import re
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +35,7 @@ from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
 from rfdetr.inference.originals import read_image
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.records import as_records
+from rfdetr.inference.tracking import UNSURE_SCORE, Tracker
 from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
@@ -49,20 +54,30 @@ def main(argv: list[str] | None = None) -> None:
     model.exif = settings.exif or model.exif
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
-    predictor = Predictor(model, settings.threshold, settings.nms, settings.batch)
+    lowest = settings.threshold
+    new_tracker = None
+    if settings.track:
+        lowest = min(lowest, UNSURE_SCORE)
+        new_tracker = partial(Tracker, settings.threshold, ids=itertools.count(1))
+    predictor = Predictor(model, lowest, settings.nms, settings.batch)
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
     suffix = None if settings.pictures == "0" else f".{settings.pictures}"
 
     images = [path for path in paths if path.suffix.lower() in IMAGES]
-    records, unreadable = predict_images(predictor, images, settings.output, suffix, taken_names)
+    records, unreadable = predict_images(
+        predictor, images, settings.output, suffix, taken_names, new_tracker
+    )
     damaged = []
     for path in paths:
         if path.suffix.lower() not in VIDEOS:
             continue
         name = suffix and free_name(path.stem, ".mp4", taken_names)
-        video = predict_video(predictor.predict, predictor.batch, path, settings.output, name)
+        tracker = new_tracker and new_tracker()
+        video = predict_video(
+            predictor.predict, predictor.batch, path, settings.output, name, tracker
+        )
         records += video.records
         if video.frames == 0:
             unreadable += 1
@@ -78,9 +93,11 @@ def main(argv: list[str] | None = None) -> None:
         warn(message)
     write_json(settings.output / "predictions.json", records)
     written = "pictures and predictions.json" if suffix else "predictions.json"
-    tick(
-        f"{len(records)} objects in {len(paths) - unreadable} files: {settings.output} ({written})"
-    )
+    followed = ""
+    if settings.track:
+        followed = f" on {len({record['track'] for record in records})} tracks"
+    files = len(paths) - unreadable
+    tick(f"{len(records)} objects{followed} in {files} files: {settings.output} ({written})")
     if damaged:
         print(
             f"Damaged: {', '.join(damaged)}. What could be decoded is in {settings.output}. "
@@ -191,14 +208,22 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
 
 
 def predict_images(
-    predictor: Predictor, paths: list[Path], output: Path, suffix: str | None, taken_names: set[str]
+    predictor: Predictor,
+    paths: list[Path],
+    output: Path,
+    suffix: str | None,
+    taken_names: set[str],
+    new_tracker: Callable[[], Tracker] | None = None,
 ) -> tuple[list[dict], int]:
     """Save a picture of each image; returns their records and how many cannot be read.
 
-    suffix: of the pictures; None: there are none.
+    suffix: of the pictures; None: there are none. new_tracker: to take each folder for a stack.
     """
     records = []
     unreadable = 0
+    trackers: dict[Path, Tracker] = defaultdict(new_tracker)  # by folder
+    if new_tracker:
+        paths = in_stacks(paths)
     saving: list[Future] = []
     batches = list(in_batches(iter(paths), predictor.batch))
     # the pool reads the next images and saves the last pictures while the model works
@@ -207,17 +232,37 @@ def predict_images(
         shown = ProgressBar(reading, "predicting", "batches", total=len(batches))
         for images, batch in zip(shown, batches):
             wait_for(saving)
-            readable = [path for path, image in zip(batch, images) if image is not None]
-            unreadable += len(batch) - len(readable)
-            predictions = predictor.predict([image for image in images if image is not None])
+            readable = [image for image in images if image is not None]
+            predictions = iter(predictor.predict(readable))
             saving = []
-            for path, prediction in zip(readable, predictions):
+            for path, image in zip(batch, images):
+                if image is None:
+                    unreadable += 1
+                    if new_tracker:
+                        trackers[path.parent].skip()
+                    continue
+                prediction = next(predictions)
+                if new_tracker:
+                    prediction = prediction.tracked(trackers[path.parent])
                 picture = suffix and free_name(path.stem, suffix, taken_names)
                 if picture:
                     saving.append(pool.submit(save_picture, prediction, output / picture))
                 records += as_records(path, picture, prediction)
         wait_for(saving)
     return records, unreadable
+
+
+def in_stacks(paths: list[Path]) -> list[Path]:
+    """Each folder's images together, in the order of the numbers in their names: 2 before 10."""
+    folders = {path.parent: None for path in paths}
+    place = {folder: i for i, folder in enumerate(folders)}
+    return sorted(paths, key=lambda path: (place[path.parent], words_and_numbers(path.name)))
+
+
+def words_and_numbers(name: str) -> list[str | int]:
+    """To sort names by: words at even positions, numbers at odd ones."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def read_ahead(

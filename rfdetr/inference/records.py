@@ -28,5 +28,7 @@ def as_records(
             record["mask_score"] = prediction.mask_scores[i].item()
         if frame is not None:
             record["frame"] = frame
+        if prediction.tracks is not None:
+            record["track"] = prediction.tracks[i].item()
         records.append(record)
     return records
