@@ -16,24 +16,29 @@ LEAST_VISIBLE = 0.25  # of an object, where it counts as being in the frame
 
 @dataclass
 class Scene:
-    """Frames (H, W, 3) uint8 RGB, and in each frame {object's number: box (4,) xyxy in pixels} of
-    those that are visible."""
+    """Frames (H, W, 3) uint8 RGB, and what is visible in each: object's number -> its whole box.
+
+    Boxes (4,) are xyxy in pixels, clipped to the frame.
+    """
 
     frames: list[np.ndarray]
     truth: list[dict[int, np.ndarray]]
 
 
 def moving_scene(frames: int, side: int = 192, cells: int = 8, seed: int = 0) -> Scene:
-    """Cells on straight lines over each other and over a slow glomerulus; half of them come in
-    from outside."""
+    """Cells on straight lines over each other and over a slow glomerulus.
+
+    Each is inside at some moment; the fast ones enter before or leave afterwards.
+    """
     rng = np.random.default_rng([seed, 77])
     shapes = [make_glomerulus(rng, UNIT)] + [make_cell(rng, UNIT) for _ in range(cells)]
     directions = rng.uniform(0, 2 * np.pi, len(shapes))
     speeds = rng.uniform(0.6, 2.6, len(shapes))
     speeds[0] = 0.3
     velocities = np.stack([np.cos(directions), np.sin(directions)], axis=1) * speeds[:, None]
-    # where each is half way, and so surely inside
-    middles = rng.uniform(0.2 * side, 0.8 * side, (len(shapes), 2))
+    # where each is at a moment of its own, and so surely inside
+    places = rng.uniform(0.2 * side, 0.8 * side, (len(shapes), 2))
+    moments = rng.uniform(0, frames, len(shapes))
     stroma = make_stroma(rng, side, UNIT)
     dyes_seed = int(rng.integers(1 << 30))
     scene = Scene([], [])
@@ -42,7 +47,7 @@ def moving_scene(frames: int, side: int = 192, cells: int = 8, seed: int = 0) ->
         on_top = np.full((side, side), -1)
         wholes = []
         for number, shape in enumerate(shapes):
-            centre = middles[number] + velocities[number] * (t - frames / 2)
+            centre = places[number] + velocities[number] * (t - moments[number])
             wholes.append(_lay(canvas, on_top, shape, centre, number))
         truth = {}
         for number, (whole, area) in enumerate(wholes):

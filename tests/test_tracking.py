@@ -78,6 +78,19 @@ def test_crossing_hidden_leaving_and_entering_objects_keep_their_ids(masks):
     assert sorted(tracks[0] for tracks in seen.values()) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_object_that_turns_and_one_that_trembles_keep_their_ids(masks):
+    tracker = Tracker(0.5)
+    chance = np.random.default_rng(0)
+    for t in range(60):
+        turned = (100 + 60 * np.cos(t / 12), 100 + 60 * np.sin(t / 12))  # 5 pixels a frame
+        objects = {
+            "turning": (box_at(*turned), 0.9, 0),
+            "trembling": (box_at(*(100, 100) + chance.normal(0, 2, 2)), 0.8, 0),
+        }
+        assert ids_of(tracker, objects, masks) == {"turning": 1, "trembling": 2}
+
+
 def test_an_unsure_detection_continues_a_track_and_begins_none():
     tracker = Tracker(0.5)
     first = ids_of(tracker, {"a": (box_at(50, 50), 0.9, 0), "b": (box_at(150, 50), 0.3, 0)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from pycocotools import mask as mask_api
@@ -19,7 +19,7 @@ UNSURE_SCORE = 0.1  # detections that score less are never looked at
 KEPT_FRAMES = 30  # for so many frames an object may be hidden
 LEAST_IOU = 0.2  # of a sure detection with where its track is expected
 LEAST_IOU_UNSURE = 0.5  # of an unsure one
-NEWEST_SHARE = 0.5  # of the last displacement in a track's velocity
+NEWEST_SHARE = 0.1  # of the last displacement in a track's velocity, at least
 
 
 @dataclass
@@ -52,30 +52,28 @@ class Shape:
 
 @dataclass
 class Track:
-    """An object that was seen before: as it was last, how it moves, how long it is unseen.
+    """An object that was seen before: as it was last, how it moves, for how long it is unseen.
 
-    velocity (2,): of its box's centre, x, y in pixels a frame.
+    velocity (2,): of its box's centre, x, y in pixels a frame: the mean of its `displacements`, of
+    which the newest keeps a share, so that it can turn.
     """
 
     id: int
     label: int
     shape: Shape
-    velocity: np.ndarray | None = None
+    velocity: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    displacements: int = 0
     unseen: int = 0
 
     def expected(self) -> Shape:
         """As it is to be in the next frame if it goes on as before."""
-        if self.velocity is None:
-            return self.shape
         return self.shape.moved(self.velocity * (self.unseen + 1))
 
     def seen_as(self, shape: Shape) -> None:
-        displacement = _centre(shape.box) - _centre(self.shape.box)
-        newest = displacement / (self.unseen + 1)
-        if self.velocity is None:
-            self.velocity = newest
-        else:
-            self.velocity = self.velocity + NEWEST_SHARE * (newest - self.velocity)
+        newest = (_centre(shape.box) - _centre(self.shape.box)) / (self.unseen + 1)
+        self.displacements += 1
+        share = max(1 / self.displacements, NEWEST_SHARE)
+        self.velocity = self.velocity + share * (newest - self.velocity)
         self.shape = shape
         self.unseen = 0
 
