@@ -350,8 +350,8 @@ class PredictionSettings(InferenceSettings):
     )
     track: bool = switch(
         False,
-        "follow objects over the frames of a video, and over a folder's images, in the order of "
-        "the numbers in their names: an id each",
+        "give each object an id over the frames of a video; each folder's images are frames, too, "
+        "in the order of the numbers in their names",
     )
     pictures: str = choice("png", "of each image; 0: none, and no videos", ("png", "jpg", "0"))
     exif: str | None = choice(

@@ -16,10 +16,16 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 import predict
+from rfdetr.classes import assign_rows
+from rfdetr.console import UserError
+from rfdetr.inference import videos
 from rfdetr.inference.batches import one_ahead
+from rfdetr.inference.originals import Original
+from rfdetr.inference.prediction import Prediction
+from rfdetr.inference.records import as_records
 from rfdetr.inference.tracking import KEPT_FRAMES, UNSURE_SCORE, Tracker, mask_iou
 from rfdetr.inference.tracking import Shape as TrackedShape
-from rfdetr.inference.visualise import colour_number, draw
+from rfdetr.inference.visualise import DrawnObject, colour_number, draw
 from testkit.moving import moving_scene, write_video
 
 SIDE = 200  # pixels of a frame
@@ -301,7 +307,56 @@ def test_what_goes_wrong_with_a_frame_is_raised():
         list(one_ahead(batches()))
 
 
-# ---------------------------------------------------------------- drawing
+# ---------------------------------------------------------------- a Prediction, drawing
+
+
+def test_a_prediction_keeps_the_objects_that_have_a_track():
+    boxes = np.array([box_at(50, 50), box_at(150, 50), box_at(100, 150)])
+    prediction = Prediction(
+        original=Original(SIDE, SIDE, pixels=np.zeros((SIDE, SIDE, 3), dtype=np.uint8)),
+        table=assign_rows(["cell", "vessel"], [1, 2], "dataset"),
+        boxes=boxes,
+        scores=np.array([0.9, 0.7, 0.3]),
+        labels=np.array([0, 1, 0]),
+        rles=None,
+    )
+    assert prediction.tracks is None and prediction[0].track is None
+    tracked = prediction.tracked(Tracker(0.5))
+    assert len(tracked) == 2 and tracked.tracks.tolist() == [1, 2]
+    assert tracked[1].track == 2 and tracked[1:].tracks.tolist() == [2]
+    records = as_records(Path("a.png"), None, tracked)
+    assert [(one["track"], one["class"]) for one in records] == [(1, "cell"), (2, "vessel")]
+    assert tracked.picture().size == (SIDE, SIDE)
+
+
+def test_labels_of_tracks():
+    box = np.array(box_at(50, 50))
+    one = DrawnObject(box, "cell", 0.934, None, (0, 0, 0), track=12)
+    assert one.labels == ["cell 12 0.93", "#12"]
+
+
+@pytest.mark.parametrize("fails", ["drawing", "model"])
+def test_what_goes_wrong_in_a_video_is_raised(fails, scene, tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4", scene.frames)
+
+    def broken(*_: object) -> None:
+        raise UserError("broken")
+
+    class Drawn:
+        def __init__(self, image: np.ndarray):
+            self.image = image
+            self.picture = broken
+
+        def __len__(self) -> int:
+            return 0
+
+    def model(frames: list[np.ndarray]) -> list[Drawn]:
+        return broken() if fails == "model" else [Drawn(frame) for frame in frames]
+
+    monkeypatch.setattr(videos, "as_records", lambda *_: [])
+    with pytest.raises(UserError, match="broken"):
+        videos.predict_video(model, 5, tmp_path / "clip.mp4", tmp_path, "out.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
 
 
 def test_a_track_has_one_colour_whatever_else_is_drawn():
