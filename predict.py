@@ -14,16 +14,15 @@ check_command(PredictionSettings, __doc__, __name__)
 
 import glob
 import itertools
-import math
-import os
+import re
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from rfdetr.console import UserError, run_script, tick, warn
@@ -31,17 +30,19 @@ from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
+from rfdetr.inference.batches import in_batches
 from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
 from rfdetr.inference.originals import read_image
 from rfdetr.inference.prediction import Prediction
+from rfdetr.inference.records import as_records
+from rfdetr.inference.tracking import UNSURE_SCORE, Tracker
+from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
+from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
-from rfdetr.text import command_line, quoted
+from rfdetr.text import quoted
 
-VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
-WHOLE = 0.95  # of a video's announced frames: a video with fewer is damaged
 JPEG_QUALITY = 92  # Pillow's scale up to 95
-UNKNOWN_RATE = 25.0  # frames a second, where a video does not tell
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,20 +57,30 @@ def main(argv: list[str] | None = None) -> None:
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
     if tiling:
         tick(tiling.told())
-    predictor = Predictor(model, settings)
+    lowest = settings.threshold
+    new_tracker = None
+    if settings.track:
+        lowest = min(lowest, UNSURE_SCORE)
+        new_tracker = partial(Tracker, settings.threshold, ids=itertools.count(1))
+    predictor = Predictor(model, replace(settings, threshold=lowest))
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
     suffix = None if settings.pictures == "0" else f".{settings.pictures}"
 
     images = [path for path in paths if path.suffix.lower() in IMAGES]
-    records, unreadable = predict_images(predictor, images, settings.output, suffix, taken_names)
+    records, unreadable = predict_images(
+        predictor, images, settings.output, suffix, taken_names, new_tracker
+    )
     damaged = []
     for path in paths:
         if path.suffix.lower() not in VIDEOS:
             continue
         name = suffix and free_name(path.stem, ".mp4", taken_names)
-        video = predict_video(predictor, path, settings.output, name)
+        tracker = new_tracker and new_tracker()
+        video = predict_video(
+            predictor.predict, settings.batch, path, settings.output, name, tracker
+        )
         records += video.records
         if video.frames == 0:
             unreadable += 1
@@ -86,9 +97,11 @@ def main(argv: list[str] | None = None) -> None:
         warn(message)
     write_json(settings.output / "predictions.json", records)
     written = "pictures and predictions.json" if suffix else "predictions.json"
-    tick(
-        f"{len(records)} objects in {len(paths) - unreadable} files: {settings.output} ({written})"
-    )
+    followed = ""
+    if settings.track:
+        followed = f" on {len({record['track'] for record in records})} tracks"
+    files = len(paths) - unreadable
+    tick(f"{len(records)} objects{followed} in {files} files: {settings.output} ({written})")
     if damaged:
         print(
             f"Damaged: {', '.join(damaged)}. What could be decoded is in {settings.output}. "
@@ -203,14 +216,22 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
 
 
 def predict_images(
-    predictor: Predictor, paths: list[Path], output: Path, suffix: str | None, taken_names: set[str]
+    predictor: Predictor,
+    paths: list[Path],
+    output: Path,
+    suffix: str | None,
+    taken_names: set[str],
+    new_tracker: Callable[[], Tracker] | None = None,
 ) -> tuple[list[dict], int]:
     """Save a picture of each image; returns their records and how many cannot be read.
 
-    suffix: of the pictures; None: there are none.
+    suffix: of the pictures; None: there are none. new_tracker: to take each folder for a stack.
     """
     records = []
     unreadable = 0
+    trackers: dict[Path, Tracker] = defaultdict(new_tracker)  # by folder
+    if new_tracker:
+        paths = in_stacks(paths)
     saving: list[Future] = []
     batches = list(in_batches(iter(paths), predictor.settings.batch))
     # the pool reads the next images and saves the last pictures while the model works
@@ -219,11 +240,18 @@ def predict_images(
         shown = ProgressBar(reading, "predicting", "batches", total=len(batches))
         for images, batch in zip(shown, batches):
             wait_for(saving)
-            readable = [path for path, image in zip(batch, images) if image is not None]
-            unreadable += len(batch) - len(readable)
-            predictions = predictor.predict([image for image in images if image is not None])
+            readable = [image for image in images if image is not None]
+            predictions = iter(predictor.predict(readable))
             saving = []
-            for path, prediction in zip(readable, predictions):
+            for path, image in zip(batch, images):
+                if image is None:
+                    unreadable += 1
+                    if new_tracker:
+                        trackers[path.parent].skip()
+                    continue
+                prediction = next(predictions)
+                if new_tracker:
+                    prediction = prediction.tracked(trackers[path.parent])
                 picture = suffix and free_name(path.stem, suffix, taken_names)
                 if picture:
                     saving.append(pool.submit(save_picture, prediction, output / picture))
@@ -232,10 +260,17 @@ def predict_images(
     return records, unreadable
 
 
-def in_batches(items: Iterator, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last one shorter; none for no items."""
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def in_stacks(paths: list[Path]) -> list[Path]:
+    """Each folder's images together, in the order of the numbers in their names: 2 before 10."""
+    folders = {path.parent: None for path in paths}
+    place = {folder: i for i, folder in enumerate(folders)}
+    return sorted(paths, key=lambda path: (place[path.parent], words_and_numbers(path.name)))
+
+
+def words_and_numbers(name: str) -> list[str | int]:
+    """To sort names by: words at even positions, numbers at odd ones."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def read_ahead(
@@ -271,125 +306,6 @@ def save_picture(prediction: Prediction, file: Path) -> None:
     with writing_to(file.parent, "--output"):
         file.unlink(missing_ok=True)  # a link would be written through
         prediction.picture().save(file, compress_level=1, quality=JPEG_QUALITY)
-
-
-def as_records(
-    path: Path, picture: str | None, prediction: Prediction, frame: int | None = None
-) -> list[dict]:
-    """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null.
-
-    picture: the picture's or video's name in --output, or None.
-    """
-    records = []
-    for i, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
-        record = {
-            "file": str(path),
-            "picture": picture,
-            "class": prediction.names[i],
-            "score": prediction.scores[i].item(),
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "mask": prediction.rles[i] if prediction.rles else None,
-        }
-        if prediction.mask_scores is not None:
-            record["mask_score"] = prediction.mask_scores[i].item()
-        if frame is not None:
-            record["frame"] = frame
-        records.append(record)
-    return records
-
-
-# ---------------------------------------------------------------- videos
-
-
-@dataclass
-class VideoResult:
-    """The records of a video's objects, with frame numbers, and how many frames were decoded.
-
-    announced: frames that the file says it has; 0 or less: it does not say.
-    """
-
-    records: list[dict]
-    frames: int
-    announced: int
-
-    @property
-    def is_whole(self) -> bool:
-        return self.frames >= WHOLE * self.announced
-
-
-def predict_video(predictor: Predictor, path: Path, output: Path, name: str | None) -> VideoResult:
-    """Write a copy of a video with everything drawn in, where it has a name; warns of damage."""
-    if name is None:
-        result = predict_frames(predictor, path, None)
-    else:
-        result = write_video(predictor, path, output / name)
-    if result.frames == 0:
-        warn(f"{path} cannot be read as a video: it has no frames. {advice_on_video(path)}")
-    elif result.frames < result.announced:
-        warn(
-            f"{path} is damaged: {result.frames} of the {result.announced} frames that it "
-            "announces could be decoded"
-        )
-    return result
-
-
-def write_video(predictor: Predictor, path: Path, target: Path) -> VideoResult:
-    """Write a copy of a video with everything drawn in, if there are frames."""
-    output = target.parent
-    with writing_to(output, "--output"), tempfile.TemporaryDirectory(dir=output) as folder:
-        temporary = Path(folder) / target.name  # a link at the target would be written through
-        result = predict_frames(predictor, path, temporary)
-        if result.frames == 0:
-            return result
-        # OpenCV does not tell when it cannot write
-        written = cv2.VideoCapture(str(temporary)).get(cv2.CAP_PROP_FRAME_COUNT)
-        if written != result.frames:
-            raise UserError(
-                f"could not write all of {target}. Free some space there, or name another --output"
-            )
-        os.replace(temporary, target)
-    return result
-
-
-def advice_on_video(path: Path) -> str:
-    if path.suffix.lower() == ".mp4":
-        words = ["ffmpeg", "-i", path, "-c:v", "libx264", path.with_stem(path.stem + "_new")]
-        return f"Copy or download it again, or write it anew: {command_line(*words)}"
-    return "Convert it to .mp4 and try again"
-
-
-def predict_frames(predictor: Predictor, path: Path, file: Path | None) -> VideoResult:
-    """Write the frames of a video with everything drawn in as .mp4, if there are any.
-
-    file: None: they are not drawn.
-    """
-    video = cv2.VideoCapture(str(path))
-    announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    rate = video.get(cv2.CAP_PROP_FPS) or UNKNOWN_RATE
-    result = VideoResult(records=[], frames=0, announced=announced)
-    writer = None
-    batches = in_batches(read_video(video), predictor.settings.batch)
-    total = math.ceil(max(announced, 0) / predictor.settings.batch)
-    for frames in ProgressBar(batches, path.name, "batches", total):
-        for prediction in predictor.predict(frames):
-            if file and writer is None:
-                codec = cv2.VideoWriter_fourcc(*"mp4v")
-                size = prediction.image.shape[1::-1]
-                writer = cv2.VideoWriter(str(file), codec, rate, size)
-            if writer is not None:
-                writer.write(cv2.cvtColor(np.asarray(prediction.picture()), cv2.COLOR_RGB2BGR))
-            name = file.name if file else None
-            result.records += as_records(path, name, prediction, result.frames)
-            result.frames += 1
-    if writer is not None:
-        writer.release()
-    return result
-
-
-def read_video(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    """A video's frames, (H, W, 3) uint8 RGB."""
-    while (frame := video.read()[1]) is not None:
-        yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
 if __name__ == "__main__":

@@ -371,6 +371,11 @@ class PredictionSettings(InferenceSettings):
         "with one of any class; 0: drop none",
         high=1.0,
     )
+    track: bool = switch(
+        False,
+        "give each object an id over the frames of a video; each folder's images are frames, too, "
+        "in the order of the numbers in their names",
+    )
     pictures: str = choice("png", "of each image; 0: none, and no videos", ("png", "jpg", "0"))
     exif: str | None = choice(
         None, "orientation of the images (default: as the training images were read)", EXIF

@@ -21,6 +21,7 @@ from rfdetr.classes import assign_rows
 from rfdetr.console import UserError, run_script
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.detr import RFDETR
+from rfdetr.inference import videos
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 from rfdetr.weights import checkpoint
@@ -137,8 +138,8 @@ def test_a_video_that_is_cut_short_is_said_and_ends_with_status_1(
 
 def test_a_few_missing_frames_are_a_warning_alone(find, tmp_path, monkeypatch):
     video(tmp_path / "clip.avi", "MJPG")
-    real = predict.read_video
-    monkeypatch.setattr(predict, "read_video", lambda capture: list(real(capture))[:39].__iter__())
+    real = videos.read_video
+    monkeypatch.setattr(videos, "read_video", lambda capture: list(real(capture))[:39].__iter__())
     status, out, _ = find("--input", "clip.avi")
     assert status == 0 and "39 of the 40 frames" in out
 

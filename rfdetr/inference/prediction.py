@@ -17,6 +17,7 @@ from torchvision.ops import batched_nms, nms
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
 from rfdetr.inference.originals import Original
+from rfdetr.inference.tracking import Tracker
 from rfdetr.inference.visualise import draw, picture_colours
 from rfdetr.masks import to_polygons
 from rfdetr.settings import PredictionSettings
@@ -32,13 +33,17 @@ NAMED_CLASSES = 5  # in a Prediction's repr
 
 @dataclass(frozen=True, eq=False)
 class DetectedObject:
-    """One of a Prediction's: box (4,) xyxy in pixels, score 0..1, rle as COCO, None without."""
+    """One of a Prediction's: box (4,) xyxy in pixels, score 0..1, rle as COCO, None without.
+
+    track: its id over the frames of a video or stack, None where it was not followed.
+    """
 
     box: np.ndarray
     score: float
     label: int
     name: str
     rle: dict | None
+    track: int | None = None
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -57,7 +62,8 @@ class Prediction:
     boxes (n, 4) xyxy in pixels of the image; scores (n,) 0..1; labels (n,) in the checkpoint's
     class order, which `table` has; rles: n masks as COCO RLE dicts of the image's size, or None
     without a mask head; mask_scores (n,): the score times the IoU that a mask expects of itself,
-    where there are masks. An index gives one object; a slice, numbers or booleans a Prediction.
+    where there are masks; tracks (n,): their ids over the frames of a video or stack, or None where
+    they were not followed. An index gives one object; a slice, numbers or booleans a Prediction.
     """
 
     original: Original
@@ -67,6 +73,7 @@ class Prediction:
     labels: np.ndarray
     rles: list[dict] | None
     mask_scores: np.ndarray | None = None
+    tracks: np.ndarray | None = None
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +126,7 @@ class Prediction:
                 label=int(self.labels[chosen]),
                 name=self.table.names[self.labels[chosen]],
                 rle=None if self.rles is None else self.rles[chosen],
+                track=None if self.tracks is None else int(self.tracks[chosen]),
             )
         if not isinstance(chosen, slice):
             chosen = np.asarray(chosen)
@@ -132,6 +140,7 @@ class Prediction:
             labels=self.labels[indices],
             rles=None if self.rles is None else [self.rles[i] for i in indices],
             mask_scores=None if self.mask_scores is None else self.mask_scores[indices],
+            tracks=None if self.tracks is None else self.tracks[indices],
         )
 
     def __repr__(self) -> str:
@@ -149,6 +158,11 @@ class Prediction:
     def without_duplicates(self, iou: float = PredictionSettings.nms) -> Prediction:
         """The same without the boxes that `without_overlaps` drops."""
         return self[without_overlaps(self.boxes, self.scores, self.labels, iou)]
+
+    def tracked(self, tracker: Tracker) -> Prediction:
+        """The objects with a track, in the frame that follows the tracker's last one."""
+        ids = tracker.update(self.boxes, self.scores, self.labels, self.rles)
+        return replace(self, tracks=ids)[ids > 0]
 
     def polygons(self) -> list[list[np.ndarray]]:
         """For each object its outlines, one for each of its parts: (k, 2) x, y in pixels.
@@ -195,6 +209,7 @@ class Prediction:
             mask=self.masks,
             confidence=self.scores,
             class_id=self.labels.astype(int),
+            tracker_id=self.tracks,
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
@@ -203,9 +218,16 @@ class Prediction:
 
         min_side: pixels; an image whose long side is shorter is enlarged first.
         """
-        colours = picture_colours(self.class_names)
-        scores = self.scores.tolist()
-        return draw(self.image, self.boxes, self.names, scores, self.rles, colours, min_side)
+        return draw(
+            self.image,
+            self.boxes,
+            self.names,
+            self.scores.tolist(),
+            self.rles,
+            picture_colours(self.class_names),
+            min_side,
+            None if self.tracks is None else self.tracks.tolist(),
+        )
 
 
 def without_overlaps(

@@ -44,10 +44,13 @@ class DrawnObject:
     score: float | None
     mask: dict | None
     colour: Colour
+    track: int | None = None  # its id over the frames of a video or stack
 
     @property
     def labels(self) -> list[str]:
         """What may be written beside it, the best first."""
+        if self.track is not None:
+            return [f"{one_line(self.name)} {self.track} {self.score:.2f}", f"#{self.track}"]
         if self.score is None:
             return [one_line(self.name)]
         score = f"{self.score:.2f}"
@@ -56,15 +59,19 @@ class DrawnObject:
 
 def class_colours(names: list[str]) -> dict[str, Colour]:
     """A colour for each class: the same for the same list, and distinct for any length."""
-    colours = list(PALETTE)
-    for index in range(len(PALETTE), len(names)):
-        # steps of the golden ratio never land close to each other on the colour circle
-        hue = index * 0.618034 % 1
-        saturation = 0.6 + 0.35 * (index % 2)
-        value = 0.95 - 0.15 * (index % 3)
-        rgb = colorsys.hsv_to_rgb(hue, saturation, value)
-        colours.append(tuple(round(255 * part) for part in rgb))
-    return dict(zip(names, colours))
+    return {name: colour_number(index) for index, name in enumerate(names)}
+
+
+def colour_number(index: int) -> Colour:
+    """One of any number of distinct colours."""
+    if index < len(PALETTE):
+        return PALETTE[index]
+    # steps of the golden ratio never land close to each other on the colour circle
+    hue = index * 0.618034 % 1
+    saturation = 0.6 + 0.35 * (index % 2)
+    value = 0.95 - 0.15 * (index % 3)
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def picture_colours(names: list[str]) -> dict[str, Colour] | None:
@@ -93,14 +100,17 @@ def draw(
     masks: list[dict | None] | None = None,
     colours: dict[str, Colour] | None = None,
     min_side: int = 1,
+    tracks: list[int] | None = None,
 ) -> Image.Image:
     """Draw n objects on a copy of an image, the large ones first.
 
     image (H, W, 3) uint8 RGB; boxes (n, 4) xyxy in its pixels, drawn where there is no mask; names
     n class names; scores n, or None for ground truth; masks n compressed RLEs of H x W, or None in
     place of one or of all; colours class name -> RGB, other classes get one by their name; None: a
-    colour for each object. Objects whose box has a NaN are left out. The picture has the image's
-    size, or is enlarged until its long side is min_side.
+    colour for each object. tracks: n ids, 1 or more; each is written beside its object and has one
+    colour in all pictures, whatever `colours` says; scores are needed, too. Objects whose box has a
+    NaN are left out. The picture has the image's size, or is enlarged until its long side is
+    min_side.
     """
     scale = max(1.0, min_side / max(image.shape[:2]))
     width = max(1, round(image.shape[1] * scale))
@@ -111,7 +121,9 @@ def draw(
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
     drawable = np.flatnonzero(~np.isnan(boxes).any(axis=1))
     boxes = boxes.clip(-FAR, FAR) * scale
-    if colours is None:
+    if tracks is not None:
+        chosen_colours = [colour_number(tracks[i] - 1) for i in drawable]
+    elif colours is None:
         chosen_colours = object_colours(boxes[drawable])
     else:
         chosen_colours = [colours.get(names[i]) or _colour_of(names[i]) for i in drawable]
@@ -122,6 +134,7 @@ def draw(
             score=None if scores is None else scores[i],
             mask=masks[i] if masks else None,
             colour=colour,
+            track=None if tracks is None else tracks[i],
         )
         for i, colour in zip(drawable, chosen_colours)
     ]
