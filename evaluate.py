@@ -20,7 +20,8 @@ from rfdetr.data.statistics import shrink_problems
 from rfdetr.device import compile_in_place, pick_device, pick_inference_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
-from rfdetr.metrics.coco_eval import format_table
+from rfdetr.metrics.table import format_table
+from rfdetr.sizes import size_from_dict
 from rfdetr.weights import checkpoint
 
 
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     pin = device.type == "cuda"
     loader = evaluation_loader(dataset, settings.batch, settings.workers, pin=pin)
     masks = model.head is not None and split.mask_count > 0
-    evaluator = SplitEvaluator(loader, table, precision, masks)
+    evaluator = SplitEvaluator(
+        loader, table, precision, masks, max_detections=settings.max_detections
+    )
 
     coco = evaluator.collect(model)
     check_unread(evaluator.unread, split)
@@ -80,7 +83,8 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
             "it is divided as in the checkpoint's training"
         )
     exif = settings.exif or content.get("exif")
-    splits = read_dataset(settings.dataset, fraction, exif=exif, rename=settings.rename)
+    queries = size_from_dict(content["size"]).queries
+    splits = read_dataset(settings.dataset, fraction, queries, exif, settings.rename)
     trained_on = set(checkpoint.trained_on(content).tolist())
     if is_divided and trained and fraction != trained and settings.split == "valid":
         refuse_other_division(settings, trained, trained_on, splits)

@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     model.exif = settings.exif or model.exif
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device)
-    predictor = Predictor(model, settings.threshold, settings.nms, settings.batch)
+    predictor = Predictor(
+        model, settings.threshold, settings.nms, settings.batch, settings.max_detections
+    )
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
@@ -98,17 +100,24 @@ def main(argv: list[str] | None = None) -> None:
 class Predictor:
     """A model, what of its detections counts, and how many images it gets at a time.
 
-    threshold, nms, batch: as in RFDETR.predict.
+    threshold, nms, batch, max_detections: as in RFDETR.predict.
     """
 
     model: RFDETR
     threshold: float
     nms: float
     batch: int
+    max_detections: int | None = None
 
     def predict(self, images: list[np.ndarray]) -> list[Prediction]:
         """Of a few images (H, W, 3) uint8 RGB."""
-        return self.model.predict(images, self.threshold, nms=self.nms, batch=self.batch)
+        return self.model.predict(
+            images,
+            self.threshold,
+            nms=self.nms,
+            batch=self.batch,
+            max_detections=self.max_detections,
+        )
 
 
 # ---------------------------------------------------------------- files

@@ -89,6 +89,7 @@ class RFDETR:
         *,
         nms: float = PredictionSettings.nms,
         batch: int = PredictionSettings.batch,
+        max_detections: int | None = None,
     ) -> Prediction | list[Prediction]:
         """Detect objects with a score of at least `threshold`, 0..1, in one image or several.
 
@@ -98,6 +99,8 @@ class RFDETR:
         array (B, H, W, C) or a tensor (B, C, H, W). The model gets `batch` of them at a time.
         nms: the IoU, 0..1, above which the worse of two boxes of a class is left out, and one of
         two classes where they all but coincide; 0: none is, as in the official package.
+        max_detections: of an image, the best ones; None: as many as the model keeps, which is as
+        many as it has queries unless it was trained with --num_select.
 
         Returns a Prediction; for several images a list of them. Raises UserError for an argument
         out of its range, an image that cannot be read, and where the model gives NaN.
@@ -105,18 +108,28 @@ class RFDETR:
         require_share("threshold", threshold)
         require_share("nms", nms)
         require_count("batch", batch)
+        if max_detections is not None:
+            require_count("max_detections", max_detections)
+        # before the overlapping ones are left out
+        self.runner.max_detections = max(max_detections or 0, self.model.size.select)
         if isinstance(images, Iterator):
             images = list(images)
         if split_up(images) is None:
-            return self._predict([images], threshold, nms)[0]
+            return self._predict([images], threshold, nms, max_detections)[0]
         singles = flatten(images)
         predictions = []
         for first in range(0, len(singles), batch):
-            predictions += self._predict(singles[first : first + batch], threshold, nms, first)
+            part = singles[first : first + batch]
+            predictions += self._predict(part, threshold, nms, max_detections, first)
         return predictions
 
     def _predict(
-        self, images: list[ImageInput], threshold: float, nms: float, first: int | None = None
+        self,
+        images: list[ImageInput],
+        threshold: float,
+        nms: float,
+        max_detections: int | None,
+        first: int | None = None,
     ) -> list[Prediction]:
         """In one batch of single images; first: the position of its first image in the list."""
         turn = self.exif == "apply"
@@ -143,6 +156,7 @@ class RFDETR:
                 self.table,
                 self.precision,
                 nms,
+                max_detections,
             )
         return predictions
 

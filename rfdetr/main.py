@@ -19,7 +19,8 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.evaluation import SplitEvaluator
-from rfdetr.metrics.coco_eval import format_table
+from rfdetr.metrics.table import format_table
+from rfdetr.models.projector import count_places
 from rfdetr.resolve import plain
 from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
@@ -27,7 +28,7 @@ from rfdetr.runs.folder import check_free_disk
 from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
-from rfdetr.sizes import ModelSize
+from rfdetr.sizes import size_from_dict
 from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.health import RunHealth
@@ -56,8 +57,11 @@ SPARE_DISK = 64 << 20  # bytes
 # ---------------------------------------------------------------- begin
 
 
-def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
-    """Device, seed and data, before anything is written; the dataset's warnings are printed."""
+def begin(settings: TrainingSettings, resumed: dict | None, frozen: dict | None = None) -> Session:
+    """Device, seed and data, before anything is written; the dataset's warnings are printed.
+
+    frozen: the content of the checkpoint whose detector stage 2 keeps as it is.
+    """
     device = pick_device(settings.device)
     settings = settings.on_device(device.type)
     distributed.start(device)
@@ -65,7 +69,9 @@ def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
     size = settings.model_size
     if resumed:
         checkpoint.require_size(resumed, size, settings.output_dir)
-    splits = read_splits(settings, size)
+    queries = size_from_dict(frozen["size"]).queries if frozen else size.queries
+    warn_of_queries_without_a_place(settings)
+    splits = read_splits(settings, queries)
     digests = {name: data_digest(split) for name, split in splits.items() if name != "test"}
     progress = Progress()
     if resumed:
@@ -86,10 +92,21 @@ def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
     )
 
 
-def read_splits(settings: TrainingSettings, size: ModelSize) -> dict[str, CocoSplit]:
-    """The dataset's splits, "test" only where it is to be scored."""
+def warn_of_queries_without_a_place(settings: TrainingSettings) -> None:
+    """Queries begin at the best places of the feature maps; more than these start from nowhere."""
+    wanted = getattr(settings, "num_queries", None)
+    places = count_places(settings.model_size, settings.resolution) if wanted else 0
+    if wanted and wanted > places:
+        warn(
+            f"--num_queries {wanted}: at {settings.resolution} px there are {places} places that "
+            "queries can begin at; the others find little. Give a larger --resolution"
+        )
+
+
+def read_splits(settings: TrainingSettings, queries: int) -> dict[str, CocoSplit]:
+    """The dataset's splits, "test" only where it is to be scored; queries: for an image."""
     splits = read_dataset(
-        settings.dataset, settings.val_fraction, size.queries, settings.exif, settings.rename
+        settings.dataset, settings.val_fraction, queries, settings.exif, settings.rename
     )
     if settings.run_test and "test" not in splits:
         warn(f"--run_test 1: {settings.dataset} has no test split, it is skipped")

@@ -330,6 +330,7 @@ def test_detections_follow_the_queries(name):
     assert numbers(num_queries=400) == (400, 400)
     assert numbers(num_select=50) == (own.queries, 50)
     assert numbers(num_queries=7, num_select=20) == (7, 20)
+    assert resolve(DetectorSettings, {"size": name, "num_queries": 400}).model_size.select == 400
     assert resolve(SegmentationSettings, {"size": name}).model_size is own
 
 

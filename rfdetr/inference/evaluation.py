@@ -63,14 +63,18 @@ class SplitEvaluator:
         precision: Precision,
         masks: bool,
         frozen: Detector | None = None,
+        max_detections: int | None = None,
     ):
-        """masks: score a whole model's masks as well as its boxes."""
+        """masks: score a whole model's masks as well as its boxes.  max_detections: of an image;
+        None: as many as the model keeps.
+        """
         self.loader = loader
         self.split: CocoSplit = loader.dataset.split
         self.table = table
-        self.runner = DetectionRunner(table, precision)
+        self.runner = DetectionRunner(table, precision, max_detections)
         self.precision = precision
         self.masks = masks
+        self.max_detections = max_detections
         self.frozen = frozen
         self.keep_detections = frozen is not None
         self.unread: list[int] = []  # positions of images that cannot be read: no detections there
@@ -88,11 +92,13 @@ class SplitEvaluator:
         are then left out, as drawing them takes time.
         """
         head = self._head(model)
+        evaluator = CocoEvaluator(
+            self.split.ground_truth, masks=head is not None, max_detections=self.max_detections
+        )
         images = []
         with naming_workers(self.loader.dataset.images_in_work):
             for detections in self.detections(model):
-                images += self._in_originals(detections, head)
-        evaluator = CocoEvaluator(self.split.ground_truth, masks=head is not None)
+                images += self._in_originals(detections, head, evaluator.most_counted)
         for of_rank in distributed.gather_objects(images):
             for image in of_rank:
                 evaluator.add(
@@ -139,9 +145,12 @@ class SplitEvaluator:
         return model.head if self.masks else None
 
     def _in_originals(
-        self, detections: Detections, head: AnyMaskHead | None
+        self, detections: Detections, head: AnyMaskHead | None, most_counted: int
     ) -> list[ImageDetections]:
-        """A batch's detections by image, with masks where there is a head."""
+        """A batch's detections by image, with masks where there is a head.
+
+        most_counted: of a class and image, by any figure.
+        """
         scores = detections.scores.numpy()
         labels = np.asarray(self.split.category_ids)[detections.labels.numpy()]
         images = [
@@ -158,7 +167,8 @@ class SplitEvaluator:
         if head is None:
             return images
         chosen = [
-            np.flatnonzero(counting(image.boxes, image.scores, image.labels)) for image in images
+            np.flatnonzero(counting(image.boxes, image.scores, image.labels, most_counted))
+            for image in images
         ]
         masks = draw_masks(head, detections, chosen, self.precision)
         return [

@@ -37,7 +37,7 @@ FORMAT = 1
 MASK_HEADS = (None, *segmentation.MASK_HEADS, "official")
 MASK_STRIDES = (2, 4)
 EARLIER_STRIDE = 4  # of mask heads whose file does not name theirs
-MOST_QUERIES = 100_000  # of all groups: more would cost all memory
+MOST_QUERIES = 200_000  # of all groups: more would cost all memory
 MOST_ENLARGED = 4  # times the side of a file's position grid; more has to be asked for
 
 
