@@ -11,8 +11,11 @@ from rfdetr.settings import EvaluationSettings
 # before torch, whose import takes seconds
 check_command(EvaluationSettings, __doc__, __name__)
 
+from dataclasses import replace
+
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
+from rfdetr.data.gray import look_at, paths_of, scale_for
 from rfdetr.data.layout import find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
@@ -97,7 +100,14 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     for message in split.warnings:
         warn(message)
     tell_trained_images(trained_on, split, settings.split)
-    return split
+    scale, warning = scale_for(
+        settings.gray, checkpoint.gray_of(content), look_at(paths_of(split.images))
+    )
+    if warning:
+        warn(warning)
+    elif scale and scale.note:
+        tick(scale.note)
+    return replace(split, gray=scale)
 
 
 def trained_fraction(content: dict) -> float | None:

@@ -27,12 +27,13 @@ import cv2
 import numpy as np
 
 from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.data.images import Window
 from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
-from rfdetr.inference.originals import read_image
+from rfdetr.inference.originals import Page, pages_of, read_image
 from rfdetr.inference.prediction import Prediction
 from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
@@ -62,7 +63,15 @@ def main(argv: list[str] | None = None) -> None:
     suffix = None if settings.pictures == "0" else f".{settings.pictures}"
 
     images = [path for path in paths if path.suffix.lower() in IMAGES]
-    records, unreadable = predict_images(predictor, images, settings.output, suffix, taken_names)
+    singles = images
+    if settings.pages:
+        singles = [page for path in images for page in pages_of(path)]
+    window = model.gray_window(singles, settings.gray)
+    model.gray = None  # what it is given from here on has been read
+    records, read_files = predict_images(
+        predictor, singles, window, settings.output, suffix, taken_names
+    )
+    unreadable = len(set(images) - read_files)
     damaged = []
     for path in paths:
         if path.suffix.lower() not in VIDEOS:
@@ -80,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         if is_new and not next(settings.output.iterdir(), None):
             settings.output.rmdir()
         raise UserError(f"{which} {verb} be read: see the warnings above")
-    for message in image_warnings(images, model.resolution, model.model.size.block):
+    block = model.model.size.block
+    for message in image_warnings(images, model.resolution, block, settings.pages):
         warn(message)
     write_json(settings.output / "predictions.json", records)
     written = "pictures and predictions.json" if suffix else "predictions.json"
@@ -204,33 +214,42 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
 
 
 def predict_images(
-    predictor: Predictor, paths: list[Path], output: Path, suffix: str | None, taken_names: set[str]
-) -> tuple[list[dict], int]:
-    """Save a picture of each image; returns their records and how many cannot be read.
+    predictor: Predictor,
+    images: list[Path | Page],
+    window: Window | None,
+    output: Path,
+    suffix: str | None,
+    taken_names: set[str],
+) -> tuple[list[dict], set[Path]]:
+    """Save a picture of each image; returns their records and the files that could be read.
 
-    suffix: of the pictures; None: there are none.
+    window: as in `read_image`.  suffix: of the pictures; None: there are none.
     """
     records = []
-    unreadable = 0
+    read_files = set()
     saving: list[Future] = []
-    batches = list(in_batches(iter(paths), predictor.batch))
+    batches = list(in_batches(iter(images), predictor.batch))
     # the pool reads the next images and saves the last pictures while the model works
     with ThreadPoolExecutor() as pool:
-        reading = read_ahead(pool, batches, turn=predictor.model.exif == "apply")
+        turn = predictor.model.exif == "apply"
+        reading = read_ahead(pool, batches, turn, window)
         shown = ProgressBar(reading, "predicting", "batches", total=len(batches))
-        for images, batch in zip(shown, batches):
+        for pixels, batch in zip(shown, batches):
             wait_for(saving)
-            readable = [path for path, image in zip(batch, images) if image is not None]
-            unreadable += len(batch) - len(readable)
-            predictions = predictor.predict([image for image in images if image is not None])
+            readable = [image for image, array in zip(batch, pixels) if array is not None]
+            predictions = predictor.predict([array for array in pixels if array is not None])
             saving = []
-            for path, prediction in zip(readable, predictions):
-                picture = suffix and free_name(path.stem, suffix, taken_names)
+            for image, prediction in zip(readable, predictions):
+                page = image.number if isinstance(image, Page) else None
+                path = image.path if page else image
+                read_files.add(path)
+                stem = f"{path.stem}_page{page}" if page else path.stem
+                picture = suffix and free_name(stem, suffix, taken_names)
                 if picture:
                     saving.append(pool.submit(save_picture, prediction, output / picture))
-                records += as_records(path, picture, prediction)
+                records += as_records(path, picture, prediction, page=page)
         wait_for(saving)
-    return records, unreadable
+    return records, read_files
 
 
 def in_batches(items: Iterator, size: int) -> Iterator[list]:
@@ -240,13 +259,13 @@ def in_batches(items: Iterator, size: int) -> Iterator[list]:
 
 
 def read_ahead(
-    pool: ThreadPoolExecutor, batches: list[list[Path]], turn: bool
+    pool: ThreadPoolExecutor, batches: list[list[Path | Page]], turn: bool, window: Window | None
 ) -> Iterator[list[np.ndarray | None]]:
     """The images of each batch, as `read` gives them; the next batch is read meanwhile."""
     reading: list[Future] = []
     for batch in [*batches, []]:
         previous = reading
-        reading = [pool.submit(read, path, turn) for path in batch]
+        reading = [pool.submit(read, image, turn, window) for image in batch]
         if previous:
             yield wait_for(previous)
 
@@ -256,13 +275,13 @@ def wait_for(futures: list[Future]) -> list:
     return [future.result() for future in futures]
 
 
-def read(path: Path, turn: bool) -> np.ndarray | None:
+def read(image: Path | Page, turn: bool, window: Window | None) -> np.ndarray | None:
     """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read.
 
-    turn: make it upright by its EXIF orientation.
+    turn, window: as in `read_image`.
     """
     try:
-        return read_image(path, turn)
+        return read_image(image, turn, window)
     except UserError as error:
         warn(str(error))
         return None
@@ -275,10 +294,15 @@ def save_picture(prediction: Prediction, file: Path) -> None:
 
 
 def as_records(
-    path: Path, picture: str | None, prediction: Prediction, frame: int | None = None
+    path: Path,
+    picture: str | None,
+    prediction: Prediction,
+    frame: int | None = None,
+    page: int | None = None,
 ) -> list[dict]:
     """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null.
 
+    frame: of a video, from 0 on; page: of a file with several, from 1 on.
     picture: the picture's or video's name in --output, or None.
     """
     records = []
@@ -295,6 +319,8 @@ def as_records(
             record["mask_score"] = prediction.mask_scores[i].item()
         if frame is not None:
             record["frame"] = frame
+        if page is not None:
+            record["page"] = page
         records.append(record)
     return records
 

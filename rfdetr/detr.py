@@ -16,22 +16,34 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, warn
+from rfdetr.data.gray import look_at, scale_for, window_of
+from rfdetr.data.images import Window
 from rfdetr.device import pick_device, pick_inference_precision
 from rfdetr.inference.detections import DetectionRunner, Detections, make_predictions
-from rfdetr.inference.originals import ImageInput, Original, flatten, read_image, split_up
+from rfdetr.inference.originals import (
+    ImageInput,
+    Original,
+    Page,
+    deep_pixels_of,
+    flatten,
+    read_image,
+    split_up,
+)
 from rfdetr.inference.prediction import Prediction
 from rfdetr.placement import Placement
+from rfdetr.resolve import settings_of
 from rfdetr.settings import PredictionSettings
 from rfdetr.sizes import SIZES
-from rfdetr.weights.checkpoint import build_model, input_side, load, require_size
+from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load, require_size
 from rfdetr.weights.download import find_weights
 
 
 class RFDETR:
     """A detector, with masks where its checkpoint has a mask head.
 
-    `model` is the plain torch module; `exif` ("apply" or "ignore") how image files are turned.
+    `model` is the plain torch module; `exif` ("apply" or "ignore") how image files are turned;
+    `gray` how gray of more than 8 bits is read, None: by its bits.
     """
 
     size_name: str | None = None  # the official weights a subclass starts from
@@ -66,6 +78,8 @@ class RFDETR:
         self.precision = pick_inference_precision(amp, place, model.size.recipe.amp)
         self.runner = DetectionRunner(self.table, self.precision)
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
+        self.gray = gray_of(content)
+        self._warned_of_gray = False
 
     @classmethod
     def from_checkpoint(
@@ -90,6 +104,8 @@ class RFDETR:
         nms: float = PredictionSettings.nms,
         batch: int = PredictionSettings.batch,
         max_detections: int | None = None,
+        gray: str | float | None = PredictionSettings.gray,
+        pages: bool = PredictionSettings.pages,
     ) -> Prediction | list[Prediction]:
         """Detect objects with a score of at least `threshold`, 0..1, in one image or several.
 
@@ -100,7 +116,9 @@ class RFDETR:
         nms: the IoU, 0..1, above which the worse of two boxes of a class is left out, and one of
         two classes where they all but coincide; 0: none is, as in the official package.
         max_detections: of an image, the best ones; None: as many as the model keeps, which is as
-        many as it has queries unless it was trained with --num_select.
+        many as it has queries unless it was trained with --num_select. gray: what is black and
+        white in gray of more than 8 bits: "full", its bits; "auto" or a percentile, the range of
+        these images; None: as in training. pages: each page of a file that has several is an image.
 
         Returns a Prediction; for several images a list of them. Raises UserError for an argument
         out of its range, an image that cannot be read, and where the model gives NaN.
@@ -114,14 +132,35 @@ class RFDETR:
         self.runner.max_detections = max(max_detections or 0, self.model.size.select)
         if isinstance(images, Iterator):
             images = list(images)
-        if split_up(images) is None:
-            return self._predict([images], threshold, nms, max_detections)[0]
-        singles = flatten(images)
+        singles = flatten(images, pages)
+        window = self.gray_window(singles, gray)
+        is_single = split_up(images) is None and not isinstance(singles[0], Page)
+        if is_single:
+            return self._predict(singles, threshold, nms, max_detections, window)[0]
         predictions = []
         for first in range(0, len(singles), batch):
             part = singles[first : first + batch]
-            predictions += self._predict(part, threshold, nms, max_detections, first)
+            predictions += self._predict(part, threshold, nms, max_detections, window, first)
         return predictions
+
+    def gray_window(
+        self, images: list[ImageInput], gray: str | float | None = None
+    ) -> Window | None:
+        """What is black and white in those of the images that are gray of more than 8 bits.
+
+        gray: as in `predict`.  Warns, once, where the training images were of another kind.
+        """
+        if gray is not None:
+            gray = checked_gray(gray)
+        elif self.gray is None or self.gray.by == "full":
+            return None
+        is_known = gray is None and self.gray.window is not None
+        sample = look_at(images, deep_pixels_of, values_too=not is_known)
+        scale, warning = scale_for(gray, self.gray, sample)
+        if warning and not self._warned_of_gray:
+            self._warned_of_gray = True
+            warn(warning)
+        return window_of(scale)
 
     def _predict(
         self,
@@ -129,6 +168,7 @@ class RFDETR:
         threshold: float,
         nms: float,
         max_detections: int | None,
+        window: Window | None,
         first: int | None = None,
     ) -> list[Prediction]:
         """In one batch of single images; first: the position of its first image in the list."""
@@ -136,12 +176,14 @@ class RFDETR:
         pixels = []
         for position, image in enumerate(images, start=first or 0):
             try:
-                pixels.append(read_image(image, turn))
+                pixels.append(read_image(image, turn, window))
             except UserError as error:
                 if first is None:
                     raise
                 raise UserError(f"images[{position}]: {error}") from error
-        originals = [Original.of(image, array, turn) for image, array in zip(images, pixels)]
+        originals = [
+            Original.of(image, array, turn, window) for image, array in zip(images, pixels)
+        ]
         inputs = torch.stack([self._resized(array) for array in pixels])
         placements = [Placement.resized(*array.shape[:2]) for array in pixels]
         predictions = []
@@ -181,6 +223,14 @@ def require_count(name: str, value: int) -> None:
         count = 0
     if count < 1 or isinstance(value, bool):
         raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
+
+
+def checked_gray(gray: str | float) -> str | float:
+    """A value of --gray.  Raises UserError."""
+    try:
+        return settings_of(PredictionSettings)["gray"].read(gray)
+    except ValueError as error:
+        raise UserError(f"gray: {error}, or auto or full") from error
 
 
 def require_finite(detections: Detections) -> None:

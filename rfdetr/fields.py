@@ -117,6 +117,19 @@ def decimal(default, help: str, low: float = 0.0, high: float = MOST):
     return _field(default, Setting(number(float, low, high), help))
 
 
+def gray_range(default_means: str):
+    """--gray; default_means: what is done where it is not given."""
+    help = (
+        "what is black and white in gray of more than 8 bits: full: 0 and all bits; PERCENT: the "
+        "values that so much of the pixels lie above and below, of all images; auto: 99.9 "
+        f"(default: {default_means})"
+    )
+    setting = Setting(
+        number(float, 51, 100), help, metavar="auto|full|PERCENT", words=("auto", "full")
+    )
+    return _field(None, setting)
+
+
 def read_switch(text: str) -> bool:
     value = text.strip().lower()
     if value in ("1", "true", "yes"):

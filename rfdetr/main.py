@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, say, tick, warn
 from rfdetr.data.coco import read_dataset
+from rfdetr.data.gray import look_at, paths_of, scale_for
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
@@ -72,6 +74,7 @@ def begin(settings: TrainingSettings, resumed: dict | None, frozen: dict | None 
     queries = size_from_dict(frozen["size"]).queries if frozen else size.queries
     warn_of_queries_without_a_place(settings)
     splits = read_splits(settings, queries)
+    splits = with_gray(splits, settings, resumed, frozen)
     digests = {name: data_digest(split) for name, split in splits.items() if name != "test"}
     progress = Progress()
     if resumed:
@@ -116,6 +119,31 @@ def read_splits(settings: TrainingSettings, queries: int) -> dict[str, CocoSplit
         for message in split.warnings:
             warn(message)
     return splits
+
+
+def with_gray(
+    splits: dict[str, CocoSplit],
+    settings: TrainingSettings,
+    resumed: dict | None,
+    frozen: dict | None,
+) -> dict[str, CocoSplit]:
+    """The splits with the range of gray of more than 8 bits: the run's own, the frozen detector's,
+    or that of the training images; it is said.
+    """
+    given = settings.gray
+    stored = checkpoint.gray_of(resumed or frozen or {})
+    if resumed and stored and given == stored.by:
+        given = None
+    if not (resumed or frozen):
+        given = given or "auto"
+    if frozen and not resumed and given is not None and given != (stored.by if stored else "full"):
+        warn(f"--gray {given}: the frozen detector's images were read otherwise; leave it out")
+    scale, warning = scale_for(given, stored, look_at(paths_of(splits["train"].images)))
+    if warning:
+        warn(warning)
+    elif scale and scale.note:
+        tick(scale.note)
+    return {name: replace(split, gray=scale) for name, split in splits.items()}
 
 
 def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test: bool) -> None:
@@ -243,6 +271,7 @@ def make_keeper(
         "args": plain(session.settings),
         "left_out": train.left_out,
         "exif": train.exif,
+        "gray": train.gray.to_dict() if train.gray else None,
         "guessed_masks": session.guess_masks,
         "trained_on": trained_on.unique(),
     }

@@ -23,6 +23,7 @@ from rfdetr.fields import (
     choice,
     decimal,
     for_this_command,
+    gray_range,
     integer,
     path,
     switch,
@@ -59,6 +60,7 @@ class DataSettings:
     exif: str | None = choice(
         None, "orientation of images whose size does not tell (default: apply)", EXIF
     )
+    gray: str | float | None = gray_range("auto; stage 2: as the detector's images")
     rename: tuple[str, ...] = texts(
         (), 'call classes otherwise: "Date=date" where valid says Date, train date', "OLD=NEW"
     )
@@ -330,6 +332,7 @@ class EvaluationSettings(InferenceSettings, DataSettings):
     exif: str | None = choice(
         None, "orientation of images whose size does not tell (default: as in training)", EXIF
     )
+    gray: str | float | None = gray_range("as in training")
     split: str = choice("valid", "which images", ("train", "valid", "test"))
     max_detections: int | None = integer(
         None,
@@ -360,6 +363,8 @@ class PredictionSettings(InferenceSettings):
     exif: str | None = choice(
         None, "orientation of the images (default: as the training images were read)", EXIF
     )
+    gray: str | float | None = gray_range("as in training")
+    pages: bool = switch(False, "of a file with several pages or frames, see each as an image")
 
 
 @dataclass(frozen=True, kw_only=True)

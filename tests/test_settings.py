@@ -352,6 +352,8 @@ def values_for(field, setting) -> st.SearchStrategy:
         return st.booleans()
     if setting.choices:
         return st.sampled_from(sorted(setting.choices))
+    if field.name == "gray":
+        return st.floats(51, 100) | st.sampled_from(setting.words)
     words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=9)
     if field.type.startswith("tuple"):
         return st.lists(words, max_size=3).map(tuple)

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.augment import LEAST_SIDE, PRESETS, move_boxes, random_view
+from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
 from rfdetr.data.records import CocoSplit
@@ -206,7 +207,8 @@ class SplitDataset(Dataset):
         return image
 
     def _read(self, index: int) -> Tensor:
-        return torch.from_numpy(load_image(self.split.images[index])).permute(2, 0, 1)  # (3, H, W)
+        pixels = load_image(self.split.images[index], window_of(self.split.gray))
+        return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
 
 
 class EpochSampler(Sampler):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rfdetr.data.faults import Problem
+from rfdetr.data.gray import GrayScale
 
 
 @dataclass
@@ -52,6 +53,7 @@ class CocoSplit:
     left_out: list[str]  # names of placeholder categories
     exif: str  # "apply" or "ignore" the orientation of images whose size does not tell
     problems: list[Problem]  # errors first
+    gray: GrayScale | None = None  # how gray of more than 8 bits is read; None: by its bits
 
     @property
     def objects_per_image(self) -> list[int]:

@@ -113,10 +113,13 @@ def shrink_warning(
     return f"{'; '.join(facts)}: hardly seen; {way_out}"
 
 
-def image_warnings(files: Sequence[Path], resolution: int, step: int) -> list[str]:
+def image_warnings(
+    files: Sequence[Path], resolution: int, step: int, pages: bool = False
+) -> list[str]:
     """What is to be said of image files without annotations: too large, or of several pages.
 
-    resolution, step: as in shrink_warning. Files that cannot be read are passed over.
+    resolution, step: as in shrink_warning. pages: each page is seen. Files that cannot be read are
+    passed over.
     """
     headers = {file: read_header(file) for file in files}
     image_sides = [max(header.size) for header in headers.values() if header]
@@ -124,8 +127,8 @@ def image_warnings(files: Sequence[Path], resolution: int, step: int) -> list[st
     several = [
         f"{file}: {header.pages}" for file, header in headers.items() if header and header.pages > 1
     ]
-    if several:
+    if several and not pages:
         noun = "image has" if len(several) == 1 else "images have"
         what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
-        messages.append(f"{what}: the first of each is read")
+        messages.append(f"{what}: the first of each is read, --pages 1 sees them all")
     return [message for message in messages if message]

@@ -82,9 +82,7 @@ class Detections:
 class DetectionRunner:
     """Runs detectors on batches; where memory runs out, on smaller parts of them from then on."""
 
-    def __init__(
-        self, table: ClassTable, precision: Precision, max_detections: int | None = None
-    ):
+    def __init__(self, table: ClassTable, precision: Precision, max_detections: int | None = None):
         """max_detections: of an image; None: as many as the model keeps."""
         self.precision = precision
         self.max_detections = max_detections

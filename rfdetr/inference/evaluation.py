@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
+from rfdetr.data.gray import window_of
 from rfdetr.data.images import load_image
 from rfdetr.data.loaders import note_unread
 from rfdetr.data.records import CocoSplit
@@ -186,7 +187,7 @@ class SplitEvaluator:
     def _picture(self, detections: Detections, head: AnyMaskHead | None) -> Image.Image:
         """Ground truth at the left, the detections in this one image at the right."""
         record = self.split.images[detections.indices[0]]
-        image = load_image(record)
+        image = load_image(record, window_of(self.split.gray))
         original = Original(record.height, record.width, pixels=image)
         (prediction,) = make_predictions(
             detections,

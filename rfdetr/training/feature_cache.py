@@ -204,6 +204,8 @@ class FeatureCache:
         }
         if self.dataset.guess:
             key["guessed masks"] = guess.VERSION
+        if split.gray and split.gray.window:
+            key["gray"] = split.gray.window
         return key
 
     def saved(self) -> tuple[int, int, int]:
