@@ -230,7 +230,7 @@ def checked_gray(gray: str | float) -> str | float:
     try:
         return settings_of(PredictionSettings)["gray"].read(gray)
     except ValueError as error:
-        raise UserError(f"gray: {error}, or auto or full") from error
+        raise UserError(f"gray: {error}") from error
 
 
 def require_finite(detections: Detections) -> None:

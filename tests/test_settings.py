@@ -223,6 +223,7 @@ BAD = [
     (EvaluationSettings, "batch", 0, ">= 1"),
     (EvaluationSettings, "split", "all", "train, valid, test"),
     (PredictionSettings, "threshold", 2, "<= 1"),
+    (PredictionSettings, "gray", 30, "auto, full or a percentage of 51 to 100"),
     (PredictionSettings, "nms", -0.1, ">= 0"),
     (PredictionSettings, "pictures", 1, "a text"),
     (PredictionSettings, "pictures", "gif", "png, jpg, 0"),
