@@ -11,8 +11,11 @@ from rfdetr.settings import EvaluationSettings
 # before torch, whose import takes seconds
 check_command(EvaluationSettings, __doc__, __name__)
 
+from dataclasses import replace
+
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
+from rfdetr.data.gray import look_at, paths_of, scale_for
 from rfdetr.data.layout import find_splits
 from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
@@ -20,7 +23,8 @@ from rfdetr.data.statistics import shrink_problems
 from rfdetr.device import compile_in_place, pick_device, pick_inference_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
-from rfdetr.metrics.coco_eval import format_table
+from rfdetr.metrics.table import format_table
+from rfdetr.sizes import size_from_dict
 from rfdetr.tiling import tiling_of
 from rfdetr.weights import checkpoint
 
@@ -53,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     pin = device.type == "cuda"
     loader = evaluation_loader(dataset, settings.batch, settings.workers, pin=pin)
     masks = model.head is not None and split.mask_count > 0
-    evaluator = SplitEvaluator(loader, table, precision, masks)
+    evaluator = SplitEvaluator(
+        loader, table, precision, masks, max_detections=settings.max_detections
+    )
 
     coco = evaluator.collect(model)
     check_unread(evaluator.unread, dataset.split)
@@ -85,7 +91,8 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
             "it is divided as in the checkpoint's training"
         )
     exif = settings.exif or content.get("exif")
-    splits = read_dataset(settings.dataset, fraction, exif=exif, rename=settings.rename)
+    queries = size_from_dict(content["size"]).queries
+    splits = read_dataset(settings.dataset, fraction, queries, exif, settings.rename)
     trained_on = set(checkpoint.trained_on(content).tolist())
     if is_divided and trained and fraction != trained and settings.split == "valid":
         refuse_other_division(settings, trained, trained_on, splits)
@@ -98,7 +105,14 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     for message in split.warnings:
         warn(message)
     tell_trained_images(trained_on, split, settings.split)
-    return split
+    scale, warning = scale_for(
+        settings.gray, checkpoint.gray_of(content), look_at(paths_of(split.images))
+    )
+    if warning:
+        warn(warning)
+    elif scale and scale.note:
+        tick(scale.note)
+    return replace(split, gray=scale)
 
 
 def trained_fraction(content: dict) -> float | None:

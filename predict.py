@@ -26,13 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.data.images import GrayWindow
 from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place
 from rfdetr.files import is_special_file, make_folder, write_json, writing_to
 from rfdetr.inference.batches import in_batches
 from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
-from rfdetr.inference.originals import read_image
+from rfdetr.inference.originals import Page, pages_of, read_image
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.records import as_records
 from rfdetr.inference.tracking import UNSURE_SCORE, Tracker
@@ -69,9 +70,15 @@ def main(argv: list[str] | None = None) -> None:
     suffix = None if settings.pictures == "0" else f".{settings.pictures}"
 
     images = [path for path in paths if path.suffix.lower() in IMAGES]
-    records, unreadable = predict_images(
-        predictor, images, settings.output, suffix, taken_names, new_tracker
+    singles = images
+    if settings.pages:
+        singles = [page for path in images for page in pages_of(path)]
+    window = model.gray_window(singles, settings.gray)
+    model.gray = None  # what it is given from here on has been read
+    records, read_files = predict_images(
+        predictor, singles, window, settings.output, suffix, taken_names, new_tracker
     )
+    unreadable = len(set(images) - read_files)
     damaged = []
     for path in paths:
         if path.suffix.lower() not in VIDEOS:
@@ -93,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
             settings.output.rmdir()
         raise UserError(f"{which} {verb} be read: see the warnings above")
     side = tiling.side if tiling else None
-    for message in image_warnings(images, model.resolution, model.model.size.block, side):
+    block = model.model.size.block
+    for message in image_warnings(images, model.resolution, block, settings.pages, side):
         warn(message)
     write_json(settings.output / "predictions.json", records)
     written = "pictures and predictions.json" if suffix else "predictions.json"
@@ -126,6 +134,7 @@ class Predictor:
             settings.threshold,
             nms=settings.nms,
             batch=settings.batch,
+            max_detections=settings.max_detections,
             tile=settings.tile,
             tile_overlap=settings.tile_overlap,
             tile_full=settings.tile_full,
@@ -217,54 +226,70 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
 
 def predict_images(
     predictor: Predictor,
-    paths: list[Path],
+    images: list[Path | Page],
+    window: GrayWindow | None,
     output: Path,
     suffix: str | None,
     taken_names: set[str],
     new_tracker: Callable[[], Tracker] | None = None,
-) -> tuple[list[dict], int]:
-    """Save a picture of each image; returns their records and how many cannot be read.
+) -> tuple[list[dict], set[Path]]:
+    """Save a picture of each image; returns their records and the files that could be read.
 
-    suffix: of the pictures; None: there are none. new_tracker: to take each folder for a stack.
+    window: as in `read_image`.  suffix: of the pictures; None: there are none.  new_tracker: to
+    take each folder for a stack.
     """
     records = []
-    unreadable = 0
+    read_files = set()
     trackers: dict[Path, Tracker] = defaultdict(new_tracker)  # by folder
     if new_tracker:
-        paths = in_stacks(paths)
+        images = in_stacks(images)
     saving: list[Future] = []
-    batches = list(in_batches(iter(paths), predictor.settings.batch))
+    batches = list(in_batches(iter(images), predictor.settings.batch))
     # the pool reads the next images and saves the last pictures while the model works
     with ThreadPoolExecutor() as pool:
-        reading = read_ahead(pool, batches, turn=predictor.model.exif == "apply")
+        turn = predictor.model.exif == "apply"
+        reading = read_ahead(pool, batches, turn, window)
         shown = ProgressBar(reading, "predicting", "batches", total=len(batches))
-        for images, batch in zip(shown, batches):
+        for pixels, batch in zip(shown, batches):
             wait_for(saving)
-            readable = [image for image in images if image is not None]
+            readable = [array for array in pixels if array is not None]
             predictions = iter(predictor.predict(readable))
             saving = []
-            for path, image in zip(batch, images):
-                if image is None:
-                    unreadable += 1
+            for image, array in zip(batch, pixels):
+                path = file_of(image)
+                if array is None:
                     if new_tracker:
                         trackers[path.parent].skip()
                     continue
+                read_files.add(path)
                 prediction = next(predictions)
                 if new_tracker:
                     prediction = prediction.tracked(trackers[path.parent])
-                picture = suffix and free_name(path.stem, suffix, taken_names)
+                page = image.number if isinstance(image, Page) else None
+                stem = f"{path.stem}_page{page}" if page else path.stem
+                picture = suffix and free_name(stem, suffix, taken_names)
                 if picture:
                     saving.append(pool.submit(save_picture, prediction, output / picture))
-                records += as_records(path, picture, prediction)
+                records += as_records(path, picture, prediction, page=page)
         wait_for(saving)
-    return records, unreadable
+    return records, read_files
 
 
-def in_stacks(paths: list[Path]) -> list[Path]:
+def file_of(image: Path | Page) -> Path:
+    return image.path if isinstance(image, Page) else image
+
+
+def in_stacks(images: list[Path | Page]) -> list[Path | Page]:
     """Each folder's images together, in the order of the numbers in their names: 2 before 10."""
-    folders = {path.parent: None for path in paths}
+    folders = {file_of(image).parent: None for image in images}
     place = {folder: i for i, folder in enumerate(folders)}
-    return sorted(paths, key=lambda path: (place[path.parent], words_and_numbers(path.name)))
+
+    def key(image: Path | Page) -> tuple:
+        path = file_of(image)
+        page = image.number if isinstance(image, Page) else 0
+        return place[path.parent], words_and_numbers(path.name), page
+
+    return sorted(images, key=key)
 
 
 def words_and_numbers(name: str) -> list[str | int]:
@@ -274,13 +299,13 @@ def words_and_numbers(name: str) -> list[str | int]:
 
 
 def read_ahead(
-    pool: ThreadPoolExecutor, batches: list[list[Path]], turn: bool
+    pool: ThreadPoolExecutor, batches: list[list[Path | Page]], turn: bool, window: GrayWindow | None
 ) -> Iterator[list[np.ndarray | None]]:
     """The images of each batch, as `read` gives them; the next batch is read meanwhile."""
     reading: list[Future] = []
     for batch in [*batches, []]:
         previous = reading
-        reading = [pool.submit(read, path, turn) for path in batch]
+        reading = [pool.submit(read, image, turn, window) for image in batch]
         if previous:
             yield wait_for(previous)
 
@@ -290,13 +315,13 @@ def wait_for(futures: list[Future]) -> list:
     return [future.result() for future in futures]
 
 
-def read(path: Path, turn: bool) -> np.ndarray | None:
+def read(image: Path | Page, turn: bool, window: GrayWindow | None) -> np.ndarray | None:
     """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read.
 
-    turn: make it upright by its EXIF orientation.
+    turn, window: as in `read_image`.
     """
     try:
-        return read_image(path, turn)
+        return read_image(image, turn, window)
     except UserError as error:
         warn(str(error))
         return None

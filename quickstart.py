@@ -28,7 +28,7 @@ MOST_EPOCHS = 100
 
 # Flags that are handed on to the scripts.
 DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename")
-MODEL_FLAGS = ("size", "device", "resolution")
+MODEL_FLAGS = ("size", "device", "resolution", "gray")
 NO_SETTINGS = ("config", "test")  # flags that a --config file cannot give
 
 # Two processes share the tests; what follows --test comes later, and wins.
@@ -361,6 +361,8 @@ def parse(argv):
     add("--pretrain_weights", type=from_here, help="auto, none, a file or a URL")
     add("--val_fraction", type=float,
         help="share of train/ to validate on, where there is no valid/")
+    add("--gray", metavar="auto|full|PERCENT",
+        help="what is black and white in gray of more than 8 bits (default: auto)")
     add("--exif", choices=("apply", "ignore"),
         help="orientation of images whose annotated size does not tell")
     add("--rename", nargs="+", action="extend", metavar="OLD=NEW",

@@ -50,11 +50,11 @@ from rfdetr.weights import checkpoint
 
 def main(argv: list[str] | None = None) -> None:
     settings, resumed = training_settings(SegmentationSettings, __doc__, argv)
-    session = begin(settings, resumed)
-    session.guess_masks = choose_masks(session.train, settings.masks)
     # a resumed run has its detector in its own state
     path = settings.output_dir if resumed else detector_file(settings)
     content = resumed or checkpoint.load(path)
+    session = begin(settings, resumed, content)
+    session.guess_masks = choose_masks(session.train, settings.masks)
     checkpoint.require_size(content, session.size, path)
     warn_of_other_exif(content, session.train, path)
     session.trained_on = checkpoint.trained_on(content)

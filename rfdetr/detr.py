@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, warn
+from rfdetr.data.gray import look_at, scale_for, window_of
+from rfdetr.data.images import GrayWindow
 from rfdetr.device import pick_device, pick_inference_precision
 from rfdetr.inference.detections import (
     DetectionRunner,
@@ -24,21 +27,43 @@ from rfdetr.inference.detections import (
     make_predictions,
     sure_detections,
 )
-from rfdetr.inference.originals import ImageInput, Original, flatten, read_image, split_up
+from rfdetr.inference.originals import (
+    ImageInput,
+    Original,
+    Page,
+    deep_pixels_of,
+    flatten,
+    read_image,
+    split_up,
+)
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
 from rfdetr.placement import Placement
+from rfdetr.resolve import settings_of
 from rfdetr.settings import PredictionSettings
 from rfdetr.sizes import SIZES
 from rfdetr.tiling import Tiling, crop, tiling_of
-from rfdetr.weights.checkpoint import build_model, input_side, load, require_size
+from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load, require_size
 from rfdetr.weights.download import find_weights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What predict() was asked for; window: what is black and white in gray of many bits."""
+
+    threshold: float
+    nms: float
+    batch: int
+    max_detections: int | None
+    window: GrayWindow | None
+    tiling: Tiling | None
 
 
 class RFDETR:
     """A detector, with masks where its checkpoint has a mask head.
 
-    `model` is the plain torch module; `exif` ("apply" or "ignore") how image files are turned.
+    `model` is the plain torch module; `exif` ("apply" or "ignore") how image files are turned;
+    `gray` how gray of more than 8 bits is read, None: by its bits.
     """
 
     size_name: str | None = None  # the official weights a subclass starts from
@@ -75,6 +100,8 @@ class RFDETR:
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
         # tile and image_side, as in a checkpoint
         self.trained_with = {name: content.get(name) for name in ("tile", "image_side")}
+        self.gray = gray_of(content)
+        self._warned_of_gray = False
 
     @classmethod
     def from_checkpoint(
@@ -98,6 +125,9 @@ class RFDETR:
         *,
         nms: float = PredictionSettings.nms,
         batch: int = PredictionSettings.batch,
+        max_detections: int | None = None,
+        gray: str | float | None = PredictionSettings.gray,
+        pages: bool = PredictionSettings.pages,
         tile: int | str | None = PredictionSettings.tile,
         tile_overlap: float = PredictionSettings.tile_overlap,
         tile_full: bool = PredictionSettings.tile_full,
@@ -110,6 +140,10 @@ class RFDETR:
         array (B, H, W, C) or a tensor (B, C, H, W). The model gets `batch` of them at a time.
         nms: the IoU, 0..1, above which the worse of two boxes of a class is left out, and one of
         two classes where they all but coincide; 0: none is, as in the official package.
+        max_detections: of an image, the best ones; None: as many as the model keeps, which is as
+        many as it has queries unless it was trained with --num_select. gray: what is black and
+        white in gray of more than 8 bits: "full", its bits; "auto" or a percentile, the range of
+        these images; None: as in training. pages: each page of a file that has several is an image.
         tile: images larger than so many pixels are looked at in tiles of that side, which overlap
         by the share tile_overlap; "auto": at the scale of the training images; 0: none are; None:
         as in training. tile_full: each image is looked at as a whole, too.
@@ -121,16 +155,27 @@ class RFDETR:
         require_share("nms", nms)
         require_count("batch", batch)
         require_share("tile_overlap", tile_overlap)
-        tiling = self.tiling(tile, tile_overlap, tile_full)
+        if max_detections is not None:
+            require_count("max_detections", max_detections)
+        # before the overlapping ones are left out
+        self.runner.max_detections = max(max_detections or 0, self.model.size.select)
         if isinstance(images, Iterator):
             images = list(images)
-        if split_up(images) is None:
-            return self._predict([images], threshold, nms, tiling, batch)[0]
-        singles = flatten(images)
+        singles = flatten(images, pages)
+        choice = Choice(
+            threshold=threshold,
+            nms=nms,
+            batch=batch,
+            max_detections=max_detections,
+            window=self.gray_window(singles, gray),
+            tiling=self.tiling(tile, tile_overlap, tile_full),
+        )
+        is_single = split_up(images) is None and not isinstance(singles[0], Page)
+        if is_single:
+            return self._predict(singles, choice)[0]
         predictions = []
         for first in range(0, len(singles), batch):
-            part = singles[first : first + batch]
-            predictions += self._predict(part, threshold, nms, tiling, batch, first)
+            predictions += self._predict(singles[first : first + batch], choice, first)
         return predictions
 
     def tiling(self, tile: int | str | None, overlap: float, full: bool) -> Tiling | None:
@@ -140,29 +185,44 @@ class RFDETR:
         """
         return tiling_of(self.trained_with, tile, overlap, full)
 
+    def gray_window(
+        self, images: list[ImageInput], gray: str | float | None = None
+    ) -> GrayWindow | None:
+        """What is black and white in those of the images that are gray of more than 8 bits.
+
+        gray: as in `predict`.  Warns, once, where the training images were of another kind.
+        """
+        if gray is not None:
+            gray = checked_gray(gray)
+        elif self.gray is None or self.gray.by == "full":
+            return None
+        is_known = gray is None and self.gray.window is not None
+        sample = look_at(images, deep_pixels_of, values_too=not is_known)
+        scale, warning = scale_for(gray, self.gray, sample)
+        if warning and not self._warned_of_gray:
+            self._warned_of_gray = True
+            warn(warning)
+        return window_of(scale)
+
     def _predict(
-        self,
-        images: list[ImageInput],
-        threshold: float,
-        nms: float,
-        tiling: Tiling | None,
-        batch: int,
-        first: int | None = None,
+        self, images: list[ImageInput], choice: Choice, first: int | None = None
     ) -> list[Prediction]:
         """In one batch of single images; first: the position of its first image in the list."""
         turn = self.exif == "apply"
         pixels = []
         for position, image in enumerate(images, start=first or 0):
             try:
-                pixels.append(read_image(image, turn))
+                pixels.append(read_image(image, turn, choice.window))
             except UserError as error:
                 if first is None:
                     raise
                 raise UserError(f"images[{position}]: {error}") from error
-        originals = [Original.of(image, array, turn) for image, array in zip(images, pixels)]
-        if tiling is not None:
+        originals = [
+            Original.of(image, array, turn, choice.window) for image, array in zip(images, pixels)
+        ]
+        if choice.tiling is not None:
             return [
-                self._predict_in_tiles(original, array, tiling, threshold, nms, batch)
+                self._predict_in_tiles(original, array, choice)
                 for original, array in zip(originals, pixels)
             ]
         inputs = torch.stack([self._resized(array) for array in pixels])
@@ -174,42 +234,38 @@ class RFDETR:
             predictions += make_predictions(
                 detections,
                 [originals[i] for i in detections.indices],
-                threshold,
+                choice.threshold,
                 self.model.head,
                 self.table,
                 self.precision,
-                nms,
+                choice.nms,
+                choice.max_detections,
             )
         return predictions
 
     def _predict_in_tiles(
-        self,
-        original: Original,
-        pixels: np.ndarray,
-        tiling: Tiling,
-        threshold: float,
-        nms: float,
-        batch: int,
+        self, original: Original, pixels: np.ndarray, choice: Choice
     ) -> Prediction:
-        """In one image (H, W, 3) uint8, `batch` of its tiles at a time."""
+        """In one image (H, W, 3) uint8, a batch of its tiles at a time."""
         height, width = pixels.shape[:2]
-        windows = tiling.windows(height, width)
+        windows = choice.tiling.windows(height, width)
         seen: list[DetectedInWindow] = []
-        for first in range(0, len(windows), batch):
-            part = windows[first : first + batch]
+        for first in range(0, len(windows), choice.batch):
+            part = windows[first : first + choice.batch]
             inputs = torch.stack([self._resized(crop(pixels, window)) for window in part])
             placements = [Placement.of_window(window, height, width) for window in part]
             indices = list(range(len(part)))
             for detections in self.runner.run(self.model, inputs, placements, indices):
                 require_finite(detections)
                 of_detections = [part[i] for i in detections.indices]
-                chosen = sure_detections(detections, threshold, nms)
+                chosen = sure_detections(detections, choice.threshold, choice.nms)
                 seen += in_windows(
                     detections, of_detections, chosen, self.model.head, self.precision
                 )
-        merged = merge(seen, height, width)
-        prediction = merged.as_prediction(original, self.table)
-        return prediction.without_duplicates(nms) if len(windows) > 1 else prediction
+        prediction = merge(seen, height, width).as_prediction(original, self.table)
+        if len(windows) > 1:
+            prediction = prediction.without_duplicates(choice.nms)
+        return prediction[: choice.max_detections]
 
     def _resized(self, original: np.ndarray) -> Tensor:
         """(H, W, 3) uint8 -> the model's input, (3, R, R) uint8."""
@@ -232,6 +288,14 @@ def require_count(name: str, value: int) -> None:
         count = 0
     if count < 1 or isinstance(value, bool):
         raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
+
+
+def checked_gray(gray: str | float) -> str | float:
+    """A value of --gray.  Raises UserError."""
+    try:
+        return settings_of(PredictionSettings)["gray"].read(gray)
+    except ValueError as error:
+        raise UserError(f"gray: {error}") from error
 
 
 def require_finite(detections: Detections) -> None:

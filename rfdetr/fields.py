@@ -117,6 +117,23 @@ def decimal(default, help: str, low: float = 0.0, high: float = MOST):
     return _field(default, Setting(number(float, low, high), help))
 
 
+def gray_range(default_means: str):
+    """--gray; default_means: what is done where it is not given."""
+    help = (
+        "what is black and white in gray of more than 8 bits: full: 0 and the most that the bits "
+        "hold; 99: what cuts off a hundredth of all images' pixels at either end; auto: 99.9 "
+        f"(default: {default_means})"
+    )
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            return number(float, 51, 100)(text)
+        raise ValueError(f"expected auto, full or a percentage of 51 to 100, got {text!r}")
+
+    words = ("auto", "full")
+    return _field(None, Setting(read, help, metavar="auto|full|PERCENT", words=words))
+
+
 def read_switch(text: str) -> bool:
     value = text.strip().lower()
     if value in ("1", "true", "yes"):

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,12 +17,14 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, say, tick, warn
 from rfdetr.data.coco import read_dataset
+from rfdetr.data.gray import look_at, paths_of, scale_for
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.statistics import typical_side
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.evaluation import SplitEvaluator
-from rfdetr.metrics.coco_eval import format_table
+from rfdetr.metrics.table import format_table
+from rfdetr.models.projector import count_places
 from rfdetr.resolve import plain
 from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
@@ -29,7 +32,7 @@ from rfdetr.runs.folder import check_free_disk
 from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
-from rfdetr.sizes import ModelSize
+from rfdetr.sizes import size_from_dict
 from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.health import RunHealth
@@ -58,8 +61,11 @@ SPARE_DISK = 64 << 20  # bytes
 # ---------------------------------------------------------------- begin
 
 
-def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
-    """Device, seed and data, before anything is written; the dataset's warnings are printed."""
+def begin(settings: TrainingSettings, resumed: dict | None, frozen: dict | None = None) -> Session:
+    """Device, seed and data, before anything is written; the dataset's warnings are printed.
+
+    frozen: the content of the checkpoint whose detector stage 2 keeps as it is.
+    """
     device = pick_device(settings.device)
     settings = settings.on_device(device.type)
     distributed.start(device)
@@ -67,7 +73,10 @@ def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
     size = settings.model_size
     if resumed:
         checkpoint.require_size(resumed, size, settings.output_dir)
-    splits = read_splits(settings, size)
+    queries = size_from_dict(frozen["size"]).queries if frozen else size.queries
+    warn_of_queries_without_a_place(settings)
+    splits = read_splits(settings, queries)
+    splits = with_gray(splits, settings, resumed, frozen)
     digests = {name: data_digest(split) for name, split in splits.items() if name != "test"}
     progress = Progress()
     if resumed:
@@ -88,9 +97,21 @@ def begin(settings: TrainingSettings, resumed: dict | None) -> Session:
     )
 
 
-def read_splits(settings: TrainingSettings, size: ModelSize) -> dict[str, CocoSplit]:
-    """The dataset's splits, "test" only where it is to be scored."""
-    queries = math.inf if settings.tile else size.queries  # of a tile, not of an image
+def warn_of_queries_without_a_place(settings: TrainingSettings) -> None:
+    """Queries begin at the best places of the feature maps; more than these start from nowhere."""
+    wanted = getattr(settings, "num_queries", None)
+    places = count_places(settings.model_size, settings.resolution) if wanted else 0
+    if wanted and wanted > places:
+        warn(
+            f"--num_queries {wanted}: at {settings.resolution} px there are {places} places that "
+            "queries can begin at; the others find little. Give a larger --resolution"
+        )
+
+
+def read_splits(settings: TrainingSettings, queries: int) -> dict[str, CocoSplit]:
+    """The dataset's splits, "test" only where it is to be scored; queries: for an image."""
+    if settings.tile:
+        queries = math.inf  # those are of a tile
     splits = read_dataset(
         settings.dataset, settings.val_fraction, queries, settings.exif, settings.rename
     )
@@ -102,6 +123,31 @@ def read_splits(settings: TrainingSettings, size: ModelSize) -> dict[str, CocoSp
         for message in split.warnings:
             warn(message)
     return splits
+
+
+def with_gray(
+    splits: dict[str, CocoSplit],
+    settings: TrainingSettings,
+    resumed: dict | None,
+    frozen: dict | None,
+) -> dict[str, CocoSplit]:
+    """The splits with the range of gray of more than 8 bits: the run's own, the frozen detector's,
+    or that of the training images; it is said.
+    """
+    given = settings.gray
+    stored = checkpoint.gray_of(resumed or frozen or {})
+    if resumed and stored and given == stored.by:
+        given = None
+    if not (resumed or frozen):
+        given = given or "auto"
+    if frozen and not resumed and given is not None and given != (stored.by if stored else "full"):
+        warn(f"--gray {given}: the frozen detector's images were read otherwise; leave it out")
+    scale, warning = scale_for(given, stored, look_at(paths_of(splits["train"].images)))
+    if warning:
+        warn(warning)
+    elif scale and scale.note:
+        tick(scale.note)
+    return {name: replace(split, gray=scale) for name, split in splits.items()}
 
 
 def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test: bool) -> None:
@@ -232,6 +278,7 @@ def make_keeper(
         "exif": train.exif,
         "image_side": typical_side(train),
         "tile": session.tiling.side if session.tiling else 0,
+        "gray": train.gray.to_dict() if train.gray else None,
         "guessed_masks": session.guess_masks,
         "trained_on": trained_on.unique(),
     }

@@ -23,6 +23,7 @@ from rfdetr.fields import (
     choice,
     decimal,
     for_this_command,
+    gray_range,
     integer,
     path,
     switch,
@@ -59,6 +60,7 @@ class DataSettings:
     exif: str | None = choice(
         None, "orientation of images whose size does not tell (default: apply)", EXIF
     )
+    gray: str | float | None = gray_range("auto; stage 2: as the detector's images")
     rename: tuple[str, ...] = texts(
         (), 'call classes otherwise: "Date=date" where valid says Date, train date', "OLD=NEW"
     )
@@ -190,11 +192,21 @@ class DetectorTraining(TrainingSettings):
         None, "instead: DINOv2 alone, in the Hugging Face layout", metavar="PATH"
     )
     pretrain_exclude_keys: tuple[str, ...] = texts((), "tensors not to load", metavar="GLOB")
+    num_queries: int | None = integer(
+        None, f"queries per image (default: {OWN_QUERIES})", high=10_000
+    )
+    num_select: int | None = integer(
+        None, "detections kept per image (default: as many as queries)", high=10_000
+    )
 
     def checked(self) -> DetectorTraining:
         if self.backbone_weights and self.pretrain_weights not in ("auto", "none"):
             raise UserError(TWO_STARTS)
         return super().checked()
+
+    @property
+    def model_size(self) -> ModelSize:
+        return with_queries(SIZES[self.size], self.num_queries, self.num_select)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,12 +293,6 @@ class SingleSettings(MaskSettings, DetectorTraining):
     init_ckpt: Path | None = checkpoint_file(
         None, "start from this checkpoint instead of --pretrain_weights"
     )
-    num_queries: int | None = integer(
-        None, f"queries per image (default: {OWN_QUERIES})", high=10_000
-    )
-    num_select: int | None = integer(
-        None, "detections kept per image (default: as many as queries)", high=10_000
-    )
     cls_loss_coef: float = decimal(LossWeights.cls, "weight of the classes' loss")
     bbox_loss_coef: float = decimal(LossWeights.bbox, "weight of the boxes' L1 loss")
     giou_loss_coef: float = decimal(LossWeights.giou, "weight of the boxes' GIoU loss")
@@ -297,10 +303,6 @@ class SingleSettings(MaskSettings, DetectorTraining):
         if self.backbone_weights and self.init_ckpt:
             raise UserError(TWO_STARTS)
         return super().checked()
-
-    @property
-    def model_size(self) -> ModelSize:
-        return with_queries(SIZES[self.size], self.num_queries, self.num_select)
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -338,6 +340,9 @@ class InferenceSettings(TileSettings):
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
     amp: str = choice("auto", "mixed precision (auto: as in training; off on a CPU)", AMP)
     compile: bool = switch(False, "torch.compile the encoder: slow start, then fast")
+    max_detections: int | None = integer(
+        None, "detections of an image, at most (default: as many as the model keeps)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +355,13 @@ class EvaluationSettings(InferenceSettings, DataSettings):
     exif: str | None = choice(
         None, "orientation of images whose size does not tell (default: as in training)", EXIF
     )
+    gray: str | float | None = gray_range("as in training")
     split: str = choice("valid", "which images", ("train", "valid", "test"))
+    max_detections: int | None = integer(
+        None,
+        "detections of an image, at most; above 100 their figures stand beside COCO's (default: as "
+        "many as the model keeps; figures at 300 and 1000 where an image has over 100 objects)",
+    )
     workers: int = integer(0, "loader processes", low=0, high=256)
     json: Path | None = path(None, "write the figures here", metavar="FILE")
     results: Path | None = path(
@@ -380,6 +391,8 @@ class PredictionSettings(InferenceSettings):
     exif: str | None = choice(
         None, "orientation of the images (default: as the training images were read)", EXIF
     )
+    gray: str | float | None = gray_range("as in training")
+    pages: bool = switch(False, "of a file with several pages or frames, see each as an image")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from rfdetr.console import UserError, banner, tick, warn
 from rfdetr.data.coco import inspect_dataset
 from rfdetr.data.exif import exif_note
 from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
+from rfdetr.data.gray import look_at, paths_of, scale_by
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
@@ -59,10 +60,14 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         settings.rename,
     )
     train = splits.get("train")
+    gray = None
     tiling = None
-    if train and settings.tile:
-        tile = settings.tile
-        tiling = training_tiling(train, resolution, tile, settings.tile_overlap, settings.tile_full)
+    if train:
+        gray = scale_by(settings.gray or "auto", look_at(paths_of(train.images)))
+        train = replace(train, gray=gray)
+        tiling = training_tiling(
+            train, resolution, settings.tile, settings.tile_overlap, settings.tile_full
+        )
     if train and not tiling:
         problems += shrink_problems(train, resolution, size.block)
     problems.sort(key=lambda problem: problem.severity)
@@ -72,8 +77,9 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     if tiling:
         tick(f"{tiling.told()}, cut from the images in training")
     note = exif_note(splits, settings.exif)
-    if note:
-        tick(note)
+    for line in (note, gray and gray.note):
+        if line:
+            tick(line)
     print_problems(problems, settings.json)
     if settings.preview and train:
         draw_classes(train, settings.preview)
@@ -85,6 +91,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         "environment": machine,
         "repaired": repaired,
         "exif": train.exif if train else None,
+        "gray": gray.to_dict() if gray else None,
         "splits": counts,
         # masks are guessed where there are none: splits has their numbers
         "stages": dict.fromkeys(("detector", "segmentation", "single"), not errors),
@@ -254,7 +261,7 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
         )
     words = ["python", "train_detector_stage1.py", "--dataset", settings.dataset]
     usual = ValidationSettings()
-    for name in ("val_fraction", "exif", "size", "resolution", "device", "tile"):
+    for name in ("val_fraction", "exif", "gray", "size", "resolution", "device", "tile"):
         value = getattr(settings, name)
         if value != getattr(usual, name):
             words += [f"--{name}", value]

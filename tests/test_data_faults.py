@@ -153,7 +153,7 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     assert checkpoint.load(best)["exif"] == RFDETR(best, "cpu").exif == "ignore"
     turned = []
     monkeypatch.setattr(
-        predict, "read_image", lambda path, turn: turned.append(turn) or read_image(path, turn)
+        predict, "read_image", lambda path, turn, _: turned.append(turn) or read_image(path, turn)
     )
     words = [
         "--checkpoint",
@@ -172,14 +172,14 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     pictures = []
     monkeypatch.setattr(
         "rfdetr.inference.originals.read_pixels",
-        lambda path, turn: pictures.append(turn) or np.zeros((9, 9, 3), np.uint8),
+        lambda path, turn, _: pictures.append(turn) or np.zeros((9, 9, 3), np.uint8),
     )
     RFDETR(best, "cpu").predict(file)
     splits = []
     monkeypatch.setattr(
         evaluate,
         "SplitEvaluator",
-        lambda loader, *rest: splits.append(loader.dataset.split) or 1 / 0,
+        lambda loader, *rest, **named: splits.append(loader.dataset.split) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         call(evaluate.main, "--checkpoint", best, "--dataset", data, "--device", "cpu")

@@ -223,6 +223,7 @@ BAD = [
     (EvaluationSettings, "batch", 0, ">= 1"),
     (EvaluationSettings, "split", "all", "train, valid, test"),
     (PredictionSettings, "threshold", 2, "<= 1"),
+    (PredictionSettings, "gray", 30, "auto, full or a percentage of 51 to 100"),
     (PredictionSettings, "nms", -0.1, ">= 0"),
     (PredictionSettings, "pictures", 1, "a text"),
     (PredictionSettings, "pictures", "gif", "png, jpg, 0"),
@@ -330,6 +331,7 @@ def test_detections_follow_the_queries(name):
     assert numbers(num_queries=400) == (400, 400)
     assert numbers(num_select=50) == (own.queries, 50)
     assert numbers(num_queries=7, num_select=20) == (7, 20)
+    assert resolve(DetectorSettings, {"size": name, "num_queries": 400}).model_size.select == 400
     assert resolve(SegmentationSettings, {"size": name}).model_size is own
 
 
@@ -351,6 +353,8 @@ def values_for(field, setting) -> st.SearchStrategy:
         return st.booleans()
     if setting.choices:
         return st.sampled_from(sorted(setting.choices))
+    if field.name == "gray":
+        return st.floats(51, 100) | st.sampled_from(setting.words)
     words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=9)
     if field.type.startswith("tuple"):
         return st.lists(words, max_size=3).map(tuple)

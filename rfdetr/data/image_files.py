@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from rfdetr.data.image_cache import ImageCache, stamp_of
-from rfdetr.data.images import FORMATS, ORIENTATION
+from rfdetr.data.images import FORMATS, ORIENTATION, open_image
 
 TIFF_SIDES = (256, 257)  # tags: width and height as they are stored
 HASHED_PARTS = 4  # of a file, spread from its beginning to its end
@@ -180,7 +180,7 @@ def read_image_file(path: Path, annotated_size: tuple[float, float], decode: boo
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             return [{"IMG_TYPE": f": {kind_of_file(mode)}"}, 1, None, "", None]
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             orientation, stored_size = read_orientation(image, annotated_size)
             pages = count_pages(image)
             if decode:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from rfdetr.console import UserError
 from rfdetr.text import printable
@@ -27,6 +29,11 @@ FORMATS = [
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 ORIENTATION = 0x0112  # EXIF tag: 2-4 mirror or turn by 180 degrees, 5-8 also swap width and height
+SAMPLES_PER_PIXEL = 277  # TIFF tags
+PHOTOMETRIC = 262
+GRAY_OR_RGB = (0, 1, 2)  # values of PHOTOMETRIC
+MOST_CHANNELS = 4  # RGB and transparency
+GrayWindow = tuple[float, float]  # what is black, what is white, in an image's own values
 UNDO_ORIENTATION = {  # orientation -> what takes the upright image back to the stored one
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,13 +45,14 @@ UNDO_ORIENTATION = {  # orientation -> what takes the upright image back to the 
 }
 
 
-def load_image(record: ImageRecord) -> np.ndarray:
+def load_image(record: ImageRecord, window: GrayWindow | None = None) -> np.ndarray:
     """The pixels of an image, (H, W, 3) uint8 RGB; of animated images the first frame.
 
+    window: of gray of more than 8 bits, as in `to_8_bit`.
     Raises UserError naming the file where it cannot be decoded or has changed its size since it
     was checked.
     """
-    pixels = read_pixels(record.path, record.apply_exif)
+    pixels = read_pixels(record.path, record.apply_exif, window)
     height, width = pixels.shape[:2]
     if (height, width) != (record.height, record.width):
         raise UserError(
@@ -54,18 +62,61 @@ def load_image(record: ImageRecord) -> np.ndarray:
     return pixels
 
 
-def read_pixels(path: str | Path, apply_exif: bool) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB, oriented as `oriented` says.
+def read_pixels(
+    path: str | Path, apply_exif: bool, window: GrayWindow | None = None, page: int = 0
+) -> np.ndarray:
+    """A page of an image file as (H, W, 3) uint8 RGB, oriented as `oriented` says.
 
-    Raises UserError where it cannot be read.
+    window: as in `to_8_bit`.  Raises UserError where it cannot be read.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return to_rgb_array(oriented(image, apply_exif))
+        with open_image(path) as image:
+            if page:
+                image.seek(page)
+            return to_rgb_array(oriented(image, apply_exif), window)
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         raise UserError(
             f"{printable(path)}: cannot be read as an image: {error}. Replace it or leave it out"
         ) from error
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An opened image file.  Raises what Pillow raises, and ValueError for too many channels."""
+    try:
+        opened = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        require_few_channels(tiff_tags(path))
+        raise
+    with opened as image:
+        if image.format == "TIFF":
+            require_few_channels(image.tag_v2)
+        yield image
+
+
+def require_few_channels(tags: TiffImagePlugin.ImageFileDirectory_v2 | dict) -> None:
+    """ValueError for a TIFF with more than RGB and transparency."""
+    channels = tags.get(SAMPLES_PER_PIXEL, 1)
+    if channels > MOST_CHANNELS and tags.get(PHOTOMETRIC) in GRAY_OR_RGB:
+        raise ValueError(
+            f"it has {channels} channels, and a model sees gray, RGB or RGBA. Choose the one or "
+            "three that show the objects, and save them as an image of their own"
+        )
+
+
+def tiff_tags(path: str | Path) -> TiffImagePlugin.ImageFileDirectory_v2 | dict:
+    """The tags of the first page of a TIFF that Pillow does not read; empty for other files."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(8)
+            if header[2:3] == b"\x2b":  # BigTIFF
+                header += file.read(8)
+            tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+            file.seek(tags.next)
+            tags.load(file)
+            return tags
+    except Exception:  # no TIFF, or a damaged one: Pillow's own error tells
+        return {}
 
 
 def oriented(image: Image.Image, apply_exif: bool) -> Image.Image:
@@ -81,10 +132,15 @@ def oriented(image: Image.Image, apply_exif: bool) -> Image.Image:
     return image.transpose(UNDO_ORIENTATION[orientation])
 
 
-def to_rgb_array(image: Image.Image) -> np.ndarray:
-    """An opened image as (H, W, 3) uint8 RGB."""
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        gray = to_8_bit(image)
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image is gray of more than 8 bits: integers or floating-point numbers."""
+    return image.mode in ("F", "I") or image.mode.startswith("I;16")
+
+
+def to_rgb_array(image: Image.Image, window: GrayWindow | None = None) -> np.ndarray:
+    """An opened image as (H, W, 3) uint8 RGB; window: as in `to_8_bit`."""
+    if is_deep(image):
+        gray = to_8_bit(image, window)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode in ("P", "PA"):  # a palette's transparency may be bytes, which only RGBA takes
         image = image.convert("RGBA")
@@ -93,12 +149,14 @@ def to_rgb_array(image: Image.Image) -> np.ndarray:
     return np.array(image)
 
 
-def to_8_bit(image: Image.Image) -> np.ndarray:
-    """Gray of more than 8 bits as (H, W) uint8, scaled by its range.
+def to_8_bit(image: Image.Image, window: GrayWindow | None = None) -> np.ndarray:
+    """Gray of more than 8 bits as (H, W) uint8, scaled by a range of its values.
 
-    The range is 0..65535 for 16 bits, else the least of 0..1, 0..255, 0..65535 that holds it, or
-    0..its maximum.
+    The range is `window`; without one 0..65535 for 16 bits, else the least of 0..1, 0..255,
+    0..65535 that holds the image, or 0..its maximum. NaN is black.
     """
+    if window is not None:
+        return scaled(np.asarray(image), window)
     gray = np.nan_to_num(np.asarray(image, np.float64).clip(0))
     brightest = gray.max(initial=0)
     if image.mode.startswith("I;16"):
@@ -106,3 +164,10 @@ def to_8_bit(image: Image.Image) -> np.ndarray:
     else:
         white = next((top for top in (1, 255, 65535) if brightest <= top), brightest)
     return (gray * (255 / white)).round().clip(0, 255).astype(np.uint8)
+
+
+def scaled(gray: np.ndarray, window: GrayWindow) -> np.ndarray:
+    """Gray values of any shape as uint8: 0 up to `window`'s first value, 255 from its second on."""
+    black, white = window
+    shares = (gray.astype(np.float64).clip(black, white) - black) / (white - black)
+    return np.nan_to_num(shares * 255).round().astype(np.uint8)

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.augment import LEAST_SIDE, PRESETS, move_boxes, random_view
+from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
 from rfdetr.data.records import CocoSplit, ImageRecord
@@ -239,7 +240,7 @@ class SplitDataset(Dataset):
         if index in self.guessed:
             return self.guessed[index]
         side = max(self.resolution, GUESSING_SIDE)
-        image = torch.from_numpy(load_image(record)).permute(2, 0, 1)
+        image = torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
         pixels = v2.functional.resize(image, [side, side], antialias=True)
         masks = with_guesses(record, pixels.permute(1, 2, 0).numpy())
         if self.guesses + len(masks) <= GUESSES_KEPT:
@@ -262,12 +263,16 @@ class SplitDataset(Dataset):
         images = self.split.images
         record = images[index] if seed is None else images.moved(index, seed)
         if record.window is None:
-            return torch.from_numpy(load_image(record)).permute(2, 0, 1)
+            return torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
         file, pixels = self.last_read
         if file != record.path:
-            pixels = load_image(record)
+            pixels = self._pixels_of(record)
             self.last_read = (record.path, pixels)
         return torch.from_numpy(crop(pixels, record.window)).permute(2, 0, 1)
+
+    def _pixels_of(self, record: ImageRecord) -> np.ndarray:
+        """The whole image, (H, W, 3) uint8."""
+        return load_image(record, window_of(self.split.gray))
 
 
 def to_pixels_of(record: ImageRecord, height: int, width: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from rfdetr.data.columns import PROOF_OF, Columns
 from rfdetr.data.faults import Problem
 from rfdetr.data.flat import NO_MASK
+from rfdetr.data.gray import GrayScale
 from rfdetr.tiling import Window
 
 
@@ -181,6 +182,9 @@ class ImageTable(Sequence):
 class ImageList(list):
     """Records that were chosen or changed one by one, as an ImageTable to look at."""
 
+    def path(self, index: int) -> Path:
+        return self[index].path
+
     def file_name(self, index: int) -> str:
         return self[index].file_name
 
@@ -214,6 +218,7 @@ class CocoSplit:
     left_out: list[str]  # names of placeholder categories
     exif: str  # "apply" or "ignore" the orientation of images whose size does not tell
     problems: list[Problem]  # errors first
+    gray: GrayScale | None = None  # how gray of more than 8 bits is read; None: by its bits
 
     def __post_init__(self):
         if isinstance(self.images, list):

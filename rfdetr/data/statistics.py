@@ -122,12 +122,16 @@ def shrink_warning(
 
 
 def image_warnings(
-    files: Sequence[Path], resolution: int, step: int, tile: int | None = None
+    files: Sequence[Path],
+    resolution: int,
+    step: int,
+    pages: bool = False,
+    tile: int | None = None,
 ) -> list[str]:
     """What is to be said of image files without annotations: too large, or of several pages.
 
-    resolution, step: as in shrink_warning; tile: the side of the tiles that are looked at, in
-    pixels. Files that cannot be read are passed over.
+    resolution, step: as in shrink_warning. pages: each page is seen. tile: the side of the tiles
+    that are looked at, in pixels. Files that cannot be read are passed over.
     """
     headers = {file: read_header(file) for file in files}
     image_sides = [max(header.size) for header in headers.values() if header]
@@ -137,10 +141,10 @@ def image_warnings(
     several = [
         f"{file}: {header.pages}" for file, header in headers.items() if header and header.pages > 1
     ]
-    if several:
+    if several and not pages:
         noun = "image has" if len(several) == 1 else "images have"
         what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
-        messages.append(f"{what}: the first of each is read")
+        messages.append(f"{what}: the first of each is read, --pages 1 sees them all")
     return [message for message in messages if message]
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_api
 
 from rfdetr.console import UserError
+from rfdetr.data.gray import window_of
 from rfdetr.data.images import load_image
 from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.inference.visualise import (
@@ -66,7 +67,8 @@ def class_sheet(split: CocoSplit, remark: str = "") -> Image.Image:
         drawn = 0
         for image, index in _spread_examples(split, label, rows * examples):
             with contextlib.suppress(UserError):
-                example = _cut_out(image, index, names_on_objects, colours)
+                pixels = load_image(image, window_of(split.gray))
+                example = _cut_out(image, pixels, index, names_on_objects, colours)
                 example = example.resize((side - GAP, side - GAP), Image.Resampling.LANCZOS)
                 row, column = divmod(drawn, examples)
                 corner = (x + GAP // 2 + column * side, y + TITLE_HEIGHT + row * side)
@@ -95,11 +97,15 @@ def _spread_examples(split: CocoSplit, label: int, count: int) -> list[tuple[Ima
 
 
 def _cut_out(
-    image: ImageRecord, index: int, names: list[str], colours: dict[str, Colour] | None
+    image: ImageRecord,
+    pixels: np.ndarray,
+    index: int,
+    names: list[str],
+    colours: dict[str, Colour] | None,
 ) -> Image.Image:
     """A square around an object of an image, with all objects in it drawn; dark beyond the image.
 
-    index: of the object; names: of the classes, by label.
+    pixels: of the image, (H, W, 3); index: of the object; names: of the classes, by label.
     """
     x1, y1, x2, y2 = image.boxes[index]
     side = max(SURROUNDINGS * max(x2 - x1, y2 - y1), MIN_CUT)
@@ -107,18 +113,18 @@ def _cut_out(
     left = _start_of_cut((x1 + x2) / 2, side, image.width)
     top = _start_of_cut((y1 + y2) / 2, side, image.height)
     window = np.s_[top : top + side, left : left + side]
-    pixels = Image.fromarray(load_image(image)[window])
+    cut = Image.fromarray(pixels[window])
     scale = min(1, 2 * MIN_SIDE / side)
-    size = [max(1, round(extent * scale)) for extent in pixels.size]
-    pixels = pixels.resize(size, Image.Resampling.BOX)
+    size = [max(1, round(extent * scale)) for extent in cut.size]
+    cut = cut.resize(size, Image.Resampling.BOX)
 
     boxes = (image.boxes - [left, top, left, top]) * scale
-    begins_inside = (boxes[:, :2] < pixels.size).all(axis=1)
+    begins_inside = (boxes[:, :2] < cut.size).all(axis=1)
     ends_inside = (boxes[:, 2:] > 0).all(axis=1)
     inside = np.flatnonzero(begins_inside & ends_inside)
     masks = [_cut_mask(image, i, window, size) for i in inside]
     picture = draw(
-        np.asarray(pixels),
+        np.asarray(cut),
         boxes[inside],
         [names[image.labels[i]] for i in inside],
         masks=masks if any(masks) else None,

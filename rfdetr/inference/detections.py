@@ -83,8 +83,10 @@ class Detections:
 class DetectionRunner:
     """Runs detectors on batches; where memory runs out, on smaller parts of them from then on."""
 
-    def __init__(self, table: ClassTable, precision: Precision):
+    def __init__(self, table: ClassTable, precision: Precision, max_detections: int | None = None):
+        """max_detections: of an image; None: as many as the model keeps."""
         self.precision = precision
+        self.max_detections = max_detections
         # (N,): the row of each label in the class head
         self.class_rows = torch.tensor(table.rows, device=precision.device)
         self.images_at_once: int | None = None  # None: as many as are given
@@ -128,7 +130,7 @@ class DetectionRunner:
         with self.precision.autocast():
             outputs = model(to_model_input(images, self.precision.device))
         scores, labels, boxes, chosen = select_detections(
-            outputs, self.class_rows, model.size.select
+            outputs, self.class_rows, self.max_detections or model.size.select
         )
         queries = outputs["queries"]  # (B, Q, C)
         chosen = chosen[..., None].expand(-1, -1, queries.shape[-1])  # (B, k, C)
@@ -241,15 +243,17 @@ def make_predictions(
     table: ClassTable,
     precision: Precision,
     nms: float = 0.0,
+    max_detections: int | None = None,
 ) -> list[Prediction]:
     """The detections that score `threshold` or more, in pixels of the B originals.
 
     There are masks where there is a `head`. nms: as in `without_overlaps`, 0 for none.
+    max_detections: of an image, the best ones; None: all.
     """
     scores = detections.scores.numpy()
     labels = detections.labels.numpy()
     boxes = [detections.boxes_in_original(i) for i in range(len(originals))]
-    chosen = sure_detections(detections, threshold, nms)
+    chosen = [of_image[:max_detections] for of_image in sure_detections(detections, threshold, nms)]
     drawn: list = [(None, None)] * len(originals)
     if head is not None:
         drawn = draw_masks(head, detections, chosen, precision)

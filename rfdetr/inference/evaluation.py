@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
+from rfdetr.data.gray import window_of
 from rfdetr.data.images import load_image
 from rfdetr.data.loaders import note_unread
 from rfdetr.data.records import CocoSplit, ImageRecord
@@ -82,17 +84,21 @@ class SplitEvaluator:
         precision: Precision,
         masks: bool,
         frozen: Detector | None = None,
+        max_detections: int | None = None,
     ):
-        """masks: score a whole model's masks as well as its boxes."""
+        """masks: score a whole model's masks as well as its boxes.  max_detections: of an image;
+        None: as many as the model keeps.
+        """
         self.loader = loader
         self.split: CocoSplit = loader.dataset.split
         self.whole_split: CocoSplit = (
             loader.dataset.whole_split
         )  # its images, where those are tiles
         self.table = table
-        self.runner = DetectionRunner(table, precision)
+        self.runner = DetectionRunner(table, precision, max_detections)
         self.precision = precision
         self.masks = masks
+        self.max_detections = max_detections
         self.frozen = frozen
         self.keep_detections = frozen is not None
         self.unread: list[int] = []  # positions of images that cannot be read: no detections there
@@ -110,15 +116,18 @@ class SplitEvaluator:
         are then left out, as drawing them takes time.
         """
         head = self._head(model)
+        evaluator = CocoEvaluator(
+            self.whole_split.ground_truth, masks=head is not None, max_detections=self.max_detections
+        )
         images = []
         with naming_workers(self.loader.dataset.images_in_work):
             if self.loader.dataset.tiling:
-                for tiles in self._tiles_by_image(model, head, self._counting):
+                choose = partial(self._counting, evaluator.most_counted)
+                for tiles in self._tiles_by_image(model, head, choose):
                     images.append(self._merged(tiles))
             else:
                 for detections in self.detections(model):
-                    images += self._in_originals(detections, head)
-        evaluator = CocoEvaluator(self.whole_split.ground_truth, masks=head is not None)
+                    images += self._in_originals(detections, head, evaluator.most_counted)
         for of_rank in distributed.gather_objects(images):
             for image in of_rank:
                 evaluator.add(
@@ -169,9 +178,12 @@ class SplitEvaluator:
         return model.head if self.masks else None
 
     def _in_originals(
-        self, detections: Detections, head: AnyMaskHead | None
+        self, detections: Detections, head: AnyMaskHead | None, most_counted: int
     ) -> list[ImageDetections]:
-        """A batch's detections by image, with masks where there is a head."""
+        """A batch's detections by image, with masks where there is a head.
+
+        most_counted: of a class and image, by any figure.
+        """
         scores = detections.scores.numpy()
         labels = np.asarray(self.split.category_ids)[detections.labels.numpy()]
         images = [
@@ -187,7 +199,7 @@ class SplitEvaluator:
         ]
         if head is None:
             return images
-        chosen = self._counting(detections)
+        chosen = self._counting(most_counted, detections)
         masks = draw_masks(head, detections, chosen, self.precision)
         return [
             ImageDetections(
@@ -201,12 +213,17 @@ class SplitEvaluator:
             for image, drawn, (rles, mask_scores) in zip(images, chosen, masks)
         ]
 
-    def _counting(self, detections: Detections) -> list[np.ndarray]:
-        """Of each image the detections that a figure can depend on."""
+    def _counting(self, most_counted: int, detections: Detections) -> list[np.ndarray]:
+        """Of each image the detections that a figure can depend on.
+
+        most_counted: of a class and image, by any figure.
+        """
         scores = detections.scores.numpy()
         labels = detections.labels.numpy()
         return [
-            np.flatnonzero(counting(detections.boxes_in_original(i), scores[i], labels[i]))
+            np.flatnonzero(
+                counting(detections.boxes_in_original(i), scores[i], labels[i], most_counted)
+            )
             for i in range(len(detections.indices))
         ]
 
@@ -254,7 +271,7 @@ class SplitEvaluator:
 
         for seen in itertools.islice(self._tiles_by_image(model, head, choose), count):
             record = self.whole_split.images[seen.number]
-            image = load_image(record)
+            image = load_image(record, window_of(self.split.gray))
             original = Original(record.height, record.width, pixels=image)
             merged = merge(seen.tiles, record.height, record.width)
             prediction = merged.as_prediction(original, self.table).without_duplicates(nms)
@@ -263,7 +280,7 @@ class SplitEvaluator:
     def _picture(self, detections: Detections, head: AnyMaskHead | None) -> Image.Image:
         """Ground truth at the left, the detections in this one image at the right."""
         record = self.split.images[detections.indices[0]]
-        image = load_image(record)
+        image = load_image(record, window_of(self.split.gray))
         original = Original(record.height, record.width, pixels=image)
         (prediction,) = make_predictions(
             detections,

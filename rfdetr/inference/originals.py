@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +14,29 @@ from PIL import Image
 from torch import Tensor
 
 from rfdetr.console import UserError
-from rfdetr.data.image_files import is_regular_file
-from rfdetr.data.images import oriented, read_pixels, to_8_bit, to_rgb_array
+from rfdetr.data.gray import deep_pixels, pixels_if_deep
+from rfdetr.data.image_files import count_pages, is_regular_file
+from rfdetr.data.images import (
+    GrayWindow,
+    open_image,
+    oriented,
+    read_pixels,
+    scaled,
+    to_8_bit,
+    to_rgb_array,
+)
 from rfdetr.text import DOWNLOAD_FIRST, is_url
 
-ImageInput = str | Path | Image.Image | np.ndarray | Tensor
+
+@dataclass(frozen=True)
+class Page:
+    """One page or frame of a file that has several; the first is number 1."""
+
+    path: Path
+    number: int
+
+
+ImageInput = str | Path | Page | Image.Image | np.ndarray | Tensor
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
@@ -27,7 +46,8 @@ CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
 class Original:
     """An image of height x width pixels that was looked at; one from a file is read again.
 
-    pixels: (H, W, 3) uint8 RGB, or None; turn: as in `read_image`.
+    pixels: (H, W, 3) uint8 RGB, or None; page: its number in a file of several, from 1 on; turn,
+    window: as in `read_image`.
     """
 
     height: int
@@ -35,20 +55,27 @@ class Original:
     pixels: np.ndarray | None = None
     path: Path | None = None
     turn: bool = True
+    window: GrayWindow | None = None
+    page: int | None = None
 
     @classmethod
-    def of(cls, image: ImageInput, pixels: np.ndarray, turn: bool) -> Original:
+    def of(
+        cls, image: ImageInput, pixels: np.ndarray, turn: bool, window: GrayWindow | None = None
+    ) -> Original:
         """What to keep of an image with these pixels: a file's name in place of its pixels."""
         height, width = pixels.shape[:2]
+        if isinstance(image, Page):
+            return cls(height, width, None, image.path, turn, window, image.number)
         if isinstance(image, (str, Path)):
-            return cls(height, width, path=Path(image), turn=turn)
+            return cls(height, width, path=Path(image), turn=turn, window=window)
         return cls(height, width, pixels=pixels)
 
     def read(self) -> np.ndarray:
         """The pixels.  Raises UserError where the file has gone or changed its size."""
         if self.pixels is not None:
             return self.pixels
-        pixels = read_image(self.path, self.turn)
+        image = Page(self.path, self.page) if self.page else self.path
+        pixels = read_image(image, self.turn, self.window)
         if pixels.shape[:2] != (self.height, self.width):
             raise UserError(
                 f"{self.path} was {self.width}x{self.height} pixels when it was predicted, and is "
@@ -76,28 +103,65 @@ def split_up(images: object) -> list | None:
     return None
 
 
-def flatten(images: object) -> list:
-    """Single images in their order, from lists, folders and batches of any depth."""
+def flatten(images: object, pages: bool = False) -> list:
+    """Single images in their order, from lists, folders and batches of any depth.
+
+    pages: each page of a file with several is an image.
+    """
     several = split_up(images)
-    if several is None:
-        return [images]
-    return [single for item in several for single in flatten(item)]
+    if several is not None:
+        return [single for item in several for single in flatten(item, pages)]
+    if pages and isinstance(images, (str, Path)):
+        return pages_of(images)
+    return [images]
 
 
-def read_image(image: ImageInput, turn: bool = True) -> np.ndarray:
+def pages_of(path: str | Path) -> list[str | Path | Page]:
+    """A file's pages, or the path itself where it has one, or cannot be read."""
+    count = 1
+    if is_regular_file(path):
+        with contextlib.suppress(Exception), open_image(path) as image:
+            count = count_pages(image)
+    if count == 1:
+        return [path]
+    return [Page(Path(path), number) for number in range(1, count + 1)]
+
+
+def deep_pixels_of(image: ImageInput, values_too: bool) -> np.ndarray | None:
+    """The values of an image that is gray of more than 8 bits, else None; for `gray.look_at`.
+
+    Raises TypeError for floating-point arrays, which may be both.
+    """
+    if isinstance(image, Page):
+        image = image.path
+    if isinstance(image, (str, Path)):
+        return deep_pixels(_checked_file(image), values_too)
+    if isinstance(image, Image.Image):
+        return pixels_if_deep(image, values_too)
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if array.dtype.kind == "f":
+        raise TypeError("floating-point numbers")
+    return array if _is_16_bit(array) else None
+
+
+def read_image(image: ImageInput, turn: bool = True, window: GrayWindow | None = None) -> np.ndarray:
     """Any accepted image as (H, W, 3) uint8 RGB; turn: make it upright by its EXIF orientation.
 
+    window: what is black and white in gray of more than 8 bits, and then in gray arrays of
+    floating-point numbers too; None: each goes by its bits, floating-point arrays by 0..1.
     Raises UserError for what is no image or cannot be read.
     """
+    if isinstance(image, Page):
+        return read_pixels(_checked_file(image.path), turn, window, image.number - 1)
     if isinstance(image, (str, Path)):
-        return read_pixels(_checked_file(image), turn)
+        return read_pixels(_checked_file(image), turn, window)
     if isinstance(image, Tensor):
-        return _from_array(_channels_last(image))
+        return _from_array(_channels_last(image), window)
     if isinstance(image, np.ndarray):
-        return _from_array(image)
+        return _from_array(image, window)
     if isinstance(image, Image.Image):
         try:
-            return to_rgb_array(oriented(image, turn))
+            return to_rgb_array(oriented(image, turn), window)
         except Exception as error:  # as in read_pixels: opened files are decoded only here
             raise UserError(f"the PIL image cannot be read as an image: {error}") from error
     raise UserError(
@@ -137,7 +201,7 @@ def _channels_last(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def _from_array(array: np.ndarray) -> np.ndarray:
+def _from_array(array: np.ndarray, window: GrayWindow | None) -> np.ndarray:
     """Gray (H, W), or (H, W, C) with 1, 3 or 4 channels -> a new array (H, W, 3) uint8 RGB."""
     is_gray = array.ndim == 2
     if not array.size or not (is_gray or array.ndim == 3 and array.shape[2] in CHANNELS):
@@ -148,10 +212,17 @@ def _from_array(array: np.ndarray) -> np.ndarray:
             "an image array must be gray (H, W), RGB (H, W, 3) or RGBA (H, W, 4), this one is "
             f"{array.shape}{advice}"
         )
-    pixels = _to_bytes(array)
+    if window and (_is_16_bit(array) or array.dtype.kind == "f" and array.shape[2:] in ((), (1,))):
+        pixels = scaled(array, window)
+    else:
+        pixels = _to_bytes(array)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     return to_rgb_array(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _is_16_bit(array: np.ndarray) -> bool:
+    return array.dtype.kind == "u" and array.dtype.itemsize == 2
 
 
 def _to_bytes(array: np.ndarray) -> np.ndarray:
@@ -160,7 +231,7 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == bool:
         return array * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+    if _is_16_bit(array):
         rows = np.ascontiguousarray(array, np.uint16).reshape(len(array), -1)
         return to_8_bit(Image.fromarray(rows)).reshape(array.shape)
     if array.dtype.kind != "f":

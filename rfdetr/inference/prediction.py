@@ -91,6 +91,11 @@ class Prediction:
         return self.original.path
 
     @property
+    def page(self) -> int | None:
+        """Its number in a file of several pages, from 1 on; None elsewhere."""
+        return self.original.page
+
+    @property
     def image(self) -> np.ndarray:
         """(H, W, 3) uint8 RGB; a file is read again each time."""
         return self.original.read()

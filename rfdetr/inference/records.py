@@ -8,11 +8,15 @@ from rfdetr.inference.prediction import Prediction
 
 
 def as_records(
-    path: Path, picture: str | None, prediction: Prediction, frame: int | None = None
+    path: Path,
+    picture: str | None,
+    prediction: Prediction,
+    frame: int | None = None,
+    page: int | None = None,
 ) -> list[dict]:
     """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null.
 
-    picture: the picture's or video's name in --output, or None.
+    frame: of a video, from 0 on; page: of a file with several, from 1 on.  picture: the picture's or video's name in --output, or None.
     """
     records = []
     for i, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
@@ -28,6 +32,8 @@ def as_records(
             record["mask_score"] = prediction.mask_scores[i].item()
         if frame is not None:
             record["frame"] = frame
+        if page is not None:
+            record["page"] = page
         if prediction.tracks is not None:
             record["track"] = prediction.tracks[i].item()
         records.append(record)

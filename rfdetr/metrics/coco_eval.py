@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,16 +41,16 @@ FIGURES = [
     "AR_medium",
     "AR_large",
 ]
-TABLE_COLUMNS = [*FIGURES[:6], "AR100"]
-TABLE_CLASSES = 12  # more are counted, not listed
-TABLE_LETTERS = 30  # of a class name
 MAX_DETECTIONS = 100  # of a class and image, that COCO's figures look at
+CROWDED = (300, 1000)  # the same of the figures beside them, where an image has more objects
 
 
-def counting(boxes: Array, scores: Array, labels: Array) -> Array:
+def counting(
+    boxes: Array, scores: Array, labels: Array, most_counted: int = MAX_DETECTIONS
+) -> Array:
     """Which of an image's n detections a figure of CocoEvaluator.summary can depend on: (n,) bool.
 
-    COCO looks at the MAX_DETECTIONS best of each class (of equal scores the first), mask_overlap
+    COCO looks at the `most_counted` best of each class (of equal scores the first), mask_overlap
     at what scores SCORE_THRESHOLD or more; what is not finite is left out.
     boxes (n, 4) in any format, scores (n,), labels (n,).
     """
@@ -57,7 +58,7 @@ def counting(boxes: Array, scores: Array, labels: Array) -> Array:
     chosen = finite & (scores >= SCORE_THRESHOLD)
     for label in np.unique(labels):
         of_label = np.flatnonzero(finite & (labels == label))
-        best = np.argsort(-scores[of_label], kind="stable")[:MAX_DETECTIONS]
+        best = np.argsort(-scores[of_label], kind="stable")[:most_counted]
         chosen[of_label[best]] = True
     return chosen
 
@@ -102,14 +103,15 @@ class CocoEvaluator:
     replaces it: the repeated images of a padded distributed sampler count once.
     """
 
-    def __init__(self, ground_truth: dict, masks: bool):
+    def __init__(self, ground_truth: dict, masks: bool, max_detections: int | None = None):
         """ground_truth: a COCO dict (images, annotations, categories); an annotation has id, area
         and bbox xywh in pixels.
 
         With `masks`, images need height and width, and segmentations (polygons or RLE) must be
         valid: the C library does not check. For the mask figures, an annotation without one is a
         crowd region of its box's size, neither rewarded nor punished; images that have no other
-        annotations of a class do not count in its overlap.
+        annotations of a class do not count in its overlap. max_detections: how many an image may
+        have; None: any number.
         """
         self.masks = masks
         self.detections: dict[int | str, DetectionTable] = {}
@@ -134,6 +136,21 @@ class CocoEvaluator:
         self._undrawn: set[tuple[int, int]] = set()
         for number, annotation in enumerate(ground_truth["annotations"], start=1):
             self._add_annotation(number, annotation)
+        self.limits = self._limits(max_detections)
+
+    def _limits(self, max_detections: int | None) -> tuple[int, ...]:
+        """What further figures look at, of a class and image: `max_detections`, else CROWDED where
+        an image has more objects than COCO's look at.
+        """
+        if max_detections is not None:
+            return (max_detections,) if max_detections > MAX_DETECTIONS else ()
+        objects = Counter(box["image_id"] for box in self._true_boxes if not box["iscrowd"])
+        return CROWDED if max(objects.values(), default=0) > MAX_DETECTIONS else ()
+
+    @property
+    def most_counted(self) -> int:
+        """How many detections of a class and image any figure looks at."""
+        return max((MAX_DETECTIONS, *self.limits))
 
     def _add_annotation(self, number: int, annotation: dict) -> None:
         image = self._images[annotation["image_id"]]
@@ -251,6 +268,8 @@ class CocoEvaluator:
         """The figures of boxes as "bbox", and with masks those of masks as "segm" and "mask".
 
         "bbox" and "segm": the twelve COCO figures, 0..1, and "per_class" {name: {"mAP", "mAP50"}}.
+        Where there are further limits, "mAP@300" and "AR@300" are the same at 300 detections of a
+        class and image instead of 100.
         "mask": {"giou", "ciou", "dice"}. What does not exist (no objects of a size, say) is None.
         """
         table = DetectionTable.joined(list(self.detections.values()))
@@ -286,7 +305,8 @@ class CocoEvaluator:
         """The figures of one kind; areas (n,) of the detections, for small, medium and large."""
         if not self._images or not self._names:
             per_class = {name: {"mAP": None, "mAP50": None} for name in self._names}
-            return dict.fromkeys(FIGURES) | {"per_class": per_class}
+            further = [f"{name}@{limit}" for limit in self.limits for name in ("mAP", "AR")]
+            return dict.fromkeys([*FIGURES, *further]) | {"per_class": per_class}
         truth = {
             "images": list(self._images.values()),
             "annotations": self._true_masks if kind == "segm" else self._true_boxes,
@@ -300,6 +320,9 @@ class CocoEvaluator:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
+            further = {}
+            if self.limits:
+                further = self._at_further_limits(_prepare(kind, truth, table, areas))
         figures = {name: _mean(value) for name, value in zip(FIGURES, evaluation.stats)}
         # (10 IoU thresholds, 101 recalls, classes): objects of all sizes, MAX_DETECTIONS
         precision = evaluation.eval["precision"][..., 0, 2]
@@ -307,6 +330,19 @@ class CocoEvaluator:
             name: {"mAP": _mean(precision[..., i]), "mAP50": _mean(precision[0, :, i])}
             for i, name in enumerate(self._names)
         }
+        return figures | further
+
+    def _at_further_limits(self, evaluation: COCOeval) -> dict[str, float | None]:
+        """mAP and AR at each of `limits`; in a run of its own, as hotcoco takes the last limit for
+        all of its twelve figures.
+        """
+        evaluation.params.maxDets = list(self.limits)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        figures = {}
+        for i, limit in enumerate(self.limits):  # objects of all sizes
+            figures[f"mAP@{limit}"] = _mean(evaluation.eval["precision"][..., 0, i])
+            figures[f"AR@{limit}"] = _mean(evaluation.eval["recall"][..., 0, i])
         return figures
 
 
@@ -349,46 +385,3 @@ def _prepare_hotcoco(kind: str, truth: dict, table: DetectionTable, areas: Array
     detected = true.loadRes(rows, segmentation=table.rles if kind == "segm" else None)
     detected.update_anns(ids=np.arange(1, len(table) + 1), area=areas)
     return hotcoco.COCOeval(true, detected, kind)
-
-
-def format_table(summary: dict) -> str:
-    """A summary() as lines for the console: the split's figures, then mAP50 by class."""
-    kinds = {"box": summary["bbox"]}
-    if "segm" in summary:
-        kinds["mask"] = summary["segm"]
-    names = list(summary["bbox"]["per_class"])
-    listed = {name: _shortened(name) for name in names[:TABLE_CLASSES]}
-    width = max([7, *map(len, listed.values())])
-
-    lines = [_row("", [key.removeprefix("mAP_") for key in TABLE_COLUMNS], width)]
-    for title, figures in kinds.items():
-        lines.append(_row(title, [figures[key] for key in TABLE_COLUMNS], width))
-    if "mask" in summary:
-        overlap = summary["mask"]
-        lines.append(_row("", ["gIoU", "cIoU", "Dice"], width))
-        lines.append(_row("overlap", [overlap["giou"], overlap["ciou"], overlap["dice"]], width))
-    lines.append(_row("mAP50", list(kinds), width))
-    for name, shortened in listed.items():
-        values = [figures["per_class"][name]["mAP50"] for figures in kinds.values()]
-        lines.append(_row(shortened, values, width))
-    if len(names) > len(listed):
-        lines.append(f"... and {len(names) - len(listed)} more")
-    return "\n".join(lines)
-
-
-def _shortened(name: str) -> str:
-    if len(name) <= TABLE_LETTERS:
-        return name
-    return name[: TABLE_LETTERS - 3] + "..."
-
-
-def _row(title: str, cells: list[str | float | None], width: int) -> str:
-    """A line of the table: a title of `width` letters and its cells, "-" for None."""
-    line = f"{title:<{width}}"
-    for cell in cells:
-        if cell is None:
-            cell = "-"
-        elif not isinstance(cell, str):
-            cell = f"{cell:.3f}"
-        line += f"{cell:>8}"
-    return line

@@ -12,8 +12,16 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from rfdetr.sizes import ModelSize
+
 # a level's side relative to the patch grid
 LEVEL_SCALE = {"P3": 2.0, "P4": 1.0, "P5": 0.5}
+
+
+def count_places(size: ModelSize, resolution: int) -> int:
+    """How many tokens the feature maps of an input of this side have: one proposal each."""
+    side = resolution // size.patch
+    return sum(int(side * LEVEL_SCALE[level]) ** 2 for level in size.levels)
 
 
 class ConvNorm(nn.Module):

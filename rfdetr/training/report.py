@@ -21,7 +21,7 @@ from rfdetr.data.statistics import shrink_problems
 from rfdetr.files import atomic_write
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.evaluation import SplitEvaluator
-from rfdetr.metrics.coco_eval import format_table
+from rfdetr.metrics.table import format_table
 from rfdetr.progress import in_hours
 from rfdetr.resolve import plain, yaml_text
 from rfdetr.runs.curves import PICTURES as PICTURE_TAGS

@@ -2,11 +2,12 @@
 
 A checkpoint is a plain dict of tensors and Python values: format, stage, size (every field of
 ModelSize), resolution, classes (a ClassTable), mask_head (name or None), args, model (state dict),
-exif ("apply" or "ignore": how its images were read), guessed_masks (whether masks were learnt from
-guesses), trained_on (int64: the content hashes of its training images), mask_stride (with a mask
-head of ours), image_side (a typical training image's, in pixels), tile (the side of the tiles that
-it was trained on; 0 for none), and in last.pt and checkpoint.pt ema and training (all that --resume
-needs). Files of earlier versions lack what stands from exif to tile.
+exif ("apply" or "ignore": how its images were read), gray (a GrayScale's to_dict, or None: gray of
+more than 8 bits by its bits), guessed_masks (whether masks were learnt from guesses), trained_on
+(int64: the content hashes of its training images), mask_stride (with a mask head of ours),
+image_side (a typical training image's, in pixels), tile (the side of the tiles that it was trained
+on; 0 for none), and in last.pt and checkpoint.pt ema and training (all that --resume needs). Files
+of earlier versions lack what stands from exif to tile.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from rfdetr import classes
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
+from rfdetr.data.gray import GrayScale
 from rfdetr.files import atomic_write
 from rfdetr.models import segmentation
 from rfdetr.models.detector import Detector
@@ -39,7 +41,7 @@ MASK_HEADS = (None, *segmentation.MASK_HEADS, "official")
 MASK_STRIDES = (2, 4)
 EARLIER_STRIDE = 4  # of mask heads whose file does not name theirs
 MOST_IMAGE_SIDE = 10**6  # pixels
-MOST_QUERIES = 100_000  # of all groups: more would cost all memory
+MOST_QUERIES = 200_000  # of all groups: more would cost all memory
 MOST_ENLARGED = 4  # times the side of a file's position grid; more has to be asked for
 
 
@@ -109,6 +111,7 @@ def _check(content: dict) -> None:
             raise ValueError(f"{name} is no number of pixels")
     if content.get("exif") not in (None, *EXIF):
         raise ValueError(f"exif is neither {' nor '.join(EXIF)}")
+    gray_of(content)
     if content["stage"] not in STAGES or content.get("mask_head") not in MASK_HEADS:
         raise ValueError("its stage or mask head is unknown")
     if mask_stride(content) not in MASK_STRIDES:
@@ -192,6 +195,15 @@ def trained_on(content: dict) -> Tensor:
     if not isinstance(hashes, Tensor) or hashes.dtype != torch.int64 or hashes.ndim != 1:
         raise ValueError("its trained_on is no list of hashes")
     return hashes
+
+
+def gray_of(content: dict) -> GrayScale | None:
+    """How gray of more than 8 bits was read in training; None: by its bits.
+
+    Raises an error where it is damaged.
+    """
+    values = content.get("gray")
+    return None if values is None else GrayScale.from_dict(values)
 
 
 def table_of(content: dict) -> ClassTable:

@@ -154,6 +154,16 @@ def load_pretrained(model: nn.Module, state: dict[str, Tensor], exclude: list[st
     return report
 
 
+def new_queries(known: Tensor, count: int) -> Tensor:
+    """`count` more queries for each group: normal, with each channel's mean and deviation there.
+
+    known (G, Q, C) -> (G, count, C). Random numbers are torch's own, which --seed decides.
+    """
+    mean = known.mean(1, keepdim=True)
+    deviation = known.std(1, correction=0, keepdim=True)
+    return mean + deviation * torch.randn(len(known), count, known.shape[2])
+
+
 def _matching(globs: list[str], name: str) -> list[str]:
     """The globs that match one of a tensor's names."""
     names = [name, *official_names(name)]
@@ -164,7 +174,7 @@ def _adapt(stored: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, str
     """Change `stored` where files and models of one size may differ; returns {name: what was done}.
 
     Position grid: resampled. Query groups: the model's first groups take the file's first ones, the
-    model's other groups keep their initial values.
+    model's other groups keep their initial values. Queries beyond a group's: as `new_queries`.
     """
     adapted = {}
     groups = groups_of(stored)
@@ -188,10 +198,13 @@ def _adapt(stored: dict[str, Tensor], model: dict[str, Tensor]) -> dict[str, str
             G = min(groups, wanted_groups)
             Q = min(theirs.shape[1], ours.shape[1])
             ours[:G, :Q] = theirs[:G, :Q]
+            change = f"the first {G} of {groups} groups, {Q} of {theirs.shape[1]} queries of each"
+            new = ours.shape[1] - Q
+            if new:
+                ours[:G, Q:] = new_queries(theirs[:G], new)
+                change += f", {new} new ones drawn by their mean and deviation"
             stored[name] = ours.flatten(0, 1)
-            adapted[name] = (
-                f"the first {G} of {groups} groups, {Q} of {theirs.shape[1]} queries of each"
-            )
+            adapted[name] = change
     for name in list(stored):
         match = GROUP.match(name)
         if match and int(match[1]) >= wanted_groups > 0:

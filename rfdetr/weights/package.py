@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rfdetr.classes import COCO_NAMES, COCO_ROWS, ClassTable, coco_table, is_class_head
 from rfdetr.console import UserError
+from rfdetr.data.gray import EIGHT_BIT
 from rfdetr.sizes import SIZES, ModelSize
 from rfdetr.weights.fitting import shape_differences
 from rfdetr.weights.official import POSITIONS, from_official, groups_of, to_official
@@ -58,6 +59,7 @@ def from_package(content: dict, path: Path) -> dict:
         "args": {},
         "model": model,
         "official": True,
+        "gray": EIGHT_BIT.to_dict(),
     }
 
 
