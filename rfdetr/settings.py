@@ -105,6 +105,16 @@ class TrainingSettings(DataSettings):
     min_steps: int = integer(
         OF_SIZE, "repeat small datasets until an epoch has this many steps", high=10**6
     )
+    repeat_factor: float | None = decimal(
+        None,
+        "show images of classes that fewer than this share of the images has more often, as LVIS "
+        "does (default: all alike)",
+        low=1e-6,
+        high=1.0,
+    )
+    negatives: float | None = decimal(
+        None, "share of images without objects in an epoch (default: as they are)", high=0.9
+    )
     eval_every: int = integer(1, "epochs between evaluations (the last is always evaluated)")
     save_minutes: float = decimal(5.0, "minutes between saves inside an epoch")
     seed: int = integer(0, "of every random number", low=0)

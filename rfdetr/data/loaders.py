@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from rfdetr.data.augment import LEAST_SIDE, PRESETS, move_boxes, random_view
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
 from rfdetr.data.records import CocoSplit
+from rfdetr.data.sampling import Mix, Pool
 from rfdetr.data.workers import begin_worker
 from rfdetr.masks import rasterise
 
@@ -213,9 +214,9 @@ class EpochSampler(Sampler):
     """Lists of (index, augmentation seed), one list an optimizer step and rank.
 
     Each epoch is a fresh shuffle; a set with fewer than `min_steps` steps is repeated until the
-    epoch is worth it. Where there are `every_other` images (indices), every second place goes to
-    one of them. The order depends on (seed, epoch) alone; `start_step` skips what a resumed epoch
-    has done. The incomplete last step is dropped.
+    epoch is worth it. A `mix` says which images it is made of; its length stays that of all images
+    once. The order depends on (seed, epoch) alone; `start_step` skips what a resumed epoch has
+    done. The incomplete last step is dropped.
     """
 
     def __init__(
@@ -226,10 +227,9 @@ class EpochSampler(Sampler):
         min_steps: int,
         rank: int = 0,
         world: int = 1,
-        every_other: Sequence[int] = (),
+        mix: Mix | None = None,
     ):
-        self.images = images
-        self.every_other = torch.tensor(every_other, dtype=torch.long)
+        self.mix = mix or Mix(Pool(torch.arange(images)))
         self.per_step = per_step
         self.seed = seed
         self.rank = rank
@@ -245,26 +245,19 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return max(self.steps - self.start_step, 0)  # more processes than before have fewer steps
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def order(self) -> tuple[Tensor, Tensor]:
+        """(indices, seeds) of the epoch's images, those of all ranks."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         wanted = self.steps * self.per_step * self.world
-        order = shuffles(self.images, wanted, generator)
-        if len(self.every_other):
-            places = order[::2]
-            chosen = shuffles(len(self.every_other), len(places), generator)
-            order[::2] = self.every_other[chosen]
-        seeds = torch.randint(2**62, (wanted,), generator=generator)
+        order = self.mix.draw(wanted, generator)
+        return order, torch.randint(2**62, (wanted,), generator=generator)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, seeds = self.order()
         for step in range(self.start_step, self.steps):
             first = (step * self.world + self.rank) * self.per_step
             own = slice(first, first + self.per_step)
             yield list(zip(order[own].tolist(), seeds[own].tolist()))
-
-
-def shuffles(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """`wanted` numbers below `count`: one random order of all of them after the other."""
-    rounds = -(-wanted // count)  # rounded up
-    orders = [torch.randperm(count, generator=generator) for _ in range(rounds)]
-    return torch.cat(orders)[:wanted]
 
 
 # ---------------------------------------------------------------- loaders

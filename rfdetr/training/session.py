@@ -16,6 +16,7 @@ from rfdetr.console import tick
 from rfdetr.data.loaders import EpochSampler, SplitDataset, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
+from rfdetr.data.sampling import make_mix, say_counts
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
@@ -94,6 +95,7 @@ def training_data(
     augment = session.size.recipe.augment
     side = max(sides, default=session.resolution)
     dataset = SplitDataset(session.train, side, augment, masks, session.guess_masks)
+    drawn = images_with_drawn_masks(session.train) if session.guess_masks else []
     sampler = EpochSampler(
         len(dataset),
         settings.effective_batch,
@@ -101,10 +103,12 @@ def training_data(
         settings.min_steps,
         distributed.rank(),
         distributed.world_size(),
-        images_with_drawn_masks(session.train) if session.guess_masks else (),
+        make_mix(session.train, drawn, settings.repeat_factor, settings.negatives),
     )
     if settings.fast_dev_run:
         sampler.steps = min(sampler.steps, settings.fast_dev_run)
+    if settings.repeat_factor or settings.negatives is not None:
+        say_counts(session.train, sampler.order()[0])
     return dataset, sampler
 
 
