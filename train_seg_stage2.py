@@ -22,6 +22,7 @@ from torch import nn
 from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
 from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.data.augment import find_preset
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.data.records import CocoSplit
@@ -86,6 +87,11 @@ def main(argv: list[str] | None = None) -> None:
         trainable = count_parameters(head)
         tick(f"Segmentation head trainable: {trainable:,} parameters ({head_name})")
         tick(f"Feature cache: {choice.why}")
+        if choice.where != "off" and settings.augment != session.size.recipe.augment:
+            tick(
+                "The cache has the images as they are, and mirrored: with --cache off "
+                f"--augment {settings.augment} varies them"
+            )
         if session.run and session.guess_masks:
             draw_guesses(session.run, dataset)
         if session.run and not resumed:  # then it is there, and the detector's file may be gone
@@ -218,7 +224,9 @@ def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
         session.train, session.resolution, None, masks=True, guess=session.guess_masks
     )
     runs = settings.output_dir.parent if settings.output_dir else Path("runs")
-    return FeatureCache(losses, plain_images, settings.cache_views, runs / "feature_cache")
+    is_mirrored = find_preset(settings.augment, settings.flip).mirrored_axes
+    views = settings.cache_views if is_mirrored else 1
+    return FeatureCache(losses, plain_images, views, runs / "feature_cache")
 
 
 def packer(

@@ -29,7 +29,7 @@ from rfdetr.fields import (
     text,
     texts,
 )
-from rfdetr.sizes import SIZES, LossWeights, ModelSize, check_resolution, with_queries
+from rfdetr.sizes import AUGMENTS, SIZES, LossWeights, ModelSize, check_resolution, with_queries
 
 EXIF = ("apply", "ignore")
 AMP = ("auto", "bf16", "fp16", "off")
@@ -105,6 +105,8 @@ class TrainingSettings(DataSettings):
     min_steps: int = integer(
         OF_SIZE, "repeat small datasets until an epoch has this many steps", high=10**6
     )
+    augment: str = choice(OF_SIZE, "how training images are varied", AUGMENTS)
+    flip: bool = switch(True, "0: mirror no image, whatever --augment does")
     repeat_factor: float | None = decimal(
         None,
         "show images of classes that fewer than this share of the images has more often, as LVIS "
@@ -405,5 +407,11 @@ class ValidationSettings(DataSettings):
     preview: Path | None = path(
         None, "draw objects of each class: a .webp, .png or .jpg, or a folder", metavar="PATH"
     )
+    augment: str | None = choice(
+        None,
+        "--preview: training images as this varies them (default: objects of each class)",
+        AUGMENTS,
+    )
+    flip: bool = switch(True, "0: mirror none of them, whatever --augment does")
     estimate: bool = switch(False, ESTIMATE)
     json: Path | None = path(None, "write all that is said here too", metavar="FILE")

@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 
 from rfdetr.classes import COCO_NAMES, assign_rows, background_row, is_class_head, keep_class_rows
 from rfdetr.console import UserError
-from rfdetr.data.augment import random_view
+from rfdetr.data.augment import PRESETS, random_view
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
 from rfdetr.masks import rasterise, to_rle
@@ -167,7 +167,7 @@ POLYGON = st.lists(st.floats(-80, 160), min_size=6, max_size=20)
 )
 def test_drawn_polygons_stay_in_their_rectangle(polygons, height, width, augment, seed):
     torch.manual_seed(seed)
-    _, place = random_view(torch.zeros(3, height, width, dtype=torch.uint8), augment, 48)
+    _, place = random_view(torch.zeros(3, height, width, dtype=torch.uint8), PRESETS[augment], 48)
     drawn = np.zeros((48, 48), np.uint8)
     rasterise(polygons, height, width, place, drawn)
     corners = (

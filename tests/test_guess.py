@@ -20,9 +20,9 @@ import train_seg_stage2
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.guess import guess_masks
 from rfdetr.data.loaders import EpochSampler, SplitDataset
-from rfdetr.data.sampling import make_mix
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
+from rfdetr.data.sampling import make_mix
 from rfdetr.masks import to_rle
 from rfdetr.runs.record import Run
 from rfdetr.training.report import draw_guesses

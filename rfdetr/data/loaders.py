@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,13 +14,14 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
-from rfdetr.data.augment import LEAST_SIDE, PRESETS, move_boxes, random_view
+from rfdetr.data.augment import LEAST_SIDE, PRESETS, Preset, move_boxes, random_view
+from rfdetr.data.copy_paste import images_with_masks, paste
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
-from rfdetr.data.records import CocoSplit
+from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.data.sampling import Mix, Pool
 from rfdetr.data.workers import begin_worker
-from rfdetr.masks import rasterise
+from rfdetr.masks import extent, is_turned, rasterise
 
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
 FEW_UNREAD = 3  # images, or 1 % of a split: with more it is better to stop
@@ -73,20 +74,22 @@ class SplitDataset(Dataset):
         self,
         split: CocoSplit,
         resolution: int,
-        augment: str | None,
+        augment: Preset | str | None,
         masks: bool,
         guess: bool = False,
     ):
-        """augment: a name in augment.PRESETS, or None.  guess: masks that are missing are guessed
-        from the boxes.
+        """augment: a preset, a name in augment.PRESETS, or None.  guess: masks that are missing are
+        guessed from the boxes.
         """
         self.split = split
         self.resolution = resolution
-        self.augment = augment
+        self.preset = PRESETS[augment] if isinstance(augment, str) else augment
         self.masks = masks
         self.guess = guess
         self.guessed: dict[int, list] = {}  # index -> the image's masks
-        self.crops = augment is not None and PRESETS[augment].crop_chance > 0
+        self.donors: list[int] = []  # images with masks, whose objects are pasted on others
+        if self.preset is not None and self.preset.paste_chance:
+            self.donors = images_with_masks(split)
         self.cache: dict[int, Tensor] | None = None  # index -> the resized image
         if self.bytes_of_images <= RAM_CACHE_BYTES:
             self.cache = {}
@@ -102,17 +105,39 @@ class SplitDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, seed = key
-        augmented = self.augment is not None and seed is not None
+        if self.preset is None or seed is None:
+            return self._view(index)
+        # the CPU generator alone: torch.manual_seed would reach for the GPUs', at 2 ms a call
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._augmented(index, self.preset)
+
+    def _augmented(self, index: int, preset: Preset) -> dict:
+        sample = self._view(index, preset)
+        if self.donors and torch.rand(()) < preset.paste_chance:
+            donor = self.donors[int(torch.randint(len(self.donors), ()))]
+            sample = paste(sample, self._view(donor, preset))
+        if preset.colours is not None:
+            sample["image"] = preset.colours(sample["image"])
+        sample["image"] = sample["image"].contiguous()
+        if not self.masks:
+            sample["target"].pop("masks", None)
+        return sample
+
+    def _view(self, index: int, preset: Preset | None = None) -> dict:
+        """An image in its own colours as a preset sees it, with its objects."""
         # Crops are taken from the whole image. Everything else is from the resized one, which is
         # worth keeping.
-        index, image, unread = self.image(index, whole=augmented and self.crops)
-        height, width = image.shape[-2:]
-        matrix = np.eye(2, 3)
-        if augmented:
-            image, matrix = self._augmented(image, seed)
+        index, image, unread = self.image(index, preset is not None and preset.crop_chance > 0)
         record = self.split.images[index]
-        matrix = matrix * [width / record.width, height / record.height, 1]
-        return {"image": image, "target": self._target(index, matrix), "unread": unread}
+        height, width = image.shape[-2:]
+        scale = np.array([width / record.width, height / record.height])
+        matrix = np.eye(2, 3)
+        if preset is not None:
+            image, matrix = random_view(image, preset, self.resolution, scale)
+        needs_masks = self.masks or (preset is not None and bool(self.donors))
+        target = self._target(index, matrix * [*scale, 1], needs_masks)
+        return {"image": image, "target": target, "unread": unread}
 
     def image(self, index: int, whole: bool = False) -> tuple[int, Tensor, dict[int, str]]:
         """(index, pixels, {index of an unreadable image: why}) of the first image to be read.
@@ -154,37 +179,44 @@ class SplitDataset(Dataset):
         if self.in_work is not None and worker is not None:
             self.in_work[worker.id] = torch.tensor([os.getpid(), index])
 
-    def _augmented(self, image: Tensor, seed: int) -> tuple[Tensor, np.ndarray]:
-        """random_view by this seed; the caller's random numbers stay as they are."""
-        # the CPU generator alone: torch.manual_seed would reach for the GPUs', at 2 ms a call
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        view = random_view(image, self.augment, self.resolution)
-        torch.set_rng_state(state)
-        return view
-
-    def _target(self, index: int, matrix: np.ndarray) -> dict:
+    def _target(self, index: int, matrix: np.ndarray, with_masks: bool) -> dict:
         """An image's objects, as in Batch.  matrix (2, 3): from its pixels to those of the view."""
         record = self.split.images[index]
         side = self.resolution
+        segmentations = self.segmentations(index) if self.masks else record.segmentations
+        has_mask = np.array([segmentation is not None for segmentation in segmentations], bool)
         boxes = move_boxes(record.boxes, matrix, side)
+        masks = np.zeros((0, side, side), np.uint8)
+        if is_turned(matrix):  # what is seen of a mask then tells the box
+            masks = self._draw(record, segmentations, range(len(boxes)), matrix)
+            for i in np.flatnonzero(has_mask):
+                boxes[i] = extent(segmentations[i], matrix, masks[i])
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
         relative = torch.from_numpy(boxes[kept] / side).float()
-        all_segmentations = self.segmentations(index) if self.masks else record.segmentations
-        segmentations = [all_segmentations[i] for i in kept]
-        has_mask = [segmentation is not None for segmentation in segmentations]
         target = {
             "boxes": box_convert(relative, "xyxy", "cxcywh"),
             "labels": torch.from_numpy(record.labels[kept]),
-            "has_mask": torch.tensor(has_mask, dtype=torch.bool),
+            "has_mask": torch.from_numpy(has_mask[kept]),
             "index": index,
         }
-        if self.masks:
-            target["masks"] = torch.zeros(len(kept), side, side, dtype=torch.uint8)
-            for mask, segmentation in zip(target["masks"].numpy(), segmentations):
-                if segmentation is not None:
-                    rasterise(segmentation, record.height, record.width, matrix, mask)
+        if with_masks:
+            if is_turned(matrix):
+                masks = masks[kept]
+            else:
+                masks = self._draw(record, segmentations, kept, matrix)
+            target["masks"] = torch.from_numpy(masks)
         return target
+
+    def _draw(
+        self, record: ImageRecord, segmentations: list, chosen: Iterable[int], matrix: np.ndarray
+    ) -> np.ndarray:
+        """The chosen objects' masks in the view, uint8 (n, R, R); zeros where there is none."""
+        chosen = list(chosen)
+        masks = np.zeros((len(chosen), self.resolution, self.resolution), np.uint8)
+        for mask, i in zip(masks, chosen):
+            if segmentations[i] is not None:
+                rasterise(segmentations[i], record.height, record.width, matrix, mask)
+        return masks
 
     def segmentations(self, index: int) -> list[list | dict | None]:
         """The masks of an image's objects, guessed ones among them where that is asked for."""

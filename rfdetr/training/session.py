@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
 from rfdetr.console import tick
+from rfdetr.data.augment import find_preset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
@@ -92,9 +93,11 @@ def training_data(
     makes them smaller, never larger than what was read.
     """
     settings = session.settings
-    augment = session.size.recipe.augment
+    preset = find_preset(settings.augment, settings.flip)
     side = max(sides, default=session.resolution)
-    dataset = SplitDataset(session.train, side, augment, masks, session.guess_masks)
+    dataset = SplitDataset(session.train, side, preset, masks, session.guess_masks)
+    if preset.paste_chance and not dataset.donors:
+        tick(f"--augment {settings.augment} pastes objects by their masks: without any it does not")
     drawn = images_with_drawn_masks(session.train) if session.guess_masks else []
     sampler = EpochSampler(
         len(dataset),
