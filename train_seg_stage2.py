@@ -224,9 +224,13 @@ def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
         session.train, session.resolution, None, masks=True, guess=session.guess_masks
     )
     runs = settings.output_dir.parent if settings.output_dir else Path("runs")
-    is_mirrored = find_preset(settings.augment, settings.flip).mirrored_axes
-    views = settings.cache_views if is_mirrored else 1
-    return FeatureCache(losses, plain_images, views, runs / "feature_cache")
+    return FeatureCache(losses, plain_images, cached_views(settings), runs / "feature_cache")
+
+
+def cached_views(settings: SegmentationSettings) -> int:
+    """How many flips of each image are cached: one, the image itself, where none is mirrored."""
+    preset = find_preset(settings.augment, settings.flip)
+    return settings.cache_views if preset.mirrored_axes else 1
 
 
 def packer(

@@ -88,9 +88,31 @@ def rasterise(
         draw_rle(rle, matrix, out)
 
 
+def draw_masks(
+    segmentations: list[list | dict | None], height: int, width: int, matrix: np.ndarray, side: int
+) -> np.ndarray:
+    """n segmentations, each as `rasterise` draws it, uint8 (n, side, side); zeros for None."""
+    masks = np.zeros((len(segmentations), side, side), np.uint8)
+    for mask, segmentation in zip(masks, segmentations):
+        if segmentation is not None:
+            rasterise(segmentation, height, width, matrix, mask)
+    return masks
+
+
 def is_turned(matrix: np.ndarray) -> bool:
     """Whether a matrix (2, 3) does more than scale, move, mirror, and swap x and y."""
     return np.count_nonzero(matrix[:, :2]) > 2
+
+
+def inside_image(segmentation: list | dict | None, height: int, width: int) -> list | dict | None:
+    """A segmentation whose polygons' corners beyond their image are moved to its rim.
+
+    A turned image ends there; one that is not turned ends where its view does.
+    """
+    if not isinstance(segmentation, list):
+        return segmentation
+    corners = [np.reshape(polygon, (-1, 2)).clip(0, (width, height)) for polygon in segmentation]
+    return [polygon.ravel().tolist() for polygon in corners]
 
 
 def extent(

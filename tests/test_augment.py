@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from test_data_loading import squares  # noqa: F401  (a fixture)
 from torchvision.ops import box_convert
 
 import train_detector_stage1
+import train_seg_stage2
 import validate_setup
 from rfdetr.console import UserError
 from rfdetr.data.augment import PRESETS, Preset, find_preset, move_boxes, random_view
@@ -92,6 +94,18 @@ def test_pixels_are_where_the_matrix_says(squares, name):  # noqa: F811
             both = (red & (mask > 0)).sum()
             assert both / (red | (mask > 0)).sum() > 0.93
     assert turned > 8
+
+
+def test_polygons_that_lead_out_of_a_turned_image_end_at_its_rim(split):
+    changed = copy.deepcopy(split)
+    record = changed.images[0]
+    far = [[-30, -30, 40, -30, 40, 40, -30, 40]]
+    record.segmentations[0] = far
+    record.boxes[0] = [0, 0, 40, 40]
+    dataset = SplitDataset(changed, 96, Preset(most_turn=45, zoom=(0.5, 0.5)), masks=True)
+    for seed in range(5):
+        target = dataset[0, seed]["target"]
+        assert target["masks"][0].sum().item() == pytest.approx(20 * 20, rel=0.1)
 
 
 def test_turns_keep_the_proportions_of_the_image():
@@ -237,6 +251,20 @@ def test_objects_are_pasted_in_training_with_and_without_masks_asked_for(split):
 
 
 # ---------------------------------------------------------------- the commands
+
+
+def test_stage_2_says_what_its_cached_views_are(few, call, capsys, tmp_path):
+    flags = [*quick_flags(few), "--augment", "strong"]
+    detector = tmp_path / "detector"
+    start = ["--pretrain_weights", "none", "--head", "dataset", "--output_dir", detector]
+    call(train_detector_stage1.main, *flags, *start)
+    head = ["--stage1_run", detector, "--output_dir", tmp_path / "head", "--cache", "ram"]
+    call(train_seg_stage2.main, *flags, *head, "--cache_views", 2, "--fast_dev_run", 2)
+    said = capsys.readouterr().out
+    assert "with --cache off --augment strong varies them" in said
+    settings = SimpleNamespace(augment="dihedral", flip=False, cache_views=4)
+    assert train_seg_stage2.cached_views(settings) == 1
+    assert train_seg_stage2.cached_views(SimpleNamespace(**vars(settings) | {"flip": True})) == 4
 
 
 def test_preview_draws_the_presets_samples(demo, call, capsys, tmp_path):

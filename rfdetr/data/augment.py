@@ -56,7 +56,9 @@ PRESETS = {
     "flips": Preset(),
     "crops": Preset(crop_chance=0.5),
     "dihedral": replace(ANY_SIDE_UP, colours=MILD),
-    "strong": Preset(0.5, most_turn=10, zoom=(0.7, 1.2), paste_chance=0.5, colours=STRONG),
+    "strong": Preset(
+        crop_chance=0.5, most_turn=10, zoom=(0.7, 1.2), paste_chance=0.5, colours=STRONG
+    ),
     "microscopy": replace(
         ANY_SIDE_UP, most_turn=180, zoom=(0.8, 1.25), paste_chance=0.3, colours=STAINS
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,10 +18,10 @@ from rfdetr.data.augment import LEAST_SIDE, PRESETS, Preset, move_boxes, random_
 from rfdetr.data.copy_paste import images_with_masks, paste
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
-from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import Mix, Pool
 from rfdetr.data.workers import begin_worker
-from rfdetr.masks import extent, is_turned, rasterise
+from rfdetr.masks import draw_masks, extent, inside_image, is_turned
 
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
 FEW_UNREAD = 3  # images, or 1 % of a split: with more it is better to stop
@@ -186,9 +186,11 @@ class SplitDataset(Dataset):
         segmentations = self.segmentations(index) if self.masks else record.segmentations
         has_mask = np.array([segmentation is not None for segmentation in segmentations], bool)
         boxes = move_boxes(record.boxes, matrix, side)
-        masks = np.zeros((0, side, side), np.uint8)
+        size = (record.height, record.width)
+        masks = None
         if is_turned(matrix):  # what is seen of a mask then tells the box
-            masks = self._draw(record, segmentations, range(len(boxes)), matrix)
+            segmentations = [inside_image(segmentation, *size) for segmentation in segmentations]
+            masks = draw_masks(segmentations, *size, matrix, side)
             for i in np.flatnonzero(has_mask):
                 boxes[i] = extent(segmentations[i], matrix, masks[i])
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
@@ -200,23 +202,12 @@ class SplitDataset(Dataset):
             "index": index,
         }
         if with_masks:
-            if is_turned(matrix):
-                masks = masks[kept]
+            if masks is None:
+                masks = draw_masks([segmentations[i] for i in kept], *size, matrix, side)
             else:
-                masks = self._draw(record, segmentations, kept, matrix)
+                masks = masks[kept]
             target["masks"] = torch.from_numpy(masks)
         return target
-
-    def _draw(
-        self, record: ImageRecord, segmentations: list, chosen: Iterable[int], matrix: np.ndarray
-    ) -> np.ndarray:
-        """The chosen objects' masks in the view, uint8 (n, R, R); zeros where there is none."""
-        chosen = list(chosen)
-        masks = np.zeros((len(chosen), self.resolution, self.resolution), np.uint8)
-        for mask, i in zip(masks, chosen):
-            if segmentations[i] is not None:
-                rasterise(segmentations[i], record.height, record.width, matrix, mask)
-        return masks
 
     def segmentations(self, index: int) -> list[list | dict | None]:
         """The masks of an image's objects, guessed ones among them where that is asked for."""
