@@ -2,8 +2,8 @@
 
 "thin": bright rods 3-10 px wide and blobs 12-32 px across on a dark ground: what a coarse grid of
 mask logits cannot show. "hard": textured objects on a ground of two other textures, whose colours
-tell little. "longtail": rods and blobs, and for 30 of either one clover and one star. Lengths are
-in pixels of a 192-pixel image; the order of random draws is part of what an image shows.
+tell little. "longtail": rods and blobs, and for about 30 of either one clover and one star. Lengths
+are in pixels of a 192-pixel image; the order of random draws is part of what an image shows.
 """
 
 from __future__ import annotations
