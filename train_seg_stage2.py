@@ -22,6 +22,7 @@ from torch import nn
 from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
 from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.data.augment import find_preset
 from rfdetr.data.loaders import SplitDataset, training_loader
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.data.records import CocoSplit
@@ -94,6 +95,11 @@ def main(argv: list[str] | None = None) -> None:
         trainable = count_parameters(head)
         tick(f"Segmentation head trainable: {trainable:,} parameters ({head_name})")
         tick(f"Feature cache: {choice.why}")
+        if choice.where != "off" and settings.augment != session.size.recipe.augment:
+            tick(
+                "The cache has the images as they are, and mirrored: with --cache off "
+                f"--augment {settings.augment} varies them"
+            )
         if session.run and session.guess_masks:
             draw_guesses(session.run, dataset)
         if session.run and not resumed:  # then it is there, and the detector's file may be gone
@@ -231,7 +237,13 @@ def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
         tiling=session.tiling,
     )
     runs = settings.output_dir.parent if settings.output_dir else Path("runs")
-    return FeatureCache(losses, plain_images, settings.cache_views, runs / "feature_cache")
+    return FeatureCache(losses, plain_images, cached_views(settings), runs / "feature_cache")
+
+
+def cached_views(settings: SegmentationSettings) -> int:
+    """How many flips of each image are cached: one, the image itself, where none is mirrored."""
+    preset = find_preset(settings.augment, settings.flip)
+    return settings.cache_views if preset.mirrored_axes else 1
 
 
 def packer(

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from rfdetr.tiling import Window
+
 
 def to_rle(segmentation: list | dict | np.ndarray, height: int, width: int) -> dict:
     """The mask of a (height, width) image as one compressed RLE.
@@ -76,13 +78,78 @@ def rasterise(
 ) -> None:
     """Draw a segmentation of a (height, width) image into `out`, uint8 (h, w) zeros, as ones.
 
-    matrix (2, 3): takes (x, y, 1) in pixels of the image to (x, y) in those of `out`, along the
-    axes: it scales, moves, mirrors and swaps x and y, but does not rotate by other angles.
+    matrix (2, 3): takes (x, y, 1) in pixels of the image to (x, y) in those of `out`.
     """
     if isinstance(segmentation, list):
         draw_polygons(segmentation, matrix, out)
+        return
+    rle = to_rle(segmentation, height, width)
+    if is_turned(matrix):
+        draw_turned_rle(rle, matrix, out)
     else:
-        draw_rle(to_rle(segmentation, height, width), matrix, out)
+        draw_rle(rle, matrix, out)
+
+
+def draw_masks(
+    segmentations: list[list | dict | None], height: int, width: int, matrix: np.ndarray, side: int
+) -> np.ndarray:
+    """n segmentations, each as `rasterise` draws it, uint8 (n, side, side); zeros for None."""
+    masks = np.zeros((len(segmentations), side, side), np.uint8)
+    for mask, segmentation in zip(masks, segmentations):
+        if segmentation is not None:
+            rasterise(segmentation, height, width, matrix, mask)
+    return masks
+
+
+def is_turned(matrix: np.ndarray) -> bool:
+    """Whether a matrix (2, 3) does more than scale, move, mirror, and swap x and y."""
+    return np.count_nonzero(matrix[:, :2]) > 2
+
+
+def inside_window(
+    segmentation: list | dict | None, height: int, width: int, window: Window
+) -> list | dict | None:
+    """What lies in a window of its (height, width) image; polygons' corners beyond are moved to the
+    window's rim.
+
+    What is turned ends there; what is not turned ends where its view does.
+    """
+    left, top, right, bottom = window
+    if isinstance(segmentation, list):
+        corners = [
+            np.reshape(one, (-1, 2)).clip((left, top), (right, bottom)) for one in segmentation
+        ]
+        return [polygon.ravel().tolist() for polygon in corners]
+    if segmentation is None or window == (0, 0, width, height):
+        return segmentation
+    pixels = mask_api.decode(to_rle(segmentation, height, width))[top:bottom, left:right]
+    return encode_window(left, top, pixels, height, width)
+
+
+def extent(
+    segmentation: list | dict, matrix: np.ndarray, drawn: np.ndarray
+) -> tuple[float, float, float, float]:
+    """(x1, y1, x2, y2) of a segmentation that `rasterise` has `drawn`: what is seen of it there.
+
+    All zero where nothing is.  Polygons that lie in it wholly give it more exactly than pixels.
+    """
+    if isinstance(segmentation, list):
+        corners = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
+        corners = corners @ matrix[:, :2].T + matrix[:, 2]
+        least = corners.min(0)
+        most = corners.max(0)
+        if (least >= 0).all() and (most <= drawn.shape[::-1]).all():
+            return (*least.tolist(), *most.tolist())
+    return extent_of_pixels(drawn)
+
+
+def extent_of_pixels(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the set pixels of a mask (h, w), all 0 where there are none."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return 0, 0, 0, 0
+    columns = np.flatnonzero(mask.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def draw_polygons(polygons: list[list[float]], matrix: np.ndarray, out: np.ndarray) -> None:
@@ -98,7 +165,9 @@ def draw_polygons(polygons: list[list[float]], matrix: np.ndarray, out: np.ndarr
 
 
 def draw_rle(rle: dict, matrix: np.ndarray, out: np.ndarray) -> None:
-    """As rasterise: a pixel of `out` is set where at least half of its area is in the image."""
+    """As rasterise, along the axes: a pixel of `out` is set where at least half of its area is in
+    the mask.
+    """
     height, width = rle["size"]
     scale = matrix[:, :2]
     shift = matrix[:, 2]
@@ -124,6 +193,24 @@ def draw_rle(rle: dict, matrix: np.ndarray, out: np.ndarray) -> None:
         drawn = drawn.T
     x_step, y_step = np.sign(scale.sum(1)).astype(int)  # -1 where the axis is mirrored
     out[top:bottom, left:right] = drawn[::y_step, ::x_step] >= 128
+
+
+def draw_turned_rle(rle: dict, matrix: np.ndarray, out: np.ndarray) -> None:
+    """As rasterise: a pixel of `out` is set where its centre is in the mask."""
+    x, y, w, h = mask_api.toBbox(rle)
+    corners = np.array([[x, y], [x + w, y], [x, y + h], [x + w, y + h]])
+    window = window_around(corners @ matrix[:, :2].T + matrix[:, 2], out)
+    if window is None:
+        return
+    left, top, right, bottom = window
+    centres = np.mgrid[top:bottom, left:right][::-1].reshape(2, -1) + 0.5
+    sources = np.linalg.solve(matrix[:, :2], centres - matrix[:, 2:])
+    columns, rows = np.floor(sources).astype(int)
+    height, width = rle["size"]
+    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    drawn = np.zeros(centres.shape[1], dtype=np.uint8)
+    drawn[inside] = mask_api.decode(rle)[rows[inside], columns[inside]]
+    out[top:bottom, left:right] = drawn.reshape(bottom - top, right - left)
 
 
 def window_around(points: np.ndarray, out: np.ndarray) -> tuple[int, int, int, int] | None:

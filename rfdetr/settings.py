@@ -30,7 +30,7 @@ from rfdetr.fields import (
     text,
     texts,
 )
-from rfdetr.sizes import SIZES, LossWeights, ModelSize, check_resolution, with_queries
+from rfdetr.sizes import AUGMENTS, SIZES, LossWeights, ModelSize, check_resolution, with_queries
 
 EXIF = ("apply", "ignore")
 AMP = ("auto", "bf16", "fp16", "off")
@@ -121,6 +121,18 @@ class TrainingSettings(TileSettings, DataSettings):
     )
     min_steps: int = integer(
         OF_SIZE, "repeat small datasets until an epoch has this many steps", high=10**6
+    )
+    augment: str = choice(OF_SIZE, "how training images are varied", AUGMENTS)
+    flip: bool = switch(True, "0: mirror no image, whatever --augment does")
+    repeat_factor: float | None = decimal(
+        None,
+        "show images of classes that fewer than this share of the images has more often, as LVIS "
+        "does (default: all alike)",
+        low=1e-6,
+        high=1.0,
+    )
+    negatives: float | None = decimal(
+        None, "share of images without objects in an epoch (default: as they are)", high=0.9
     )
     eval_every: int = integer(1, "epochs between evaluations (the last is always evaluated)")
     save_minutes: float = decimal(5.0, "minutes between saves inside an epoch")
@@ -436,5 +448,11 @@ class ValidationSettings(TileSettings, DataSettings):
     preview: Path | None = path(
         None, "draw objects of each class: a .webp, .png or .jpg, or a folder", metavar="PATH"
     )
+    augment: str | None = choice(
+        None,
+        "--preview: training images as this varies them (default: objects of each class)",
+        AUGMENTS,
+    )
+    flip: bool = switch(True, "0: mirror none of them, whatever --augment does")
     estimate: bool = switch(False, ESTIMATE)
     json: Path | None = path(None, "write all that is said here too", metavar="FILE")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from rfdetr.console import UserError, banner, tick, warn
+from rfdetr.data.augment import find_preset
 from rfdetr.data.coco import inspect_dataset
 from rfdetr.data.exif import exif_note
 from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
@@ -23,6 +24,7 @@ from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shri
 from rfdetr.data.tiles import training_tiling
 from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
+from rfdetr.inference.augment_sheet import augment_sheet
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.renaming import rename_flags
 from rfdetr.runs.environment import environment
@@ -39,7 +41,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     """Print all of it, and write it where --json asks for it; UserError where the dataset has
     errors.
     """
-    refuse_files_of_dataset(settings)
+    check_outputs(settings)
     size = SIZES[settings.size]
     resolution = check_resolution(size, settings.resolution)
     precision = pick_precision(size.recipe.amp, pick_device(settings.device))
@@ -82,7 +84,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
             tick(line)
     print_problems(problems, settings.json)
     if settings.preview and train:
-        draw_classes(train, settings.preview)
+        draw_preview(train, settings, resolution)
 
     errors = [problem for problem in problems if problem.severity == "error"]
     report = {
@@ -107,9 +109,9 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     say_what_is_possible(settings, train, sum(row["images"] for row in counts.values()))
 
 
-def refuse_files_of_dataset(settings: ValidationSettings) -> None:
+def check_outputs(settings: ValidationSettings) -> None:
     """UserError where --json or --preview would overwrite a file of the dataset, or cannot be
-    written.
+    written, and where --augment has nowhere to draw.
     """
     dataset = settings.dataset.resolve()
     for path in (settings.json, settings.preview):
@@ -117,6 +119,10 @@ def refuse_files_of_dataset(settings: ValidationSettings) -> None:
             raise UserError(f"{path} is a file of the dataset, which is only read: name another")
     if settings.json:
         make_place(settings.json, "--json")
+    if settings.augment and not settings.preview:
+        raise UserError(
+            f"--augment {settings.augment} is drawn by --preview: add --preview preview.webp"
+        )
 
 
 def describe_machine(versions: dict[str, str], precision: Precision) -> dict:
@@ -200,14 +206,24 @@ def print_problems(problems: list[Problem], report: Path | None) -> None:
         print(f"The first {PLACES_KEPT} places of each: {where}")
 
 
-def draw_classes(split: CocoSplit, path: Path) -> None:
-    """Write the sheet of classes of a split, as preview.webp where `path` is a folder."""
+def draw_preview(split: CocoSplit, settings: ValidationSettings, resolution: int) -> None:
+    """Write the sheet of a split's classes, or of its images as --augment varies them.
+
+    As preview.webp where --preview is a folder.
+    """
+    path = settings.preview
     if path.suffix.lower() not in PICTURES:
         path = path / "preview.webp"
     with writing_to(path.parent, "--preview"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        class_sheet(split).save(path)
-    tick(f"Some objects of each class: {path}")
+        if settings.augment is None:
+            class_sheet(split).save(path)
+            tick(f"Some objects of each class: {path}")
+            return
+        preset = find_preset(settings.augment, settings.flip)
+        title = f"--augment {settings.augment}" + ("" if settings.flip else " --flip 0")
+        augment_sheet(split, preset, title, resolution).save(path)
+        tick(f"Training images as {title} varies them: {path}")
 
 
 def estimate_sizes(name: str, resolution: int, precision: Precision, images: int) -> list[dict]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from rfdetr.console import UserError
 
+AUGMENTS = ("none", "flips", "crops", "dihedral", "strong", "microscopy", "aerial")
 MOST_PIXELS = 4096  # side of an input, beyond which no memory suffices
 
 
@@ -38,7 +39,7 @@ class Recipe:
     lr_min_factor: float = 0.0
     ema_decay: float = 0.993
     group_detr: int = 13
-    augment: str = "crops"  # flip and random crop; "dihedral": 8 flips and rotations, colour jitter
+    augment: str = "crops"  # one of AUGMENTS, which data/augment.py has
     amp: str = "auto"
     drop_path: float = 0.0
     multi_scale: bool = True

@@ -212,7 +212,7 @@ def test_boxes_are_relative_and_agree_with_the_annotations(split):
 def batches(split, workers: int, epochs: int = 2) -> list:
     sampler = EpochSampler(len(split.images), per_step=4, seed=3, min_steps=4)
     loader = training_loader(
-        SplitDataset(split, 64, "dihedral", masks=True), sampler, workers, pin=False
+        SplitDataset(split, 64, "microscopy", masks=True), sampler, workers, pin=False
     )
     found = []
     for epoch in range(epochs):

@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 
 from rfdetr.classes import COCO_NAMES, assign_rows, background_row, is_class_head, keep_class_rows
 from rfdetr.console import UserError
-from rfdetr.data.augment import random_view
+from rfdetr.data.augment import PRESETS, random_view
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
 from rfdetr.masks import rasterise, to_rle
@@ -102,7 +102,8 @@ def test_what_the_doctor_passes_can_be_loaded_drawn_collated_and_scored(fuzzer, 
         assert str(caught.value).strip()
         return
     for split in read_dataset(root).values():
-        dataset = SplitDataset(split, 32, rng.choice(["dihedral", "crops"]), masks=True)
+        preset = rng.choice(["dihedral", "crops", "strong", "aerial"])
+        dataset = SplitDataset(split, 32, preset, masks=True)
         evaluator = CocoEvaluator(split.ground_truth, masks=True)
         for index, record in enumerate(split.images):
             batch = collate([dataset[index, None], dataset[index, rng.randrange(2**62)]])
@@ -162,12 +163,12 @@ POLYGON = st.lists(st.floats(-80, 160), min_size=6, max_size=20)
     st.lists(POLYGON.filter(lambda polygon: len(polygon) % 2 == 0), min_size=1),
     st.integers(1, 80),
     st.integers(1, 80),
-    st.sampled_from(["dihedral", "crops"]),
+    st.sampled_from(["dihedral", "crops", "microscopy"]),
     st.integers(0, 2**32),
 )
 def test_drawn_polygons_stay_in_their_rectangle(polygons, height, width, augment, seed):
     torch.manual_seed(seed)
-    _, place = random_view(torch.zeros(3, height, width, dtype=torch.uint8), augment, 48)
+    _, place = random_view(torch.zeros(3, height, width, dtype=torch.uint8), PRESETS[augment], 48)
     drawn = np.zeros((48, 48), np.uint8)
     rasterise(polygons, height, width, place, drawn)
     corners = (

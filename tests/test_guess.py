@@ -22,6 +22,7 @@ from rfdetr.data.guess import guess_masks
 from rfdetr.data.loaders import EpochSampler, SplitDataset
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
+from rfdetr.data.sampling import make_mix
 from rfdetr.masks import to_rle
 from rfdetr.runs.record import Run
 from rfdetr.training.report import draw_guesses
@@ -127,12 +128,13 @@ def test_every_second_image_of_a_batch_has_drawn_masks(demo):
     drawn = images_with_drawn_masks(without_masks(split, keep=3))
     assert drawn == [0, 1, 2]
     assert images_with_drawn_masks(without_masks(split, keep=8)) == []  # most have them anyway
-    sampler = EpochSampler(12, per_step=4, seed=0, min_steps=6, every_other=drawn)
+    mix = make_mix(split, drawn)
+    sampler = EpochSampler(12, per_step=4, seed=0, min_steps=6, mix=mix)
     for step in sampler:
         indices = [index for index, _ in step]
         assert all(index in drawn for index in indices[::2])
     sampler.set_epoch(0, start_step=4)
-    assert list(sampler) == list(EpochSampler(12, 4, 0, 6, every_other=drawn))[4:]
+    assert list(sampler) == list(EpochSampler(12, 4, 0, 6, mix=mix))[4:]
 
 
 @pytest.fixture(scope="module")

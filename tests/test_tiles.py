@@ -19,6 +19,7 @@ import predict
 import train_detector_stage1
 import train_seg_stage2
 from rfdetr.console import UserError
+from rfdetr.data.augment import PRESETS
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.images import load_image
 from rfdetr.data.loaders import SplitDataset
@@ -199,6 +200,21 @@ def test_a_tile_shows_its_part_of_the_image_and_the_objects_in_it(tiled):
             if len(rows):
                 assert rows.min() >= y - h / 2 - 1 and rows.max() + 1 <= y + h / 2 + 1
                 assert columns.min() >= x - w / 2 - 1 and columns.max() + 1 <= x + w / 2 + 1
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_goes_with_tiles(demo, name):
+    dataset = SplitDataset(
+        read_dataset(demo)["train"], 64, name, masks=True, tiling=Tiling(64, 0.25)
+    )
+    for index in range(0, len(dataset), 7):
+        target = dataset[index, index + 5]["target"]
+        assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+        for mask, (x, y, w, h) in zip(target["masks"].numpy(), target["boxes"].numpy() * 64):
+            rows, columns = np.nonzero(mask)
+            if len(rows):
+                assert rows.min() >= y - h / 2 - 1.5 and rows.max() + 1 <= y + h / 2 + 1.5
+                assert columns.min() >= x - w / 2 - 1.5 and columns.max() + 1 <= x + w / 2 + 1.5
 
 
 def test_in_training_tiles_move_as_the_seed_says_and_stay_in_the_image(tiled):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from rfdetr.device import to_device
+from rfdetr.masks import is_turned
 from rfdetr.sizes import ModelSize
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, as the official weights expect
@@ -29,31 +30,62 @@ class Preset:
     crop_aspect: tuple[float, float] = (0.75, 1.33)  # range of its width / height
     mirrored_axes: tuple[int, ...] = (X,)  # each with a chance of one half
     transposed: bool = False  # x and y swapped, with a chance of one half
-    colours: v2.ColorJitter | None = None
+    # Of what is no crop, whose objects would go on beyond its turned rim:
+    most_turn: float = 0.0  # degrees, either way
+    zoom: tuple[float, float] = (1.0, 1.0)  # range of the enlargement, about the centre
+    paste_chance: float = 0.0  # of another image's objects on this one (copy_paste.py)
+    colours: v2.Transform | None = None
 
+
+def colours_and_grain(brightness: float, hue: float) -> v2.Transform:
+    """Brightness, contrast and saturation by up to a share, hue; now and then a blur, or noise."""
+    blur = v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.5))], p=0.2)
+    noise = v2.RandomApply([v2.GaussianNoise(sigma=0.03)], p=0.2)
+    return v2.Compose([v2.ColorJitter(brightness, brightness, brightness, hue), blur, noise])
+
+
+MILD = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
+STRONG = colours_and_grain(0.4, hue=0.1)
+STAINS = colours_and_grain(0.25, hue=0.05)
+LIGHT = colours_and_grain(0.25, hue=0.02)
+
+ANY_SIDE_UP = Preset(mirrored_axes=(X, Y), transposed=True)  # the eight symmetries of a square
 
 PRESETS = {
+    "none": Preset(mirrored_axes=()),
+    "flips": Preset(),
     "crops": Preset(crop_chance=0.5),
-    # one of a square's eight symmetries, in other colours
-    "dihedral": Preset(
-        mirrored_axes=(X, Y),
-        transposed=True,
-        colours=v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+    "dihedral": replace(ANY_SIDE_UP, colours=MILD),
+    "strong": Preset(
+        crop_chance=0.5, most_turn=10, zoom=(0.7, 1.2), paste_chance=0.5, colours=STRONG
     ),
+    "microscopy": replace(
+        ANY_SIDE_UP, most_turn=180, zoom=(0.8, 1.25), paste_chance=0.3, colours=STAINS
+    ),
+    "aerial": replace(ANY_SIDE_UP, crop_chance=0.5, most_turn=180, zoom=(0.7, 1.2), colours=LIGHT),
 }
 
 
-def random_view(image: Tensor, augment: str, side: int) -> tuple[Tensor, np.ndarray]:
+def find_preset(name: str, flip: bool = True) -> Preset:
+    """A preset by its name; without `flip` nothing in it is mirrored."""
+    preset = PRESETS[name]
+    return preset if flip else replace(preset, mirrored_axes=(), transposed=False)
+
+
+def random_view(
+    image: Tensor, preset: Preset, side: int, scale: np.ndarray | None = None
+) -> tuple[Tensor, np.ndarray]:
     """(random view (3, side, side) of an image uint8 (3, H, W), matrix of where its pixels are).
 
-    augment: a name in PRESETS; torch's global generator draws.  The matrix (2, 3) takes (x, y, 1)
-    in pixels of the image to (x, y) in those of the view.
+    In the image's own colours; torch's global generator draws.  The matrix (2, 3) takes (x, y, 1)
+    in pixels of the image to (x, y) in those of the view.  scale (2,): pixels of the image to one
+    of what it was resized from, along x and y; turns keep the proportions of that.
     """
-    preset = PRESETS[augment]
     top = 0
     left = 0
     height, width = image.shape[-2:]
-    if preset.crop_chance and torch.rand(()) < preset.crop_chance:
+    cropped = preset.crop_chance > 0 and bool(torch.rand(()) < preset.crop_chance)
+    if cropped:
         top, left, height, width = v2.RandomResizedCrop.get_params(
             image, scale=list(preset.crop_area), ratio=list(preset.crop_aspect)
         )
@@ -68,13 +100,48 @@ def random_view(image: Tensor, augment: str, side: int) -> tuple[Tensor, np.ndar
     if preset.transposed and torch.rand(()) < 0.5:
         image = image.transpose(1, 2)
         matrix = matrix[::-1].copy()
-    if preset.colours is not None:
-        image = preset.colours(image)
-    return image.contiguous(), matrix
+    if preset.most_turn and not cropped:
+        angle = preset.most_turn * (2 * torch.rand(()).item() - 1)
+        least, most = preset.zoom
+        zoom = least * (most / least) ** torch.rand(()).item()
+        units = np.linalg.norm(matrix[:, :2] * (1 if scale is None else scale), axis=1)
+        turn = turn_about_centre(side, angle, zoom, units)
+        image = moved(image, turn)
+        matrix = turn[:, :2] @ matrix + [[0, 0, 1]] * turn[:, 2:]
+    return image, matrix
+
+
+def turn_about_centre(side: int, angle: float, zoom: float, units: np.ndarray) -> np.ndarray:
+    """Matrix (2, 3) that turns a square of `side` clockwise by degrees, and enlarges it.
+
+    units (2,): how many of its pixels are equally long along x and y.
+    """
+    radians = np.deg2rad(angle)
+    cos = np.cos(radians)
+    sin = np.sin(radians)
+    linear = zoom * np.array([[cos, -sin], [sin, cos]]) * units[:, None] / units
+    centre = np.full(2, side / 2)
+    return np.column_stack([linear, centre - linear @ centre])
+
+
+def moved(image: Tensor, matrix: np.ndarray) -> Tensor:
+    """A uint8 image (3, H, W) moved by a matrix (2, 3); what it leaves is of its mean colour."""
+    back = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
+    fill = image.float().mean((1, 2)).tolist()
+    coefficients = [*back.ravel().tolist(), 0.0, 0.0]
+    return v2.functional.perspective(image, None, None, fill=fill, coefficients=coefficients)
 
 
 def move_boxes(boxes: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
-    """Boxes (n, 4) xyxy in pixels, taken by a matrix (2, 3) and clipped to a square of `side`."""
+    """Boxes (n, 4) xyxy in pixels, taken by a matrix (2, 3) and clipped to a square of `side`.
+
+    A turned box is that of the ellipse inside it, which the corners of most objects' boxes are
+    closer to than to the box itself (arXiv:2109.13488).
+    """
+    if is_turned(matrix):
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2 @ matrix[:, :2].T + matrix[:, 2]
+        half = np.sqrt(((boxes[:, 2:] - boxes[:, :2]) / 2) ** 2 @ (matrix[:, :2] ** 2).T)
+        return np.concatenate([centres - half, centres + half], axis=1).clip(0, side)
     corners = boxes.reshape(-1, 2) @ matrix[:, :2].T + matrix[:, 2]
     corners = corners.clip(0, side).reshape(-1, 2, 2)
     return np.concatenate((corners.min(1), corners.max(1)), axis=1)

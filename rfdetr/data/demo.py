@@ -37,7 +37,14 @@ from rfdetr.data.demo_drawing import (
     smooth_noise,
     soft_step,
 )
-from rfdetr.data.demo_measuring import HARD_NAMES, THIN_NAMES, render_hard, render_thin
+from rfdetr.data.demo_measuring import (
+    HARD_NAMES,
+    LONGTAIL_NAMES,
+    THIN_NAMES,
+    render_hard,
+    render_longtail,
+    render_thin,
+)
 from rfdetr.data.layout import ANNOTATIONS, SPLITS
 from rfdetr.fields import MOST, number
 from rfdetr.text import command_line
@@ -221,6 +228,7 @@ KINDS = {
     "tissue": Kind(render, CLASS_NAMES, "tissue"),
     "thin": Kind(render_thin, THIN_NAMES, "thin"),
     "hard": Kind(render_hard, HARD_NAMES, "hard"),
+    "longtail": Kind(render_longtail, LONGTAIL_NAMES, "longtail"),
 }
 
 
@@ -334,7 +342,8 @@ def main(argv: list[str] | None = None) -> None:
         "--kind",
         choices=KINDS,
         default="tissue",
-        help="tissue; to measure masks: thin (rods and blobs), hard (textures on textures)",
+        help="tissue; to measure masks: thin (rods and blobs), hard (textures on textures); to "
+        "measure rare classes: longtail (two common and two rare ones)",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)

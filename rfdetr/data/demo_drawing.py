@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,24 @@ def roundish(
         wave = sum(height * np.cos(count * angle + phase) for height, count, phase in waves)
         return radius * (1 + wave)
 
+    return outlined(rng, radius_at, vertices)
+
+
+def lobed(
+    rng: np.random.Generator, radius: float, lobes: int, vertices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outline (vertices, 2) and depth (h, w) of a flower with so many petals."""
+    phase = rng.uniform(0, FULL_TURN)
+    height = rng.uniform(0.2, 0.35)
+    return outlined(
+        rng, lambda angle: radius * (1 + height * np.cos(lobes * angle + phase)), vertices
+    )
+
+
+def outlined(
+    rng: np.random.Generator, radius_at: Callable[[np.ndarray], np.ndarray], vertices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outline (vertices, 2) and depth (h, w) of what reaches radius_at(angles) from its centre."""
     angle = np.linspace(0, FULL_TURN, vertices, endpoint=False)
     outline = radius_at(angle)[:, None] * direction(angle)
     reach = math.ceil(np.abs(outline).max()) + MARGIN

@@ -2,13 +2,13 @@
 
 "thin": bright rods 3-10 px wide and blobs 12-32 px across on a dark ground: what a coarse grid of
 mask logits cannot show. "hard": textured objects on a ground of two other textures, whose colours
-tell little. Lengths are in pixels of a 192-pixel image; the order of random draws is part of what
-an image shows.
+tell little. "longtail": rods and blobs, and for about 30 of either one clover and one star. Lengths
+are in pixels of a 192-pixel image; the order of random draws is part of what an image shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from rfdetr.data.demo_drawing import (
     bent_tube,
     describe_object,
     find_place,
+    lobed,
     roundish,
     smooth_noise,
     soft_step,
@@ -25,6 +26,8 @@ from rfdetr.data.demo_drawing import (
 
 THIN_NAMES = ("rod", "blob")  # category ids 1, 2
 HARD_NAMES = ("stone", "leaf")
+LONGTAIL_NAMES = ("rod", "blob", "clover", "star")
+RARE_CHANCE = 0.05  # of an image to show clovers, and of one to show stars
 GREY_AND_COLOUR = np.array(((1, 1, 1), (0.5, 0, -0.5), (-0.3, 0.5, -0.3)), np.float32)
 
 Outline = tuple[np.ndarray, np.ndarray]  # polygon (n, 2), depth (h, w), as demo_drawing makes them
@@ -43,12 +46,49 @@ def make_stone(rng: np.random.Generator, unit: float) -> Outline:
     return roundish(rng, unit * rng.uniform(10, 30), wobble=0.9, vertices=64)
 
 
+def make_clover(rng: np.random.Generator, unit: float) -> Outline:
+    return lobed(rng, unit * rng.uniform(8, 15), 3, vertices=60)
+
+
+def make_star(rng: np.random.Generator, unit: float) -> Outline:
+    return lobed(rng, unit * rng.uniform(8, 15), 5, vertices=60)
+
+
 def make_leaf(rng: np.random.Generator, unit: float) -> Outline:
     return bent_tube(rng, unit * rng.uniform(28, 60), unit * rng.uniform(6, 11))
 
 
 def render_thin(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image.Image, list[dict]]:
     """As demo.render."""
+    makers = (make_rod, make_blob)
+
+    def counts() -> Sequence[int]:
+        return (0, 0) if empty else rng.integers((4, 3), (9, 8))
+
+    return on_dark_ground(rng, size, makers, counts)
+
+
+def render_longtail(
+    rng: np.random.Generator, size: int, empty: bool
+) -> tuple[Image.Image, list[dict]]:
+    """As demo.render."""
+
+    def counts() -> np.ndarray:
+        common = rng.integers((3, 3), (7, 7))
+        rare = rng.integers((2, 2), (5, 5)) * (rng.uniform(0, 1, 2) < RARE_CHANCE)
+        return np.concatenate([common, rare]) * (not empty)
+
+    makers = (make_rod, make_blob, make_clover, make_star)
+    return on_dark_ground(rng, size, makers, counts)
+
+
+def on_dark_ground(
+    rng: np.random.Generator,
+    size: int,
+    makers: tuple[Callable[[np.random.Generator, float], Outline], ...],
+    draw_counts: Callable[[], Sequence[int]],
+) -> tuple[Image.Image, list[dict]]:
+    """Bright objects; draw_counts() -> how many of each maker's."""
     unit = size / 192
     coarse = smooth_noise(rng, (size, size), bumps=4)
     fine = smooth_noise(rng, (size, size), bumps=30)
@@ -59,8 +99,7 @@ def render_thin(rng: np.random.Generator, size: int, empty: bool) -> tuple[Image
         texture = 1 + 0.15 * smooth_noise(rng, shape, bumps=6)
         return texture[..., None] * rng.uniform(75, 190) * rng.uniform(0.8, 1.1, 3)
 
-    counts = (0, 0) if empty else rng.integers((4, 3), (9, 8))
-    annotations = lay_objects(rng, canvas, unit, counts, (make_rod, make_blob), surface)
+    annotations = lay_objects(rng, canvas, unit, draw_counts(), makers, surface)
     return photograph(rng, canvas, unit), annotations
 
 
@@ -84,7 +123,7 @@ def lay_objects(
     rng: np.random.Generator,
     canvas: np.ndarray,
     unit: float,
-    counts: tuple[int, int] | np.ndarray,
+    counts: Sequence[int] | np.ndarray,
     makers: tuple[Callable[[np.random.Generator, float], Outline], ...],
     surface: Callable[[tuple[int, int]], np.ndarray],
 ) -> list[dict]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,14 +15,16 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
-from rfdetr.data.augment import LEAST_SIDE, PRESETS, move_boxes, random_view
+from rfdetr.data.augment import LEAST_SIDE, PRESETS, Preset, move_boxes, random_view
+from rfdetr.data.copy_paste import images_with_masks, paste
 from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
 from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.data.sampling import Mix, Pool
 from rfdetr.data.tiles import in_tiles, visible_objects
 from rfdetr.data.workers import begin_worker
-from rfdetr.masks import rasterise
+from rfdetr.masks import draw_masks, extent, inside_window, is_turned
 from rfdetr.tiling import Tiling, Window, crop
 
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
@@ -77,26 +79,28 @@ class SplitDataset(Dataset):
         self,
         split: CocoSplit,
         resolution: int,
-        augment: str | None,
+        augment: Preset | str | None,
         masks: bool,
         guess: bool = False,
         tiling: Tiling | None = None,
     ):
-        """augment: a name in augment.PRESETS, or None.  guess: masks that are missing are guessed
-        from the boxes.  tiling: the images are those tiles; with augmentation not the same ones
-        each time.
+        """augment: a preset, a name in augment.PRESETS, or None.  guess: masks that are missing are
+        guessed from the boxes.  tiling: the images are those tiles; with augmentation not the same
+        ones each time.
         """
         self.whole_split = split
         self.split = in_tiles(split, tiling)
         self.tiling = tiling
         self.resolution = resolution
-        self.augment = augment
+        self.preset = PRESETS[augment] if isinstance(augment, str) else augment
         self.masks = masks
         self.guess = guess
         self.last_read: tuple[Path | None, np.ndarray | None] = (None, None)  # cut into tiles
         self.guessed: dict[int, list] = {}  # index -> the image's masks, of the first images
         self.guesses = 0  # how many masks these have
-        self.crops = augment is not None and PRESETS[augment].crop_chance > 0
+        self.donors: list[int] = []  # images with masks, whose objects are pasted on others
+        if self.preset is not None and self.preset.paste_chance:
+            self.donors = self.positions_of(images_with_masks(split))
         self.cache: dict[int, Tensor] | None = None  # index -> the resized image
         if self.bytes_of_images <= RAM_CACHE_BYTES:
             self.cache = {}
@@ -127,18 +131,44 @@ class SplitDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, seed = key
-        augmented = self.augment is not None and seed is not None
+        if self.preset is None or seed is None:
+            return self._view(index)
+        # the CPU generator alone: torch.manual_seed would reach for the GPUs', at 2 ms a call
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._augmented(index, self.preset, None if self.tiling is None else seed)
+
+    def _augmented(self, index: int, preset: Preset, seed: int | None) -> dict:
+        """seed: tiles are moved by it."""
+        sample = self._view(index, preset, seed)
+        if self.donors and torch.rand(()) < preset.paste_chance:
+            donor = self.donors[int(torch.randint(len(self.donors), ()))]
+            sample = paste(sample, self._view(donor, preset, seed))
+        if preset.colours is not None:
+            sample["image"] = preset.colours(sample["image"])
+        sample["image"] = sample["image"].contiguous()
+        if not self.masks:
+            sample["target"].pop("masks", None)
+        return sample
+
+    def _view(self, index: int, preset: Preset | None = None, seed: int | None = None) -> dict:
+        """An image in its own colours as a preset sees it, with its objects; seed: a tile is moved
+        by it.
+        """
         # Crops are taken from the whole image. Everything else is from the resized one, which is
         # worth keeping.
-        moves = augmented and self.tiling is not None
-        index, image, unread = self.image(index, augmented and self.crops, seed if moves else None)
-        record = self.record(index, seed if moves else None)
-        matrix = np.eye(2, 3)
+        index, image, unread = self.image(
+            index, preset is not None and preset.crop_chance > 0, seed
+        )
+        record = self.record(index, seed)
         height, width = image.shape[-2:]
-        if augmented:
-            image, matrix = self._augmented(image, seed)
-        matrix = matrix @ to_pixels_of(record, height, width)
-        return {"image": image, "target": self._target(index, record, matrix), "unread": unread}
+        to_pixels = to_pixels_of(record, height, width)
+        matrix = np.eye(2, 3)
+        if preset is not None:
+            image, matrix = random_view(image, preset, self.resolution, np.diag(to_pixels)[:2])
+        needs_masks = self.masks or (preset is not None and bool(self.donors))
+        target = self._target(index, record, matrix @ to_pixels, needs_masks)
+        return {"image": image, "target": target, "unread": unread}
 
     def record(self, index: int, seed: int | None = None) -> ImageRecord:
         """An image, or a tile of one; seed: the tile is moved by it."""
@@ -191,34 +221,36 @@ class SplitDataset(Dataset):
         if self.in_work is not None and worker is not None:
             self.in_work[worker.id] = torch.tensor([os.getpid(), index])
 
-    def _augmented(self, image: Tensor, seed: int) -> tuple[Tensor, np.ndarray]:
-        """random_view by this seed; the caller's random numbers stay as they are."""
-        # the CPU generator alone: torch.manual_seed would reach for the GPUs', at 2 ms a call
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        view = random_view(image, self.augment, self.resolution)
-        torch.set_rng_state(state)
-        return view
-
-    def _target(self, index: int, record: ImageRecord, matrix: np.ndarray) -> dict:
+    def _target(
+        self, index: int, record: ImageRecord, matrix: np.ndarray, with_masks: bool
+    ) -> dict:
         """An image's objects, as in Batch.  matrix (2, 3): from its pixels to those of the view."""
         side = self.resolution
+        segmentations = record.segmentations
+        has_mask = np.array([segmentation is not None for segmentation in segmentations], bool)
         boxes = move_boxes(record.boxes, matrix, side)
+        size = (record.height, record.width)
+        masks = None
+        if is_turned(matrix):  # what is seen of a mask then tells the box
+            window = record.window or Window(0, 0, record.width, record.height)
+            segmentations = [inside_window(one, *size, window) for one in segmentations]
+            masks = draw_masks(segmentations, *size, matrix, side)
+            for i in np.flatnonzero(has_mask):
+                boxes[i] = extent(segmentations[i], matrix, masks[i])
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
         relative = torch.from_numpy(boxes[kept] / side).float()
-        segmentations = [record.segmentations[i] for i in kept]
-        has_mask = [segmentation is not None for segmentation in segmentations]
         target = {
             "boxes": box_convert(relative, "xyxy", "cxcywh"),
             "labels": torch.from_numpy(record.labels[kept]),
-            "has_mask": torch.tensor(has_mask, dtype=torch.bool),
+            "has_mask": torch.from_numpy(has_mask[kept]),
             "index": index,
         }
-        if self.masks:
-            target["masks"] = torch.zeros(len(kept), side, side, dtype=torch.uint8)
-            for mask, segmentation in zip(target["masks"].numpy(), segmentations):
-                if segmentation is not None:
-                    rasterise(segmentation, record.height, record.width, matrix, mask)
+        if with_masks:
+            if masks is None:
+                masks = draw_masks([segmentations[i] for i in kept], *size, matrix, side)
+            else:
+                masks = masks[kept]
+            target["masks"] = torch.from_numpy(masks)
         return target
 
     def segmentations(self, index: int, window: Window | None = None) -> list[list | dict | None]:
@@ -289,9 +321,9 @@ class EpochSampler(Sampler):
     """Lists of (index, augmentation seed), one list an optimizer step and rank.
 
     Each epoch is a fresh shuffle; a set with fewer than `min_steps` steps is repeated until the
-    epoch is worth it. Where there are `every_other` images (indices), every second place goes to
-    one of them. The order depends on (seed, epoch) alone; `start_step` skips what a resumed epoch
-    has done. The incomplete last step is dropped.
+    epoch is worth it. A `mix` says which images it is made of; its length stays that of all images
+    once. The order depends on (seed, epoch) alone; `start_step` skips what a resumed epoch has
+    done. The incomplete last step is dropped.
     """
 
     def __init__(
@@ -302,10 +334,9 @@ class EpochSampler(Sampler):
         min_steps: int,
         rank: int = 0,
         world: int = 1,
-        every_other: Sequence[int] = (),
+        mix: Mix | None = None,
     ):
-        self.images = images
-        self.every_other = torch.tensor(every_other, dtype=torch.long)
+        self.mix = mix or Mix(Pool(torch.arange(images)))
         self.per_step = per_step
         self.seed = seed
         self.rank = rank
@@ -321,26 +352,19 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return max(self.steps - self.start_step, 0)  # more processes than before have fewer steps
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def order(self) -> tuple[Tensor, Tensor]:
+        """(indices, seeds) of the epoch's images, those of all ranks."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         wanted = self.steps * self.per_step * self.world
-        order = shuffles(self.images, wanted, generator)
-        if len(self.every_other):
-            places = order[::2]
-            chosen = shuffles(len(self.every_other), len(places), generator)
-            order[::2] = self.every_other[chosen]
-        seeds = torch.randint(2**62, (wanted,), generator=generator)
+        order = self.mix.draw(wanted, generator)
+        return order, torch.randint(2**62, (wanted,), generator=generator)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, seeds = self.order()
         for step in range(self.start_step, self.steps):
             first = (step * self.world + self.rank) * self.per_step
             own = slice(first, first + self.per_step)
             yield list(zip(order[own].tolist(), seeds[own].tolist()))
-
-
-def shuffles(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """`wanted` numbers below `count`: one random order of all of them after the other."""
-    rounds = -(-wanted // count)  # rounded up
-    orders = [torch.randperm(count, generator=generator) for _ in range(rounds)]
-    return torch.cat(orders)[:wanted]
 
 
 # ---------------------------------------------------------------- loaders

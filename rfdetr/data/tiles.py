@@ -38,6 +38,16 @@ class TileTable(Sequence):
         number, window = self.places[index]
         return part_of(self.images[number], window)
 
+    @property
+    def object_counts(self) -> np.ndarray:
+        """(tiles,)"""
+        return np.array([len(tile.labels) for tile in self], int)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of the objects of all tiles."""
+        return np.concatenate([np.zeros(0, int), *(tile.labels for tile in self)])
+
     def moved(self, index: int, seed: int) -> ImageRecord:
         """The same tile at a place near by, which the seed alone decides, so that in training edges
         lie elsewhere each time.
@@ -69,11 +79,14 @@ def visible_objects(image: ImageRecord, window: Window) -> np.ndarray:
 
 
 def part_of(image: ImageRecord, window: Window) -> ImageRecord:
-    """What lies in a window of an image: coordinates and sizes stay those of the image."""
+    """What lies in a window of an image: coordinates and sizes stay those of the image, boxes end
+    at the window.
+    """
     kept = visible_objects(image, window)
+    left, top, right, bottom = np.array(window, dtype=np.float32)
     return replace(
         image,
-        boxes=image.boxes[kept],
+        boxes=image.boxes[kept].clip([left, top, left, top], [right, bottom, right, bottom]),
         labels=image.labels[kept],
         segmentations=[image.segmentations[i] for i in kept],
         window=window,

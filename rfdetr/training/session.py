@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
 from rfdetr.console import tick
+from rfdetr.data.augment import find_preset
 from rfdetr.data.loaders import EpochSampler, SplitDataset, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
+from rfdetr.data.sampling import make_mix, say_counts
 from rfdetr.data.tiles import training_tiling
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
@@ -124,9 +126,11 @@ def training_data(
     makes them smaller, never larger than what was read.
     """
     settings = session.settings
-    augment = session.size.recipe.augment
+    preset = find_preset(settings.augment, settings.flip)
     side = max(sides, default=session.resolution)
-    dataset = SplitDataset(session.train, side, augment, masks, session.guess_masks, session.tiling)
+    dataset = SplitDataset(session.train, side, preset, masks, session.guess_masks, session.tiling)
+    if preset.paste_chance and not dataset.donors:
+        tick(f"--augment {settings.augment} pastes objects by their masks: without any it does not")
     drawn = images_with_drawn_masks(session.train) if session.guess_masks else []
     sampler = EpochSampler(
         len(dataset),
@@ -135,10 +139,14 @@ def training_data(
         settings.min_steps,
         distributed.rank(),
         distributed.world_size(),
-        dataset.positions_of(drawn),
+        make_mix(
+            dataset.split, dataset.positions_of(drawn), settings.repeat_factor, settings.negatives
+        ),
     )
     if settings.fast_dev_run:
         sampler.steps = min(sampler.steps, settings.fast_dev_run)
+    if settings.repeat_factor or settings.negatives is not None:
+        say_counts(dataset.split, sampler.order()[0])
     return dataset, sampler
 
 
