@@ -19,7 +19,6 @@ again: seeds and peers may be added. Nothing else should keep the machine busy: 
 too, where two processes share a core's caches.
 """
 
-# ruff: noqa: E402 (the repository is put on the path first)
 from __future__ import annotations
 
 import argparse
@@ -32,16 +31,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from peer import peer_environment
+from peer import ROOT, peer_environment
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from training_clock import ANNOTATIONS, FACTS, POINTS
-
-from rfdetr.runs.environment import environment
 
 PEERS = {
     "two-stage": ["peer_ours.py", "--way", "two-stage"],
@@ -227,6 +221,9 @@ def main() -> None:
             curves[peer].append(score(args.dataset, folder))
             end = curves[peer][-1][-1]
             print(f"{peer}, seed {seed}: mask mAP {end['segm mAP']:.3f}", flush=True)
+    sys.path.insert(0, str(ROOT))
+    from rfdetr.runs.environment import environment
+
     info = environment()
     print(
         f"\nEqual CPU minutes on one thread: {args.minutes:g}, {args.dataset.name}, "
