@@ -4,11 +4,11 @@ python benchmarks/peer_maskrcnn.py --dataset D --out DIR --minutes 10
 
 Model and heads are torchvision's; batch normalisation is trained, as nothing is pretrained. Recipe:
 its references/detection, horizontal flips, a tenth of the rate after 16/26 and 22/26 of the time,
-with --opt adamw: SGD at .02 for 16 images a batch, scaled to ours of 4, diverges from scratch
-within ten steps unless its warm-up of 1000 is kept, which takes longer than there is. Made for
-small images: min_size is the side that the others see, the smallest anchor follows from the
-dataset's objects, and 128 regions an image train the heads, not 512, which would take four times
-as long. The last weights are handed in, up to 100 detections an image.
+with --opt adamw: its SGD at .02 for 16 images, scaled to 4, went to NaN at the ninth step after a
+short warm-up, and its warm-up of 1000 steps takes longer than there is. Made for small images:
+min_size is the side that the others see, the smallest anchor follows from the dataset's objects,
+and 128 regions an image train the heads, not 512, which would take much longer. The last weights
+are handed in, up to 100 detections an image.
 """
 
 from __future__ import annotations
