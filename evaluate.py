@@ -15,9 +15,10 @@ from dataclasses import replace
 
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
+from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.gray import look_at, paths_of, scale_for
 from rfdetr.data.layout import find_splits
-from rfdetr.data.loaders import SplitDataset, check_unread, evaluation_loader
+from rfdetr.data.loaders import check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.statistics import shrink_problems
 from rfdetr.device import compile_in_place, pick_device, pick_inference_precision

@@ -299,7 +299,10 @@ def words_and_numbers(name: str) -> list[str | int]:
 
 
 def read_ahead(
-    pool: ThreadPoolExecutor, batches: list[list[Path | Page]], turn: bool, window: GrayWindow | None
+    pool: ThreadPoolExecutor,
+    batches: list[list[Path | Page]],
+    turn: bool,
+    window: GrayWindow | None,
 ) -> Iterator[list[np.ndarray | None]]:
     """The images of each batch, as `read` gives them; the next batch is read meanwhile."""
     reading: list[Future] = []

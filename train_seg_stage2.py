@@ -23,7 +23,8 @@ from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.augment import find_preset
-from rfdetr.data.loaders import SplitDataset, training_loader
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import training_loader
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.files import write_json

@@ -60,7 +60,7 @@ def builders() -> dict[str, Callable]:
 
 def made_batch(size, images: int):
     """Images with OBJECTS objects each, pinned where the device reads such memory by itself."""
-    from rfdetr.data.loaders import Batch
+    from rfdetr.data.dataset import Batch
 
     side = size.resolution
     targets = []

@@ -113,7 +113,8 @@ def json_alone(folder: Path) -> None:
 def start(folder: Path) -> None:
     """What a training script does before its first batch."""
     from rfdetr.data.coco import read_dataset
-    from rfdetr.data.loaders import EpochSampler, SplitDataset
+    from rfdetr.data.dataset import SplitDataset
+    from rfdetr.data.loaders import EpochSampler
     from rfdetr.data.mask_source import choose_masks, images_with_drawn_masks
     from rfdetr.data.statistics import shrink_problems
 
@@ -144,7 +145,7 @@ def worker_memory(folder: Path, split: str, method: str) -> float:
     from torch.utils.data import DataLoader
 
     from rfdetr.data.coco import read_dataset
-    from rfdetr.data.loaders import SplitDataset
+    from rfdetr.data.dataset import SplitDataset
 
     dataset = SplitDataset(read_dataset(folder / "data")[split], 384, "crops", masks=True)
     dataset.cache = None

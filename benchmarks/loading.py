@@ -27,7 +27,7 @@ CASES = [
 
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.data.coco import read_dataset
-    from rfdetr.data.loaders import SplitDataset
+    from rfdetr.data.dataset import SplitDataset
 
     split = read_dataset(write_coco(Path(FOLDER.name) / "data", IMAGES, objects=8))["train"]
     dataset = SplitDataset(split, SIDE, "crops" if settings["augment"] else None, masks=True)

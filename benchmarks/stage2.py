@@ -57,7 +57,8 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
 
     from rfdetr.classes import ClassTable
     from rfdetr.data.coco import read_dataset
-    from rfdetr.data.loaders import EpochSampler, SplitDataset
+    from rfdetr.data.dataset import SplitDataset
+    from rfdetr.data.loaders import EpochSampler
     from rfdetr.device import pick_precision
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import MASK_HEADS

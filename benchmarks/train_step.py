@@ -27,7 +27,7 @@ CASES = [
 
 
 def ours(settings: dict, device: torch.device) -> Callable[[], float]:
-    from rfdetr.data.loaders import Batch
+    from rfdetr.data.dataset import Batch
 
     def make_batch(size) -> Batch:
         side = size.resolution

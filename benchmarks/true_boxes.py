@@ -69,7 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from rfdetr.data.coco import read_dataset
-    from rfdetr.data.loaders import SplitDataset, evaluation_loader
+    from rfdetr.data.dataset import SplitDataset
+    from rfdetr.data.loaders import evaluation_loader
     from rfdetr.device import pick_precision
     from rfdetr.inference.evaluation import SplitEvaluator
     from rfdetr.metrics.coco_eval import format_table

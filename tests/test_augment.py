@@ -23,7 +23,8 @@ from rfdetr.console import UserError
 from rfdetr.data.augment import PRESETS, Preset, find_preset, move_boxes, random_view
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.copy_paste import paste
-from rfdetr.data.loaders import SplitDataset, collate
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import collate
 from rfdetr.masks import extent_of_pixels, is_turned, rasterise, to_rle
 from rfdetr.sizes import AUGMENTS, SIZES
 
@@ -281,7 +282,7 @@ def test_preview_draws_the_presets_samples(demo, call, capsys, tmp_path):
 def test_training_takes_a_preset_and_says_once_where_nothing_can_be_pasted(
     few, call, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("rfdetr.data.loaders.images_with_masks", lambda split: [])
+    monkeypatch.setattr("rfdetr.data.dataset.images_with_masks", lambda split: [])
     flags = [*quick_flags(few), "--pretrain_weights", "none", "--head", "dataset"]
     call(train_detector_stage1.main, *flags, "--augment", "strong", "--output_dir", tmp_path / "r")
     said = capsys.readouterr().out

@@ -11,7 +11,8 @@ from torch import nn
 
 import rfdetr.main
 from rfdetr import device as devices
-from rfdetr.data.loaders import SplitDataset, evaluation_loader
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import evaluation_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.resolve import plain, read_layer, resolve, yaml_text
 from rfdetr.settings import DetectorSettings, SegmentationSettings

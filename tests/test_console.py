@@ -259,8 +259,8 @@ print("still here", worker.exitcode)
 
 HANGS = """
 import time, os
-import rfdetr.data.loaders as loaders
-get, count = loaders.SplitDataset.__getitem__, []
+import rfdetr.data.dataset as data
+get, count = data.SplitDataset.__getitem__, []
 def item(self, key):
     count.append(1)
     if len(count) > 6:
@@ -268,7 +268,7 @@ def item(self, key):
     while len(count) > 6:
         time.sleep(1)
     return get(self, key)
-loaders.SplitDataset.__getitem__ = item
+data.SplitDataset.__getitem__ = item
 """
 
 

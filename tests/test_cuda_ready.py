@@ -16,7 +16,8 @@ from conftest import run_script
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
-from rfdetr.data.loaders import Batch, EpochSampler
+from rfdetr.data.dataset import Batch
+from rfdetr.data.loaders import EpochSampler
 from rfdetr.device import Precision, pick_device, pick_inference_precision
 from rfdetr.inference.detections import DetectionRunner, draw_masks
 from rfdetr.models.detector import Detector

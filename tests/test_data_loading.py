@@ -22,13 +22,8 @@ from torchvision.ops import box_convert
 from rfdetr.console import UserError
 from rfdetr.data.augment import draw_side, multi_scale_sides
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.loaders import (
-    EpochSampler,
-    SplitDataset,
-    collate,
-    evaluation_loader,
-    training_loader,
-)
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import EpochSampler, collate, evaluation_loader, training_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.workers import naming_workers
 from rfdetr.sizes import SIZES

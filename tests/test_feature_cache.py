@@ -22,7 +22,8 @@ import train_seg_stage2
 from rfdetr.classes import assign_rows
 from rfdetr.console import Stopped, UserError
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import EpochSampler, collate
 from rfdetr.device import Precision
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS

@@ -19,7 +19,8 @@ from rfdetr.classes import COCO_NAMES, assign_rows, background_row, is_class_hea
 from rfdetr.console import UserError
 from rfdetr.data.augment import PRESETS, random_view
 from rfdetr.data.coco import inspect_dataset, read_dataset
-from rfdetr.data.loaders import EpochSampler, SplitDataset, collate
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import EpochSampler, collate
 from rfdetr.masks import rasterise, to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator
 from rfdetr.training.optim import Schedule

@@ -18,8 +18,9 @@ from pycocotools import mask as mask_api
 
 import train_seg_stage2
 from rfdetr.data.coco import read_dataset
+from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.guess import guess_masks
-from rfdetr.data.loaders import EpochSampler, SplitDataset
+from rfdetr.data.loaders import EpochSampler
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import make_mix

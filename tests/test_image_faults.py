@@ -26,7 +26,8 @@ import train_seg_stage2
 from rfdetr.console import Stopped, UserError
 from rfdetr.console import run_script as as_a_script
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.loaders import SplitDataset, evaluation_loader
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import evaluation_loader
 from rfdetr.metrics.coco_eval import CocoEvaluator
 
 pytestmark = pytest.mark.slow

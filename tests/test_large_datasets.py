@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rfdetr.data import checked_annotations, index, loaders
+from rfdetr.data import checked_annotations, index
+from rfdetr.data import dataset as dataset_module
 from rfdetr.data.checks import check_file
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.flat import FlatAnnotations
@@ -227,10 +228,10 @@ def test_guesses_beyond_what_memory_is_for_are_not_kept(demo, monkeypatch):
     images = [replace(split.images[i], segmentations=[]) for i in range(6)]
     for image in images:
         image.segmentations = [None] * len(image.labels)
-    monkeypatch.setattr(loaders, "GUESSES_KEPT", 2 * len(images[0].labels))
-    dataset = loaders.SplitDataset(replace(split, images=images), 64, None, True, guess=True)
+    monkeypatch.setattr(dataset_module, "GUESSES_KEPT", 2 * len(images[0].labels))
+    dataset = dataset_module.SplitDataset(replace(split, images=images), 64, None, True, guess=True)
     guesses = [dataset.segmentations(index) for index in range(len(images))]
-    assert 0 in dataset.guessed and sum(map(len, dataset.guessed.values())) <= loaders.GUESSES_KEPT
+    assert 0 in dataset.guessed and sum(map(len, dataset.guessed.values())) <= dataset_module.GUESSES_KEPT
     assert [dataset.segmentations(index) for index in range(len(images))] == guesses
 
 

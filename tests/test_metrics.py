@@ -22,7 +22,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rfdetr.classes import assign_rows
-from rfdetr.data.loaders import SplitDataset, evaluation_loader
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import evaluation_loader
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import make_predictions
 from rfdetr.inference.evaluation import SplitEvaluator

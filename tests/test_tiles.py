@@ -21,10 +21,11 @@ import train_seg_stage2
 from rfdetr.console import UserError
 from rfdetr.data.augment import PRESETS
 from rfdetr.data.coco import read_dataset
+from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.images import load_image
-from rfdetr.data.loaders import SplitDataset
 from rfdetr.data.tiles import suggested_tile, visible_objects
-from rfdetr.inference.tiles import DetectedInWindow, PixelMask, merge
+from rfdetr.inference.overlaps import PixelMask
+from rfdetr.inference.tiles import DetectedInWindow, merge
 from rfdetr.placement import Placement
 from rfdetr.tiling import Tiling, Window, choose_tile, crop
 from rfdetr.weights import checkpoint

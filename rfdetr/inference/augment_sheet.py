@@ -11,7 +11,7 @@ from torchvision.ops import box_convert
 
 from rfdetr.console import UserError
 from rfdetr.data.augment import Preset
-from rfdetr.data.loaders import SplitDataset
+from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.records import CocoSplit
 from rfdetr.inference.visualise import BACKGROUND, TITLE_COLOUR, draw, picture_colours
 

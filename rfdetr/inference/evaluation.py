@@ -117,7 +117,9 @@ class SplitEvaluator:
         """
         head = self._head(model)
         evaluator = CocoEvaluator(
-            self.whole_split.ground_truth, masks=head is not None, max_detections=self.max_detections
+            self.whole_split.ground_truth,
+            masks=head is not None,
+            max_detections=self.max_detections,
         )
         images = []
         with naming_workers(self.loader.dataset.images_in_work):

@@ -144,7 +144,9 @@ def deep_pixels_of(image: ImageInput, values_too: bool) -> np.ndarray | None:
     return array if _is_16_bit(array) else None
 
 
-def read_image(image: ImageInput, turn: bool = True, window: GrayWindow | None = None) -> np.ndarray:
+def read_image(
+    image: ImageInput, turn: bool = True, window: GrayWindow | None = None
+) -> np.ndarray:
     """Any accepted image as (H, W, 3) uint8 RGB; turn: make it upright by its EXIF orientation.
 
     window: what is black and white in gray of more than 8 bits, and then in gray arrays of

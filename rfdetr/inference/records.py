@@ -16,7 +16,8 @@ def as_records(
 ) -> list[dict]:
     """predictions.json's entries: bbox xywh in pixels of the original, mask as COCO RLE or null.
 
-    frame: of a video, from 0 on; page: of a file with several, from 1 on.  picture: the picture's or video's name in --output, or None.
+    frame: of a video, from 0 on; page: of a file with several, from 1 on.  picture: the
+    picture's or video's name in --output, or None.
     """
     records = []
     for i, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rfdetr import distributed
 from rfdetr.console import tick
-from rfdetr.data.loaders import Batch
+from rfdetr.data.dataset import Batch
 from rfdetr.device import (
     forget_peak_memory,
     free_on_device_mb,

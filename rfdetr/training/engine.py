@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rfdetr import distributed
 from rfdetr.console import UserError, warn
-from rfdetr.data.loaders import Batch
+from rfdetr.data.dataset import Batch
 from rfdetr.device import memory_mb, unless_out_of_memory
 from rfdetr.memory import OUT_OF_MEMORY_ADVICE
 from rfdetr.progress import ProgressBar

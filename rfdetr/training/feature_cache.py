@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 
 from rfdetr import distributed
 from rfdetr.console import UserError, tick
-from rfdetr.data.loaders import EpochSampler, SplitDataset, collate, make_loader
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import EpochSampler, collate, make_loader
 from rfdetr.device import unless_out_of_memory
 from rfdetr.models.segmentation import GRID
 from rfdetr.training.engine import lower_micro_batch

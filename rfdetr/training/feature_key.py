@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rfdetr.data import guess
-from rfdetr.data.loaders import SplitDataset
+from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.records import CocoSplit
 from rfdetr.models.segmentation import ENLARGE, GRID
 from rfdetr.progress import ProgressBar

@@ -10,7 +10,7 @@ from torch import Tensor
 from rfdetr.boxes import box_iou_and_giou, cxcywh_to_xyxy
 from rfdetr.classes import ClassTable
 from rfdetr.data.augment import draw_side, to_model_input
-from rfdetr.data.loaders import Batch
+from rfdetr.data.dataset import Batch
 from rfdetr.device import Precision, copied_by_next_wait, to_device
 from rfdetr.losses.criterion import mask_losses
 from rfdetr.losses.matcher import match, on_device

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rfdetr import distributed
 from rfdetr.console import UserError, warn
-from rfdetr.data.loaders import Batch, check_unread, note_unread
+from rfdetr.data.dataset import Batch
+from rfdetr.data.loaders import check_unread, note_unread
 from rfdetr.data.records import CocoSplit
 from rfdetr.files import write_json
 from rfdetr.runs.record import Run

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rfdetr.classes import ClassTable
 from rfdetr.data.augment import draw_side, multi_scale_sides, to_model_input
-from rfdetr.data.loaders import Batch
+from rfdetr.data.dataset import Batch
 from rfdetr.device import Precision, to_device
 from rfdetr.losses.criterion import detection_losses, mask_losses
 from rfdetr.losses.matcher import Matches, on_device

@@ -16,7 +16,7 @@ from torch import nn
 
 from rfdetr import distributed
 from rfdetr.console import UserError, banner, say, tick, warn
-from rfdetr.data.loaders import SplitDataset
+from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.statistics import shrink_problems
 from rfdetr.files import atomic_write
 from rfdetr.inference.class_sheet import class_sheet

@@ -14,7 +14,8 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
 from rfdetr.console import tick
 from rfdetr.data.augment import find_preset
-from rfdetr.data.loaders import EpochSampler, SplitDataset, evaluation_loader
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import EpochSampler, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import make_mix, say_counts

@@ -1,0 +1,313 @@
+"""A split as a dataset: an image's pixels and objects as the model is to see them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
+
+from rfdetr.console import UserError
+from rfdetr.data.augment import LEAST_SIDE, PRESETS, Preset, move_boxes, random_view
+from rfdetr.data.copy_paste import images_with_masks, paste
+from rfdetr.data.gray import window_of
+from rfdetr.data.guess import GUESSING_SIDE, with_guesses
+from rfdetr.data.images import load_image
+from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.data.tiles import in_tiles, visible_objects
+from rfdetr.masks import draw_masks, extent, inside_window, is_turned
+from rfdetr.tiling import Tiling, Window, crop
+
+RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
+GUESSES_KEPT = 100_000  # masks that each process keeps, about 50 MB; others are guessed anew
+
+
+@dataclass
+class Batch:
+    """n images of R x R pixels with their objects."""
+
+    images: Tensor  # uint8 (n, 3, R, R)
+    # One an image: boxes (t, 4) cxcywh 0..1, labels (t,), has_mask (t,) bool, index (its place in
+    # the split), and masks uint8 (t, R, R) where the dataset was asked for them.
+    targets: list[dict]
+    unread: dict[int, str] = field(default_factory=dict)  # index of an unreadable image -> why
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(self.images[part], self.targets[part])
+
+    @property
+    def objects(self) -> int:
+        return sum(len(target["labels"]) for target in self.targets)
+
+    @property
+    def indices(self) -> list[int]:
+        return [target["index"] for target in self.targets]
+
+    def pin_memory(self) -> Batch:
+        """With images and masks where a GPU reads them by itself; the rest is small."""
+        targets = []
+        for target in self.targets:
+            if "masks" in target:
+                target = target | {"masks": target["masks"].pin_memory()}
+            targets.append(target)
+        return Batch(self.images.pin_memory(), targets, self.unread)
+
+
+class SplitDataset(Dataset):
+    """A split's images at one resolution.
+
+    Keys are (index, seed). The seed alone decides the augmentation, so that neither the number of
+    workers nor a resume changes what is seen; None means no augmentation. Where an image cannot be
+    read, the next one of the split stands in for it, with the same seed, and the sample's "unread"
+    has the reason.
+    """
+
+    def __init__(
+        self,
+        split: CocoSplit,
+        resolution: int,
+        augment: Preset | str | None,
+        masks: bool,
+        guess: bool = False,
+        tiling: Tiling | None = None,
+    ):
+        """augment: a preset, a name in augment.PRESETS, or None.  guess: masks that are missing are
+        guessed from the boxes.  tiling: the images are those tiles; with augmentation not the same
+        ones each time.
+        """
+        self.whole_split = split
+        self.split = in_tiles(split, tiling)
+        self.tiling = tiling
+        self.resolution = resolution
+        self.preset = PRESETS[augment] if isinstance(augment, str) else augment
+        self.masks = masks
+        self.guess = guess
+        self.last_read: tuple[Path | None, np.ndarray | None] = (None, None)  # cut into tiles
+        self.guessed: dict[int, list] = {}  # index -> the image's masks, of the first images
+        self.guesses = 0  # how many masks these have
+        self.donors: list[int] = []  # images with masks, whose objects are pasted on others
+        if self.preset is not None and self.preset.paste_chance:
+            self.donors = self.positions_of(images_with_masks(split))
+        self.cache: dict[int, Tensor] | None = None  # index -> the resized image
+        if self.bytes_of_images <= RAM_CACHE_BYTES:
+            self.cache = {}
+        # of each worker: its process id, and the index of the image that it took last
+        self.in_work: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.split.images)
+
+    def positions_of(self, images: list[int]) -> list[int]:
+        """Of images of the split, by number: their tiles' positions where there are tiles."""
+        if self.tiling is None:
+            return images
+        wanted = set(images)
+        places = self.split.images.places
+        return [index for index, (number, _) in enumerate(places) if number in wanted]
+
+    def share_of(self, rank: int, world: int) -> list[int]:
+        """Every `world`-th image of the split, in order; an image's tiles stay together."""
+        if self.tiling is None:
+            return list(range(rank, len(self), world))
+        places = self.split.images.places
+        return [index for index, (number, _) in enumerate(places) if number % world == rank]
+
+    @property
+    def bytes_of_images(self) -> int:
+        return len(self) * 3 * self.resolution**2
+
+    def __getitem__(self, key: tuple[int, int | None]) -> dict:
+        index, seed = key
+        if self.preset is None or seed is None:
+            return self._view(index)
+        # the CPU generator alone: torch.manual_seed would reach for the GPUs', at 2 ms a call
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._augmented(index, self.preset, None if self.tiling is None else seed)
+
+    def _augmented(self, index: int, preset: Preset, seed: int | None) -> dict:
+        """seed: tiles are moved by it."""
+        sample = self._view(index, preset, seed)
+        if self.donors and torch.rand(()) < preset.paste_chance:
+            donor = self.donors[int(torch.randint(len(self.donors), ()))]
+            sample = paste(sample, self._view(donor, preset, seed))
+        if preset.colours is not None:
+            sample["image"] = preset.colours(sample["image"])
+        sample["image"] = sample["image"].contiguous()
+        if not self.masks:
+            sample["target"].pop("masks", None)
+        return sample
+
+    def _view(self, index: int, preset: Preset | None = None, seed: int | None = None) -> dict:
+        """An image in its own colours as a preset sees it, with its objects; seed: a tile is moved
+        by it.
+        """
+        # Crops are taken from the whole image. Everything else is from the resized one, which is
+        # worth keeping.
+        index, image, unread = self.image(
+            index, preset is not None and preset.crop_chance > 0, seed
+        )
+        record = self.record(index, seed)
+        height, width = image.shape[-2:]
+        to_pixels = to_pixels_of(record, height, width)
+        matrix = np.eye(2, 3)
+        if preset is not None:
+            image, matrix = random_view(image, preset, self.resolution, np.diag(to_pixels)[:2])
+        needs_masks = self.masks or (preset is not None and bool(self.donors))
+        target = self._target(index, record, matrix @ to_pixels, needs_masks)
+        return {"image": image, "target": target, "unread": unread}
+
+    def record(self, index: int, seed: int | None = None) -> ImageRecord:
+        """An image, or a tile of one; seed: the tile is moved by it."""
+        images = self.split.images
+        record = images[index] if seed is None else images.moved(index, seed)
+        if self.masks and self.guess and None in record.segmentations:
+            record = replace(record, segmentations=self.segmentations(index, record.window))
+        return record
+
+    def image(
+        self, index: int, whole: bool = False, seed: int | None = None
+    ) -> tuple[int, Tensor, dict[int, str]]:
+        """(index, pixels, {index of an unreadable image: why}) of the first image to be read.
+
+        The images are tried from `index` on.  Pixels are uint8 (3, R, R), or (3, H, W) where the
+        `whole` image is asked for; seed: a tile is moved by it.  Raises UserError where no image of
+        the split can be read.
+        """
+        unread: dict[int, str] = {}
+        while len(unread) < len(self):
+            self._note_in_work(index)
+            try:
+                pixels = self._read(index, seed) if whole else self._resized(index, seed)
+                return index, pixels, unread
+            except UserError as error:
+                unread[index] = str(error)
+                index = (index + 1) % len(self)
+        raise UserError(
+            f"{self.split.annotation_file}: none of its images can be read. {unread[index]}"
+        )
+
+    def prepare_for_workers(self, workers: int) -> None:
+        """Before a loader's processes start: share which image each one reads.
+
+        The cache is dropped where memory does not hold one for each.
+        """
+        self.in_work = torch.full((workers, 2), -1).share_memory_()
+        if self.bytes_of_images * workers > RAM_CACHE_BYTES:
+            self.cache = None
+
+    def images_in_work(self, processes: set[int]) -> list[str]:
+        """The files that the workers with these process ids took last."""
+        if self.in_work is None:
+            return []
+        taken = [index for process, index in self.in_work.tolist() if process in processes]
+        return [str(self.split.images[index].path) for index in taken]
+
+    def _note_in_work(self, index: int) -> None:
+        worker = get_worker_info()
+        if self.in_work is not None and worker is not None:
+            self.in_work[worker.id] = torch.tensor([os.getpid(), index])
+
+    def _target(
+        self, index: int, record: ImageRecord, matrix: np.ndarray, with_masks: bool
+    ) -> dict:
+        """An image's objects, as in Batch.  matrix (2, 3): from its pixels to those of the view."""
+        side = self.resolution
+        segmentations = record.segmentations
+        has_mask = np.array([segmentation is not None for segmentation in segmentations], bool)
+        boxes = move_boxes(record.boxes, matrix, side)
+        size = (record.height, record.width)
+        masks = None
+        if is_turned(matrix):  # what is seen of a mask then tells the box
+            window = record.window or Window(0, 0, record.width, record.height)
+            segmentations = [inside_window(one, *size, window) for one in segmentations]
+            masks = draw_masks(segmentations, *size, matrix, side)
+            for i in np.flatnonzero(has_mask):
+                boxes[i] = extent(segmentations[i], matrix, masks[i])
+        kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
+        relative = torch.from_numpy(boxes[kept] / side).float()
+        target = {
+            "boxes": box_convert(relative, "xyxy", "cxcywh"),
+            "labels": torch.from_numpy(record.labels[kept]),
+            "has_mask": torch.from_numpy(has_mask[kept]),
+            "index": index,
+        }
+        if with_masks:
+            if masks is None:
+                masks = draw_masks([segmentations[i] for i in kept], *size, matrix, side)
+            else:
+                masks = masks[kept]
+            target["masks"] = torch.from_numpy(masks)
+        return target
+
+    def segmentations(self, index: int, window: Window | None = None) -> list[list | dict | None]:
+        """The masks of an image's objects, guessed ones among them where that is asked for.
+
+        window: of a tile that was moved; else it is where the split has it.
+        """
+        if self.tiling is None:
+            return self._segmentations_of_image(index)
+        number, own_window = self.split.images.places[index]
+        masks = self._segmentations_of_image(number)
+        kept = visible_objects(self.whole_split.images[number], window or own_window)
+        return [masks[i] for i in kept]
+
+    def _segmentations_of_image(self, index: int) -> list[list | dict | None]:
+        record = self.whole_split.images[index]
+        if not self.guess or None not in record.segmentations:
+            return record.segmentations
+        if index in self.guessed:
+            return self.guessed[index]
+        side = max(self.resolution, GUESSING_SIDE)
+        image = torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
+        pixels = v2.functional.resize(image, [side, side], antialias=True)
+        masks = with_guesses(record, pixels.permute(1, 2, 0).numpy())
+        if self.guesses + len(masks) <= GUESSES_KEPT:
+            self.guessed[index] = masks
+            self.guesses += len(masks)
+        return masks
+
+    def _resized(self, index: int, seed: int | None = None) -> Tensor:
+        is_kept = self.cache is not None and seed is None
+        if is_kept and index in self.cache:
+            return self.cache[index]
+        size = [self.resolution, self.resolution]
+        image = v2.functional.resize(self._read(index, seed), size, antialias=True).contiguous()
+        if is_kept:
+            self.cache[index] = image
+        return image
+
+    def _read(self, index: int, seed: int | None = None) -> Tensor:
+        """(3, H, W) of an image or a tile; seed: the tile is moved by it."""
+        images = self.split.images
+        record = images[index] if seed is None else images.moved(index, seed)
+        if record.window is None:
+            return torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
+        file, pixels = self.last_read
+        if file != record.path:
+            pixels = self._pixels_of(record)
+            self.last_read = (record.path, pixels)
+        return torch.from_numpy(crop(pixels, record.window)).permute(2, 0, 1)
+
+    def _pixels_of(self, record: ImageRecord) -> np.ndarray:
+        """The whole image, (H, W, 3) uint8."""
+        return load_image(record, window_of(self.split.gray))
+
+
+def to_pixels_of(record: ImageRecord, height: int, width: int) -> np.ndarray:
+    """(3, 3): from a record's image to pixels of what is seen of it, resized to height x width."""
+    seen = record.window or Window(0, 0, record.width, record.height)
+    x_scale = width / seen.width
+    y_scale = height / seen.height
+    return np.array(
+        [[x_scale, 0, -seen.left * x_scale], [0, y_scale, -seen.top * y_scale], [0, 0, 1]]
+    )
