@@ -42,6 +42,7 @@ from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
 from rfdetr.text import quoted
+from rfdetr.tiling import unlike_training
 
 JPEG_QUALITY = 92  # Pillow's scale up to 95
 
@@ -58,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
     if tiling:
         tick(tiling.told())
+    warning = unlike_training(model.trained_with, tiling)
+    if warning:
+        warn(warning)
     lowest = settings.threshold
     new_tracker = None
     if settings.track:

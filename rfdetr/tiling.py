@@ -15,6 +15,7 @@ from rfdetr.console import UserError
 
 AUTO = "auto"
 LEAST_TILE = 32
+UNLIKE = 1.5  # times larger or smaller than in training: objects are then found badly
 
 
 class Window(NamedTuple):
@@ -114,3 +115,21 @@ def tiling_of(content: dict, tile: int | str | None, overlap: float, full: bool)
     """
     side = choose_tile(tile, content.get("tile") or 0, content.get("image_side"))
     return Tiling(side, overlap, full) if side else None
+
+
+def unlike_training(content: dict, tiling: Tiling | None) -> str:
+    """A warning where tiles show objects at another scale than training did, else "".
+
+    content: as in tiling_of.
+    """
+    known = content.get("tile") or content.get("image_side")
+    if not known or tiling is None or tiling.with_whole:
+        return ""
+    factor = known / tiling.side
+    if 1 / UNLIKE <= factor <= UNLIKE:
+        return ""
+    return (
+        f"--tile {tiling.side}: the model was trained on images or tiles of {known} px, so that it "
+        f"sees objects {factor:.1f} times as large as then and may miss them; --tile auto keeps "
+        "their size"
+    )

@@ -27,7 +27,7 @@ from rfdetr.data.tiles import suggested_tile, visible_objects
 from rfdetr.inference.overlaps import PixelMask
 from rfdetr.inference.tiles import DetectedInWindow, merge
 from rfdetr.placement import Placement
-from rfdetr.tiling import Tiling, Window, choose_tile, crop
+from rfdetr.tiling import Tiling, Window, choose_tile, crop, unlike_training
 from rfdetr.weights import checkpoint
 
 plainly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -176,6 +176,15 @@ def test_which_tiles_a_checkpoint_is_used_with():
             choose_tile(wrong, 0, 256)
     with pytest.raises(UserError, match="does not say how large"):
         choose_tile("auto", 0, None)
+
+
+def test_tiles_of_another_scale_than_in_training_are_a_warning():
+    trained = {"tile": 0, "image_side": 256}
+    assert "2.0 times as large" in unlike_training(trained, Tiling(128))
+    assert "0.2 times" in unlike_training(trained, Tiling(1024))
+    for tiling in (None, Tiling(256), Tiling(300), Tiling(128, with_whole=True)):
+        assert unlike_training(trained, tiling) == ""
+    assert unlike_training({}, Tiling(128)) == ""
 
 
 # ---------------------------------------------------------------- training and scoring
