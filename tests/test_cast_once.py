@@ -165,7 +165,7 @@ def test_weights_that_were_trained_are_cast_again(small_model, by):
         small_model.train()
     fused_step(small_model)
     if by == "a pass over a split":
-        loader = SimpleNamespace(dataset=SimpleNamespace(split=None))
+        loader = SimpleNamespace(dataset=SimpleNamespace(split=None, whole_split=None, tiling=None))
         evaluator = SplitEvaluator(loader, table, runner.precision, masks=False)
         evaluator.runner = runner
         evaluator.loader = []

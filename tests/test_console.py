@@ -140,7 +140,7 @@ train_detector_stage1.main(argv)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(3)  # it goes on, although its progress cannot be written
     process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 129
+    assert process.wait(180) == 129
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["training"]["progress"]["step"] > 0
     log = (tmp_path / "run/log.txt").read_text()
     assert "--resume run" in log and "Traceback" not in log

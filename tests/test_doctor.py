@@ -614,7 +614,7 @@ def test_a_step_is_measured_and_the_other_sizes_follow(monkeypatch, dataset, tmp
         < rows["nano"]["memory_mb"]["4"]
         < rows["small"]["memory_mb"]["4"]
     )
-    images = 16 * 5  # an epoch of few images has five steps of 4 x 4
+    images = 16 * 20  # an epoch of few images has twenty steps of 4 x 4
     assert (
         rows["nano"]["epoch_s"]
         == 3.0 * images
