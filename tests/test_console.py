@@ -133,6 +133,8 @@ train_detector_stage1.main(argv)
         stderr=subprocess.STDOUT,
         env=environment(),
         start_new_session=True,
+        # under nohup the tests ignore it, and what they start would, too
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     while b"/5000 steps" not in (line := process.stdout.read1()):
         assert line, "it has ended"
