@@ -2,7 +2,8 @@
 
 python benchmarks/tiles.py --dataset nuclei --checkpoint RUN [--side 2048] [--tile auto]
 
-The valid images, the crowded ones first, are laid side by side into one picture of `--side` pixels.
+The valid images, the crowded ones first, are laid side by side into one picture of `--side` pixels;
+with `--only 256` those of 256 x 256 pixels alone, which are more alike.
 Originals and mosaic are predicted with the same threshold, and both are matched with the drawn
 objects, one to one at IoU .5 of masks (of boxes without a mask head), better scores first.
 `recall` is the mosaic's found objects over the originals'; `duplicates` are further detections of
@@ -44,14 +45,21 @@ print(json.dumps({"seconds": seconds, "peak_mb": peak, "objects": len(prediction
 """
 
 
-def lay_out(split, side: int) -> list[tuple[int, int, int]]:
-    """(index, left, top) of images in rows, until the picture is full; crowded images first."""
+def lay_out(split, side: int, only: int | None) -> list[tuple[int, int, int]]:
+    """(index, left, top) of images in rows, until the picture is full; crowded images first.
+
+    only: images of only x only pixels alone, each as often as there is room.
+    """
     density = [-len(image.labels) / (image.height * image.width) for image in split.images]
     places = []
     left = 0
     top = 0
     row_height = 0
-    for index in np.argsort(density, kind="stable").tolist():
+    order = np.argsort(density, kind="stable").tolist()
+    if only:
+        alike = [i for i in order if split.images[i].width == split.images[i].height == only]
+        order = alike * ((side // only) ** 2 // len(alike) + 1)
+    for index in order:
         image = split.images[index]
         if left + image.width > side:
             left = 0
@@ -98,6 +106,7 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--side", type=int, default=2048)
+    parser.add_argument("--only", type=int, help="of images with this side alone, repeated")
     parser.add_argument("--tile", default="auto")
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--keep", type=Path, help="write the mosaic and its picture here")
@@ -118,7 +127,7 @@ def main() -> None:
     mosaic = np.full((args.side, args.side, 3), 128, dtype=np.uint8)
     single = {"drawn": 0, "detections": 0, "found": 0, "again": 0, "seconds": 0.0}
     truth = []
-    for index, left, top in lay_out(split, args.side):
+    for index, left, top in lay_out(split, args.side, args.only):
         record = split.images[index]
         pixels = load_image(record)
         height, width = pixels.shape[:2]
