@@ -13,17 +13,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from rfdetr.data.augment import LEAST_SIDE
-from rfdetr.data.records import CocoSplit
 from rfdetr.masks import extent_of_pixels
 
 CHANCE = 0.5  # of each object with a mask to be pasted
 LEAST_SEEN = 0.1  # of an object: with less of it in sight it is gone
-
-
-def images_with_masks(split: CocoSplit) -> list[int]:
-    """The indices of images with an object to paste."""
-    has_masks = [any(m is not None for m in image.segmentations) for image in split.images]
-    return np.flatnonzero(has_masks).tolist()
 
 
 def paste(sample: dict, other: dict) -> dict:

@@ -15,10 +15,11 @@ from torchvision.transforms import v2
 
 from rfdetr.console import UserError
 from rfdetr.data.augment import LEAST_SIDE, PRESETS, Preset, move_boxes, random_view
-from rfdetr.data.copy_paste import images_with_masks, paste
+from rfdetr.data.copy_paste import paste
 from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
+from rfdetr.data.mask_source import images_with_masks
 from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.data.tiles import in_tiles, visible_objects
 from rfdetr.masks import draw_masks, extent, inside_window, is_turned
@@ -153,10 +154,10 @@ class SplitDataset(Dataset):
         """
         # Crops are taken from the whole image. Everything else is from the resized one, which is
         # worth keeping.
-        index, image, unread = self.image(
-            index, preset is not None and preset.crop_chance > 0, seed
-        )
-        record = self.record(index, seed)
+        crops = preset is not None and preset.crop_chance > 0
+        index, image, unread, record = self.image(index, crops, seed)
+        if self.masks and self.guess and None in record.segmentations:
+            record = replace(record, segmentations=self.segmentations(index, record.window))
         height, width = image.shape[-2:]
         to_pixels = to_pixels_of(record, height, width)
         matrix = np.eye(2, 3)
@@ -169,15 +170,13 @@ class SplitDataset(Dataset):
     def record(self, index: int, seed: int | None = None) -> ImageRecord:
         """An image, or a tile of one; seed: the tile is moved by it."""
         images = self.split.images
-        record = images[index] if seed is None else images.moved(index, seed)
-        if self.masks and self.guess and None in record.segmentations:
-            record = replace(record, segmentations=self.segmentations(index, record.window))
-        return record
+        return images[index] if seed is None else images.moved(index, seed)
 
     def image(
         self, index: int, whole: bool = False, seed: int | None = None
-    ) -> tuple[int, Tensor, dict[int, str]]:
-        """(index, pixels, {index of an unreadable image: why}) of the first image to be read.
+    ) -> tuple[int, Tensor, dict[int, str], ImageRecord]:
+        """(index, pixels, {index of an unreadable image: why}, record) of the first image to be
+        read.
 
         The images are tried from `index` on.  Pixels are uint8 (3, R, R), or (3, H, W) where the
         `whole` image is asked for; seed: a tile is moved by it.  Raises UserError where no image of
@@ -187,8 +186,9 @@ class SplitDataset(Dataset):
         while len(unread) < len(self):
             self._note_in_work(index)
             try:
-                pixels = self._read(index, seed) if whole else self._resized(index, seed)
-                return index, pixels, unread
+                record = self.record(index, seed)
+                pixels = self._read(record) if whole else self._resized(index, record, seed)
+                return index, pixels, unread, record
             except UserError as error:
                 unread[index] = str(error)
                 index = (index + 1) % len(self)
@@ -276,20 +276,18 @@ class SplitDataset(Dataset):
             self.guesses += len(masks)
         return masks
 
-    def _resized(self, index: int, seed: int | None = None) -> Tensor:
+    def _resized(self, index: int, record: ImageRecord, seed: int | None) -> Tensor:
         is_kept = self.cache is not None and seed is None
         if is_kept and index in self.cache:
             return self.cache[index]
         size = [self.resolution, self.resolution]
-        image = v2.functional.resize(self._read(index, seed), size, antialias=True).contiguous()
+        image = v2.functional.resize(self._read(record), size, antialias=True).contiguous()
         if is_kept:
             self.cache[index] = image
         return image
 
-    def _read(self, index: int, seed: int | None = None) -> Tensor:
-        """(3, H, W) of an image or a tile; seed: the tile is moved by it."""
-        images = self.split.images
-        record = images[index] if seed is None else images.moved(index, seed)
+    def _read(self, record: ImageRecord) -> Tensor:
+        """(3, H, W) of an image or a tile."""
         if record.window is None:
             return torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
         file, pixels = self.last_read

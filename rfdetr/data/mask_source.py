@@ -46,8 +46,12 @@ def choose_masks(split: CocoSplit, asked: str) -> bool:
     return guess
 
 
+def images_with_masks(split: CocoSplit) -> list[int]:
+    """The indices of images with a drawn mask."""
+    return np.unique(split.places[split.images.has_mask]).tolist()
+
+
 def images_with_drawn_masks(split: CocoSplit) -> list[int]:
-    """The indices of images with a drawn mask, where these are less than half of all."""
-    places = np.repeat(np.arange(len(split.images)), split.images.object_counts)
-    drawn = np.unique(places[split.images.has_mask]).tolist()
+    """The same, where these are less than half of all images."""
+    drawn = images_with_masks(split)
     return drawn if 2 * len(drawn) < len(split.images) else []

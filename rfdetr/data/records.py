@@ -179,14 +179,12 @@ class ImageTable(Sequence):
         return annotations[self.columns.is_learnt[annotations]]
 
 
-class ImageList(list):
-    """Records that were chosen or changed one by one, as an ImageTable to look at."""
+class FromRecords:
+    """What an ImageTable tells of all images at once, of a sequence of records."""
 
-    def path(self, index: int) -> Path:
-        return self[index].path
-
-    def file_name(self, index: int) -> str:
-        return self[index].file_name
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.array([(image.width, image.height) for image in self], int).reshape(-1, 2)
 
     @property
     def object_counts(self) -> np.ndarray:
@@ -195,6 +193,16 @@ class ImageList(list):
     @property
     def labels(self) -> np.ndarray:
         return np.concatenate([np.zeros(0, int), *(image.labels for image in self)])
+
+
+class ImageList(FromRecords, list):
+    """Records that were chosen or changed one by one, as an ImageTable to look at."""
+
+    def path(self, index: int) -> Path:
+        return self[index].path
+
+    def file_name(self, index: int) -> str:
+        return self[index].file_name
 
     @property
     def has_mask(self) -> np.ndarray:
@@ -237,10 +245,14 @@ class CocoSplit:
         """By label."""
         return np.bincount(self.images.labels, minlength=len(self.class_names)).tolist()
 
+    @property
+    def places(self) -> np.ndarray:
+        """(objects,) the index of each object's image."""
+        return np.repeat(np.arange(len(self.images)), self.images.object_counts)
+
     def places_of_class(self, label: int) -> np.ndarray:
         """The indices of the images with an object of this label."""
-        places = np.repeat(np.arange(len(self.images)), self.images.object_counts)
-        return np.unique(places[self.images.labels == label])
+        return np.unique(self.places[self.images.labels == label])
 
     @property
     def object_count(self) -> int:

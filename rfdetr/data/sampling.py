@@ -100,13 +100,15 @@ def repeat_factors(split: CocoSplit, threshold: float) -> Tensor:
     A class's factor is sqrt(threshold / share of the images that show it), at least 1; an image's
     is the largest of its classes'.
     """
-    shown_in = np.zeros(len(split.class_names))
-    for image in split.images:
-        shown_in[np.unique(image.labels)] += 1
+    places = split.places
+    labels = split.images.labels
+    _, shown = np.unique(np.stack([places, labels], axis=1), axis=0).T
+    shown_in = np.bincount(shown, minlength=len(split.class_names))
     shares = np.maximum(shown_in, 1) / len(split.images)
     of_class = np.sqrt(threshold / shares).clip(1)
-    factors = [of_class[image.labels].max(initial=1) for image in split.images]
-    return torch.tensor(factors, dtype=torch.float64)
+    factors = np.ones(len(split.images))
+    np.maximum.at(factors, places, of_class[labels])
+    return torch.from_numpy(factors)
 
 
 def say_counts(split: CocoSplit, order: Tensor) -> None:
@@ -120,8 +122,7 @@ def say_counts(split: CocoSplit, order: Tensor) -> None:
     say(f"Epoch 1 shows {len(order):,} images, {100 * empty:.0f} % of them without objects")
     before = np.array(split.objects_per_class) * len(order) / len(split.images)
     now = np.zeros(len(before), int)
-    for image, count in zip(split.images, times.tolist()):
-        np.add.at(now, image.labels, count)
+    np.add.at(now, split.images.labels, times[split.places])
     rarest = np.argsort(before, kind="stable")[:ROWS]
     say(f"{'objects of':<24}{'before':>9}{'now':>9}")
     for label in sorted(rarest.tolist()):

@@ -47,7 +47,7 @@ def shrink_problems(split: CocoSplit, resolution: int, step: int) -> list[Proble
     if is_hardly_seen(sides):
         code = "ANN_SMALL"
         small = np.flatnonzero(sides < HARDLY_SEEN)
-        places_of = np.repeat(np.arange(len(images)), images.object_counts)
+        places_of = split.places
         annotation_ids = images.annotation_ids
         places = []
         for index in small[:PLACES_KEPT].tolist():
@@ -122,11 +122,7 @@ def shrink_warning(
 
 
 def image_warnings(
-    files: Sequence[Path],
-    resolution: int,
-    step: int,
-    pages: bool = False,
-    tile: int | None = None,
+    files: Sequence[Path], resolution: int, step: int, pages: bool = False, tile: int | None = None
 ) -> list[str]:
     """What is to be said of image files without annotations: too large, or of several pages.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rfdetr.console import UserError
-from rfdetr.data.records import CocoSplit, ImageRecord, ImageTable
+from rfdetr.data.records import CocoSplit, FromRecords, ImageList, ImageRecord, ImageTable
 from rfdetr.tiling import AUTO, LEAST_TILE, Tiling, Window
 
 VISIBLE = 0.25  # of an object's box: with less of it in a tile it is not learnt there
@@ -20,16 +20,22 @@ WORTH_IT = 0.8  # of an image's longer side: with larger tiles "auto" takes none
 STEP = 32  # pixels that "auto" rounds to
 
 
-class TileTable(Sequence):
+def places_of_tiles(images: ImageTable | ImageList, tiling: Tiling) -> list[tuple[int, Window]]:
+    """(number of the image, tile) of all tiles."""
+    return [
+        (number, window)
+        for number, (width, height) in enumerate(images.sizes.tolist())
+        for window in tiling.windows(height, width)
+    ]
+
+
+class TileTable(FromRecords, Sequence):
     """The tiles of images, as records of them with a window and the objects that are seen in it."""
 
-    def __init__(self, images: ImageTable | list[ImageRecord], tiling: Tiling):
+    def __init__(self, images: ImageTable | ImageList, tiling: Tiling):
         self.images = images
         self.tiling = tiling
-        self.places: list[tuple[int, Window]] = []  # (number of the image, tile)
-        for number, image in enumerate(images):
-            windows = tiling.windows(image.height, image.width)
-            self.places += [(number, window) for window in windows]
+        self.places = places_of_tiles(images, tiling)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -37,16 +43,6 @@ class TileTable(Sequence):
     def __getitem__(self, index: int) -> ImageRecord:
         number, window = self.places[index]
         return part_of(self.images[number], window)
-
-    @property
-    def object_counts(self) -> np.ndarray:
-        """(tiles,)"""
-        return np.array([len(tile.labels) for tile in self], int)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Of the objects of all tiles."""
-        return np.concatenate([np.zeros(0, int), *(tile.labels for tile in self)])
 
     def moved(self, index: int, seed: int) -> ImageRecord:
         """The same tile at a place near by, which the seed alone decides, so that in training edges

@@ -332,7 +332,7 @@ class Views(Dataset):
             return view, flipped(self.dataset[index, None], view)
         if self.states[first + self.views]:
             return view, {"image": None, "target": {"index": index}, "unread": {}}
-        index, image, unread = self.dataset.image(index)
+        index, image, unread, _ = self.dataset.image(index)
         return view, {
             "image": apply_view(image, view),
             "target": {"index": index},

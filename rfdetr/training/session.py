@@ -19,7 +19,7 @@ from rfdetr.data.loaders import EpochSampler, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import make_mix, say_counts
-from rfdetr.data.tiles import training_tiling
+from rfdetr.data.tiles import places_of_tiles, training_tiling
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
@@ -64,8 +64,7 @@ class Session:
         images = self.train.images
         if self.tiling is None:
             return len(images)
-        sizes = images.sizes.tolist()
-        return sum(len(self.tiling.windows(height, width)) for width, height in sizes)
+        return len(places_of_tiles(images, self.tiling))
 
     @property
     def train(self) -> CocoSplit:
