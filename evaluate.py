@@ -26,7 +26,7 @@ from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.table import format_table
 from rfdetr.sizes import size_from_dict
-from rfdetr.tiling import tiling_of, unlike_training
+from rfdetr.tiling import tell_tiles, tiling_of
 from rfdetr.weights import checkpoint
 
 
@@ -49,12 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         compile_in_place(model.encoder, device, weights_stay=True)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
     tiling = tiling_of(content, settings.tile, settings.tile_overlap, settings.tile_full)
-    warning = unlike_training(content, tiling)
-    if warning:
-        warn(warning)
-    if tiling:
-        tick(tiling.told())
-    else:
+    tell_tiles(content, tiling)
+    if not tiling:
         for problem in shrink_problems(split, resolution, model.size.block):
             warn(problem.message)
     dataset = SplitDataset(split, resolution, None, masks=False, tiling=tiling)

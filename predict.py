@@ -42,7 +42,7 @@ from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
 from rfdetr.text import quoted
-from rfdetr.tiling import unlike_training
+from rfdetr.tiling import tell_tiles
 
 JPEG_QUALITY = 92  # Pillow's scale up to 95
 
@@ -57,11 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
-    if tiling:
-        tick(tiling.told())
-    warning = unlike_training(model.trained_with, tiling)
-    if warning:
-        warn(warning)
+    tell_tiles(model.trained_with, tiling)
     lowest = settings.threshold
     new_tracker = None
     if settings.track:

@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from command_words import own_and_more
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -42,11 +44,7 @@ def one_run(args: argparse.Namespace, preset: str, dataset: Path) -> str:
 
 
 def main() -> None:
-    own = sys.argv[1:]
-    more = []
-    if "--" in own:
-        more = own[own.index("--") + 1 :]
-        own = own[: own.index("--")]
+    own, more = own_and_more()
     sys.path.insert(0, str(ROOT))
     from rfdetr.runs.environment import environment
     from rfdetr.sizes import AUGMENTS

@@ -20,6 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_words import own_and_more
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -71,11 +73,7 @@ def scores(args: argparse.Namespace, name: str, dataset: Path, seed: int) -> dic
 
 
 def main() -> None:
-    own = sys.argv[1:]
-    more = []
-    if "--" in own:
-        more = own[own.index("--") + 1 :]
-        own = own[: own.index("--")]
+    own, more = own_and_more()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

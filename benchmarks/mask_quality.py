@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from command_words import own_and_more
+
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = [
     "head",
@@ -96,9 +98,7 @@ def one_run(args: argparse.Namespace, head: str, views: str) -> list[str]:
 
 
 def main() -> None:
-    own, more = sys.argv[1:], []
-    if "--" in own:
-        own, more = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, more = own_and_more()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -52,7 +52,7 @@ class Count:
 
 def count_ids(truth: list[dict[int, np.ndarray]], records: list[dict]) -> Count:
     """truth: in each frame the boxes (4,) xyxy of the visible objects; records: of one video."""
-    from rfdetr.inference.tracking import box_ious
+    from rfdetr.inference.overlaps import box_ious
 
     of_frame = defaultdict(list)
     for record in records:

@@ -191,6 +191,11 @@ def by_size(values: dict[str, object]) -> str:
     return "; ".join(parts)
 
 
+def tile_of(help: str):
+    """--tile: a side in pixels, 0 for whole images, or auto."""
+    return integer(None, help, low=0, words=("auto",))
+
+
 def batch_of(recipes: dict[str, int]):
     """--batch of a stage; recipes: size -> images in one forward pass."""
     return integer(

@@ -29,6 +29,7 @@ from rfdetr.fields import (
     switch,
     text,
     texts,
+    tile_of,
 )
 from rfdetr.sizes import AUGMENTS, SIZES, LossWeights, ModelSize, check_resolution, with_queries
 
@@ -70,12 +71,9 @@ class DataSettings:
 class TileSettings:
     """Large images in parts."""
 
-    tile: int | str | None = integer(
-        None,
+    tile: int | str | None = tile_of(
         "train on tiles of so many pixels of larger images; auto: by the objects' sizes; 0: on "
-        "whole images (default: whole images, stage 2 as its detector)",
-        low=0,
-        words=("auto",),
+        "whole images (default: whole images, stage 2 as its detector)"
     )
     tile_overlap: float = decimal(0.2, "share of a tile that the next one shows, too", high=0.9)
     tile_full: bool = switch(False, "with tiles: look at the whole image, too")
@@ -336,12 +334,9 @@ STAGES: dict[str, type[TrainingSettings]] = {
 class InferenceSettings(TileSettings):
     """What evaluate.py and predict.py have in common."""
 
-    tile: int | str | None = integer(
-        None,
+    tile: int | str | None = tile_of(
         "look at larger images in tiles of so many pixels; auto: at the scale of the training "
-        "images; 0: as a whole (default: as in training)",
-        low=0,
-        words=("auto",),
+        "images; 0: as a whole (default: as in training)"
     )
 
     checkpoint: Path = checkpoint_file(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, tick, warn
 
 AUTO = "auto"
 LEAST_TILE = 32
@@ -115,6 +115,18 @@ def tiling_of(content: dict, tile: int | str | None, overlap: float, full: bool)
     """
     side = choose_tile(tile, content.get("tile") or 0, content.get("image_side"))
     return Tiling(side, overlap, full) if side else None
+
+
+def tell_tiles(content: dict, tiling: Tiling | None) -> None:
+    """Say which tiles are looked at, and warn where they show objects at another scale than
+    training did; content: as in tiling_of.
+    """
+    if tiling is None:
+        return
+    tick(tiling.told())
+    warning = unlike_training(content, tiling)
+    if warning:
+        warn(warning)
 
 
 def unlike_training(content: dict, tiling: Tiling | None) -> str:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -55,14 +56,6 @@ class ImageDetections:
     mask_scores: np.ndarray | None
 
 
-@dataclass
-class TilesOfImage:
-    """What is seen in the tiles of an image; number: its place in the split."""
-
-    number: int
-    tiles: list[DetectedInWindow]
-
-
 def placed(record: ImageRecord) -> Placement:
     """Where the model's input lies in an image of a split: as a whole, or a tile."""
     if record.window is None:
@@ -91,9 +84,8 @@ class SplitEvaluator:
         """
         self.loader = loader
         self.split: CocoSplit = loader.dataset.split
-        self.whole_split: CocoSplit = (
-            loader.dataset.whole_split
-        )  # its images, where those are tiles
+        # with the images themselves, where those of `split` are tiles
+        self.whole_split: CocoSplit = loader.dataset.whole_split
         self.table = table
         self.runner = DetectionRunner(table, precision, max_detections)
         self.precision = precision
@@ -125,8 +117,8 @@ class SplitEvaluator:
         with naming_workers(self.loader.dataset.images_in_work):
             if self.loader.dataset.tiling:
                 choose = partial(self._counting, evaluator.most_counted)
-                for tiles in self._tiles_by_image(model, head, choose):
-                    images.append(self._merged(tiles))
+                for number, tiles in self._tiles_by_image(model, head, choose):
+                    images.append(self._merged(number, tiles))
             else:
                 for detections in self.detections(model):
                     images += self._in_originals(detections, head, evaluator.most_counted)
@@ -234,25 +226,31 @@ class SplitEvaluator:
         model: nn.Module,
         head: AnyMaskHead | None,
         choose: Callable[[Detections], list[np.ndarray]],
-    ) -> Iterator[TilesOfImage]:
-        """What is seen in the tiles of one image after the other; choose: which detections."""
-        current = None
+    ) -> Iterator[tuple[int, list[DetectedInWindow]]]:
+        """What is seen in the tiles of one image after the other, with its number in the split.
+
+        choose: which detections.
+        """
+        tiles = self._tiles(model, head, choose)
+        for number, of_image in itertools.groupby(tiles, key=itemgetter(0)):
+            yield number, [tile for _, tile in of_image]
+
+    def _tiles(
+        self,
+        model: nn.Module,
+        head: AnyMaskHead | None,
+        choose: Callable[[Detections], list[np.ndarray]],
+    ) -> Iterator[tuple[int, DetectedInWindow]]:
         for detections in self.detections(model):
             places = [self.split.images.places[index] for index in detections.indices]
             windows = [window for _, window in places]
             seen = in_windows(detections, windows, choose(detections), head, self.precision)
             for (number, _), tile in zip(places, seen):
-                if current is None or current.number != number:
-                    if current is not None:
-                        yield current
-                    current = TilesOfImage(number, [])
-                current.tiles.append(tile)
-        if current is not None:
-            yield current
+                yield number, tile
 
-    def _merged(self, seen: TilesOfImage) -> ImageDetections:
-        record = self.whole_split.images[seen.number]
-        merged = merge(seen.tiles, record.height, record.width)
+    def _merged(self, number: int, tiles: list[DetectedInWindow]) -> ImageDetections:
+        record = self.whole_split.images[number]
+        merged = merge(tiles, record.height, record.width)
         return ImageDetections(
             image_id=record.id,
             boxes=merged.boxes,
@@ -271,11 +269,12 @@ class SplitEvaluator:
         def choose(detections: Detections) -> list[np.ndarray]:
             return sure_detections(detections, DRAW_THRESHOLD, nms)
 
-        for seen in itertools.islice(self._tiles_by_image(model, head, choose), count):
-            record = self.whole_split.images[seen.number]
+        by_image = self._tiles_by_image(model, head, choose)
+        for number, tiles in itertools.islice(by_image, count):
+            record = self.whole_split.images[number]
             image = load_image(record, window_of(self.split.gray))
             original = Original(record.height, record.width, pixels=image)
-            merged = merge(seen.tiles, record.height, record.width)
+            merged = merge(tiles, record.height, record.width)
             prediction = merged.as_prediction(original, self.table).without_duplicates(nms)
             yield record.path.stem, self._beside_truth(record, image, prediction, head)
 

@@ -15,6 +15,8 @@ import numpy as np
 from pycocotools import mask as mask_api
 from scipy.optimize import linear_sum_assignment
 
+from rfdetr.inference.overlaps import box_ious
+
 UNSURE_SCORE = 0.1  # detections that score less are never looked at
 KEPT_FRAMES = 30  # for so many frames an object may be hidden
 LEAST_IOU = 0.2  # of a sure detection with where its track is expected
@@ -163,15 +165,6 @@ def best_pairs(ious: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
     return rows[is_pair], columns[is_pair]
 
 
-def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(m, 4) and (n, 4) xyxy -> (m, n); 0 for boxes without an area."""
-    corner = np.maximum(first[:, None, :2], second[None, :, :2])
-    opposite = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    common = np.prod(np.maximum(opposite - corner, 0), axis=2)
-    union = _areas(first)[:, None] + _areas(second)[None] - common
-    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
-
-
 def mask_iou(first: Shape, second: Shape) -> float:
     """Of two shapes that have masks."""
     corner = np.maximum(first.corner, second.corner)
@@ -194,10 +187,6 @@ def _opposite(shape: Shape) -> np.ndarray:
 
 def _boxes(shapes: list[Shape]) -> np.ndarray:
     return np.array([shape.box for shape in shapes], dtype=float).reshape(-1, 4)
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
 
 
 def _centre(box: np.ndarray) -> np.ndarray:
