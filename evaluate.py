@@ -16,7 +16,7 @@ from dataclasses import replace
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
-from rfdetr.data.gray import look_at, paths_of, scale_for
+from rfdetr.data.gray import look_at_records, scale_for
 from rfdetr.data.layout import find_splits
 from rfdetr.data.loaders import check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
@@ -106,7 +106,7 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
         warn(message)
     tell_trained_images(trained_on, split, settings.split)
     scale, warning = scale_for(
-        settings.gray, checkpoint.gray_of(content), look_at(paths_of(split.images))
+        settings.gray, checkpoint.gray_of(content), look_at_records(split.images)
     )
     if warning:
         warn(warning)

@@ -17,7 +17,7 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError, say, tick, warn
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.gray import look_at, paths_of, scale_for
+from rfdetr.data.gray import look_at_records, scale_for
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.statistics import typical_side
 from rfdetr.data.workers import naming_workers
@@ -142,7 +142,7 @@ def with_gray(
         given = given or "auto"
     if frozen and not resumed and given is not None and given != (stored.by if stored else "full"):
         warn(f"--gray {given}: the frozen detector's images were read otherwise; leave it out")
-    scale, warning = scale_for(given, stored, look_at(paths_of(splits["train"].images)))
+    scale, warning = scale_for(given, stored, look_at_records(splits["train"].images))
     if warning:
         warn(warning)
     elif scale and scale.note:

@@ -17,7 +17,7 @@ from rfdetr.data.augment import find_preset
 from rfdetr.data.coco import inspect_dataset
 from rfdetr.data.exif import exif_note
 from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
-from rfdetr.data.gray import look_at, paths_of, scale_by
+from rfdetr.data.gray import look_at_records, scale_by
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
@@ -65,7 +65,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     gray = None
     tiling = None
     if train:
-        gray = scale_by(settings.gray or "auto", look_at(paths_of(train.images)))
+        gray = scale_by(settings.gray or "auto", look_at_records(train.images))
         train = replace(train, gray=gray)
         tiling = training_tiling(
             train, resolution, settings.tile, settings.tile_overlap, settings.tile_full

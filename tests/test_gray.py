@@ -20,7 +20,7 @@ import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.gray import EIGHT_BIT, GrayScale, look_at, paths_of, scale_by, scale_for
+from rfdetr.data.gray import EIGHT_BIT, GrayScale, look_at, look_at_records, scale_by, scale_for
 from rfdetr.data.images import load_image, read_pixels
 from rfdetr.detr import RFDETR
 from rfdetr.inference.originals import read_image
@@ -67,7 +67,7 @@ def grays(demo, tmp_path_factory) -> dict[str, Path]:
 def pixels_of(dataset: Path, by: str | float) -> tuple[np.ndarray, GrayScale]:
     """All images of a dataset as training reads them, and the range that was found."""
     splits = read_dataset(dataset)
-    scale = scale_by(by, look_at(paths_of(splits["train"].images)))
+    scale = scale_by(by, look_at_records(splits["train"].images))
     images = [image for split in splits.values() for image in split.images]
     return np.stack([load_image(image, scale.window) for image in images]), scale
 

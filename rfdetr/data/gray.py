@@ -91,16 +91,14 @@ def percent_of(by: str | float) -> float:
 
 def look_at(
     images: Sequence,
-    pixels_of: Callable[[object, bool], np.ndarray | None] | None = None,
+    pixels_of: Callable[[object, bool], np.ndarray | None],
     values_too: bool = True,
 ) -> Sample:
     """A bounded part of the images, evenly spaced, always the same.
 
     pixels_of: an image's array where it is gray of more than 8 bits, else None; raises an error
-    for what counts as neither. By default images are files. values_too: False: files are opened,
-    not decoded.
+    for what counts as neither. values_too: False: files are opened, not decoded.
     """
-    pixels_of = pixels_of or deep_pixels
     deep = 0
     plain = 0
     values = []
@@ -115,6 +113,11 @@ def look_at(
             deep += 1
             values.append(some_of(pixels))
     return Sample(deep, plain, np.concatenate([np.empty(0), *values]))
+
+
+def look_at_records(images: ImageTable | ImageList) -> Sample:
+    """As look_at, of a split's images."""
+    return look_at(images, lambda image, values_too: deep_pixels(image.path, values_too))
 
 
 def deep_pixels(path: str | Path, values_too: bool = True) -> np.ndarray | None:
@@ -181,8 +184,3 @@ def scale_for(
 
 def window_of(scale: GrayScale | None) -> GrayWindow | None:
     return scale.window if scale else None
-
-
-def paths_of(images: ImageTable | ImageList) -> list[Path]:
-    """Of a split's images."""
-    return [images.path(index) for index in range(len(images))]
