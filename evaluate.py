@@ -6,7 +6,7 @@ python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --json scor
 from __future__ import annotations
 
 from rfdetr.cli import check_command, script_settings
-from rfdetr.settings import EvaluationSettings
+from rfdetr.tool_settings import EvaluationSettings
 
 # before torch, whose import takes seconds
 check_command(EvaluationSettings, __doc__, __name__)

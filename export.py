@@ -6,7 +6,7 @@ python export.py --checkpoint runs/detector_nano_384_1/best.pt --format rfdetr -
 from __future__ import annotations
 
 from rfdetr.cli import check_command, script_settings
-from rfdetr.settings import ExportSettings
+from rfdetr.tool_settings import ExportSettings
 
 # before torch, whose import takes seconds
 check_command(ExportSettings, __doc__, __name__)

@@ -7,7 +7,7 @@ python predict.py --checkpoint runs/segmentation_nano_384_1/best.pt
 from __future__ import annotations
 
 from rfdetr.cli import check_command, script_settings
-from rfdetr.settings import PredictionSettings
+from rfdetr.tool_settings import PredictionSettings
 
 # before torch, whose import takes seconds
 check_command(PredictionSettings, __doc__, __name__)

@@ -7,7 +7,7 @@ python shrink_head.py --in_ckpt RUN/checkpoint_best_regular.pth --out_ckpt RUN/c
 from __future__ import annotations
 
 from rfdetr.cli import check_command, script_settings
-from rfdetr.settings import ShrinkSettings
+from rfdetr.tool_settings import ShrinkSettings
 
 # before torch, whose import takes seconds
 check_command(ShrinkSettings, __doc__, __name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rfdetr.cli import script_settings
 from rfdetr.console import UserError, run_script
 from rfdetr.requirements import installed_and_missing
-from rfdetr.settings import ValidationSettings
+from rfdetr.tool_settings import ValidationSettings
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 TEST_ONLY = {"pytest", "hypothesis"}

@@ -40,9 +40,9 @@ from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
 from rfdetr.placement import Placement
 from rfdetr.resolve import settings_of
-from rfdetr.settings import PredictionSettings
 from rfdetr.sizes import SIZES
 from rfdetr.tiling import Tiling, crop, tiling_of
+from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load, require_size
 from rfdetr.weights.download import find_weights
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +13,7 @@ from torch import nn
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
-from rfdetr.console import UserError, say, tick, warn
-from rfdetr.data.coco import read_dataset
-from rfdetr.data.gray import look_at_records, scale_for
-from rfdetr.data.records import CocoSplit
+from rfdetr.console import say, tick, warn
 from rfdetr.data.statistics import typical_side
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
@@ -29,7 +24,6 @@ from rfdetr.resolve import plain
 from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk
-from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
 from rfdetr.sizes import size_from_dict
@@ -50,9 +44,15 @@ from rfdetr.training.report import (
     stopped_early,
     write_config,
 )
-from rfdetr.training.resume import changed_settings, data_digest, resumed_progress
+from rfdetr.training.resume import (
+    changed_settings,
+    data_digest,
+    refuse_finished_run,
+    resumed_progress,
+)
 from rfdetr.training.session import Session, run_folder, split_evaluator
 from rfdetr.training.signals import StopSignals, WatchedLoader
+from rfdetr.training.splits import read_splits, with_gray
 from rfdetr.weights import checkpoint
 
 SPARE_DISK = 64 << 20  # bytes
@@ -108,62 +108,6 @@ def warn_of_queries_without_a_place(settings: TrainingSettings) -> None:
         )
 
 
-def read_splits(settings: TrainingSettings, queries: int) -> dict[str, CocoSplit]:
-    """The dataset's splits, "test" only where it is to be scored; queries: for an image."""
-    if settings.tile:
-        queries = math.inf  # those are of a tile
-    splits = read_dataset(
-        settings.dataset, settings.val_fraction, queries, settings.exif, settings.rename
-    )
-    if settings.run_test and "test" not in splits:
-        warn(f"--run_test 1: {settings.dataset} has no test split, it is skipped")
-    if not settings.run_test:
-        splits.pop("test", None)
-    for split in splits.values():
-        for message in split.warnings:
-            warn(message)
-    return splits
-
-
-def with_gray(
-    splits: dict[str, CocoSplit],
-    settings: TrainingSettings,
-    resumed: dict | None,
-    frozen: dict | None,
-) -> dict[str, CocoSplit]:
-    """The splits with the range of gray of more than 8 bits: the run's own, the frozen detector's,
-    or that of the training images; it is said.
-    """
-    given = settings.gray
-    stored = checkpoint.gray_of(resumed or frozen or {})
-    if resumed and stored and given == stored.by:
-        given = None
-    if not (resumed or frozen):
-        given = given or "auto"
-    if frozen and not resumed and given is not None and given != (stored.by if stored else "full"):
-        warn(f"--gray {given}: the frozen detector's images were read otherwise; leave it out")
-    scale, warning = scale_for(given, stored, look_at_records(splits["train"].images))
-    if warning:
-        warn(warning)
-    elif scale and scale.note:
-        tick(scale.note)
-    return {name: replace(split, gray=scale) for name, split in splits.items()}
-
-
-def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test: bool) -> None:
-    """UserError where a resumed run has nothing left to do."""
-    if settings.epochs > progress.epoch:
-        return
-    if has_test and not has_test_scores(settings.output_dir):
-        return
-    epochs = "1 epoch" if progress.epoch == 1 else f"{progress.epoch} epochs"
-    words = ["--resume", settings.output_dir, "--epochs", progress.epoch + 20]
-    raise UserError(
-        f"{settings.output_dir} has finished its {epochs}. To train longer, give "
-        f"more: {command_line('python', settings.script, *words)}"
-    )
-
-
 # ---------------------------------------------------------------- open the run
 
 
@@ -214,8 +158,6 @@ def fit(
     settings = session.settings
     progress = session.progress
     keeper = make_keeper(session, trainer, pack)
-    if session.resumed:
-        go_on(session, keeper)
     images = loader.dataset.split
     health = RunHealth(session.folder, session.run, images, progress, keeper.nan_batches)
     signals = StopSignals(lambda: save_and_say(session, keeper))
@@ -265,8 +207,9 @@ def fit(
 def make_keeper(
     session: Session, trainer: Trainer, pack: Callable[[dict], dict]
 ) -> CheckpointKeeper:
-    """What every checkpoint of the run holds beside the weights: settings, and what its images
-    were.
+    """What keeps the run's checkpoints; of a resumed run with all that it had.
+
+    Beside the weights each checkpoint holds the settings, and what the images were.
     """
     train = session.train
     trained_on = torch.tensor(train.content_hashes, dtype=torch.int64)
@@ -282,7 +225,7 @@ def make_keeper(
         "guessed_masks": session.guess_masks,
         "trained_on": trained_on.unique(),
     }
-    return CheckpointKeeper(
+    keeper = CheckpointKeeper(
         folder=session.folder,
         trainer=trainer,
         pack=lambda state: pack(state) | own,
@@ -290,6 +233,9 @@ def make_keeper(
         best_of_each=session.settings.stage == "detector",
         digests=session.digests,
     )
+    if session.resumed:
+        go_on(session, keeper)
+    return keeper
 
 
 def go_on(session: Session, keeper: CheckpointKeeper) -> None:

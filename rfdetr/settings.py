@@ -1,4 +1,6 @@
-"""Every setting of every script, once: default, bounds, unit and help.
+"""Every setting of the training scripts, once: default, bounds, unit and help.
+
+Those of the other scripts are in `tool_settings.py`.
 
 Flags, `--config FILE.yaml`, a run's config.yaml and what a checkpoint keeps are made from these
 fields. They are resolved once (`resolve.py`): the size's recipe < the file < a resumed run's own <
@@ -16,7 +18,6 @@ from typing import ClassVar
 from rfdetr.console import UserError
 from rfdetr.fields import (
     OF_SIZE,
-    REQUIRED,
     batch_of,
     by_size,
     checkpoint_file,
@@ -36,14 +37,7 @@ from rfdetr.sizes import AUGMENTS, SIZES, LossWeights, ModelSize, check_resoluti
 EXIF = ("apply", "ignore")
 AMP = ("auto", "bf16", "fp16", "off")
 TWO_STARTS = "--backbone_weights is a start without a detector: leave out the other file of weights"
-ESTIMATE = (
-    "memory and time of each size, from a measured step of --size "
-    "(about a minute; on a CPU longer for large sizes)"
-)
-EARLY_STOPPING_PATIENCE = (
-    10  # evaluations without gain, where --early_stopping 1 names no --patience
-)
-
+EARLY_STOPPING_PATIENCE = 10  # evaluations without gain, where no --patience is named
 
 OWN_RESOLUTION = by_size({name: size.resolution for name, size in SIZES.items()})
 OWN_QUERIES = by_size({name: size.queries for name, size in SIZES.items()})
@@ -328,126 +322,3 @@ class SingleSettings(MaskSettings, DetectorTraining):
 STAGES: dict[str, type[TrainingSettings]] = {
     kind.stage: kind for kind in (DetectorSettings, SegmentationSettings, SingleSettings)
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class InferenceSettings(TileSettings):
-    """What evaluate.py and predict.py have in common."""
-
-    tile: int | str | None = tile_of(
-        "look at larger images in tiles of so many pixels; auto: at the scale of the training "
-        "images; 0: as a whole (default: as in training)"
-    )
-
-    checkpoint: Path = checkpoint_file(
-        REQUIRED, "a file of this repository, a run's folder (its best.pt), or an official file"
-    )
-    resolution: int | None = integer(None, "input side in pixels (default: the checkpoint's)")
-    batch: int = integer(8, "images in one forward pass")
-    device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = choice("auto", "mixed precision (auto: as in training; off on a CPU)", AMP)
-    compile: bool = switch(False, "torch.compile the encoder: slow start, then fast")
-    max_detections: int | None = integer(
-        None, "detections of an image, at most (default: as many as the model keeps)"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(InferenceSettings, DataSettings):
-    """evaluate.py"""
-
-    val_fraction: float | None = decimal(
-        None, "without valid/: the share of train/ (default: training's)", low=0.001, high=0.9
-    )
-    exif: str | None = choice(
-        None, "orientation of images whose size does not tell (default: as in training)", EXIF
-    )
-    gray: str | float | None = gray_range("as in training")
-    split: str = choice("valid", "which images", ("train", "valid", "test"))
-    max_detections: int | None = integer(
-        None,
-        "detections of an image, at most; above 100 their figures stand beside COCO's (default: as "
-        "many as the model keeps; figures at 300 and 1000 where an image has over 100 objects)",
-    )
-    workers: int = integer(0, "loader processes", low=0, high=256)
-    json: Path | None = path(None, "write the figures here", metavar="FILE")
-    results: Path | None = path(
-        None, "write COCO results here: bbox.json, segm.json", metavar="DIR"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictionSettings(InferenceSettings):
-    """predict.py"""
-
-    input: tuple[str, ...] = texts(REQUIRED, "images, folders, globs, videos", metavar="PATH")
-    output: Path = path(REQUIRED, "folder for pictures and JSON", metavar="DIR")
-    threshold: float = decimal(0.5, "lowest score", high=1.0)
-    nms: float = decimal(
-        0.6,
-        "drop a box whose IoU with a better one of its class is larger, or that all but coincides "
-        "with one of any class; 0: drop none",
-        high=1.0,
-    )
-    track: bool = switch(
-        False,
-        "give each object an id over the frames of a video; each folder's images are frames, too, "
-        "in the order of the numbers in their names",
-    )
-    pictures: str = choice("png", "of each image; 0: none, and no videos", ("png", "jpg", "0"))
-    exif: str | None = choice(
-        None, "orientation of the images (default: as the training images were read)", EXIF
-    )
-    gray: str | float | None = gray_range("as in training")
-    pages: bool = switch(False, "of a file with several pages or frames, see each as an image")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShrinkSettings:
-    """shrink_head.py"""
-
-    in_ckpt: Path = checkpoint_file(
-        REQUIRED, "a stage-1 checkpoint, a run's folder (its best.pt), or an official file"
-    )
-    out_ckpt: Path = path(REQUIRED, "where to write the shrunk one")
-    keep: tuple[str, ...] = texts(
-        (),
-        "classes in their new order (default: all it has); --keep=-NAME for a name with a dash",
-        metavar="CLASS",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """export.py"""
-
-    checkpoint: Path = checkpoint_file(
-        REQUIRED, "a file of this repository, or a run's folder (its best.pt)"
-    )
-    format: str = choice("rfdetr", "rfdetr: the package on PyPI, 1.11", ("rfdetr",))
-    out: Path = path(REQUIRED, "where to write it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationSettings(TileSettings, DataSettings):
-    """validate_setup.py"""
-
-    size: str = choice("nano", "model size to be trained", SIZES)
-    resolution: int | None = integer(None, f"its input side (default: {OWN_RESOLUTION})")
-    device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
-    check_images: bool = switch(True, "decode every image")
-    need_masks: bool = switch(False, "missing masks are an error")
-    fix: Path | None = path(
-        None, "write a cleaned copy of the annotations there, and check the copy", metavar="DIR"
-    )
-    preview: Path | None = path(
-        None, "draw objects of each class: a .webp, .png or .jpg, or a folder", metavar="PATH"
-    )
-    augment: str | None = choice(
-        None,
-        "--preview: training images as this varies them (default: objects of each class)",
-        AUGMENTS,
-    )
-    flip: bool = switch(True, "0: mirror none of them, whatever --augment does")
-    estimate: bool = switch(False, ESTIMATE)
-    json: Path | None = path(None, "write all that is said here too", metavar="FILE")

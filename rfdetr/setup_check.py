@@ -28,9 +28,9 @@ from rfdetr.inference.augment_sheet import augment_sheet
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.renaming import rename_flags
 from rfdetr.runs.environment import environment
-from rfdetr.settings import ValidationSettings
 from rfdetr.sizes import SIZES, check_resolution
 from rfdetr.text import command_line, printable
+from rfdetr.tool_settings import ValidationSettings
 from rfdetr.training.auto_batch import HEADROOM
 from rfdetr.training.estimate import estimate
 

@@ -81,7 +81,8 @@ def measure(path: Path) -> Measures:
             result.double_assignments += 1
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno + 1
-            arguments = len(node.args.args) + len(node.args.kwonlyargs)
+            names = [argument.arg for argument in node.args.args + node.args.kwonlyargs]
+            arguments = len([name for name in names if name not in ("self", "cls")])
             place = f"{path.relative_to(ROOT).as_posix()}: {node.name}"
             result.longest_function = max(result.longest_function, (length, place))
             result.most_arguments = max(result.most_arguments, (arguments, place))

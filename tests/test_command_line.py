@@ -12,16 +12,15 @@ from conftest import ROOT, environment
 from rfdetr.cli import make_parser
 from rfdetr.console import UserError
 from rfdetr.resolve import settings_of
-from rfdetr.settings import (
-    STAGES,
-    DetectorSettings,
+from rfdetr.settings import STAGES, DetectorSettings
+from rfdetr.sizes import SIZES
+from rfdetr.tool_settings import (
     EvaluationSettings,
     ExportSettings,
     PredictionSettings,
     ShrinkSettings,
     ValidationSettings,
 )
-from rfdetr.sizes import SIZES
 
 SCRIPTS = {
     **{kind.script: kind for kind in STAGES.values()},

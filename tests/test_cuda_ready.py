@@ -23,8 +23,8 @@ from rfdetr.inference.detections import DetectionRunner, draw_masks
 from rfdetr.models.detector import Detector
 from rfdetr.placement import Placement
 from rfdetr.runs.curves import StepCurves
-from rfdetr.settings import InferenceSettings
 from rfdetr.sizes import SIZES, LossWeights, ModelSize
+from rfdetr.tool_settings import InferenceSettings
 from rfdetr.training import feature_cache, frozen
 from rfdetr.training.engine import Progress, Trainer, optimise
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache, Views

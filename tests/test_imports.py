@@ -18,6 +18,7 @@ LAYERS = [
         "files",
         "fields",
         "settings",
+        "tool_settings",
         "sizes",
         "boxes",
         "masks",

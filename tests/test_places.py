@@ -17,8 +17,9 @@ from rfdetr.console import UserError, run_script
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.models.detector import Detector
 from rfdetr.runs.places import detector_of_run, find_checkpoint, require_state
-from rfdetr.settings import PredictionSettings, SegmentationSettings, SingleSettings
+from rfdetr.settings import SegmentationSettings, SingleSettings
 from rfdetr.sizes import SIZES
+from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights import checkpoint
 from rfdetr.weights.download import find_weights
 

@@ -21,8 +21,8 @@ from rfdetr.inference.detections import DetectionRunner
 from rfdetr.inference.originals import Original, read_image
 from rfdetr.inference.prediction import Prediction
 from rfdetr.models.detector import Detector
-from rfdetr.settings import PredictionSettings
 from rfdetr.sizes import SIZES
+from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights import checkpoint
 
 HEIGHT, WIDTH = 40, 50

@@ -16,15 +16,15 @@ from conftest import ROOT
 from quickstart import parse as quickstart_flags
 from rfdetr.data.faults import CODES
 from rfdetr.resolve import settings_of
-from rfdetr.settings import (
-    STAGES,
+from rfdetr.settings import STAGES
+from rfdetr.sizes import SIZES
+from rfdetr.tool_settings import (
     EvaluationSettings,
     ExportSettings,
     PredictionSettings,
     ShrinkSettings,
     ValidationSettings,
 )
-from rfdetr.sizes import SIZES
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -17,16 +17,18 @@ from rfdetr.settings import (
     EARLY_STOPPING_PATIENCE,
     STAGES,
     DetectorSettings,
+    SegmentationSettings,
+    SingleSettings,
+)
+from rfdetr.sizes import SIZES, LossWeights
+from rfdetr.tool_settings import (
     EvaluationSettings,
     ExportSettings,
     InferenceSettings,
     PredictionSettings,
-    SegmentationSettings,
     ShrinkSettings,
-    SingleSettings,
     ValidationSettings,
 )
-from rfdetr.sizes import SIZES, LossWeights
 
 TRAINING = tuple(STAGES.values())
 ALL = (

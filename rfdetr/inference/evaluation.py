@@ -39,7 +39,7 @@ from rfdetr.metrics.coco_eval import CocoEvaluator, counting
 from rfdetr.models.detector import Detector
 from rfdetr.placement import Placement
 from rfdetr.progress import ProgressBar
-from rfdetr.settings import PredictionSettings
+from rfdetr.tool_settings import PredictionSettings
 
 DRAW_THRESHOLD = 0.5  # the lowest score that is drawn in pictures
 

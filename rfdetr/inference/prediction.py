@@ -20,7 +20,7 @@ from rfdetr.inference.originals import Original
 from rfdetr.inference.tracking import Tracker
 from rfdetr.inference.visualise import draw, picture_colours
 from rfdetr.masks import to_polygons
-from rfdetr.settings import PredictionSettings
+from rfdetr.tool_settings import PredictionSettings
 
 if TYPE_CHECKING:
     import supervision

@@ -9,6 +9,7 @@ from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.resolve import plain
 from rfdetr.runs.log import start_command
+from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.places import STATES, require_state
 from rfdetr.settings import STAGES, TrainingSettings
 from rfdetr.text import command_line
@@ -105,3 +106,17 @@ def resumed_progress(
         progress.unread = []
     progress.unread = [index for index in progress.unread if index < images]
     return progress
+
+
+def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test: bool) -> None:
+    """UserError where a resumed run has nothing left to do."""
+    if settings.epochs > progress.epoch:
+        return
+    if has_test and not has_test_scores(settings.output_dir):
+        return
+    epochs = "1 epoch" if progress.epoch == 1 else f"{progress.epoch} epochs"
+    words = ["--resume", settings.output_dir, "--epochs", progress.epoch + 20]
+    raise UserError(
+        f"{settings.output_dir} has finished its {epochs}. To train longer, give "
+        f"more: {command_line('python', settings.script, *words)}"
+    )
