@@ -116,12 +116,13 @@ def start(folder: Path) -> None:
     from rfdetr.data.dataset import SplitDataset
     from rfdetr.data.loaders import EpochSampler
     from rfdetr.data.mask_source import choose_masks, images_with_drawn_masks
+    from rfdetr.data.sampling import make_mix
     from rfdetr.data.statistics import shrink_problems
 
     split = read_dataset(folder / "data")["train"]
     shrink_problems(split, 384, 32)
     dataset = SplitDataset(split, 384, "crops", masks=True, guess=choose_masks(split, "auto"))
-    EpochSampler(len(dataset), 4, 0, 1, every_other=images_with_drawn_masks(split))
+    EpochSampler(len(dataset), 4, 0, 1, mix=make_mix(split, images_with_drawn_masks(split)))
     assert len(split.content_hashes) == len(dataset)
 
 

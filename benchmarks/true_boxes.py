@@ -73,7 +73,7 @@ def main() -> None:
     from rfdetr.data.loaders import evaluation_loader
     from rfdetr.device import pick_precision
     from rfdetr.inference.evaluation import SplitEvaluator
-    from rfdetr.metrics.coco_eval import format_table
+    from rfdetr.metrics.table import format_table
     from rfdetr.weights import checkpoint
 
     content = checkpoint.load(args.checkpoint)

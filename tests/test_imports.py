@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -140,6 +141,21 @@ def test_tests_and_benchmarks_do_not_import_each_other():
         assert not tops_of(path) & tests, path
     for path in TESTKIT:
         assert not tops_of(path) & (tests | benchmarks), path
+
+
+def test_benchmarks_import_what_there_is():
+    """Of those that run on this repository alone: where the package on PyPI is a peer, its modules
+    have the same names.
+    """
+    for path in BENCHMARKS:
+        text = path.read_text(encoding="utf-8")
+        if "build_model_from_config" in text or "build_trainer" in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("rfdetr."):
+                module = importlib.import_module(node.module)
+                missing = [one.name for one in node.names if not hasattr(module, one.name)]
+                assert not missing, f"{path.name}: {node.module} has no {missing}"
 
 
 def test_what_is_used_needs_nothing_that_only_tests_it():
