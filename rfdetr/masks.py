@@ -109,21 +109,45 @@ def is_turned(matrix: np.ndarray) -> bool:
 def inside_window(
     segmentation: list | dict | None, height: int, width: int, window: Window
 ) -> list | dict | None:
-    """What lies in a window of its (height, width) image; polygons' corners beyond are moved to the
-    window's rim.
+    """What lies in a window of its (height, width) image; polygons that lie beyond it are gone.
 
     What is turned ends there; what is not turned ends where its view does.
     """
     left, top, right, bottom = window
     if isinstance(segmentation, list):
-        corners = [
-            np.reshape(one, (-1, 2)).clip((left, top), (right, bottom)) for one in segmentation
-        ]
-        return [polygon.ravel().tolist() for polygon in corners]
+        clipped = [clip_polygon(np.reshape(one, (-1, 2)), window) for one in segmentation]
+        return [polygon.ravel().tolist() for polygon in clipped if len(polygon)]
     if segmentation is None or window == (0, 0, width, height):
         return segmentation
     pixels = mask_api.decode(to_rle(segmentation, height, width))[top:bottom, left:right]
     return encode_window(left, top, pixels, height, width)
+
+
+def clip_polygon(corners: np.ndarray, window: Window) -> np.ndarray:
+    """The part of a polygon (k, 2) x, y in pixels that lies in a window, (m, 2); m = 0: none.
+
+    Where it falls apart, its parts are joined along the window's rim.  Source: Sutherland and
+    Hodgman, Reentrant Polygon Clipping, CACM 1974.
+    """
+    for axis, rim, inwards in (
+        (0, window.left, 1),
+        (1, window.top, 1),
+        (0, window.right, -1),
+        (1, window.bottom, -1),
+    ):
+        inside = inwards * (corners[:, axis] - rim) >= 0
+        if inside.all():
+            continue
+        kept = []
+        for i in range(len(corners)):  # the edge from the corner before it
+            if inside[i] != inside[i - 1]:
+                start = corners[i - 1]
+                step = corners[i] - start
+                kept.append(start + step * ((rim - start[axis]) / step[axis]))
+            if inside[i]:
+                kept.append(corners[i])
+        corners = np.array(kept).reshape(-1, 2)
+    return corners
 
 
 def extent(
@@ -133,12 +157,16 @@ def extent(
 
     All zero where nothing is.  Polygons that lie in it wholly give it more exactly than pixels.
     """
-    if isinstance(segmentation, list):
+    if isinstance(segmentation, list) and segmentation:
         corners = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
         corners = corners @ matrix[:, :2].T + matrix[:, 2]
         least = corners.min(0)
         most = corners.max(0)
         if (least >= 0).all() and (most <= drawn.shape[::-1]).all():
+            left, top, right, bottom = extent_of_pixels(drawn)
+            if right:  # clipped parts are joined along a rim, which is not seen
+                least = np.maximum(least, (left - 1, top - 1))
+                most = np.minimum(most, (right + 1, bottom + 1))
             return (*least.tolist(), *most.tolist())
     return extent_of_pixels(drawn)
 
@@ -155,6 +183,8 @@ def extent_of_pixels(mask: np.ndarray) -> tuple[int, int, int, int]:
 def draw_polygons(polygons: list[list[float]], matrix: np.ndarray, out: np.ndarray) -> None:
     """As rasterise: polygons are moved first, and drawn where they then lie."""
     moved = [np.reshape(polygon, (-1, 2)) @ matrix[:, :2].T + matrix[:, 2] for polygon in polygons]
+    if not moved:
+        return
     window = window_around(np.concatenate(moved), out)
     if window is None:
         return

@@ -25,8 +25,9 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.copy_paste import paste
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.loaders import collate
-from rfdetr.masks import extent_of_pixels, is_turned, rasterise, to_rle
+from rfdetr.masks import draw_masks, extent_of_pixels, inside_window, is_turned, rasterise, to_rle
 from rfdetr.sizes import AUGMENTS, SIZES
+from rfdetr.tiling import Window
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,28 @@ def test_polygons_that_lead_out_of_a_turned_image_end_at_its_rim(split):
     for seed in range(5):
         target = dataset[0, seed]["target"]
         assert target["masks"][0].sum().item() == pytest.approx(20 * 20, rel=0.1)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    left=st.integers(0, 60),
+    top=st.integers(0, 60),
+    side=st.integers(30, 80),
+)
+def test_a_polygon_ends_at_the_rim_of_its_tile(seed, left, top, side):
+    """As its pixels do, whatever its shape: in a view that is hardly turned, nothing moves."""
+    rng = np.random.default_rng(seed)
+    angles = np.linspace(0, 2 * np.pi, int(rng.integers(3, 12)), endpoint=False)
+    radii = rng.uniform(15, 90, len(angles))
+    corners = 64 + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    polygon = [corners.ravel().tolist()]
+    window = Window(left, top, left + side, top + side)
+    drawn = draw_masks([inside_window(polygon, 128, 128, window)], 128, 128, np.eye(2, 3), 128)[0]
+    whole = draw_masks([polygon], 128, 128, np.eye(2, 3), 128)[0]
+    expected = np.zeros_like(whole)
+    expected[top : top + side, left : left + side] = whole[top : top + side, left : left + side]
+    wrong = np.count_nonzero(drawn != expected)
+    assert wrong <= 0.02 * np.count_nonzero(expected) + 2 * side / 10
 
 
 def test_turns_keep_the_proportions_of_the_image():
