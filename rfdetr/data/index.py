@@ -31,7 +31,7 @@ from rfdetr.data.faults import Faults
 from rfdetr.data.image_cache import SETTLED, cache_folder, stamp_of
 from rfdetr.files import free_disk
 
-FORMAT = 1  # raise it when the checks or the columns change their form or meaning
+FORMAT = 2  # raise it when the checks or the columns change their form or meaning
 LEAST_BYTES = 8 << 20  # of an annotation file; smaller ones are read in a second
 MOST_BYTES = 8 << 30  # of an index
 LARGE = 100e6  # bytes of an index that is told of
