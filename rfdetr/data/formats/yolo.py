@@ -77,8 +77,11 @@ class YoloReader:
     def _object_of(
         self, line: str, width: int, height: int, file: Path, where: str
     ) -> LabelledObject:
+        words = line.split()
+        if "kpt_shape" in self.config:  # a dataset of poses: their points follow the box
+            words = words[:5]
         try:
-            values = read_line(line)
+            values = read_numbers(words)
         except ValueError as error:
             raise Unusable(NO_YOLO, f"{where}: {error}") from error
         label = int(values[0])
@@ -87,8 +90,6 @@ class YoloReader:
             name = f"class_{label}"
             self.notes.add("objects of a class that has a number only", file, name)
         points = values[1:]
-        if "kpt_shape" in self.config:  # a dataset of poses: their points follow the box
-            points = points[:4]
         if len(points) == 4:
             x, y, w, h = points
             box = (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width
@@ -111,6 +112,8 @@ class YoloReader:
                     break
         if names is None:
             return {}
+        if not isinstance(names, (list, dict)):
+            names = [names] if isinstance(names, str) else [None]
         numbered = names.items() if isinstance(names, dict) else enumerate(names)
         try:
             return {int(number): plain_name(name) for number, name in numbered}
@@ -238,9 +241,9 @@ def plain_name(name: object) -> str:
     return printable(name)
 
 
-def read_line(line: str) -> list[float]:
+def read_numbers(words: list[str]) -> list[float]:
     """The numbers of a line: a class number, and coordinates in or near 0..1.  ValueError."""
-    values = [float(word) for word in line.split()]
+    values = [float(word) for word in words]
     label = values[0]
     if label not in range(MOST_CLASSES):
         raise ValueError(f"{label} is no class number")
