@@ -20,7 +20,7 @@ from rfdetr.data.formats.labelme import LabelMeReader
 from rfdetr.data.formats.mask_images import MasksReader
 from rfdetr.data.formats.source import Notes, Reader, Unusable
 from rfdetr.data.formats.voc import VocReader
-from rfdetr.data.formats.writer import CocoWriter, new_folder
+from rfdetr.data.formats.writer import CocoWriter, new_folder, require_free
 from rfdetr.data.formats.yolo import YoloReader
 from rfdetr.data.layout import describe_folder, holds_dataset
 from rfdetr.files import writing_to
@@ -36,10 +36,11 @@ def main(argv: list[str] | None = None) -> None:
     form = find_form(root) if settings.format == "auto" else settings.format
     if form is None:
         raise UserError(no_form_message(root))
-    notes = Notes(root)
     output = settings.output
+    require_free(output, "--output")
+    notes = Notes(root)
+    reader = open_reader(form, root, settings.class_name, notes)
     with writing_to(output, "--output"), new_folder(output, "--output") as folder:
-        reader = open_reader(form, root, settings.class_name, notes)
         with CocoWriter(folder, reader.class_names, settings.copy == "copy", notes) as writer:
             convert(reader, writer, notes)
             require_objects(writer, form, root, notes)

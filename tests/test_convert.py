@@ -39,7 +39,6 @@ from testkit.forms import (
     write_voc,
     write_voc_beside,
     write_yolo,
-    xyxy,
 )
 
 SIDE = {"width": 40, "height": 30}
@@ -257,6 +256,12 @@ def test_the_yaml_itself_may_be_given(convert, tmp_path):
     assert len(objects_of(converted)) == 1
 
 
+def test_a_train_split_that_is_not_there_is_an_error(refused, tmp_path):
+    root = yolo(tmp_path / "theirs")
+    put(root / "data.yaml", "train: nowhere\nval: images/train")
+    assert "train: nowhere: there are no images" in refused(root)
+
+
 @pytest.mark.parametrize("entry", ["../outside", "{outside}", "lists.txt"])
 def test_nothing_outside_is_read(entry, refused, tmp_path):
     outside = picture(tmp_path / "outside/b.png")
@@ -322,7 +327,8 @@ def test_a_split_without_labels_is_left_out(convert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2", "- a", "names: 5\ntrain: images/train", "train: {a: 1}", "a: 2020-99-99"]
+    "text",
+    ["[1, 2", "- a", "names: 5\ntrain: images/train", "train: {a: 1}", "a: 2020-99-99", "[" * 9999],
 )
 def test_a_damaged_yaml_is_an_error(text, refused, tmp_path):
     root = yolo(tmp_path / "theirs")
@@ -633,7 +639,9 @@ def test_damaged_images_are_left_out(convert, tmp_path):
 
 
 def test_objects_outside_of_their_image_are_left_out_and_others_cut(convert, tmp_path):
-    boxes = [{"name": "cell", "bbox": box} for box in ([50, 5, 10, 8], [35, 5, 10, 8], [4, 5, 0, 8])]
+    boxes = [
+        {"name": "cell", "bbox": box} for box in ([50, 5, 10, 8], [35, 5, 10, 8], [4, 5, 0, 8])
+    ]
     converted, said = convert(voc(tmp_path / "theirs", boxes))
     assert [entry["bbox"] for entry in objects_of(converted)] == [[35, 5, 5, 8]]
     assert "2 objects without area or outside of their image" in said

@@ -6,8 +6,9 @@ are looked at, so that a message can name the form at once; the readers look at 
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from glob import escape
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def find_form(root: Path) -> str | None:
     if not root.is_dir():
         return None
     folders = [root, *split_folders(root)]
-    within = [folder for one in folders for folder in islice(subfolders(one), MOST_FOLDERS)]
+    within = [folder for one in folders for folder in subfolders(one)[:MOST_FOLDERS]]
     if find_yaml(root) or any(map(has_yolo_labels, folders)):
         return "yolo"
     if any(map(has_voc_labels, [*folders, *within])):
@@ -57,12 +58,16 @@ def split_named(name: str) -> str | None:
 
 
 def find_yaml(root: Path) -> Path | None:
-    """The file that describes a YOLO dataset: data.yaml, or the only one that names a train."""
+    """The file that describes a YOLO dataset: data.yaml, or the only one with names and train."""
     for name in ("data.yaml", "data.yml", "dataset.yaml"):
         if (root / name).is_file():
             return root / name
     files = [file for file in islice(root.glob("*.y*ml"), MOST_PEEKED) if file.is_file()]
-    described = [file for file in files if re.search(rb"(?m)^(train|names)\s*:", peek(file))]
+    described = []
+    for file in files:
+        keys = re.findall(rb"(?m)^(train|names)\s*:", peek(file))
+        if len(set(keys)) == 2:
+            described.append(file)
     return described[0] if len(described) == 1 else None
 
 
@@ -70,8 +75,13 @@ def split_folders(root: Path) -> list[Path]:
     return [folder for folder in subfolders(root) if split_named(folder.name)]
 
 
-def subfolders(root: Path) -> Iterator[Path]:
-    return (entry for entry in sorted(root.iterdir()) if entry.is_dir())
+def subfolders(root: Path) -> list[Path]:
+    """Folders in a folder, hidden ones left out; none of one that may not be read."""
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return []
+    return [root / name for name in names if name[0] != "." and os.path.isdir(root / name)]
 
 
 def has_files(folder: Path, *patterns: str) -> bool:
@@ -85,8 +95,13 @@ def has_yolo_labels(folder: Path) -> bool:
 
 
 def has_voc_labels(folder: Path) -> bool:
-    patterns = ("Annotations/*.xml", "annotations/*.xml", "*.xml", "SegmentationObject/*.png")
-    return has_files(folder, *patterns)
+    if has_files(folder, "Annotations/*.xml", "annotations/*.xml", "SegmentationObject/*.png"):
+        return True
+    for file in islice(folder.glob("*.xml"), MOST_PEEKED):
+        beside = set(folder.glob(f"{escape(file.stem)}.*")) - {file}
+        if beside:
+            return True
+    return False
 
 
 def has_labelme_labels(folder: Path) -> bool:

@@ -103,11 +103,11 @@ class Notes:
 def files_below(root: Path) -> list[Path]:
     """All files of a folder and of those in it, in order, hidden ones left out.
 
-    Links to folders are followed, to each folder once.
+    Links to folders are followed, to each folder once.  Raises OSError.
     """
     seen = set()
     found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -116,6 +116,10 @@ def files_below(root: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def is_image_name(path: Path) -> bool:

@@ -26,17 +26,22 @@ DECIMALS = 4  # of a pixel
 NOT_IN_NAMES = re.compile(r'[\\/:*?"<>|]')  # some system takes them for more than letters
 
 
-@contextlib.contextmanager
-def new_folder(out: Path, flag: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end; nothing is left after an error.
-
-    Raises UserError where there is something in `out`.
-    """
-    out = Path(os.path.realpath(out))
+def require_free(out: Path, flag: str) -> None:
+    """UserError where there is something in `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"{flag} {out}: it exists already and is never written over: name a new or empty folder"
         )
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, flag: str) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` at the end; nothing is left after an error.
+
+    Raises UserError as require_free.
+    """
+    require_free(out, flag)
+    out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     temporary.mkdir()

@@ -133,6 +133,11 @@ class YoloReader:
             images = [image for entry in entries for image in self._images_of(split, entry)]
             if images:
                 described[split] = list(dict.fromkeys(images))
+            elif split == "train" and named:
+                raise UserError(
+                    f"{self.yaml}: train: {', '.join(map(str, entries))}: there are no images. "
+                    f"Write the folder as it is called from {self.root}, such as images/train"
+                )
         return described
 
     def _images_of(self, split: str, entry: object) -> list[Path]:
