@@ -92,7 +92,7 @@ def open_reader(form: str, root: Path, class_name: str, notes: Notes) -> Reader:
             return LabelMeReader(root, notes)
         return MasksReader(root, class_name, notes)
     except Unusable as error:  # a file that the whole dataset depends on
-        raise UserError(f"{root}: {error.what}: {error.detail}") from error
+        raise UserError(f"{error.what}: {error.detail}") from error
 
 
 def convert(reader: Reader, writer: CocoWriter, notes: Notes) -> None:
@@ -102,7 +102,7 @@ def convert(reader: Reader, writer: CocoWriter, notes: Notes) -> None:
         try:
             image = reader.read(item)
         except Unusable as error:
-            notes.add(error.what, reader.place(item), error.detail)
+            notes.add(f"{error.what}, left out", reader.place(item), error.detail)
         else:
             writer.add(split, image)
 

@@ -295,7 +295,7 @@ def test_damaged_labels_leave_their_image_out(text, reason, convert, tmp_path):
     picture(root / "images/train/z.png")  # without a .txt: shows nothing
     converted, said = convert(root)
     assert [entry["file_name"] for entry in images_of(converted)] == ["a.png", "z.png"]
-    assert "warning: 4 label files" in said and reason in said
+    assert "left out: 4 (" in said and reason in said
     assert "d.png" in said and "e.png" not in said
 
 
@@ -309,7 +309,7 @@ def test_nothing_usable_is_an_error_of_one_paragraph(refused, tmp_path):
 def test_classes_without_a_name_are_called_by_their_number(convert, tmp_path):
     converted, said = convert(yolo(tmp_path / "theirs", "7 .5 .5 .5 .5\n0 .5 .5 .2 .2"))
     assert [entry["name"] for entry in objects_of(converted)] == ["class_7", "cell"]
-    assert "1 objects of a class that has a number only" in said
+    assert "objects of a class that has a number only: 1 (" in said
 
 
 def test_of_a_dataset_of_poses_the_boxes_are_taken(convert, tmp_path):
@@ -323,7 +323,7 @@ def test_a_split_without_labels_is_left_out(convert, tmp_path):
     picture(root / "images/test/b.png")
     converted, said = convert(root)
     assert not (converted / "test").exists()
-    assert "1 images of test, which has no label file" in said
+    assert "images of test, where no image has a .txt, left out: 1 (" in said
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_difficult_objects_are_ignored_as_vocs_scores_do(convert, tmp_path):
     xml = voc_xml(IMAGE, [BOX, BOX], 0).replace("<difficult>0", "<difficult>1", 1)
     converted, said = convert(voc(tmp_path / "theirs", text=xml))
     assert [entry["iscrowd"] for entry in objects_of(converted)] == [1, 0]
-    assert "1 difficult objects, written as crowd" in said
+    assert "difficult objects, written as crowds, which training and scores ignore: 1" in said
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotation>&b;</annotation>'
@@ -394,7 +394,7 @@ def test_a_file_name_leads_nowhere_else(convert, tmp_path):
     xml = voc_xml({**IMAGE, "file_name": "../outside.png"}, [BOX], 0)
     put(root / "b.xml", xml)
     converted, said = convert(root)
-    assert len(images_of(converted)) == 1 and "1 images that are missing (b.xml)" in said
+    assert len(images_of(converted)) == 1 and "images that are missing, left out: 1 (b.xml)" in said
 
 
 def test_masks_without_a_box_have_the_class_of_their_colour(convert, tmp_path):
@@ -454,7 +454,7 @@ def test_every_shape(convert, tmp_path):
     assert round_one["bbox"] == [10, 5, 20, 20]
     assert round_one["area"] == pytest.approx(np.pi * 100, rel=0.03)
     assert painted_one["bbox"] == [4, 5, 5, 3] and painted_one["area"] == 15
-    assert "1 shapes of type line" in said and "2 shapes of type point" in said
+    assert "type line, left out: 1" in said and "type point, left out: 2" in said
 
 
 def test_a_group_is_one_object(convert, tmp_path):
@@ -546,11 +546,11 @@ def test_masks_that_cannot_be_used(convert, tmp_path):
     converted, said = convert(root)
     assert [entry["file_name"] for entry in images_of(converted)] == ["a.png", "binary.png"]
     for words in (
-        "another size than their labels say (masks/small.png: 20x20, it is 40x30)",
-        "masks of one value only: all it shows is one object (masks/binary.png)",
-        "masks as JPEG",
-        "masks that cannot be read (masks/cut.png",
-        "images without a mask, left out (images/alone.png)",
+        "another size than their labels say, left out: 1 (masks/small.png: 20x20, it is 40x30)",
+        "masks of one value, whose objects become one: 1 (masks/binary.png)",
+        "images whose mask is a JPEG",
+        "images whose mask cannot be read, left out: 1 (masks/cut.png",
+        "images without a mask, left out: 1 (images/alone.png)",
     ):
         assert words in said
 
@@ -634,7 +634,7 @@ def test_damaged_images_are_left_out(convert, tmp_path):
     (root / "images/train/b.png").write_bytes(b"no image")
     put(root / "labels/train/b.txt", "0 .5 .5 .5 .5")
     converted, said = convert(root)
-    assert "1 images that cannot be read (images/train/b.png: " in said
+    assert "images that cannot be read, left out: 1 (images/train/b.png: " in said
     assert len(images_of(converted)) == 1
 
 
@@ -644,7 +644,7 @@ def test_objects_outside_of_their_image_are_left_out_and_others_cut(convert, tmp
     ]
     converted, said = convert(voc(tmp_path / "theirs", boxes))
     assert [entry["bbox"] for entry in objects_of(converted)] == [[35, 5, 5, 8]]
-    assert "2 objects without area or outside of their image" in said
+    assert "objects without area or outside of their image, left out: 2 (" in said
 
 
 def test_names_are_made_safe(convert, tmp_path):

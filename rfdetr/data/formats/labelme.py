@@ -42,7 +42,7 @@ from rfdetr.data.image_files import ImageFile, is_regular_file
 from rfdetr.data.images import FORMATS
 from rfdetr.masks import encode_window, extent_of_pixels, to_rle
 
-NO_LABELME = ".json files that are not LabelMe's"
+NO_LABELME = "images whose .json is not LabelMe's"
 NO_AREA = ("point", "points", "line", "linestrip")
 IGNORED = ("__ignore__", "_background_")  # labels of LabelMe's own examples
 CORNERS = 64  # of a circle's polygon, whose area is .998 of the circle's
@@ -116,10 +116,10 @@ class LabelMeReader:
             try:
                 content = base64.b64decode(encoded, validate=True)
             except (binascii.Error, ValueError) as error:
-                raise Unusable("images in a .json that are damaged", error) from error
+                raise Unusable("images that lie damaged in their .json", error) from error
             return item, content
         if not is_inside:
-            raise Unusable("images outside of the dataset, which are not read", name)
+            raise Unusable("images outside of the dataset", name)
         raise Unusable("images that are missing", name)
 
     def _objects_of(
@@ -148,9 +148,9 @@ class LabelMeReader:
 def read_json(file: Path) -> dict:
     """The content of a LabelMe file.  Raises Unusable."""
     try:
-        data = json.loads(read_bytes(file, ".json files that cannot be read"))
+        data = json.loads(read_bytes(file, "images whose .json cannot be read"))
     except (ValueError, RecursionError) as error:  # the latter: endless brackets
-        raise Unusable(".json files that are damaged", error) from error
+        raise Unusable("images whose .json is damaged", error) from error
     if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
         raise Unusable(NO_LABELME, "no shapes")
     return data
@@ -167,7 +167,7 @@ def open_content(content: bytes, formats: list[str]) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=formats)
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
-        raise Unusable("images in a .json that are damaged", error) from error
+        raise Unusable("images that lie damaged in their .json", error) from error
 
 
 # ---------------------------------------------------------------- shapes

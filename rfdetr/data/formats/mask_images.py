@@ -31,7 +31,7 @@ from rfdetr.data.image_files import is_regular_file
 from rfdetr.data.images import open_image
 from rfdetr.masks import encode_window
 
-UNREADABLE = "masks that cannot be read"
+UNREADABLE = "images whose mask cannot be read"
 MOST_OBJECTS = 10_000  # of an image: a photograph has more values
 
 
@@ -82,7 +82,7 @@ class MasksReader:
             if not found and item.is_one_each:
                 self.notes.add("masks without a pixel, left out", path)
             if len(found) == 1 and not item.is_one_each:
-                self.notes.add("masks of one value only: all it shows is one object", path)
+                self.notes.add("masks of one value, whose objects become one", path)
             objects += [self._object_of(part, height, width) for part in found]
         return LabelledImage(item.image, *size, objects)
 
@@ -126,7 +126,7 @@ def read_numbers(path: Path) -> np.ndarray:
     try:
         with open_image(path) as image:
             if image.format in ("JPEG", "MPO"):
-                raise Unusable("masks as JPEG, which changes their values", "save them as PNG")
+                raise Unusable("images whose mask is a JPEG, which changes numbers", "use PNG")
             pixels = np.asarray(image)
     except Unusable:
         raise

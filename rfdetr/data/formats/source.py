@@ -34,7 +34,10 @@ Item = TypeVar("Item")
 
 
 class Unusable(Exception):
-    """What an image is left out for: `what` counts such images, `detail` is about this one."""
+    """What an image is left out for: `what` counts such images, `detail` is about this one.
+
+    Of a file that the whole dataset needs, `what` is its path.
+    """
 
     def __init__(self, what: str, detail: object = ""):
         super().__init__(what)
@@ -88,12 +91,12 @@ class Notes:
             examples.append(printable(f"{name}: {detail}" if detail else name))
 
     def lines(self) -> list[str]:
-        """One text for each kind, such as "2 images that cannot be read (a.png, b.png)"."""
+        """One text for each kind, such as "images that are missing: 2 (a.png; b.png)"."""
         told = []
         for what, count in self.counts.items():
             examples = "; ".join(self.examples[what])
             more = "; ..." if count > len(self.examples[what]) else ""
-            told.append(f"{count} {what} ({examples}{more})")
+            told.append(f"{what}: {count} ({examples}{more})")
         return told
 
 

@@ -42,7 +42,7 @@ from rfdetr.data.formats.source import (
 )
 from rfdetr.masks import encode_window
 
-NO_VOC = ".xml files that are not Pascal VOC's"
+NO_VOC = "images whose .xml is not Pascal VOC's"
 LABEL_FOLDERS = ("annotations", "segmentationobject")
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", ".")  # beside those
 LIST_FOLDERS = ("Main", "Segmentation", "Layout")  # of ImageSets; the first that has lists counts
@@ -72,10 +72,11 @@ class VocReader:
         self.root = root
         self.notes = notes
         self.class_names: list[str] = []
-        self.files = set(files_below(root))
-        self.images = {file.with_suffix(""): file for file in self.files if is_image_name(file)}
+        files = files_below(root)
+        self.files = set(files)
+        self.images = {file.with_suffix(""): file for file in files if is_image_name(file)}
         self.names: dict[Path, dict[int, str]] = {}  # folder -> class_numbers of it
-        self.splits = self._find()
+        self.splits = self._find(files)
 
     def place(self, item: VocImage) -> Path:
         return item.label
@@ -95,20 +96,20 @@ class VocReader:
             objects = self._with_masks(objects, item, numbers, size)
         difficult = sum(entry.is_crowd for entry in objects)
         if difficult:
-            what = "difficult objects, written as crowd: ignored in training and scores"
+            what = "difficult objects, written as crowds, which training and scores ignore"
             self.notes.add(what, item.label, count=difficult)
         return LabelledImage(path, *size, objects)
 
-    def _find(self) -> dict[str, list[VocImage]]:
+    def _find(self, files: list[Path]) -> dict[str, list[VocImage]]:
         items = {}
-        for file in sorted(self.files):
+        for file in files:
             is_numbers = file.parent.name == "SegmentationObject" and file.suffix == ".png"
             if is_numbers or file.suffix.lower() == ".xml":
                 item = VocImage(file, home_of(file, self.root))
                 key = (item.folder, file.stem)
                 if item.is_xml or key not in items:
                     items[key] = item
-        lists = {folder: self._lists(folder) for folder in {item.folder for item in items.values()}}
+        lists = {folder: read_lists(folder) for folder in {item.folder for item in items.values()}}
         splits = {}
         for item in items.values():
             split = split_of(item.label, self.root)
@@ -119,23 +120,6 @@ class VocReader:
             else:
                 self.notes.add("images that no list in ImageSets names, left out", item.label)
         return splits
-
-    def _lists(self, folder: Path) -> dict[str, str]:
-        """Stem -> split as the lists in ImageSets say; a class's own lists do not count."""
-        for name in LIST_FOLDERS:
-            by_stem = {}
-            files = [f for f in self.files if f.parent == folder / "ImageSets" / name]
-            files = [f for f in files if f.suffix == ".txt" and "_" not in f.stem]
-            # trainval.txt and lists of tools (default.txt) say the least
-            for file in sorted(files, key=lambda f: (split_named(f.stem) is None, f)):
-                split = split_named(file.stem) or "train"
-                for line in read_text(file, "lists of images").splitlines():
-                    words = line.split()
-                    if words:
-                        by_stem.setdefault(Path(words[0]).stem, split)
-            if by_stem:
-                return by_stem
-        return {}
 
     def _image_of(self, item: VocImage, name: str) -> Path | None:
         """The image called as its label, else as the .xml says, beside it or in JPEGImages."""
@@ -160,7 +144,7 @@ class VocReader:
         pixels = read_numbers(numbers)
         height, width = pixels.shape
         if (width, height) != size:
-            raise Unusable("masks of another size than their image", f"{width}x{height}")
+            raise Unusable("images whose masks have another size", f"{width}x{height}")
         found = list(parts(pixels, (0, BORDER, colour(BORDER))))
         pairs = match([part.box for part in found], [entry.box for entry in objects])
         joined = list(objects)
@@ -173,7 +157,9 @@ class VocReader:
             if name:
                 joined.append(LabelledObject(name, part.box, rle))
             else:
-                self.notes.add("masks that no box fits and whose class nothing tells", numbers)
+                self.notes.add(
+                    "masks that fit no box and whose class nothing tells, left out", numbers
+                )
         return joined
 
     def _class_of(self, part: Part, item: VocImage) -> str | None:
@@ -190,6 +176,24 @@ class VocReader:
             return None
         ((number, _),) = Counter(values[part.pixels].tolist()).most_common(1)
         return self.names[item.folder].get(number)
+
+
+def read_lists(folder: Path) -> dict[str, str]:
+    """An image's name -> its split as the lists in ImageSets say, those of one class left out."""
+    for name in LIST_FOLDERS:
+        split_of_name = {}
+        files = [f for f in (folder / "ImageSets" / name).glob("*.txt") if "_" not in f.stem]
+        # trainval.txt and lists of tools (default.txt) say the least
+        for file in sorted(files, key=lambda f: (split_named(f.stem) is None, f)):
+            split = split_named(file.stem) or "train"
+            for line in read_text(file, str(file)).splitlines():
+                words = line.split()
+                if words:
+                    split_of_name.setdefault(Path(words[0]).name, split)
+                    split_of_name.setdefault(Path(words[0]).stem, split)
+        if split_of_name:
+            return split_of_name
+    return {}
 
 
 def home_of(label: Path, root: Path) -> Path:
@@ -210,13 +214,13 @@ def read_xml(file: Path) -> ElementTree.Element:
     refused before they are parsed. Every encoding that the parser takes writes it in ASCII, or
     with a zero beside each letter.
     """
-    raw = read_bytes(file, ".xml files that cannot be read")
+    raw = read_bytes(file, "images whose .xml cannot be read")
     if b"<!DOCTYPE" in raw.replace(b"\0", b""):
-        raise Unusable(".xml files with a DOCTYPE, which are not read")
+        raise Unusable("images whose .xml has a DOCTYPE, which may hide a bomb")
     try:
         root = ElementTree.fromstring(raw)
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # unknown encodings, too
-        raise Unusable(".xml files that are damaged", error) from error
+        raise Unusable("images whose .xml is damaged", error) from error
     if root.tag != "annotation":
         raise Unusable(NO_VOC, f"<{root.tag}> instead of <annotation>")
     return root
@@ -274,7 +278,7 @@ def class_numbers(labelmap: Path) -> dict[int, str]:
     if not labelmap.is_file():
         numbers = dict(enumerate(NAMES, start=1))
         return numbers | {colour(index): name for index, name in numbers.items()}
-    lines = read_text(labelmap, "lists of colours").splitlines()
+    lines = read_text(labelmap, "images whose labelmap.txt cannot be read").splitlines()
     rows = [line.split(":") for line in lines if line.strip() and not line.startswith("#")]
     numbers = {}
     for index, (name, *rest) in enumerate(rows):

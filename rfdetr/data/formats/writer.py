@@ -11,6 +11,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import TextIO
 
@@ -155,13 +156,13 @@ class SplitWriter:
     def _free_name(self, image: LabelledImage) -> str:
         """The image's name; where another folder's has it already, its folder's in front."""
         name = safe_name(image.path.name)
-        folders = [folder.name for folder in image.path.parents]
-        own = [folder for folder in folders if folder.lower() not in ("images", "jpegimages")]
-        longer = f"{safe_name(own[0])}_{name}"
-        number = 1
-        while folded(name) in self.names:
-            name = longer if number == 1 else f"{number}_{longer}"
-            number += 1
+        if folded(name) in self.names:
+            folders = [folder.name for folder in image.path.parents]
+            own = next(name for name in folders if name.lower() not in ("images", "jpegimages"))
+            longer = f"{safe_name(own)}_{name}"
+            numbered = (f"{number}_{longer}" for number in count(2))
+            names = chain([longer], numbered)
+            name = next(name for name in names if folded(name) not in self.names)
         self.names.add(folded(name))
         return name
 

@@ -34,7 +34,7 @@ from rfdetr.data.formats.source import (
 )
 from rfdetr.text import printable
 
-NO_YOLO = "label files that are not YOLO's"
+NO_YOLO = "images whose .txt is not YOLO's"
 CLASS_LISTS = ("classes.txt", "labels/classes.txt", "obj.names")  # a name a line
 MOST_CLASSES = 10_000
 STRAY = 0.5  # how far beyond 0..1 a coordinate may lie; pixels lie much further
@@ -67,7 +67,7 @@ class YoloReader:
         width, height = turned(read_image(item.image))
         objects = []
         if item.labels:
-            text = read_text(item.labels, "label files that cannot be read")
+            text = read_text(item.labels, "images whose .txt cannot be read")
             for number, line in enumerate(text.splitlines(), start=1):
                 if line.strip():
                     where = f"line {number}"
@@ -107,7 +107,7 @@ class YoloReader:
         if names is None:
             for file in (self.root / name for name in CLASS_LISTS):
                 if file.is_file():
-                    lines = read_text(file, "lists of classes").splitlines()
+                    lines = read_text(file, str(file)).splitlines()
                     names = [line.strip() for line in lines if line.strip()]
                     break
         if names is None:
@@ -146,7 +146,7 @@ class YoloReader:
             raise UserError(f"{self.yaml}: {split}: expected a folder or a list of folders")
         place = self._find(entry, f"{self.yaml}: {split}: {entry}", self._bases())
         if place is None:
-            self.notes.add("places in its YAML that do not exist", self.yaml, f"{split}: {entry}")
+            self.notes.add("folders of data.yaml that do not exist", self.yaml, f"{split}: {entry}")
             return []
         if place.suffix.lower() == ".txt":
             return list(self._listed_images(place))
@@ -155,7 +155,7 @@ class YoloReader:
 
     def _listed_images(self, file: Path) -> Iterator[Path]:
         bases = [file.parent, *self._bases()]
-        for line in read_text(file, "lists of images").splitlines():
+        for line in read_text(file, str(file)).splitlines():
             name = line.strip()
             if not name:
                 continue
@@ -211,7 +211,7 @@ class YoloReader:
             if any(item.labels for item in items):
                 splits[split] = items
             elif items:
-                what = f"images of {split}, which has no label file"
+                what = f"images of {split}, where no image has a .txt, left out"
                 self.notes.add(what, files[0], count=len(files))
         return splits
 
@@ -228,9 +228,7 @@ class YoloReader:
 def read_config(file: Path) -> dict:
     """The content of data.yaml.  Raises UserError."""
     try:
-        config = yaml.safe_load(read_text(file, "cannot be read"))
-    except Unusable as error:
-        raise UserError(f"{file} {error.what}: {error.detail}") from error
+        config = yaml.safe_load(read_text(file, str(file)))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is no YAML: {reason}") from error
