@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -328,7 +329,7 @@ def test_a_split_without_labels_is_left_out(convert, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["[1, 2", "- a", "names: 5\ntrain: images/train", "train: {a: 1}", "a: 2020-99-99", "[" * 9999],
+    ["[1, 2", "- a", "names: 5\ntrain: images/train", "train: {a: 1}", "a: 2020-99-99", "[" * 2000],
 )
 def test_a_damaged_yaml_is_an_error(text, refused, tmp_path):
     root = yolo(tmp_path / "theirs")
@@ -395,6 +396,20 @@ def test_a_file_name_leads_nowhere_else(convert, tmp_path):
     put(root / "b.xml", xml)
     converted, said = convert(root)
     assert len(images_of(converted)) == 1 and "images that are missing, left out: 1 (b.xml)" in said
+
+
+def test_lists_name_images_with_dots_and_others_are_left_out(convert, tmp_path):
+    root = tmp_path / "theirs"
+    for name in ("a.1", "a.2", "a.3"):
+        picture(root / f"JPEGImages/{name}.png")
+        put(root / f"Annotations/{name}.xml", voc_xml(IMAGE, [BOX], 0))
+    put(root / "ImageSets/Main/train.txt", "a.1\n")
+    put(root / "ImageSets/Main/val.txt", "a.2.png 1\n")
+    put(root / "ImageSets/Main/cell_train.txt", "a.3 -1\n")
+    converted, said = convert(root)
+    assert [entry["file_name"] for entry in images_of(converted)] == ["a.1.png"]
+    assert [entry["file_name"] for entry in images_of(converted, "valid")] == ["a.2.png"]
+    assert "no list in ImageSets names, left out: 1 (Annotations/a.3.xml)" in said
 
 
 def test_masks_without_a_box_have_the_class_of_their_colour(convert, tmp_path):
@@ -577,6 +592,42 @@ def test_orientation_is_settled_by_the_size_that_was_labelled(convert, tmp_path)
         splits, problems = inspect_dataset(converted, val_fraction=0.5, decode=True)
         assert splits["train"].exif == ("apply" if form == "yolo" else "ignore")
         converted.rename(tmp_path / f"coco of {form}")
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40)], ids=["stored", "shown"])
+@pytest.mark.parametrize("form", ["labelme", "masks"])
+def test_labels_of_either_orientation(form, size, convert, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    root = tmp_path / "theirs"
+    picture(root / "images/a.jpg", exif=exif)
+    width, height = size
+    if form == "masks":
+        Image.fromarray(np.eye(height, width, dtype=np.uint8)).save(make(root / "masks") / "a.png")
+    else:
+        image = {"file_name": "a.jpg", "width": width, "height": height}
+        data = labelme(image, [{"label": "cell", **SQUARE}])
+        put(root / "images/a.json", json.dumps(data))
+    (entry,) = images_of(convert(root)[0])
+    assert (entry["width"], entry["height"]) == size
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_are_not_opened_and_links_that_go_round_end(convert, tmp_path):
+    root = drawn(tmp_path / "theirs", SQUARE)
+    for name in ("b.json", "c.png", "d.txt", "e.xml"):
+        os.mkfifo(root / name)
+    (make(root / "sub") / "loop").symlink_to(root)
+    converted, said = convert(root)
+    assert len(images_of(converted)) == 1
+    assert "b.json: no plain file" in said
+
+
+def test_linked_folders_are_followed(convert, tmp_path):
+    root = yolo(tmp_path / "theirs")
+    (root / "images").rename(tmp_path / "elsewhere")
+    (root / "images").symlink_to(tmp_path / "elsewhere")
+    assert len(objects_of(convert(root)[0])) == 1
 
 
 def test_equal_names_of_several_folders_do_not_collide(convert, tmp_path):

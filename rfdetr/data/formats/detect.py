@@ -19,7 +19,7 @@ SPLIT_NAMES = {
     "valid": ("valid", "val", "validation"),
     "test": ("test", "testing"),
 }
-MOST_PEEKED = 3  # files of a folder that are opened
+MOST_PEEKED = 20  # files of a folder that are opened
 MOST_FOLDERS = 50  # of those in a folder that are looked into
 PEEK = 1 << 20  # bytes at either end of a file: LabelMe may keep the image between its texts
 YOLO_LINE = re.compile(rb"\d+(\.0*)?([ \t]+-?[\d.]+([eE]-?\d+)?){4,}\s*")
