@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from rfdetr.console import UserError, run_script, say, tick, warn
-from rfdetr.data.formats.detect import find_form, subfolders
+from rfdetr.data.formats.detect import find_form, find_yaml, subfolders
 from rfdetr.data.formats.labelme import LabelMeReader
 from rfdetr.data.formats.mask_images import MasksReader
 from rfdetr.data.formats.source import Notes, Reader, Unusable
@@ -33,13 +33,16 @@ VAL_FRACTION = 0.1
 def main(argv: list[str] | None = None) -> None:
     settings = script_settings(ConvertSettings, __doc__, argv)
     root = folder_of(settings.input)
-    form = find_form(root) if settings.format == "auto" else settings.format
+    described = settings.input if is_yaml(settings.input) else find_yaml(root)
+    form = settings.format
+    if form == "auto":
+        form = "yolo" if described else find_form(root)
     if form is None:
         raise UserError(no_form_message(root))
     output = settings.output
     require_free(output, "--output")
     notes = Notes(root)
-    reader = open_reader(form, root, settings.class_name, notes)
+    reader = open_reader(form, root, described, settings.class_name, notes)
     with writing_to(output, "--output"), new_folder(output, "--output") as folder:
         with CocoWriter(folder, reader.class_names, settings.copy == "copy", notes) as writer:
             convert(reader, writer, notes)
@@ -54,9 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     print_next(writer, output)
 
 
+def is_yaml(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (".yaml", ".yml")
+
+
 def folder_of(path: Path) -> Path:
     """The absolute path of a dataset's folder, of which the data.yaml may have been given."""
-    if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
+    if is_yaml(path):
         path = path.parent
     if not path.is_dir():
         raise UserError(f"--input {path}: expected a folder: {describe_folder(path)}")
@@ -81,11 +88,13 @@ def no_form_message(root: Path) -> str:
     )
 
 
-def open_reader(form: str, root: Path, class_name: str, notes: Notes) -> Reader:
+def open_reader(
+    form: str, root: Path, described: Path | None, class_name: str, notes: Notes
+) -> Reader:
     """The reader of a dataset in one of FORMS.  Raises UserError."""
     try:
         if form == "yolo":
-            return YoloReader(root, notes)
+            return YoloReader(root, described, notes)
         if form == "voc":
             return VocReader(root, notes)
         if form == "labelme":

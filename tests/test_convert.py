@@ -208,7 +208,7 @@ def test_any_yolo_line_there_and_back(tmp_path_factory, rows, data):
     picture(root / "images/a.png", (width, height))
     lines = [f"{label} {' '.join(map(repr, row))}" for label, *row in rows]
     put(root / "labels/a.txt", "\r\n".join(lines))
-    reader = YoloReader(root, Notes(root))
+    reader = YoloReader(root, None, Notes(root))
     (item,) = reader.splits["train"]
     image = reader.read(item)
     assert (image.width, image.height, len(image.objects)) == (width, height, len(rows))
@@ -253,8 +253,10 @@ def test_ways_to_say_where_the_images_lie(described, convert, tmp_path):
 
 
 def test_the_yaml_itself_may_be_given(convert, tmp_path):
-    converted, _ = convert(yolo(tmp_path / "theirs") / "data.yaml")
-    assert len(objects_of(converted)) == 1
+    root = yolo(tmp_path / "theirs")
+    put(root / "other.yaml", "train: images/train\nnames: [nucleus]")
+    converted, _ = convert(root / "other.yaml")
+    assert [entry["name"] for entry in objects_of(converted)] == ["nucleus"]
 
 
 def test_a_train_split_that_is_not_there_is_an_error(refused, tmp_path):

@@ -261,13 +261,12 @@ def whole(text: str | None) -> int | None:
 
 def colour(index: int) -> int:
     """0xRRGGBB of a number in the palette of VOC's masks: its bits, dealt to the three in turn."""
-    red, green, blue = 0, 0, 0
+    code = 0
     for place in range(7, -1, -1):
-        red |= (index & 1) << place
-        green |= (index >> 1 & 1) << place
-        blue |= (index >> 2 & 1) << place
-        index >>= 3
-    return red << 16 | green << 8 | blue
+        for shift in (16, 8, 0):
+            code |= (index & 1) << place + shift
+            index >>= 1
+    return code
 
 
 def class_numbers(labelmap: Path) -> dict[int, str]:

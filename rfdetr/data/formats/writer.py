@@ -23,6 +23,7 @@ from rfdetr.masks import annotation_area
 from rfdetr.text import is_control
 
 TABLE_CLASSES = 40  # more are counted, not listed
+TABLE_LETTERS = 30  # of a class name
 DECIMALS = 4  # of a pixel
 NOT_IN_NAMES = re.compile(r'[\\/:*?"<>|]')  # some system takes them for more than letters
 
@@ -100,17 +101,20 @@ class CocoWriter(contextlib.AbstractContextManager):
     def table(self) -> list[str]:
         """Lines: images, objects and masks of each split, then the objects of each class."""
         splits = [name for name in SPLITS if name in self.splits]
-        width = max(12, *(len(name) + 2 for name in self.categories))
+        shown = {name: f"  {shortened(name)}" for name in list(self.categories)[:TABLE_CLASSES]}
+        width = max(12, *map(len, shown.values()))
         lines = [f"{'':<{width}}" + "".join(f"{name:>9}" for name in splits)]
-        rows = {
+        counts = {
             "images": [len(self.splits[name].images) for name in splits],
             "objects": [self.splits[name].objects.total() for name in splits],
             "with masks": [self.splits[name].masks for name in splits],
         }
-        for name, number in list(self.categories.items())[:TABLE_CLASSES]:
-            rows[f"  {name}"] = [self.splits[split].objects[number] for split in splits]
-        for title, counts in rows.items():
-            lines.append(f"{title:<{width}}" + "".join(f"{count:>9}" for count in counts))
+        rows = list(counts.items())
+        for name, title in shown.items():
+            number = self.categories[name]
+            rows.append((title, [self.splits[split].objects[number] for split in splits]))
+        for title, cells in rows:
+            lines.append(f"{title:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
         if len(self.categories) > TABLE_CLASSES:
             lines.append(f"  ... and {len(self.categories) - TABLE_CLASSES} classes more")
         return lines
@@ -202,6 +206,10 @@ def link_or_copy(source: Path, target: Path, copies: bool) -> None:
             os.link(source.resolve(), target)
             return
     shutil.copyfile(source, target)
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= TABLE_LETTERS else name[: TABLE_LETTERS - 3] + "..."
 
 
 def safe_name(name: str) -> str:

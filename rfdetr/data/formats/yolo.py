@@ -16,7 +16,7 @@ import yaml
 
 from rfdetr.console import UserError
 from rfdetr.data.exif import turned
-from rfdetr.data.formats.detect import SPLIT_NAMES, find_yaml
+from rfdetr.data.formats.detect import SPLIT_NAMES
 from rfdetr.data.formats.source import (
     LabelledImage,
     LabelledObject,
@@ -46,12 +46,15 @@ class LabelledPath(NamedTuple):
 
 
 class YoloReader:
-    """A YOLO dataset in the folder `root`, an absolute path.  Raises UserError and Unusable."""
+    """A YOLO dataset in the folder `root`, an absolute path.  Raises UserError and Unusable.
 
-    def __init__(self, root: Path, notes: Notes):
+    described: its data.yaml, if it has one.
+    """
+
+    def __init__(self, root: Path, described: Path | None, notes: Notes):
         self.root = root
         self.notes = notes
-        self.yaml = find_yaml(root)
+        self.yaml = described
         self.config = read_config(self.yaml) if self.yaml else {}
         self.names = self._find_names()
         self.class_names = [self.names[number] for number in sorted(self.names)]
