@@ -102,7 +102,8 @@ def require_files(settings: object) -> None:
         find_checkpoint(Path(weights).expanduser())
     if getattr(settings, "stage1_run", None) and not settings.checkpoint:
         detector_of_run(settings.stage1_run)
-    for text in getattr(settings, "input", ()):
+    inputs = getattr(settings, "input", ())
+    for text in [str(inputs)] if isinstance(inputs, Path) else inputs:
         if not (glob.has_magic(text) or Path(text).exists()):
             raise UserError(f"--input {text}: {what_is_there(Path(text))}")
     if isinstance(settings, DataSettings):

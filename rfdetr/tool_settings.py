@@ -21,6 +21,12 @@ from rfdetr.fields import (
 from rfdetr.settings import AMP, EXIF, OWN_RESOLUTION, DataSettings, TileSettings
 from rfdetr.sizes import AUGMENTS, SIZES
 
+FORMS = {  # of datasets that convert_dataset.py reads, in words
+    "yolo": "a YOLO dataset",
+    "voc": "a Pascal VOC dataset",
+    "labelme": "a LabelMe dataset",
+    "masks": "a dataset of mask images",
+}
 ESTIMATE = (
     "memory and time of each size, from a measured step of --size "
     "(about a minute; on a CPU longer for large sizes)"
@@ -123,6 +129,21 @@ class ExportSettings:
     )
     format: str = choice("rfdetr", "rfdetr: the package on PyPI, 1.11", ("rfdetr",))
     out: Path = path(REQUIRED, "where to write it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """convert_dataset.py"""
+
+    input: Path = path(REQUIRED, "folder of the dataset (of YOLO also its data.yaml)")
+    output: Path = path(Path("dataset"), "a new or empty folder for the COCO dataset")
+    format: str = choice("auto", "what is in the folder", ("auto", *FORMS))
+    copy: str = choice(
+        "link",
+        "link: images are hard links where the disk allows it: one file under two names",
+        ("link", "copy"),
+    )
+    class_name: str = text("object", "of masks: what their objects are called", metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)

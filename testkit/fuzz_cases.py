@@ -35,6 +35,14 @@ from testkit.damage import (
     some_rle,
 )
 from testkit.damaged_checkpoints import copy_of, damage_tensors, damaged_checkpoint, tensor_values
+from testkit.forms import (
+    write_bowl,
+    write_labelme,
+    write_masks,
+    write_voc,
+    write_voc_beside,
+    write_yolo,
+)
 from testkit.in_process import output_of
 
 SMALL = [
@@ -43,6 +51,7 @@ SMALL = [
 ]
 TRAINING = ("train_detector_stage1", "train_seg_stage2", "train_seg_single_stage")
 OTHERS = ("predict", "shrink_head", "export")
+WRITERS = (write_yolo, write_voc, write_voc_beside, write_labelme, write_masks, write_bowl)
 MODULES = ("rfdetr.data.demo", "rfdetr.weights.download")
 WORDS = [
     *("", "0", "1", "2", "-1", "1.5", "nan", "inf", "-inf", "1e400", "9" * 400, "9" * 5000),
@@ -332,6 +341,24 @@ def command_case(rng: random.Random, base: Materials, place: Path) -> Command:
     return command
 
 
+def form_case(rng: random.Random, base: Materials, place: Path) -> Command:
+    """Bytes of the files of a dataset in another form, or words and numbers in their texts."""
+    root = place / "data/theirs"
+    rng.choice(WRITERS)(base.data, root)
+    files = sorted(file for file in root.rglob("*") if file.is_file())
+    texts = [file for file in files if file.suffix in (".txt", ".xml", ".json", ".yaml")]
+    for file in rng.choices(texts or files, k=rng.choice([1, 1, 3])):
+        if rng.random() < 0.5 or not texts:
+            file.write_bytes(damage_bytes(rng, file.read_bytes()))
+            continue
+        words = re.split(r"([\w.+-]+)", file.read_text("utf-8", "replace"))
+        words[rng.randrange(len(words))] = str(rng.choice([*WORDS, *VALUES]))
+        file.write_text("".join(words), "utf-8", "replace")
+    form = rng.choice(["auto", "auto", "auto", "yolo", "voc", "labelme", "masks"])
+    words = ["--input", "../data/theirs", "--output", "coco", "--format", form]
+    return Command("convert_dataset", words)
+
+
 KINDS: dict[str, Callable[[random.Random, Materials, Path], Command]] = {
     "annotations": annotations_case,
     "rle": rle_case,
@@ -339,4 +366,5 @@ KINDS: dict[str, Callable[[random.Random, Materials, Path], Command]] = {
     "image": image_case,
     "checkpoint": checkpoint_case,
     "command": command_case,
+    "form": form_case,
 }

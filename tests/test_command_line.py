@@ -15,6 +15,7 @@ from rfdetr.resolve import settings_of
 from rfdetr.settings import STAGES, DetectorSettings
 from rfdetr.sizes import SIZES
 from rfdetr.tool_settings import (
+    ConvertSettings,
     EvaluationSettings,
     ExportSettings,
     PredictionSettings,
@@ -29,6 +30,7 @@ SCRIPTS = {
     "predict.py": PredictionSettings,
     "export.py": ExportSettings,
     "validate_setup.py": ValidationSettings,
+    "convert_dataset.py": ConvertSettings,
 }
 SLOW = ("torch", "torchvision", "timm", "cv2")
 
@@ -80,6 +82,7 @@ def test_help_and_slips_are_answered_before_the_slow_imports(script, tmp_path):
         ("train_detector_stage1.py", ["--pretrain_weights", "no.pth"], "no.pth"),
         ("train_seg_stage2.py", ["--stage1_run", "no_run"], "No checkpoint found in Stage-1"),
         ("shrink_head.py", ["--in_ckpt", "no.pth", "--out_ckpt", "o.pth"], "no.pth"),
+        ("convert_dataset.py", ["--input", "no_folder"], "no_folder"),
         ("predict.py", [], "--checkpoint, --input, --output"),
         ("predict.py", ["--checkpoint", "a.pt", "--input", "no.png", "--output", "o"], "no.png"),
     ],

@@ -1,4 +1,4 @@
-"""Hostile and damaged input: 500 cases of testkit/fuzz_cases.py through the scripts, and properties
+"""Hostile and damaged input: 590 cases of testkit/fuzz_cases.py through the scripts, and properties
 they rest on; 60 random evaluations against pycocotools."""
 
 from __future__ import annotations

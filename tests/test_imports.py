@@ -114,7 +114,7 @@ def test_nothing_goes_round_in_a_circle():
     ],
 )
 def test_walls(part, forbidden):
-    for path in sorted((ROOT / "rfdetr" / part).glob("*.py")):
+    for path in sorted((ROOT / "rfdetr" / part).rglob("*.py")):
         for module in imports_of(path):
             assert not any(module == f or module.startswith(f + ".") for f in forbidden), (
                 f"{path}: {module}"

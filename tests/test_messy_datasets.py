@@ -311,7 +311,8 @@ def test_other_formats_are_named(tmp_path, files, words):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=f"it is a {words} dataset.*expected.*Export it as COCO"):
+    command = f"python convert_dataset.py --input {tmp_path} --output"
+    with pytest.raises(UserError, match=f"it is a {words} dataset.*{command}"):
         read_dataset(tmp_path)
 
 

@@ -19,6 +19,7 @@ from rfdetr.resolve import settings_of
 from rfdetr.settings import STAGES
 from rfdetr.sizes import SIZES
 from rfdetr.tool_settings import (
+    ConvertSettings,
     EvaluationSettings,
     ExportSettings,
     PredictionSettings,
@@ -31,6 +32,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 MOST_WORDS = 1500
 SCRIPTS = {stage.script: stage for stage in STAGES.values()} | {
+    "convert_dataset.py": ConvertSettings,
     "evaluate.py": EvaluationSettings,
     "export.py": ExportSettings,
     "predict.py": PredictionSettings,

@@ -22,6 +22,7 @@ from rfdetr.settings import (
 )
 from rfdetr.sizes import SIZES, LossWeights
 from rfdetr.tool_settings import (
+    ConvertSettings,
     EvaluationSettings,
     ExportSettings,
     InferenceSettings,
@@ -37,6 +38,7 @@ ALL = (
     PredictionSettings,
     ShrinkSettings,
     ExportSettings,
+    ConvertSettings,
     ValidationSettings,
 )
 STORED = {  # what runs of earlier versions keep beside the settings of today
@@ -230,6 +232,7 @@ BAD = [
     (PredictionSettings, "pictures", 1, "a text"),
     (PredictionSettings, "pictures", "gif", "png, jpg, 0"),
     (ExportSettings, "format", "onnx", "rfdetr"),
+    (ConvertSettings, "format", "coco", "auto, yolo, voc, labelme, masks"),
     (ValidationSettings, "resolution", 0, ">= 1"),
 ]
 

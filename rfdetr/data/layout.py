@@ -8,7 +8,9 @@ import stat
 from pathlib import Path
 
 from rfdetr.console import UserError
+from rfdetr.data.formats.detect import conversion_of, find_form
 from rfdetr.data.image_files import kind_of_file
+from rfdetr.tool_settings import FORMS
 
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
@@ -42,15 +44,14 @@ def no_dataset_message(root: Path) -> str:
     if near:
         names = " or ".join(f'--dataset "{folder}"' for folder in near)
         return f"{message}. There is one nearby: run the same command with {names}"
-    other = other_format(root)
-    there = f"it is {other}" if other else describe_folder(root)
-    message += (
-        f" ({there}): expected train/_annotations.coco.json beside the images, or "
-        "annotations/instances_train2017.json and train2017/. "
+    form = find_form(root)
+    if form:
+        return f"{message} (it is {FORMS[form]}). Write it as COCO: {conversion_of(root)}"
+    return (
+        f"{message} ({describe_folder(root)}): expected train/_annotations.coco.json beside the "
+        "images, or annotations/instances_train2017.json and train2017/. Name the right folder "
+        "with --dataset"
     )
-    if other:
-        return f"{message}Export it as COCO, from the labelling tool for example"
-    return f"{message}Name the right folder with --dataset"
 
 
 def nearby_datasets(root: Path) -> list[Path]:
@@ -68,24 +69,6 @@ def holds_dataset(folder: Path) -> bool:
     # os.path: a folder that may not be read is none
     has_split = any(os.path.exists(folder / name / ANNOTATIONS) for name in SPLITS)
     return has_split or bool(find_coco_splits(folder))
-
-
-def other_format(root: Path) -> str:
-    """In words, which other layout a folder has; empty for none that is known."""
-    for folder in (root, *(root / name for name in (*SPLITS, "val"))):
-        if has_files(folder, "labels/*.txt", "labels/*/*.txt"):
-            return "a YOLO dataset: images/ and labels/ with a .txt for each image"
-        if has_files(folder, "Annotations/*.xml", "annotations/*.xml", "*.xml"):
-            return "a Pascal VOC dataset: an .xml for each image"
-    if has_files(root, "data.yaml", "data.yml"):
-        return "a YOLO dataset: data.yaml names its folders"
-    if has_files(root, "*/Annotations/*.xml"):
-        return "a Pascal VOC dataset: an .xml for each image"
-    return ""
-
-
-def has_files(folder: Path, *patterns: str) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def find_coco_splits(root: Path) -> dict[str, tuple[Path, Path]]:

@@ -1,0 +1,139 @@
+"""Write YOLO, Pascal VOC, LabelMe or mask images as COCO, which all scripts read.
+
+python convert_dataset.py --input DIR --output dataset
+"""
+
+from __future__ import annotations
+
+from rfdetr.cli import check_command, script_settings
+from rfdetr.tool_settings import FORMS, ConvertSettings
+
+# before the slow imports
+check_command(ConvertSettings, __doc__, __name__)
+
+import os
+from pathlib import Path
+
+from rfdetr.console import UserError, run_script, say, tick, warn
+from rfdetr.data.formats.detect import find_form, find_yaml, subfolders
+from rfdetr.data.formats.labelme import LabelMeReader
+from rfdetr.data.formats.mask_images import MasksReader
+from rfdetr.data.formats.source import Notes, Reader, Unusable
+from rfdetr.data.formats.voc import VocReader
+from rfdetr.data.formats.writer import CocoWriter, new_folder, require_free
+from rfdetr.data.formats.yolo import YoloReader
+from rfdetr.data.layout import describe_folder, holds_dataset
+from rfdetr.files import writing_to
+from rfdetr.progress import ProgressBar
+from rfdetr.text import command_line
+
+VAL_FRACTION = 0.1
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = script_settings(ConvertSettings, __doc__, argv)
+    root = folder_of(settings.input)
+    described = settings.input if is_yaml(settings.input) else find_yaml(root)
+    form = settings.format
+    if form == "auto":
+        form = "yolo" if described else find_form(root)
+    if form is None:
+        raise UserError(no_form_message(root))
+    output = settings.output
+    require_free(output, "--output")
+    notes = Notes(root)
+    reader = open_reader(form, root, described, settings.class_name, notes)
+    with writing_to(output, "--output"), new_folder(output, "--output") as folder:
+        with CocoWriter(folder, reader.class_names, settings.copy == "copy", notes) as writer:
+            convert(reader, writer, notes)
+            require_objects(writer, form, root, notes)
+            writer.finish()
+
+    tick(f"Written: {output}, from {FORMS[form]} in {settings.input}")
+    for line in writer.table():
+        say(line)
+    if notes.counts:
+        warn("; ".join(notes.lines()))
+    print_next(writer, output)
+
+
+def is_yaml(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (".yaml", ".yml")
+
+
+def folder_of(path: Path) -> Path:
+    """The absolute path of a dataset's folder, of which the data.yaml may have been given."""
+    if is_yaml(path):
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"--input {path}: expected a folder: {describe_folder(path)}")
+    return Path(os.path.abspath(path))
+
+
+def no_form_message(root: Path) -> str:
+    """What a folder holds that is in none of the forms, and what to type instead."""
+    if holds_dataset(root):
+        command = command_line("python", "validate_setup.py", "--dataset", root)
+        return f"{root} is a COCO dataset already, which all scripts read. Check it: {command}"
+    for folder in subfolders(root):
+        form = find_form(folder)
+        if form:
+            command = command_line("python", "convert_dataset.py", "--input", folder)
+            return f"{root}: {FORMS[form]} lies in its folder {folder.name}. Run: {command}"
+    return (
+        f"{root} is no dataset in a form that is known ({describe_folder(root)}): expected YOLO "
+        "(data.yaml, or images/ and labels/), Pascal VOC (Annotations/, or an .xml beside each "
+        "image), LabelMe (a .json beside each image), or images/ and masks/. Name the right folder "
+        f"with --input, or what it is with --format {'|'.join(FORMS)}"
+    )
+
+
+def open_reader(
+    form: str, root: Path, described: Path | None, class_name: str, notes: Notes
+) -> Reader:
+    """The reader of a dataset in one of FORMS.  Raises UserError."""
+    try:
+        if form == "yolo":
+            return YoloReader(root, described, notes)
+        if form == "voc":
+            return VocReader(root, notes)
+        if form == "labelme":
+            return LabelMeReader(root, notes)
+        return MasksReader(root, class_name, notes)
+    except Unusable as error:  # a file that the whole dataset depends on
+        raise UserError(f"{error.what}: {error.detail}") from error
+
+
+def convert(reader: Reader, writer: CocoWriter, notes: Notes) -> None:
+    """Write every image that can be used; `notes` counts the others."""
+    items = [(split, item) for split, items in reader.splits.items() for item in items]
+    for split, item in ProgressBar(items, "convert"):
+        try:
+            image = reader.read(item)
+        except Unusable as error:
+            notes.add(f"{error.what}, left out", reader.place(item), error.detail)
+        else:
+            writer.add(split, image)
+
+
+def require_objects(writer: CocoWriter, form: str, root: Path, notes: Notes) -> None:
+    if any(split.objects for split in writer.splits.values()):
+        return
+    found = "images without any object" if writer.splits else "no usable image"
+    left_out = f": {'; '.join(notes.lines())}" if notes.counts else ""
+    raise UserError(
+        f"{root}: {found} in what was read as {FORMS[form]}{left_out}. Nothing is written. "
+        f"Is it in another form? Name it with --format {'|'.join(FORMS)}"
+    )
+
+
+def print_next(writer: CocoWriter, output: Path) -> None:
+    words = ["python", "validate_setup.py", "--dataset", output]
+    if "train" in writer.splits and "valid" not in writer.splits:
+        say(f"There is no valid split: --val_fraction {VAL_FRACTION} takes a tenth of train/")
+        words += ["--val_fraction", VAL_FRACTION]
+    say(f"Next:  {command_line(*words)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
