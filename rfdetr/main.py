@@ -221,6 +221,7 @@ def make_keeper(
         "exif": train.exif,
         "image_side": typical_side(train),
         "tile": session.tiling.side if session.tiling else 0,
+        "letterbox": session.letterbox,
         "gray": train.gray.to_dict() if train.gray else None,
         "guessed_masks": session.guess_masks,
         "trained_on": trained_on.unique(),

@@ -25,21 +25,29 @@ def count_by_size(split: CocoSplit) -> dict[str, int]:
     return {name: int((size_classes == i).sum()) for i, name in enumerate(COCO_AREAS)}
 
 
-def object_sides(split: CocoSplit, resolution: int) -> np.ndarray:
-    """(objects,) square roots of the boxes' areas in pixels of the `resolution` px square input."""
+def object_sides(split: CocoSplit, resolution: int, letterbox: bool = False) -> np.ndarray:
+    """(objects,) square roots of the boxes' areas in pixels of the `resolution` px square input.
+
+    letterbox: images keep their proportions there.
+    """
     images = split.images
-    scales = np.repeat(resolution / images.sizes, images.object_counts, axis=0)
+    sizes = images.sizes
+    if letterbox:
+        sizes = sizes.max(axis=1, keepdims=True)
+    scales = np.repeat(resolution / sizes, images.object_counts, axis=0)
     boxes = images.boxes
     return np.sqrt(((boxes[:, 2:] - boxes[:, :2]) * scales).prod(axis=1))
 
 
-def shrink_problems(split: CocoSplit, resolution: int, step: int) -> list[Problem]:
+def shrink_problems(
+    split: CocoSplit, resolution: int, step: int, letterbox: bool = False
+) -> list[Problem]:
     """A warning where a split's images are shrunk so much that objects are lost, if they are.
 
-    step: what a resolution must be a multiple of.
+    step: what a resolution must be a multiple of; letterbox: as in object_sides.
     """
     images = split.images
-    sides = object_sides(split, resolution)
+    sides = object_sides(split, resolution, letterbox)
     image_sides = images.sizes.max(axis=1, initial=0)
     message = shrink_warning(image_sides, resolution, step, sides)
     if not message:
