@@ -194,8 +194,10 @@ class RFDETR:
     def letterboxed(self, given: bool | None = None) -> bool:
         """Whether predict() lets images keep their proportions; given: its argument.
 
-        Warns, once, where training did otherwise.
+        Warns, once, where training did otherwise.  Raises UserError for another value.
         """
+        if given not in (None, False, True):
+            raise UserError(f"letterbox must be True, False or None, got {given!r}")
         letterbox, warning = letterbox_for(given, self.trained_with)
         if warning and not self._warned_of_letterbox:
             self._warned_of_letterbox = True

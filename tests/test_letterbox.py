@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 import evaluate
 import predict
+import quickstart
 import train_detector_stage1
 import train_seg_single_stage
 import train_seg_stage2
@@ -365,6 +366,8 @@ def test_another_way_than_in_training_is_told_once(mixed, tmp_path, capsys):
     assert "--letterbox 1: the model was trained on images resized" in capsys.readouterr().out
     assert letterbox_for(None, {"letterbox": True}) == (True, "")
     assert letterbox_for(None, {}) == letterbox_for(False, {}) == (False, "")
+    with pytest.raises(UserError, match="letterbox must be True, False or None"):
+        old.predict(file, letterbox="yes")
     with pytest.raises(UserError, match="letterbox"):
         checkpoint.load(saved_model(tmp_path / "broken.pt", letterbox="yes"))
 
@@ -442,3 +445,9 @@ def test_the_letterbox_goes_with_the_checkpoint(mixed, call, tmp_path, capsys, m
     call(evaluate.main, *words, "plain", "--letterbox", 0)
     assert "--letterbox 0: the model was trained on" in capsys.readouterr().out
     assert json.loads((tmp_path / "plain/segm.json").read_text()) != own
+
+
+def test_quickstart_hands_it_to_stage_1(monkeypatch):
+    job = quickstart.Job(quickstart.parse(["--letterbox", "1", "--epochs", "1"]))
+    monkeypatch.setattr(job, "train", lambda script, kind, what, own: own)
+    assert job.train_detector()[-2:] == ("--letterbox", "1")
