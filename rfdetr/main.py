@@ -219,7 +219,7 @@ def make_keeper(
         "args": plain(session.settings),
         "left_out": train.left_out,
         "exif": train.exif,
-        "image_side": typical_side(train),
+        "image_side": typical_side(train, session.letterbox),
         "tile": session.tiling.side if session.tiling else 0,
         "letterbox": session.letterbox,
         "gray": train.gray.to_dict() if train.gray else None,

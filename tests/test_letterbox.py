@@ -31,7 +31,7 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.layout import ANNOTATIONS
 from rfdetr.data.letterbox import as_input, letterbox_for
-from rfdetr.data.statistics import object_sides
+from rfdetr.data.statistics import object_sides, typical_side
 from rfdetr.detr import RFDETR
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import Detections, draw_masks, make_predictions, sure_detections
@@ -241,6 +241,7 @@ def test_objects_keep_their_proportions(split):
         sides = (boxes[:, 2] * boxes[:, 3]).sqrt() * SIDE
         own = object_sides(split, SIDE, letterbox=True)[split.places == index]
         np.testing.assert_allclose(sides.numpy(), own, rtol=0.04)
+    assert typical_side(split, letterbox=True) == 120 and typical_side(split) == 69
     assert not torch.allclose(*squeezed[0, None]["target"]["boxes"][:, 2:].unbind(1), rtol=0.5)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -152,7 +151,9 @@ def image_warnings(
     return [message for message in messages if message]
 
 
-def typical_side(split: CocoSplit) -> int:
-    """The median image's side in pixels, of a square of its area."""
-    sides = [math.sqrt(image.height * image.width) for image in split.images]
+def typical_side(split: CocoSplit, letterbox: bool = False) -> int:
+    """The median side in pixels of a square that would be shrunk to the input as its image is: one
+    of the same area, or with a letterbox of its longer side.
+    """
+    sides = split.images.sizes.max(axis=1) if letterbox else split.images.sizes.prod(axis=1) ** 0.5
     return round(float(np.median(sides)))
