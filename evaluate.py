@@ -18,6 +18,7 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.gray import look_at_records, scale_for
 from rfdetr.data.layout import find_splits
+from rfdetr.data.letterbox import letterbox_for
 from rfdetr.data.loaders import check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.statistics import shrink_problems
@@ -50,10 +51,20 @@ def main(argv: list[str] | None = None) -> None:
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
     tiling = tiling_of(content, settings.tile, settings.tile_overlap, settings.tile_full)
     tell_tiles(content, tiling)
+    letterbox, warning = letterbox_for(settings.letterbox, content)
+    if warning:
+        warn(warning)
     if not tiling:
-        for problem in shrink_problems(split, resolution, model.size.block):
+        for problem in shrink_problems(split, resolution, model.size.block, letterbox):
             warn(problem.message)
-    dataset = SplitDataset(split, resolution, None, masks=False, tiling=tiling)
+    dataset = SplitDataset(
+        split=split,
+        resolution=resolution,
+        augment=None,
+        masks=False,
+        tiling=tiling,
+        letterbox=letterbox,
+    )
     pin = device.type == "cuda"
     loader = evaluation_loader(dataset, settings.batch, settings.workers, pin=pin)
     masks = model.head is not None and split.mask_count > 0

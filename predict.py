@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
     tell_tiles(model.trained_with, tiling)
+    model.letterboxed(settings.letterbox)  # warns before the work
     lowest = settings.threshold
     new_tracker = None
     if settings.track:
@@ -138,6 +139,7 @@ class Predictor:
             tile=settings.tile,
             tile_overlap=settings.tile_overlap,
             tile_full=settings.tile_full,
+            letterbox=settings.letterbox,
         )
 
 

@@ -155,7 +155,7 @@ def run_job(args):
     begin = time.time()
     job = Job(args)
     job.choose_dataset_and_size()
-    checked = job.flags(*(DATA_FLAGS + MODEL_FLAGS)) + job.tile_flag()
+    checked = job.flags(*(DATA_FLAGS + MODEL_FLAGS + ("letterbox",))) + job.tile_flag()
     job.step("validate_setup.py", *checked)
     job.count_images()
     detector, weights = job.train_detector()
@@ -244,7 +244,7 @@ class Job(object):
             self.args.epochs = epochs_for(
                 "Stage 1", self.steps[0], self.images, batch, self.recipe.min_steps
             )
-        own = self.flags("seed", "epochs", "pretrain_weights") + self.tile_flag()
+        own = self.flags("seed", "epochs", "letterbox", "pretrain_weights") + self.tile_flag()
         return self.train("train_detector_stage1.py", "detector", "the detector is", own)
 
     def shrink(self, detector, weights):
@@ -368,6 +368,9 @@ def parse(argv):
     add("--rename", nargs="+", action="extend", metavar="OLD=NEW",
         help="call classes otherwise: \"Date=date\" where valid says Date, train date")
     add("--tile", help="train on tiles of so many pixels of larger images; auto: by the objects")
+    add("--letterbox", metavar="0|1",
+        help="1: images keep their proportions, 0: they are resized to a square "
+        "(default: the size's own)")
     add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add("--config", metavar="FILE", help="these settings in YAML; flags win")
     add("--test", nargs=argparse.REMAINDER,

@@ -22,6 +22,7 @@ from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
 from rfdetr.training.session import (
     adapt_encoder,
+    choose_letterbox,
     choose_tiles,
     class_table,
     make_trainer,
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     settings, resumed = training_settings(DetectorSettings, __doc__, argv)
     session = begin(settings, resumed)
     choose_tiles(session, resumed)
+    choose_letterbox(session, resumed)
     table = class_table(session, settings.head)
     model = Detector(
         session.size,

@@ -26,6 +26,7 @@ from rfdetr.training.optim import parameter_groups
 from rfdetr.training.report import draw_guesses
 from rfdetr.training.session import (
     adapt_encoder,
+    choose_letterbox,
     choose_tiles,
     class_table,
     make_trainer,
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.init_ckpt and not resumed:
         start = checkpoint.load(settings.init_ckpt)
     choose_tiles(session, resumed or start)
+    choose_letterbox(session, resumed or start)
     mask_stride = stride_of_head(size, resumed or start)
     model = Detector(
         size,

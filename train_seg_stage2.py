@@ -42,6 +42,7 @@ from rfdetr.training.optim import parameter_group
 from rfdetr.training.report import draw_guesses
 from rfdetr.training.session import (
     Session,
+    choose_letterbox,
     choose_tiles,
     make_trainer,
     split_evaluator,
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     session.trained_on = checkpoint.trained_on(content)
     session.resolution = checkpoint.input_side(content, settings.resolution, path)
     choose_tiles(session, content)
+    choose_letterbox(session, content)
     rows_in_file = checkpoint.table_of(content).rows_total
     head_name = mask_head_name(settings, content, path)
     detector, table = frozen_detector(session, content, path)
@@ -236,6 +238,7 @@ def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
         masks=True,
         guess=session.guess_masks,
         tiling=session.tiling,
+        letterbox=session.letterbox,
     )
     runs = settings.output_dir.parent if settings.output_dir else Path("runs")
     return FeatureCache(losses, plain_images, cached_views(settings), runs / "feature_cache")

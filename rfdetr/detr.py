@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.gray import look_at, scale_for, window_of
 from rfdetr.data.images import GrayWindow
+from rfdetr.data.letterbox import as_input, letterbox_for
 from rfdetr.device import pick_device, pick_inference_precision
 from rfdetr.inference.detections import (
     DetectionRunner,
@@ -41,7 +41,7 @@ from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
 from rfdetr.placement import Placement
 from rfdetr.resolve import settings_of
 from rfdetr.sizes import SIZES
-from rfdetr.tiling import Tiling, crop, tiling_of
+from rfdetr.tiling import Tiling, Window, crop, tiling_of
 from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load, require_size
 from rfdetr.weights.download import find_weights
@@ -57,6 +57,7 @@ class Choice:
     max_detections: int | None
     window: GrayWindow | None
     tiling: Tiling | None
+    letterbox: bool
 
 
 class RFDETR:
@@ -98,10 +99,12 @@ class RFDETR:
         self.precision = pick_inference_precision(amp, place, model.size.recipe.amp)
         self.runner = DetectionRunner(self.table, self.precision)
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
-        # tile and image_side, as in a checkpoint
-        self.trained_with = {name: content.get(name) for name in ("tile", "image_side")}
+        # as in a checkpoint
+        known = ("tile", "image_side", "letterbox")
+        self.trained_with = {name: content.get(name) for name in known}
         self.gray = gray_of(content)
         self._warned_of_gray = False
+        self._warned_of_letterbox = False
 
     @classmethod
     def from_checkpoint(
@@ -131,6 +134,7 @@ class RFDETR:
         tile: int | str | None = PredictionSettings.tile,
         tile_overlap: float = PredictionSettings.tile_overlap,
         tile_full: bool = PredictionSettings.tile_full,
+        letterbox: bool | None = PredictionSettings.letterbox,
     ) -> Prediction | list[Prediction]:
         """Detect objects with a score of at least `threshold`, 0..1, in one image or several.
 
@@ -146,7 +150,8 @@ class RFDETR:
         these images; None: as in training. pages: each page of a file that has several is an image.
         tile: images larger than so many pixels are looked at in tiles of that side, which overlap
         by the share tile_overlap; "auto": at the scale of the training images; 0: none are; None:
-        as in training. tile_full: each image is looked at as a whole, too.
+        as in training. tile_full: each image is looked at as a whole, too. letterbox: images and
+        tiles keep their proportions in the model's input; None: as in training.
 
         Returns a Prediction; for several images a list of them. Raises UserError for an argument
         out of its range, an image that cannot be read, and where the model gives NaN.
@@ -169,6 +174,7 @@ class RFDETR:
             max_detections=max_detections,
             window=self.gray_window(singles, gray),
             tiling=self.tiling(tile, tile_overlap, tile_full),
+            letterbox=self.letterboxed(letterbox),
         )
         is_single = split_up(images) is None and not isinstance(singles[0], Page)
         if is_single:
@@ -184,6 +190,19 @@ class RFDETR:
         Raises UserError where there is nothing to tell what "auto" is.
         """
         return tiling_of(self.trained_with, tile, overlap, full)
+
+    def letterboxed(self, given: bool | None = None) -> bool:
+        """Whether predict() lets images keep their proportions; given: its argument.
+
+        Warns, once, where training did otherwise.  Raises UserError for another value.
+        """
+        if given not in (None, False, True):
+            raise UserError(f"letterbox must be True, False or None, got {given!r}")
+        letterbox, warning = letterbox_for(given, self.trained_with)
+        if warning and not self._warned_of_letterbox:
+            self._warned_of_letterbox = True
+            warn(warning)
+        return letterbox
 
     def gray_window(
         self, images: list[ImageInput], gray: str | float | None = None
@@ -225,8 +244,8 @@ class RFDETR:
                 self._predict_in_tiles(original, array, choice)
                 for original, array in zip(originals, pixels)
             ]
-        inputs = torch.stack([self._resized(array) for array in pixels])
-        placements = [Placement.resized(*array.shape[:2]) for array in pixels]
+        inputs = torch.stack([self._as_input(array, choice) for array in pixels])
+        placements = [self._placed(None, array, choice) for array in pixels]
         predictions = []
         indices = list(range(len(images)))
         for detections in self.runner.run(self.model, inputs, placements, indices):
@@ -252,8 +271,8 @@ class RFDETR:
         seen: list[DetectedInWindow] = []
         for first in range(0, len(windows), choice.batch):
             part = windows[first : first + choice.batch]
-            inputs = torch.stack([self._resized(crop(pixels, window)) for window in part])
-            placements = [Placement.of_window(window, height, width) for window in part]
+            inputs = torch.stack([self._as_input(crop(pixels, window), choice) for window in part])
+            placements = [self._placed(window, pixels, choice) for window in part]
             indices = list(range(len(part)))
             for detections in self.runner.run(self.model, inputs, placements, indices):
                 require_finite(detections)
@@ -267,10 +286,16 @@ class RFDETR:
             prediction = prediction.without_duplicates(choice.nms)
         return prediction[: choice.max_detections]
 
-    def _resized(self, original: np.ndarray) -> Tensor:
+    def _as_input(self, pixels: np.ndarray, choice: Choice) -> Tensor:
         """(H, W, 3) uint8 -> the model's input, (3, R, R) uint8."""
-        pixels = torch.tensor(original).permute(2, 0, 1)
-        return v2.functional.resize(pixels, [self.resolution, self.resolution], antialias=True)
+        image = torch.tensor(pixels).permute(2, 0, 1)
+        return as_input(image, self.resolution, choice.letterbox)
+
+    def _placed(self, window: Window | None, pixels: np.ndarray, choice: Choice) -> Placement:
+        """Where the input made of a window, or of all, of an image (H, W, 3) lies in it."""
+        height, width = pixels.shape[:2]
+        window = window or Window(0, 0, width, height)
+        return Placement.of_input(window, height, width, self.resolution, choice.letterbox)
 
 
 def require_share(name: str, value: float) -> None:

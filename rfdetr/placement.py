@@ -12,6 +12,19 @@ from torch import Tensor
 from rfdetr.tiling import Window
 
 
+def letterbox_borders(height: int, width: int, side: int) -> tuple[int, int]:
+    """(beside, above): the pixels between an image and the rim of the square input of `side` pixels
+    that it is centred in as large as its proportions allow.
+
+    Equal at both ends, so that flips leave them: the shorter side is right to a pixel.
+    """
+    longest = max(height, width)
+    most = (side - 1) // 2  # something is left of the thinnest image
+    beside = min(round((side - side * width / longest) / 2), most)
+    above = min(round((side - side * height / longest) / 2), most)
+    return beside, above
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Where the input of a model lies in its original image of height x width pixels.
@@ -43,6 +56,31 @@ class Placement:
         matrix = np.array([[window.width, 0.0, window.left], [0.0, window.height, window.top]])
         return cls(matrix, height, width)
 
+    @classmethod
+    def of_input(
+        cls, window: Window, height: int, width: int, side: int, letterbox: bool
+    ) -> Placement:
+        """Of a part of an original, or of all of it, in an input of side x side pixels, where it is
+        resized or keeps its proportions (`letterbox`).
+        """
+        if not letterbox:
+            return cls.of_window(window, height, width)
+        beside, above = letterbox_borders(window.height, window.width, side)
+        inner_width = side - 2 * beside
+        inner_height = side - 2 * above
+        left = window.left - beside * window.width / inner_width
+        top = window.top - above * window.height / inner_height
+        x_scale = side * window.width / inner_width
+        y_scale = side * window.height / inner_height
+        return cls(np.array([[x_scale, 0.0, left], [0.0, y_scale, top]]), height, width)
+
+    def to_input(self, height: int, width: int) -> np.ndarray:
+        """(3, 3): from pixels of the original to those of an input of height x width."""
+        x_scale = width / self.matrix[0, 0]
+        y_scale = height / self.matrix[1, 1]
+        left, top = self.matrix[:, 2]
+        return np.array([[x_scale, 0, -left * x_scale], [0, y_scale, -top * y_scale], [0, 0, 1]])
+
     def to_original(self, boxes: Tensor) -> Tensor:
         """Boxes (n, 4) xyxy in 0..1 of the input -> (n, 4) xyxy in pixels, not clipped."""
         scale = boxes.new_tensor(np.diagonal(self.matrix)).repeat(2)
@@ -56,6 +94,14 @@ class Placement:
         right = left + self.matrix[0, 0].item()
         bottom = top + self.matrix[1, 1].item()
         return [max(left, 0), max(top, 0), min(right, self.width), min(bottom, self.height)]
+
+    @property
+    def has_border(self) -> bool:
+        """Whether a part of the input lies beyond the original."""
+        left, top = self.matrix[:, 2]
+        right = left + self.matrix[0, 0]
+        bottom = top + self.matrix[1, 1]
+        return bool(left < 0 or top < 0 or right > self.width or bottom > self.height)
 
     def clip(self, boxes: Tensor) -> Tensor:
         """Boxes (n, 4) xyxy in pixels, cut down to what is visible; NaN stays NaN."""

@@ -41,6 +41,7 @@ EARLY_STOPPING_PATIENCE = 10  # evaluations without gain, where no --patience is
 
 OWN_RESOLUTION = by_size({name: size.resolution for name, size in SIZES.items()})
 OWN_QUERIES = by_size({name: size.queries for name, size in SIZES.items()})
+OWN_LETTERBOX = by_size({name: size.recipe.letterbox for name, size in SIZES.items()})
 WARM_UP = by_size({name: size.recipe.warmup_steps for name, size in SIZES.items()})
 
 
@@ -73,6 +74,15 @@ class TileSettings:
     tile_full: bool = switch(False, "with tiles: look at the whole image, too")
 
 
+def letterbox_of(default_means: str):
+    """--letterbox; default_means: what is done where it is not given."""
+    return switch(
+        None,
+        "1: images keep their proportions, in the middle of the model's square input; 0: they are "
+        f"resized to it (default: {default_means})",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(TileSettings, DataSettings):
     """What the three training scripts have in common."""
@@ -90,6 +100,9 @@ class TrainingSettings(TileSettings, DataSettings):
     )
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
     resolution: int | None = integer(None, f"input side in pixels (default: {OWN_RESOLUTION})")
+    letterbox: bool | None = letterbox_of(
+        f"as the checkpoint that stage 2, --init_ckpt or --resume begins with; else {OWN_LETTERBOX}"
+    )
     epochs: int = integer(OF_SIZE, "passes over the training images")
     batch: int | str | None = batch_of({name: size.recipe.batch for name, size in SIZES.items()})
     accum: int = integer(OF_SIZE, "forward passes per optimizer step", high=65536)

@@ -61,6 +61,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         settings.exif,
         settings.rename,
     )
+    letterbox = size.recipe.letterbox if settings.letterbox is None else settings.letterbox
     train = splits.get("train")
     gray = None
     tiling = None
@@ -71,9 +72,11 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
             train, resolution, settings.tile, settings.tile_overlap, settings.tile_full
         )
     if train and not tiling:
-        problems += shrink_problems(train, resolution, size.block)
+        problems += shrink_problems(train, resolution, size.block, letterbox)
     problems.sort(key=lambda problem: problem.severity)
-    counts = {name: describe_split(split, resolution) for name, split in splits.items()}
+    counts = {}
+    for name, split in splits.items():
+        counts[name] = describe_split(split, resolution, letterbox)
     if counts:
         print_splits(counts)
     if tiling:
@@ -84,7 +87,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
             tick(line)
     print_problems(problems, settings.json)
     if settings.preview and train:
-        draw_preview(train, settings, resolution)
+        draw_preview(train, settings, resolution, letterbox)
 
     errors = [problem for problem in problems if problem.severity == "error"]
     report = {
@@ -152,9 +155,9 @@ def write_cleaned_copy(settings: ValidationSettings) -> dict[str, dict[str, int]
     return done
 
 
-def describe_split(split: CocoSplit, resolution: int) -> dict:
+def describe_split(split: CocoSplit, resolution: int, letterbox: bool) -> dict:
     """What the report says of a split; its classes by label."""
-    sides = object_sides(split, resolution)
+    sides = object_sides(split, resolution, letterbox)
     classes = []
     for name, key, count in zip(split.class_names, split.category_ids, split.objects_per_class):
         classes.append({"name": name, "category_id": key, "objects": count})
@@ -206,7 +209,9 @@ def print_problems(problems: list[Problem], report: Path | None) -> None:
         print(f"The first {PLACES_KEPT} places of each: {where}")
 
 
-def draw_preview(split: CocoSplit, settings: ValidationSettings, resolution: int) -> None:
+def draw_preview(
+    split: CocoSplit, settings: ValidationSettings, resolution: int, letterbox: bool
+) -> None:
     """Write the sheet of a split's classes, or of its images as --augment varies them.
 
     As preview.webp where --preview is a folder.
@@ -222,7 +227,7 @@ def draw_preview(split: CocoSplit, settings: ValidationSettings, resolution: int
             return
         preset = find_preset(settings.augment, settings.flip)
         title = f"--augment {settings.augment}" + ("" if settings.flip else " --flip 0")
-        augment_sheet(split, preset, title, resolution).save(path)
+        augment_sheet(split, preset, title, resolution, letterbox).save(path)
         tick(f"Training images as {title} varies them: {path}")
 
 
@@ -277,8 +282,9 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
         )
     words = ["python", "train_detector_stage1.py", "--dataset", settings.dataset]
     usual = ValidationSettings()
-    for name in ("val_fraction", "exif", "gray", "size", "resolution", "device", "tile"):
+    names = ("val_fraction", "exif", "gray", "size", "resolution", "device", "tile", "letterbox")
+    for name in names:
         value = getattr(settings, name)
         if value != getattr(usual, name):
-            words += [f"--{name}", value]
+            words += [f"--{name}", int(value) if isinstance(value, bool) else value]
     print(f"Next: {command_line(*words)} {rename_flags(settings.rename)}".rstrip())

@@ -42,6 +42,7 @@ class Recipe:
     augment: str = "crops"  # one of AUGMENTS, which data/augment.py has
     amp: str = "auto"
     drop_path: float = 0.0
+    letterbox: bool = False  # the published weights have seen resized images alone
     multi_scale: bool = True
     workers: int = 2
     # a small dataset is repeated until an epoch has this many optimizer steps: 1,000 in 50 epochs

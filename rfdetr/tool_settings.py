@@ -18,7 +18,15 @@ from rfdetr.fields import (
     texts,
     tile_of,
 )
-from rfdetr.settings import AMP, EXIF, OWN_RESOLUTION, DataSettings, TileSettings
+from rfdetr.settings import (
+    AMP,
+    EXIF,
+    OWN_LETTERBOX,
+    OWN_RESOLUTION,
+    DataSettings,
+    TileSettings,
+    letterbox_of,
+)
 from rfdetr.sizes import AUGMENTS, SIZES
 
 FORMS = {  # of datasets that convert_dataset.py reads, in words
@@ -46,6 +54,7 @@ class InferenceSettings(TileSettings):
         REQUIRED, "a file of this repository, a run's folder (its best.pt), or an official file"
     )
     resolution: int | None = integer(None, "input side in pixels (default: the checkpoint's)")
+    letterbox: bool | None = letterbox_of("as in training")
     batch: int = integer(8, "images in one forward pass")
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
     amp: str = choice("auto", "mixed precision (auto: as in training; off on a CPU)", AMP)
@@ -152,6 +161,7 @@ class ValidationSettings(TileSettings, DataSettings):
 
     size: str = choice("nano", "model size to be trained", SIZES)
     resolution: int | None = integer(None, f"its input side (default: {OWN_RESOLUTION})")
+    letterbox: bool | None = letterbox_of(OWN_LETTERBOX)
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
     check_images: bool = switch(True, "decode every image")
     need_masks: bool = switch(False, "missing masks are an error")

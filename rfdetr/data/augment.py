@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from rfdetr.data.letterbox import bordered
 from rfdetr.device import to_device
 from rfdetr.masks import is_turned
+from rfdetr.placement import letterbox_borders
 from rfdetr.sizes import ModelSize
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, as the official weights expect
@@ -27,7 +29,8 @@ class Preset:
 
     crop_chance: float = 0.0  # of a part of the image instead of all of it
     crop_area: tuple[float, float] = (0.3, 1.0)  # range of the part's share
-    crop_aspect: tuple[float, float] = (0.75, 1.33)  # range of its width / height
+    # range of its width / height; with a letterbox times the image's own
+    crop_aspect: tuple[float, float] = (0.75, 1.33)
     mirrored_axes: tuple[int, ...] = (X,)  # each with a chance of one half
     transposed: bool = False  # x and y swapped, with a chance of one half
     # Of what is no crop, whose objects would go on beyond its turned rim:
@@ -73,26 +76,40 @@ def find_preset(name: str, flip: bool = True) -> Preset:
 
 
 def random_view(
-    image: Tensor, preset: Preset, side: int, scale: np.ndarray | None = None
+    image: Tensor,
+    preset: Preset,
+    side: int,
+    scale: np.ndarray | None = None,
+    letterbox: bool = False,
 ) -> tuple[Tensor, np.ndarray]:
     """(random view (3, side, side) of an image uint8 (3, H, W), matrix of where its pixels are).
 
     In the image's own colours; torch's global generator draws.  The matrix (2, 3) takes (x, y, 1)
     in pixels of the image to (x, y) in those of the view.  scale (2,): pixels of the image to one
-    of what it was resized from, along x and y; turns keep the proportions of that.
+    of what it was resized from, along x and y; turns keep the proportions of that.  letterbox: the
+    image, or a crop of about its proportions, lies in the place that letterbox_borders gives it.
     """
     top = 0
     left = 0
     height, width = image.shape[-2:]
+    beside = 0
+    above = 0
+    proportions = 1.0
+    if letterbox:
+        beside, above = letterbox_borders(height, width, side)
+        proportions = width / height
     cropped = preset.crop_chance > 0 and bool(torch.rand(()) < preset.crop_chance)
     if cropped:
         top, left, height, width = v2.RandomResizedCrop.get_params(
-            image, scale=list(preset.crop_area), ratio=list(preset.crop_aspect)
+            image,
+            scale=list(preset.crop_area),
+            ratio=[proportions * aspect for aspect in preset.crop_aspect],
         )
-    image = v2.functional.resized_crop(
-        image, top, left, height, width, [side, side], antialias=True
-    )
-    matrix = np.array([[1, 0, -left], [0, 1, -top]]) * [[side / width], [side / height]]
+    size = [side - 2 * above, side - 2 * beside]
+    image = v2.functional.resized_crop(image, top, left, height, width, size, antialias=True)
+    image = bordered(image, beside, above)
+    matrix = np.array([[1, 0, -left], [0, 1, -top]]) * [[size[1] / width], [size[0] / height]]
+    matrix[:, 2] += [beside, above]
     for axis in preset.mirrored_axes:
         if torch.rand(()) < 0.5:
             image = image.flip(2 - axis)

@@ -15,14 +15,16 @@ from torchvision.transforms import v2
 
 from rfdetr.console import UserError
 from rfdetr.data.augment import LEAST_SIDE, PRESETS, Preset, move_boxes, random_view
-from rfdetr.data.copy_paste import paste
+from rfdetr.data.copy_paste import hidden, paste
 from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
+from rfdetr.data.letterbox import as_input
 from rfdetr.data.mask_source import images_with_masks
 from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.data.tiles import in_tiles, visible_objects
 from rfdetr.masks import draw_masks, extent, inside_window, is_turned
+from rfdetr.placement import Placement, letterbox_borders
 from rfdetr.tiling import Tiling, Window, crop
 
 RAM_CACHE_BYTES = 2 << 30  # decoded, resized images of small sets stay in memory
@@ -80,14 +82,16 @@ class SplitDataset(Dataset):
         masks: bool,
         guess: bool = False,
         tiling: Tiling | None = None,
+        letterbox: bool = False,
     ):
         """augment: a preset, a name in augment.PRESETS, or None.  guess: masks that are missing are
         guessed from the boxes.  tiling: the images are those tiles; with augmentation not the same
-        ones each time.
+        ones each time.  letterbox: images and tiles keep their proportions.
         """
         self.whole_split = split
         self.split = in_tiles(split, tiling)
         self.tiling = tiling
+        self.letterbox = letterbox
         self.resolution = resolution
         self.preset = PRESETS[augment] if isinstance(augment, str) else augment
         self.masks = masks
@@ -139,8 +143,10 @@ class SplitDataset(Dataset):
         """seed: tiles are moved by it."""
         sample = self._view(index, preset, seed)
         if self.donors and torch.rand(()) < preset.paste_chance:
-            donor = self.donors[int(torch.randint(len(self.donors), ()))]
-            sample = paste(sample, self._view(donor, preset, seed))
+            donor = self._view(self.donors[int(torch.randint(len(self.donors), ()))], preset, seed)
+            if sample["shown"] is not None:  # nothing is pasted on a border
+                donor["target"] = hidden(donor["target"], ~sample["shown"])
+            sample = paste(sample, donor)
         if preset.colours is not None:
             sample["image"] = preset.colours(sample["image"])
         sample["image"] = sample["image"].contiguous()
@@ -158,14 +164,46 @@ class SplitDataset(Dataset):
         index, image, unread, record = self.image(index, crops, seed)
         if self.masks and self.guess and None in record.segmentations:
             record = replace(record, segmentations=self.segmentations(index, record.window))
-        height, width = image.shape[-2:]
-        to_pixels = to_pixels_of(record, height, width)
+        placement = self.placement(record, self.letterbox and not crops)
+        to_pixels = placement.to_input(*image.shape[-2:])
         matrix = np.eye(2, 3)
         if preset is not None:
-            image, matrix = random_view(image, preset, self.resolution, np.diag(to_pixels)[:2])
-        needs_masks = self.masks or (preset is not None and bool(self.donors))
-        target = self._target(index, record, matrix @ to_pixels, needs_masks)
-        return {"image": image, "target": target, "unread": unread}
+            image, matrix = random_view(
+                image, preset, self.resolution, np.diag(to_pixels)[:2], self.letterbox
+            )
+        matrix = matrix @ to_pixels
+        pastes = preset is not None and bool(self.donors)
+        target = self._target(index, record, matrix, self.masks or pastes)
+        shown = self._shown(record, matrix) if pastes else None
+        return {"image": image, "target": target, "unread": unread, "shown": shown}
+
+    def placement(self, record: ImageRecord, letterbox: bool) -> Placement:
+        """Where an input with or without borders lies in an image or a tile."""
+        size = (record.height, record.width)
+        return Placement.of_input(seen_of(record), *size, self.resolution, letterbox)
+
+    def _borders(self, record: ImageRecord, matrix: np.ndarray) -> tuple[int, int]:
+        """(beside, above): the pixels of a view that is not turned between image and rim.
+
+        matrix (2, 3): from pixels of the image to those of the view.
+        """
+        if not self.letterbox:
+            return 0, 0
+        seen = seen_of(record)
+        beside, above = letterbox_borders(seen.height, seen.width, self.resolution)
+        return (above, beside) if matrix[0, 0] == 0 else (beside, above)
+
+    def _shown(self, record: ImageRecord, matrix: np.ndarray) -> Tensor | None:
+        """bool (R, R): where an image lies in a view with borders; None where there are none."""
+        borders = self._borders(record, matrix)
+        if borders == (0, 0):
+            return None
+        left, top, right, bottom = seen_of(record)
+        rim = [[left, top, right, top, right, bottom, left, bottom]]
+        shown = draw_masks([rim], record.height, record.width, matrix, self.resolution)
+        if not is_turned(matrix):
+            clear_borders(shown, *borders)
+        return torch.from_numpy(shown[0]).bool()
 
     def record(self, index: int, seed: int | None = None) -> ImageRecord:
         """An image, or a tile of one; seed: the tile is moved by it."""
@@ -227,12 +265,16 @@ class SplitDataset(Dataset):
         boxes = move_boxes(record.boxes, matrix, side)
         size = (record.height, record.width)
         masks = None
+        borders = (0, 0)
         if is_turned(matrix):  # what is seen of a mask then tells the box
-            window = record.window or Window(0, 0, record.width, record.height)
+            window = seen_of(record)
             segmentations = [inside_window(one, *size, window) for one in segmentations]
             masks = draw_masks(segmentations, *size, matrix, side)
             for i in np.flatnonzero(has_mask):
                 boxes[i] = extent(segmentations[i], matrix, masks[i])
+        else:
+            borders = self._borders(record, matrix)
+            boxes = boxes.clip(borders * 2, side - np.array(borders * 2))
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
         relative = torch.from_numpy(boxes[kept] / side).float()
         target = {
@@ -244,6 +286,7 @@ class SplitDataset(Dataset):
         if with_masks:
             if masks is None:
                 masks = draw_masks([segmentations[i] for i in kept], *size, matrix, side)
+                clear_borders(masks, *borders)
             else:
                 masks = masks[kept]
             target["masks"] = torch.from_numpy(masks)
@@ -280,8 +323,7 @@ class SplitDataset(Dataset):
         is_kept = self.cache is not None and seed is None
         if is_kept and index in self.cache:
             return self.cache[index]
-        size = [self.resolution, self.resolution]
-        image = v2.functional.resize(self._read(record), size, antialias=True).contiguous()
+        image = as_input(self._read(record), self.resolution, self.letterbox).contiguous()
         if is_kept:
             self.cache[index] = image
         return image
@@ -301,11 +343,15 @@ class SplitDataset(Dataset):
         return load_image(record, window_of(self.split.gray))
 
 
-def to_pixels_of(record: ImageRecord, height: int, width: int) -> np.ndarray:
-    """(3, 3): from a record's image to pixels of what is seen of it, resized to height x width."""
-    seen = record.window or Window(0, 0, record.width, record.height)
-    x_scale = width / seen.width
-    y_scale = height / seen.height
-    return np.array(
-        [[x_scale, 0, -seen.left * x_scale], [0, y_scale, -seen.top * y_scale], [0, 0, 1]]
-    )
+def seen_of(record: ImageRecord) -> Window:
+    """What is seen of an image: a tile, or all of it."""
+    return record.window or Window(0, 0, record.width, record.height)
+
+
+def clear_borders(masks: np.ndarray, beside: int, above: int) -> None:
+    """Take what lies in the borders of views out of their masks (n, R, R)."""
+    side = masks.shape[-1]
+    masks[:, :above] = 0
+    masks[:, side - above :] = 0
+    masks[:, :, :beside] = 0
+    masks[:, :, side - beside :] = 0

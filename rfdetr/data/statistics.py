@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,21 +24,29 @@ def count_by_size(split: CocoSplit) -> dict[str, int]:
     return {name: int((size_classes == i).sum()) for i, name in enumerate(COCO_AREAS)}
 
 
-def object_sides(split: CocoSplit, resolution: int) -> np.ndarray:
-    """(objects,) square roots of the boxes' areas in pixels of the `resolution` px square input."""
+def object_sides(split: CocoSplit, resolution: int, letterbox: bool = False) -> np.ndarray:
+    """(objects,) square roots of the boxes' areas in pixels of the `resolution` px square input.
+
+    letterbox: images keep their proportions there.
+    """
     images = split.images
-    scales = np.repeat(resolution / images.sizes, images.object_counts, axis=0)
+    sizes = images.sizes
+    if letterbox:
+        sizes = sizes.max(axis=1, keepdims=True)
+    scales = np.repeat(resolution / sizes, images.object_counts, axis=0)
     boxes = images.boxes
     return np.sqrt(((boxes[:, 2:] - boxes[:, :2]) * scales).prod(axis=1))
 
 
-def shrink_problems(split: CocoSplit, resolution: int, step: int) -> list[Problem]:
+def shrink_problems(
+    split: CocoSplit, resolution: int, step: int, letterbox: bool = False
+) -> list[Problem]:
     """A warning where a split's images are shrunk so much that objects are lost, if they are.
 
-    step: what a resolution must be a multiple of.
+    step: what a resolution must be a multiple of; letterbox: as in object_sides.
     """
     images = split.images
-    sides = object_sides(split, resolution)
+    sides = object_sides(split, resolution, letterbox)
     image_sides = images.sizes.max(axis=1, initial=0)
     message = shrink_warning(image_sides, resolution, step, sides)
     if not message:
@@ -144,7 +151,9 @@ def image_warnings(
     return [message for message in messages if message]
 
 
-def typical_side(split: CocoSplit) -> int:
-    """The median image's side in pixels, of a square of its area."""
-    sides = [math.sqrt(image.height * image.width) for image in split.images]
+def typical_side(split: CocoSplit, letterbox: bool = False) -> int:
+    """The median side in pixels of a square that would be shrunk to the input as its image is: one
+    of the same area, or with a letterbox of its longer side.
+    """
+    sides = split.images.sizes.max(axis=1) if letterbox else split.images.sizes.prod(axis=1) ** 0.5
     return round(float(np.median(sides)))

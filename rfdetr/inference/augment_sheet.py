@@ -22,12 +22,15 @@ GAP = 6
 TITLE_HEIGHT = 30
 
 
-def augment_sheet(split: CocoSplit, preset: Preset, title: str, resolution: int) -> Image.Image:
+def augment_sheet(
+    split: CocoSplit, preset: Preset, title: str, resolution: int, letterbox: bool = False
+) -> Image.Image:
     """A row an image of the split's: as it is, then as training may see it, with its objects.
 
-    resolution: side of the model's input.  Images that cannot be read are left out.
+    resolution: side of the model's input; letterbox: images keep their proportions there.  Images
+    that cannot be read are left out.
     """
-    dataset = SplitDataset(split, resolution, preset, masks=True)
+    dataset = SplitDataset(split, resolution, preset, masks=True, letterbox=letterbox)
     with_objects = np.flatnonzero(split.objects_per_image)
     chosen = with_objects[np.linspace(0, len(with_objects) - 1, ROWS).astype(int)]
     size = (COLUMNS * (SIDE + GAP), ROWS * (SIDE + GAP) + TITLE_HEIGHT)

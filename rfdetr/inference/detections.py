@@ -79,6 +79,15 @@ class Detections:
         boxes = cxcywh_to_xyxy(self.boxes[i].float())
         return placement.clip(placement.to_original(boxes)).numpy()
 
+    def in_sight(self, i: int) -> np.ndarray:
+        """Which of image i's detections (k,) have a part in the image: all but those that lie in
+        the border of a letterbox.
+        """
+        if not self.placements[i].has_border:
+            return np.ones(self.scores.shape[1], dtype=bool)
+        boxes = self.boxes_in_original(i)
+        return (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+
 
 class DetectionRunner:
     """Runs detectors on batches; where memory runs out, on smaller parts of them from then on."""
@@ -229,7 +238,7 @@ def sure_detections(detections: Detections, threshold: float, nms: float) -> lis
     for i in range(len(detections.indices)):
         scores = detections.scores[i].numpy()
         labels = detections.labels[i].numpy()
-        sure = np.flatnonzero(scores >= threshold)
+        sure = np.flatnonzero((scores >= threshold) & detections.in_sight(i))
         boxes = detections.boxes_in_original(i)[sure]
         chosen.append(sure[without_overlaps(boxes, scores[sure], labels[sure], nms)])
     return chosen

@@ -37,7 +37,6 @@ from rfdetr.inference.visualise import MIN_SIDE, draw, picture_colours, side_by_
 from rfdetr.masks import to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator, counting
 from rfdetr.models.detector import Detector
-from rfdetr.placement import Placement
 from rfdetr.progress import ProgressBar
 from rfdetr.tool_settings import PredictionSettings
 
@@ -54,13 +53,6 @@ class ImageDetections:
     labels: np.ndarray
     rles: list[dict] | None
     mask_scores: np.ndarray | None
-
-
-def placed(record: ImageRecord) -> Placement:
-    """Where the model's input lies in an image of a split: as a whole, or a tile."""
-    if record.window is None:
-        return Placement.resized(record.height, record.width)
-    return Placement.of_window(record.window, record.height, record.width)
 
 
 class SplitEvaluator:
@@ -163,7 +155,8 @@ class SplitEvaluator:
         for batch in ProgressBar(self.loader, "detecting", "batches"):
             note_unread(batch.unread, self.unread)
             records = [self.split.images[index] for index in batch.indices]
-            placements = [placed(record) for record in records]
+            dataset = self.loader.dataset
+            placements = [dataset.placement(record, dataset.letterbox) for record in records]
             yield from self.runner.run(model, batch.images, placements, batch.indices)
 
     def _head(self, model: nn.Module) -> AnyMaskHead | None:
@@ -180,31 +173,23 @@ class SplitEvaluator:
         """
         scores = detections.scores.numpy()
         labels = np.asarray(self.split.category_ids)[detections.labels.numpy()]
-        images = [
-            ImageDetections(
-                image_id=self.split.images[index].id,
-                boxes=detections.boxes_in_original(i),
-                scores=scores[i],
-                labels=labels[i],
-                rles=None,
-                mask_scores=None,
-            )
-            for i, index in enumerate(detections.indices)
-        ]
+        images = range(len(detections.indices))
+        masks: list = [(None, None) for _ in images]
         if head is None:
-            return images
-        chosen = self._counting(most_counted, detections)
-        masks = draw_masks(head, detections, chosen, self.precision)
+            chosen = [detections.in_sight(i) for i in images]
+        else:
+            chosen = self._counting(most_counted, detections)
+            masks = draw_masks(head, detections, chosen, self.precision)
         return [
             ImageDetections(
-                image_id=image.image_id,
-                boxes=image.boxes[drawn],
-                scores=image.scores[drawn],
-                labels=image.labels[drawn],
-                rles=rles,
-                mask_scores=mask_scores,
+                image_id=self.split.images[detections.indices[i]].id,
+                boxes=detections.boxes_in_original(i)[chosen[i]],
+                scores=scores[i][chosen[i]],
+                labels=labels[i][chosen[i]],
+                rles=masks[i][0],
+                mask_scores=masks[i][1],
             )
-            for image, drawn, (rles, mask_scores) in zip(images, chosen, masks)
+            for i in images
         ]
 
     def _counting(self, most_counted: int, detections: Detections) -> list[np.ndarray]:
@@ -214,12 +199,12 @@ class SplitEvaluator:
         """
         scores = detections.scores.numpy()
         labels = detections.labels.numpy()
-        return [
-            np.flatnonzero(
-                counting(detections.boxes_in_original(i), scores[i], labels[i], most_counted)
-            )
-            for i in range(len(detections.indices))
-        ]
+        chosen = []
+        for i in range(len(detections.indices)):
+            seen = np.flatnonzero(detections.in_sight(i))
+            boxes = detections.boxes_in_original(i)[seen]
+            chosen.append(seen[counting(boxes, scores[i][seen], labels[i][seen], most_counted)])
+        return chosen
 
     def _tiles_by_image(
         self,

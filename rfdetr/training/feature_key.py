@@ -44,6 +44,8 @@ def cache_key(objective: MaskObjective, dataset: SplitDataset, views: int) -> di
     }
     if dataset.guess:
         key["guessed masks"] = guess.VERSION
+    if dataset.letterbox:
+        key["letterbox"] = True
     if split.gray and split.gray.window:
         key["gray"] = split.gray.window
     return key

@@ -62,7 +62,9 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
     if repeated:
         tick(repeated)
     if not session.tiling:
-        for problem in shrink_problems(session.train, session.resolution, session.size.block):
+        for problem in shrink_problems(
+            session.train, session.resolution, session.size.block, session.letterbox
+        ):
             warn(problem.message)
     valid = session.splits["valid"]
     if not valid.images:

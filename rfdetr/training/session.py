@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
-from rfdetr.console import tick
+from rfdetr.console import tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.letterbox import letterbox_for
 from rfdetr.data.loaders import EpochSampler, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
@@ -51,6 +52,7 @@ class Session:
     trained_on: Tensor | None  # content hashes of the images that its start was trained on
     guess_masks: bool = False  # of training objects that have none
     tiling: Tiling | None = None  # of the images
+    letterbox: bool = False  # whether images and tiles keep their proportions
     folder: Path | None = None
     run: Run | None = None  # open on rank 0 alone
 
@@ -106,6 +108,23 @@ def choose_tiles(session: Session, content: dict | None = None) -> None:
         tick("--tile auto: objects are large enough in whole images")
 
 
+def choose_letterbox(session: Session, content: dict | None = None) -> None:
+    """Set whether images keep their proportions, and say so.
+
+    content: the checkpoint that a run begins with or is resumed from, whose way --letterbox
+    changes; without one the size's recipe has it. A frozen detector's way is not to be changed.
+    """
+    given = session.settings.letterbox
+    if content:
+        session.letterbox, warning = letterbox_for(given, content)
+        if warning and session.settings.stage == "segmentation":
+            warn(warning)
+    else:
+        session.letterbox = session.size.recipe.letterbox if given is None else given
+    if session.letterbox:
+        tick("Letterbox: images keep their proportions, with borders of their mean colour")
+
+
 def adapt_encoder(session: Session, model: Detector) -> None:
     """What --freeze_encoder and --compile ask for."""
     if session.settings.freeze_encoder:
@@ -128,7 +147,15 @@ def training_data(
     settings = session.settings
     preset = find_preset(settings.augment, settings.flip)
     side = max(sides, default=session.resolution)
-    dataset = SplitDataset(session.train, side, preset, masks, session.guess_masks, session.tiling)
+    dataset = SplitDataset(
+        split=session.train,
+        resolution=side,
+        augment=preset,
+        masks=masks,
+        guess=session.guess_masks,
+        tiling=session.tiling,
+        letterbox=session.letterbox,
+    )
     if preset.paste_chance and not dataset.donors:
         tick(f"--augment {settings.augment} pastes objects by their masks: without any it does not")
     drawn = images_with_drawn_masks(session.train) if session.guess_masks else []
@@ -194,7 +221,14 @@ def split_evaluator(
     if settings.fast_dev_run:
         images = split.images[: batch * settings.fast_dev_run]
         split = replace(split, images=images)
-    dataset = SplitDataset(split, session.resolution, None, masks=False, tiling=session.tiling)
+    dataset = SplitDataset(
+        split=split,
+        resolution=session.resolution,
+        augment=None,
+        masks=False,
+        tiling=session.tiling,
+        letterbox=session.letterbox,
+    )
     rank = distributed.rank()
     world = distributed.world_size()
     pin = session.device.type == "cuda"

@@ -6,8 +6,9 @@ exif ("apply" or "ignore": how its images were read), gray (a GrayScale's to_dic
 more than 8 bits by its bits), guessed_masks (whether masks were learnt from guesses), trained_on
 (int64: the content hashes of its training images), mask_stride (with a mask head of ours),
 image_side (a typical training image's, in pixels), tile (the side of the tiles that it was trained
-on; 0 for none), and in last.pt and checkpoint.pt ema and training (all that --resume needs). Files
-of earlier versions lack what stands from exif to tile.
+on; 0 for none), letterbox (whether images kept their proportions), and in last.pt and checkpoint.pt
+ema and training (all that --resume needs). Files of earlier versions lack what stands from exif to
+letterbox.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _check(content: dict) -> None:
     This comes before a model is built, so that a damaged file cannot take all memory.
     """
     required = {"stage": str, "size": dict, "resolution": int, "classes": dict}
-    optional = {"args": dict, "ema": dict, "left_out": list}
+    optional = {"args": dict, "ema": dict, "left_out": list, "letterbox": bool}
     wrong = [key for key, kind in required.items() if not isinstance(content.get(key), kind)]
     for key, kind in optional.items():
         value = content.get(key)
