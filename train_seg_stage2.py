@@ -20,23 +20,26 @@ from pathlib import Path
 from torch import nn
 
 from rfdetr import distributed
-from rfdetr.classes import COCO_NAMES, ClassTable
-from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.classes import ClassTable
+from rfdetr.console import run_script, tick
 from rfdetr.data.augment import find_preset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.loaders import training_loader
 from rfdetr.data.mask_source import choose_masks
-from rfdetr.data.records import CocoSplit
 from rfdetr.files import write_json
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS, STRIDE
-from rfdetr.runs.places import detector_of_run
-from rfdetr.text import command_line, keep_flags
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache
 from rfdetr.training.feature_room import choose_cache, fits_in_memory
 from rfdetr.training.frozen import MaskObjective
-from rfdetr.training.next_commands import DATA_FLAGS, flags_of, predict_with
+from rfdetr.training.frozen_start import (
+    detector_file,
+    frozen_detector,
+    mask_head_name,
+    warn_of_other_exif,
+)
+from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import input_sides
 from rfdetr.training.optim import parameter_group
 from rfdetr.training.report import draw_guesses
@@ -117,115 +120,6 @@ def main(argv: list[str] | None = None) -> None:
         if choice.where == "disk":
             cache.close(settings.keep_cache)
         finish(session, table, masks=True, next_command=predict_with(session))
-
-
-def detector_file(settings: SegmentationSettings) -> Path:
-    """The checkpoint that was asked for, else best.pt or last.pt of the stage-1 run.  Raises
-    UserError.
-    """
-    run = settings.stage1_run
-    if settings.checkpoint:
-        return settings.checkpoint
-    if run is None:
-        raise UserError(
-            "name the detector to freeze, a run of stage 1 or a file: --stage1_run DIR or "
-            "--checkpoint FILE"
-        )
-    return detector_of_run(run)
-
-
-def warn_of_other_exif(content: dict, train: CocoSplit, path: Path) -> None:
-    """Warn where the detector was trained on images that were read another way."""
-    theirs = content.get("exif", train.exif)
-    if theirs != train.exif:
-        warn(
-            f"{path} was trained with images' EXIF orientation read as --exif {theirs}, here it is "
-            f"{train.exif}: where sizes do not tell, add --exif {theirs}"
-        )
-
-
-def mask_head_name(settings: SegmentationSettings, content: dict, path: Path) -> str:
-    """The mask head to train; a mask model's own is not trained on a frozen detector.  Raises
-    UserError.
-    """
-    name = settings.mask_head
-    if name == "auto":
-        name = settings.model_size.mask_head
-    if name == "official" and content["mask_head"] == "official":
-        raise UserError(
-            f"{path} has {settings.size}'s own mask head already, which is trained with the "
-            f"detector: python train_seg_single_stage.py --size {settings.size}. For a light one "
-            "on its frozen detector: --mask_head nano"
-        )
-    return "standard" if name == "official" else name
-
-
-def frozen_detector(session: Session, content: dict, path: Path) -> tuple[Detector, ClassTable]:
-    """The detector without masks, its class heads cut to the dataset's classes where that is asked
-    for or goes without saying, and its class table in the dataset's order.  Raises UserError.
-    """
-    settings = session.settings
-    names = session.train.class_names
-    table = checkpoint.table_of(content)
-    if table.rows_total != len(names) + 1:
-        is_official_coco = content.get("official") and table.is_coco
-        if is_official_coco and not set(names) <= set(table.names):
-            raise UserError(not_coco_message(table.rows_total, session, path))
-        if not set(names) <= set(table.names):
-            raise UserError(lacking_message(table, names, path))
-        if not (is_official_coco or settings.auto_shrink):
-            raise UserError(unshrunk_message(table.rows_total, names, path))
-        content = checkpoint.shrink(content, names)
-    model = {}
-    for key, tensor in content["model"].items():
-        if not key.startswith(("mask_head.", "segmentation_head.")):
-            model[key] = tensor
-    detector, table = checkpoint.build_model(
-        content | {"model": model, "mask_head": None}, groups=None
-    )
-    detector.to(session.device).requires_grad_(False)
-    where = f"{settings.dataset} (train)"
-    return detector, table.in_order_of(names, session.train.category_ids, where)
-
-
-def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
-    shrunk = path.parent / "checkpoint_mydata.pth"
-    words = command_line("python", "shrink_head.py", "--in_ckpt", path, "--out_ckpt", shrunk)
-    return (
-        f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
-        f"{path} has a {rows}-row class head, the dataset has {len(names)} classes "
-        f"({', '.join(names)}). Run:\n"
-        f"  {words} {keep_flags(names)}\n"
-        "and pass the new file with --checkpoint, or add --auto_shrink 1."
-    )
-
-
-def lacking_message(table: ClassTable, names: list[str], path: Path) -> str:
-    """Of a detector that does not know all of the dataset's classes: no shrink gives it them."""
-    lacking = [name for name in names if name not in table.names]
-    return (
-        f"Frozen detector head out_dim ({table.rows_total}) != requested ({len(names) + 1})\n"
-        f"{path} does not know {', '.join(lacking)}: its classes are {', '.join(table.names)}. If "
-        "it was cut by shrink_head.py, cut its detector again and keep these classes too; else "
-        "train stage 1 on this dataset: python train_detector_stage1.py"
-    )
-
-
-def not_coco_message(rows: int, session: Session, path: Path) -> str:
-    settings = session.settings
-    names = session.train.class_names
-    others = [name for name in names if name not in COCO_NAMES.values()]
-    words = flags_of(plain(settings), "size", *DATA_FLAGS, "device")
-    run = f"runs/detector_{settings.size}_{session.resolution}_N"
-    teach = ["python", "train_detector_stage1.py", *words, "--pretrain_weights", path]
-    mask = ["python", "train_seg_stage2.py", *words, "--stage1_run", run, "--auto_shrink", 1]
-    return (
-        f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
-        f"{path} is an official COCO detector, which does not know {', '.join(others)}. "
-        "Teach it, then mask it:\n"
-        f"  {command_line(*teach)}\n"
-        f"  {command_line(*mask)}"
-    )
 
 
 def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:
