@@ -1,4 +1,4 @@
-"""Shared small things: demo datasets, a very small model size, and a way to run the scripts as a user does."""
+"""Shared small things: demo datasets, a very small model size, ways to run the scripts."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def demo(shared) -> Path:
 
 @pytest.fixture
 def small_size() -> ModelSize:
-    """The architecture with numbers small enough for exact comparisons: two windows, two groups, one unused block."""
+    """Small enough for exact comparisons: two windows, two groups, one unused block."""
     recipe = replace(SIZES["tiny"].recipe, group_detr=2)
     return replace(SIZES["tiny"], name="small_test", queries=10, select=10, depth=3, recipe=recipe)
 
@@ -123,14 +123,14 @@ def read_split(file: Path, folder: Path, name: str) -> CocoSplit:
 
 
 def environment() -> dict[str, str]:
-    """For a script that a test starts: one thread, as this process computes, and UTF-8 whatever the console's."""
+    """For a script that a test starts: one thread, as this process has, and UTF-8."""
     return os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 
 
 def run_script(
     *words: object, cwd: Path, check: bool = True, env: dict | None = None
 ) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` of this repository in the folder `cwd`; with `check` a failure shows its output."""
+    """Run `python SCRIPT ...` in the folder `cwd`; with `check` a failure shows its output."""
     script, *rest = [str(word) for word in words]
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *rest],
@@ -151,7 +151,7 @@ def run_script(
 
 @pytest.fixture
 def call(monkeypatch, tmp_path):
-    """call(main, *flags): run a script's main(argv) in this process with tmp_path as the current folder.
+    """call(main, *flags): run a script's main(argv) in this process, in the folder tmp_path.
 
     What a script changes for its whole process (signal handlers, console streams) is put back.
     """
@@ -214,7 +214,7 @@ def stage1(demo, chain) -> Finished:
 
 @pytest.fixture(scope="session")
 def shrunk(stage1, chain) -> Finished:
-    """Its detector with a head of the dataset's three classes, in another order than the dataset's."""
+    """Its detector with a head of the dataset's three classes, in another order."""
     out = stage1.folder / "checkpoint_mydata.pth"
     keep = ["--keep", "glomerulus", "cells", "blood_vessel"]
     files = ["--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out]
@@ -235,7 +235,7 @@ def single(demo, chain) -> Finished:
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory) -> Path:
-    """A dataset for tests that need a run but no quality: four training images, two of each other split."""
+    """For tests that need a run but no quality: four training images, two of each other split."""
     folder = tmp_path_factory.mktemp("data") / "few"
     make_demo(folder, train=4, valid=2, test=2, size=64, seed=2)
     return folder

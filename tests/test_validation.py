@@ -1,4 +1,7 @@
-"""Every fault of a dataset: its code, its severity, and what it does to what is read; validate_setup.py as a whole."""
+"""Every fault of a dataset: its code, its severity, and what it does to what is read.
+
+And validate_setup.py as a whole.
+"""
 
 from __future__ import annotations
 
