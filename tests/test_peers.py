@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
-from conftest import ROOT, run_script
+import pytest
+from conftest import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 
 import quickstart
 from rfdetr.sizes import SIZES
 
-SCRIPT = "benchmarks/peers_at_equal_time.py"
+
+@pytest.fixture
+def script(monkeypatch) -> ModuleType:
+    """The benchmark's module."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("peers_at_equal_time")
 
 
 def finished_run(folder: Path, dataset: Path) -> None:
@@ -43,12 +53,14 @@ def finished_run(folder: Path, dataset: Path) -> None:
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
-def test_finished_runs_are_scored_not_run_again(demo, tmp_path):
+def test_finished_runs_are_scored_not_run_again(demo, script, tmp_path, monkeypatch, capsys):
     for name in ("yolo_0", "yolo_1", "joint_0", "joint_1"):
         finished_run(tmp_path / "out" / name, demo)
     words = ["--dataset", demo, "--minutes", 2, "--seeds", 0, 1, "--peers", "joint", "yolo"]
     words += ["--output_dir", tmp_path / "out", "--picture", tmp_path / "curves.webp"]
-    table = run_script(SCRIPT, *words, cwd=tmp_path).stdout
+    monkeypatch.setattr(sys, "argv", ["peers_at_equal_time.py", *map(str, words)])
+    script.main()
+    table = capsys.readouterr().out
     (line,) = (line for line in table.splitlines() if line.startswith("| YOLO11n-seg"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     name, parameters, seeds, mask, mask50, box, minutes, images, taken = cells
@@ -62,8 +74,10 @@ def test_finished_runs_are_scored_not_run_again(demo, tmp_path):
 
 
 def test_a_peer_without_its_environment_is_told_how_to_get_one(demo, tmp_path):
+    """As from a console, and before anything slow is imported."""
     words = ["--dataset", demo, "--peers", "yolo", "--output_dir", tmp_path / "out"]
-    done = run_script(SCRIPT, *words, cwd=tmp_path, check=False)
+    command = [sys.executable, ROOT / "benchmarks/peers_at_equal_time.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and "--python yolo=" in done.stderr
 
 
