@@ -51,7 +51,7 @@ class Forked:
 
     commands: each a script's name and its words.  before: what the process does first; a function
     of a module.  session: whether the process leads a session of its own, as in a terminal.
-    It prints to the files NAME.out and NAME.err of the folder, and what its scripts leave with.
+    It prints to the files NAME.out and NAME.err of the folder.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ def run_scripts(
 
 
 def run_in_turn(commands: list[list[str]]) -> object:
-    """Run scripts in this process and print their exit statuses; returns the last one."""
+    """Run scripts in this process and say on stderr what they leave with; returns the last one."""
     status: object = 0
     for script, *words in commands:
         sys.argv = [f"{script}.py", *words]
@@ -146,5 +146,5 @@ def run_in_turn(commands: list[list[str]]) -> object:
             run_script(importlib.import_module(script).main)
         except SystemExit as left:
             status = left.code
-        print(f"{script} left with", status, flush=True)
+        print(f"{script} left with", status, file=sys.stderr, flush=True)
     return status

@@ -473,7 +473,7 @@ def test_a_folder_that_is_read_only(run, few, tmp_path):
         ["train_detector_stage1", *quick_flags(few), "--output_dir", "locked/run"],
     )
     done = in_a_namespace("mount -t tmpfs -o ro tmpfs locked", command, "", cwd=tmp_path)
-    assert re.findall(r"left with (\d+)", done.stdout) == ["2", "2", "2"], done.stderr
+    assert re.findall(r"left with (\d+)", done.stderr) == ["2", "2", "2"], done.stderr
     assert done.stderr.count("Read-only file system") == 3
     for flag in ("--json", "--output", "--output_dir"):
         assert f"Name another with {flag}\n" in done.stderr
