@@ -24,6 +24,7 @@ from rfdetr.models.detector import Detector
 from rfdetr.sigterm import leave
 from rfdetr.sizes import SIZES, ModelSize
 from testkit.datasets import coco, write
+from testkit.forked import Forked
 
 # a busy machine is no fault of what is tested
 hypothesis.settings.register_profile(
@@ -53,6 +54,12 @@ class Finished:
 def own_cache(tmp_path_factory) -> None:
     """What the scripts remember goes to a folder of the tests' own."""
     os.environ["RFDETR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> None:
+    """Checkpoints of tests need not outlive a power cut; test_rundir.py sees that others do."""
+    os.fsync = lambda number: None
 
 
 @pytest.fixture(autouse=True)
@@ -198,8 +205,13 @@ def chain(workplace) -> Callable[..., Finished]:
     """chain(result, script, *flags): what a script, which is run once, has left in runs/."""
 
     def run(result: str, script: str, *flags: object) -> Finished:
-        file = workplace.with_name(f"{script}.txt")
-        output = once(file, lambda: run_script(script, *flags, cwd=workplace).stdout)
+        def output_of_script() -> str:
+            done = Forked([script.removesuffix(".py"), *flags], cwd=workplace, name=script)
+            if done.wait():
+                pytest.fail(f"{script} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            return done.stdout
+
+        output = once(workplace.with_name(f"{script}.txt"), output_of_script)
         return Finished(workplace / "runs" / result, output)
 
     return run
@@ -229,8 +241,15 @@ def stage2(demo, stage1, shrunk, chain) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def single(demo, chain) -> Finished:
-    return chain("seg_single_tiny_64_1", "train_seg_single_stage.py", *train_flags(demo))
+def single(demo, workplace) -> Finished:
+    """As from a console: quickstart.py, which test_quickstart.py runs, starts the others so."""
+    script = "train_seg_single_stage.py"
+
+    def output_of_script() -> str:
+        return run_script(script, *train_flags(demo), cwd=workplace).stdout
+
+    output = once(workplace.with_name(f"{script}.txt"), output_of_script)
+    return Finished(workplace / "runs/seg_single_tiny_64_1", output)
 
 
 @pytest.fixture(scope="session")
