@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -14,13 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, quick_flags
+from conftest import quick_flags
 from test_resume import assert_same_run, load
 
 import evaluate
@@ -36,7 +37,7 @@ import train_seg_stage2
 from rfdetr.console import Stopped
 from rfdetr.console import run_script as as_a_script
 from rfdetr.training.resume import latest_state
-from testkit.forked import Forked, nothing
+from testkit.forked import Forked, run_in_turn
 from testkit.in_process import output_of
 from testkit.kills import kill_runs
 
@@ -79,19 +80,6 @@ def exit_of(call, capsys):
         return left.value.code, text
 
     return run
-
-
-def driver(before: Callable[[], None], *commands: list[object]) -> list[str]:
-    """A command that runs scripts in one process after `before`, a function of this module."""
-    arguments = [[str(word) for word in command] for command in commands]
-    lines = [
-        "import importlib, sys",
-        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]",
-        "from testkit.forked import run_in_turn",
-        f"importlib.import_module({before.__module__!r}).{before.__name__}()",
-        f"sys.exit(run_in_turn({arguments!r}))",
-    ]
-    return [sys.executable, "-c", "\n".join(lines)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -212,19 +200,22 @@ def test_outputs_that_may_not_grow_are_named(run, few, exit_of, tmp_path):
     assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "found").iterdir())
 
 
-def in_a_namespace(
-    mount: str, words: list[str], after: str, cwd: Path
-) -> subprocess.CompletedProcess:
-    """Run a command, then `after`, where `mount` was done in a mount namespace of its own."""
-    if subprocess.run(
-        ["sh", "-c", "unshare -rm mount -t tmpfs tmpfs /mnt"], capture_output=True
-    ).returncode:
+@pytest.fixture
+def needs_mounts() -> None:
+    command = ["sh", "-c", "unshare -rm mount -t tmpfs tmpfs /mnt"]
+    if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    lines = f'{mount} || exit 99\n"$@"\nstatus=$?\n{after}\nexit $status'
-    command = ["unshare", "-rm", "sh", "-c", lines, "sh", *words]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600
-    )
+
+
+def mount(folder: str, options: str) -> None:
+    """Let this process, as `unshare --map-root-user --mount` does, have a tmpfs of its own."""
+    user, group = os.getuid(), os.getgid()
+    new_namespaces = 0x10000000 | 0x00020000  # CLONE_NEWUSER | CLONE_NEWNS
+    assert ctypes.CDLL(None).unshare(new_namespaces) == 0
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
 
 
 def fill_the_disk_in_the_second_epoch() -> None:
@@ -243,16 +234,22 @@ def fill_the_disk_in_the_second_epoch() -> None:
     rfdetr.main.train_one_epoch = train_one_epoch
 
 
+def train_on_a_small_disk(words: list[object]) -> None:
+    """Leaves the run in the folder beside the disk."""
+    mount("disk", "size=160m")
+    os.chdir("disk")
+    fill_the_disk_in_the_second_epoch()
+    status = run_in_turn([["train_detector_stage1", *map(str, words)]])
+    shutil.copytree("run", "../run")
+    sys.exit(status)
+
+
+@pytest.mark.usefixtures("needs_mounts")
 def test_a_disk_that_is_really_full(few, tmp_path):
     (tmp_path / "disk").mkdir()
     flags = [*quick_flags(few), "--epochs", 2, "--tensorboard", 1, "--output_dir", "run"]
-    done = in_a_namespace(
-        "mount -t tmpfs -o size=160m tmpfs disk && cd disk",
-        driver(fill_the_disk_in_the_second_epoch, ["train_detector_stage1", *flags]),
-        "cp -r run ..",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2, done.stderr
+    done = Forked(cwd=tmp_path, before=partial(train_on_a_small_disk, flags))
+    assert done.wait() == 2, done.stderr
     assert re.search(
         r"could not write run.*No space left on device|could not write run.*\.pth? ", done.stderr
     )
@@ -463,16 +460,18 @@ def test_a_file_where_the_output_belongs(run, few, exit_of, tmp_path):
     assert file.read_text() == "keep"
 
 
+@pytest.mark.usefixtures("needs_mounts")
 def test_a_folder_that_is_read_only(run, few, tmp_path):
     (tmp_path / "locked").mkdir()
     weights = ["--checkpoint", run / "best.pt"]
-    command = driver(
-        nothing,
+    done = Forked(
         ["evaluate", *weights, "--dataset", few, "--json", "locked/scores.json"],
         ["predict", *weights, "--input", few / "valid", "--output", "locked"],
         ["train_detector_stage1", *quick_flags(few), "--output_dir", "locked/run"],
+        cwd=tmp_path,
+        before=partial(mount, "locked", "ro"),
     )
-    done = in_a_namespace("mount -t tmpfs -o ro tmpfs locked", command, "", cwd=tmp_path)
+    done.wait()
     assert re.findall(r"left with (\d+)", done.stderr) == ["2", "2", "2"], done.stderr
     assert done.stderr.count("Read-only file system") == 3
     for flag in ("--json", "--output", "--output_dir"):
