@@ -354,6 +354,7 @@ def load_with_few_files(spare: int) -> None:
 
 
 # too few to start the workers, and to take what they send
+@pytest.mark.slow
 @pytest.mark.parametrize("spare", [10, 18])
 def test_too_few_file_handles_are_named_and_nothing_hangs(spare, tmp_path):
     pytest.importorskip("resource")

@@ -272,6 +272,7 @@ def test_every_fault_of_a_dataset_is_told_by_its_code(
         assert all(code in error for code in codes if found[code]["severity"] == "error")
 
 
+@pytest.mark.slow
 def test_the_script_itself_leaves_with_2_and_one_paragraph(dataset, tmp_path):
     change("annotations", bbox=[math.nan, 5, 10, 8])(dataset)
     done = Forked(["validate_setup", "--dataset", dataset], cwd=tmp_path)
