@@ -475,6 +475,7 @@ def run_script(*arguments: object, **environment: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_validate_setup_of_a_good_dataset(dataset, tmp_path):
     done = run_script(
         "--dataset", dataset, "--json", tmp_path / "report.json", PYTHONIOENCODING="cp1252"
