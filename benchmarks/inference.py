@@ -1,10 +1,12 @@
-"""Inference at batch 1, nano at 384: the detector alone, and with a mask for each of the 100 detections that are kept.
+"""Inference at batch 1, nano at 384: the detector alone, and with a mask for each of the 100
+detections that are kept.
 
 python benchmarks/inference.py [--peer_python ENV/bin/python] [--device cuda] [--cases masks]
 
-Masks are wanted at the original's 640x480. Ours are the RLEs that predict.py and evaluate.py write, from a nano mask
-head on nano at 384; the peer is its SegNano at 312, whose post-processing enlarges 100 masks to boolean images. Boxes
-of random weights are tiny, and ours works inside the boxes: it is given boxes an eighth to a third of the image wide.
+Masks are wanted at the original's 640x480. Ours are the RLEs that predict.py and evaluate.py write,
+from a nano mask head on nano at 384; the peer is its SegNano at 312, whose post-processing enlarges
+100 masks to boolean images. Boxes of random weights are tiny, and ours works inside the boxes: it
+is given boxes an eighth to a third of the image wide.
 """
 
 from __future__ import annotations

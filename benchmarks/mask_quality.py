@@ -1,14 +1,16 @@
-"""Which mask head, which cached views, or both stages at once?  Mask mAP against seconds on a dataset of yours.
+"""Which mask head, which cached views, or both stages at once?  Mask mAP against seconds on a
+dataset of yours.
 
 python benchmarks/mask_quality.py --dataset nuclei --checkpoint RUN/checkpoint_mydata.pth --epochs 8
-python benchmarks/mask_quality.py --dataset nuclei --checkpoint F --heads nano standard --views 1 2 4 fresh -- --seed 1
+python benchmarks/mask_quality.py --dataset D --checkpoint F --views 1 2 4 fresh -- --seed 1
 python benchmarks/mask_quality.py --dataset nuclei --joint nano official --joint_epochs 8
 
-A row is a run of stage 2: a head, and the flips of each image that are cached (1, 2, 4) or `fresh`, new augmentation
-each time the detector is run again. Box mAP is the frozen detector's, the same in every such row. `joint` rows are runs
-of train_seg_single_stage.py from scratch, whose time is to be compared with that of both stages; `official` is the
-package's own mask head. What follows `--` goes to the script as it is. Seconds are those of training (caching and
-reading included, evaluation not); `epoch` is the best of valid segm/mAP, `after` the time up to its end.
+A row is a run of stage 2: a head, and the flips of each image that are cached (1, 2, 4) or `fresh`,
+new augmentation each time the detector is run again. Box mAP is the frozen detector's, the same in
+every such row. `joint` rows are runs of train_seg_single_stage.py from scratch, whose time is to be
+compared with that of both stages; `official` is the package's own mask head. What follows `--` goes
+to the script as it is. Seconds are those of training (caching and reading included, evaluation
+not); `epoch` is the best of valid segm/mAP, `after` the time up to its end.
 """
 
 from __future__ import annotations
@@ -121,7 +123,8 @@ def main() -> None:
 
     info = environment()
     print(
-        f"{info['cpu']}, {info['threads']} threads, torch {info['torch']}, {info['os']}, commit {info['commit']}"
+        f"{info['cpu']}, {info['threads']} threads, torch {info['torch']}, {info['os']}, "
+        f"commit {info['commit']}"
     )
     print(f"| {' | '.join(COLUMNS)} |\n|" + "---|" * len(COLUMNS), flush=True)
     rows = [(head, views) for head in args.heads for views in args.views] if args.checkpoint else []

@@ -1,15 +1,17 @@
-"""Stage 2 on generated 640x480 JPEGs: nano, its default views and mask head, batch 4, against SegNano's joint step.
+"""Stage 2 on generated 640x480 JPEGs: nano, its default views and mask head, batch 4, against
+SegNano's joint step.
 
 python benchmarks/stage2.py [--peer_python ENV/bin/python] [--device cuda] [--cases epoch]
 
-"first epoch" reads the images, runs the frozen detector on the views that the epoch draws, keeps them on disk and
-trains; "cached epochs" train from views that are all there. Seconds are those of an image. Further cases compare ours
-with itself: 200 objects an image with 8 (a training step from the cache), 64 images with 16, the cache on disk with the
-one in memory, and reads from the cache on disk after 50 epochs with the first ones. At the end train_seg_stage2.py
-itself runs at batch 4 with the cache in memory, on disk and off, for the memory of the whole process (evaluation
-included).
+"first epoch" reads the images, runs the frozen detector on the views that the epoch draws, keeps
+them on disk and trains; "cached epochs" train from views that are all there. Seconds are those of
+an image. Further cases compare ours with itself: 200 objects an image with 8 (a training step from
+the cache), 64 images with 16, the cache on disk with the one in memory, and reads from the cache on
+disk after 50 epochs with the first ones. At the end train_seg_stage2.py itself runs at batch 4 with
+the cache in memory, on disk and off, for the memory of the whole process (evaluation included).
 
-Random weights match no object, so every object keeps the query that fits it least badly, whatever the overlap.
+Random weights match no object, so every object keeps the query that fits it least badly, whatever
+the overlap.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared small things: demo datasets, a very small model size, and a way to run the scripts as a user does."""
+"""Shared small things: demo datasets, a very small model size, ways to run the scripts."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from rfdetr.models.detector import Detector
 from rfdetr.sigterm import leave
 from rfdetr.sizes import SIZES, ModelSize
 from testkit.datasets import coco, write
+from testkit.forked import Forked
 
 # a busy machine is no fault of what is tested
 hypothesis.settings.register_profile(
@@ -53,6 +54,12 @@ class Finished:
 def own_cache(tmp_path_factory) -> None:
     """What the scripts remember goes to a folder of the tests' own."""
     os.environ["RFDETR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> None:
+    """Checkpoints of tests need not outlive a power cut; test_rundir.py sees that others do."""
+    os.fsync = lambda number: None
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +110,7 @@ def demo(shared) -> Path:
 
 @pytest.fixture
 def small_size() -> ModelSize:
-    """The architecture with numbers small enough for exact comparisons: two windows, two groups, one unused block."""
+    """Small enough for exact comparisons: two windows, two groups, one unused block."""
     recipe = replace(SIZES["tiny"].recipe, group_detr=2)
     return replace(SIZES["tiny"], name="small_test", queries=10, select=10, depth=3, recipe=recipe)
 
@@ -123,14 +130,14 @@ def read_split(file: Path, folder: Path, name: str) -> CocoSplit:
 
 
 def environment() -> dict[str, str]:
-    """For a script that a test starts: one thread, as this process computes, and UTF-8 whatever the console's."""
+    """For a script that a test starts: one thread, as this process has, and UTF-8."""
     return os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 
 
 def run_script(
     *words: object, cwd: Path, check: bool = True, env: dict | None = None
 ) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` of this repository in the folder `cwd`; with `check` a failure shows its output."""
+    """Run `python SCRIPT ...` in the folder `cwd`; with `check` a failure shows its output."""
     script, *rest = [str(word) for word in words]
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *rest],
@@ -151,7 +158,7 @@ def run_script(
 
 @pytest.fixture
 def call(monkeypatch, tmp_path):
-    """call(main, *flags): run a script's main(argv) in this process with tmp_path as the current folder.
+    """call(main, *flags): run a script's main(argv) in this process, in the folder tmp_path.
 
     What a script changes for its whole process (signal handlers, console streams) is put back.
     """
@@ -198,8 +205,13 @@ def chain(workplace) -> Callable[..., Finished]:
     """chain(result, script, *flags): what a script, which is run once, has left in runs/."""
 
     def run(result: str, script: str, *flags: object) -> Finished:
-        file = workplace.with_name(f"{script}.txt")
-        output = once(file, lambda: run_script(script, *flags, cwd=workplace).stdout)
+        def output_of_script() -> str:
+            done = Forked([script.removesuffix(".py"), *flags], cwd=workplace, name=script)
+            if done.wait():
+                pytest.fail(f"{script} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            return done.stdout
+
+        output = once(workplace.with_name(f"{script}.txt"), output_of_script)
         return Finished(workplace / "runs" / result, output)
 
     return run
@@ -214,7 +226,7 @@ def stage1(demo, chain) -> Finished:
 
 @pytest.fixture(scope="session")
 def shrunk(stage1, chain) -> Finished:
-    """Its detector with a head of the dataset's three classes, in another order than the dataset's."""
+    """Its detector with a head of the dataset's three classes, in another order."""
     out = stage1.folder / "checkpoint_mydata.pth"
     keep = ["--keep", "glomerulus", "cells", "blood_vessel"]
     files = ["--in_ckpt", stage1.folder / "best.pt", "--out_ckpt", out]
@@ -229,13 +241,20 @@ def stage2(demo, stage1, shrunk, chain) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def single(demo, chain) -> Finished:
-    return chain("seg_single_tiny_64_1", "train_seg_single_stage.py", *train_flags(demo))
+def single(demo, workplace) -> Finished:
+    """As from a console: quickstart.py, which test_quickstart.py runs, starts the others so."""
+    script = "train_seg_single_stage.py"
+
+    def output_of_script() -> str:
+        return run_script(script, *train_flags(demo), cwd=workplace).stdout
+
+    output = once(workplace.with_name(f"{script}.txt"), output_of_script)
+    return Finished(workplace / "runs/seg_single_tiny_64_1", output)
 
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory) -> Path:
-    """A dataset for tests that need a run but no quality: four training images, two of each other split."""
+    """For tests that need a run but no quality: four training images, two of each other split."""
     folder = tmp_path_factory.mktemp("data") / "few"
     make_demo(folder, train=4, valid=2, test=2, size=64, seed=2)
     return folder

@@ -1,4 +1,4 @@
-"""Reading COCO datasets: layouts, classes, pixels, masks, and the ground truth that scoring uses."""
+"""Reading COCO datasets: layouts, classes, pixels, masks, the ground truth of scoring."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,12 +24,14 @@ from hypothesis import strategies as st
 
 import shrink_head
 from rfdetr.classes import assign_rows
+from rfdetr.data.dataset import SplitDataset
 from rfdetr.device import unless_out_of_memory
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 from rfdetr.streams import lasting_output
 from rfdetr.text import keep_flags
 from rfdetr.weights import checkpoint
+from testkit.forked import Forked
 from train_seg_stage2 import unshrunk_message
 
 posix = pytest.mark.skipif(os.name == "nt", reason="a POSIX shell and its signals")
@@ -140,7 +144,7 @@ train_detector_stage1.main(argv)
         assert line, "it has ended"
     process.stdout.close()
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(3)  # it goes on, although its progress cannot be written
+        process.wait(1)  # it goes on, although its progress cannot be written
     process.send_signal(signal.SIGHUP)
     assert process.wait(180) == 129
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["training"]["progress"]["step"] > 0
@@ -259,58 +263,41 @@ print("still here", worker.exitcode)
     assert (done.returncode, done.stdout.strip()[:10]) == (0, "still here"), done.stderr
 
 
-HANGS = """
-import time, os
-import rfdetr.data.dataset as data
-get, count = data.SplitDataset.__getitem__, []
-def item(self, key):
-    count.append(1)
-    if len(count) > 6:
-        os.write(2, b"it hangs")
-    while len(count) > 6:
-        time.sleep(1)
-    return get(self, key)
-data.SplitDataset.__getitem__ = item
-"""
+def hang_at_the_seventh_image(alive: Path) -> None:
+    """In each process that loads; what runs, loaders included, holds `alive` open."""
+    os.open(alive, os.O_WRONLY)
+    get = SplitDataset.__getitem__
+    asked = []
+
+    def item(self, key):
+        asked.append(1)
+        if len(asked) > 6:
+            os.write(2, b"it hangs")
+        while len(asked) > 6:
+            time.sleep(1)
+        return get(self, key)
+
+    SplitDataset.__getitem__ = item
 
 
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("wait", [0, 2], ids=["during the last steps", "while nothing comes"])
 def test_a_run_whose_loader_hangs_saves_and_ends_on_sigterm(wait, few, tmp_path):
-    flags = [
-        *map(str, quick_flags(few)),
-        "--min_steps",
-        "500",
-        "--workers",
-        "2",
-        "--output_dir",
-        "run",
-    ]
-    argv = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    argv += f"sys.argv = ['train_detector_stage1.py', *{flags!r}]"
-    code = (
-        f"{argv}\n{HANGS}\nimport train_detector_stage1 as script\nscript.run_script(script.main)"
-    )
-    words = [sys.executable, "-c", code]
-    process = subprocess.Popen(
-        words,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment(),
-        start_new_session=True,
-    )
-    seen = b""
-    while seen.count(b"it hangs") < 2:
-        seen += process.stdout.read1() or pytest.fail(seen.decode())
+    flags = ["--min_steps", 500, "--workers", 2, "--output_dir", "run"]
+    command = ["train_detector_stage1", *quick_flags(few), *flags]
+    alive = tmp_path / "alive"
+    os.mkfifo(alive)
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    run = Forked(command, cwd=tmp_path, before=partial(hang_at_the_seventh_image, alive))
+    run.wait_for("it hangs", count=2)
     time.sleep(wait)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(
-        timeout=60
-    )  # its processes are gone, too: they hold the same stdout
-    assert process.returncode == 143, out.decode()
-    assert b"--resume run" in out and b"Traceback" not in out and b"Exception" not in out
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == 143, run.stderr
+    assert select.select([reader], [], [], 60)[0]  # its end: the loaders are gone, too
+    os.close(reader)
+    said = run.stdout + run.stderr
+    assert "--resume run" in said and "Traceback" not in said and "Exception" not in said
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["training"]["progress"]["step"] > 0
 
 
@@ -348,18 +335,14 @@ def odd_checkpoint(tmp_path_factory) -> Path:
 
 
 @posix
-def test_the_printed_command_can_be_pasted_whatever_the_classes_are_called(odd_checkpoint):
+def test_the_printed_command_can_be_pasted_whatever_the_classes_are_called(odd_checkpoint, call):
     message = unshrunk_message(91, ODD, odd_checkpoint)
     command = next(line.strip() for line in message.splitlines() if "shrink_head.py" in line)
     assert command.startswith("python shrink_head.py ")
-    command = command.replace(
-        "python shrink_head.py", shlex.join([sys.executable, str(ROOT / "shrink_head.py")]), 1
-    )
+    command = command.replace("python shrink_head.py", r"printf '%s\0'", 1)
     folder = odd_checkpoint.parent
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr
+    told = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, check=True)
+    call(shrink_head.main, *told.stdout.decode().split("\0")[:-1])
     assert checkpoint.load(folder / "checkpoint_mydata.pth")["classes"]["names"] == ODD
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint_mydata.pth",

@@ -5,13 +5,17 @@ Sides and channels are small, since no count depends on them; depth, layers and 
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
@@ -32,6 +36,8 @@ from rfdetr.training.frozen import FrozenBatch, MaskObjective, freeze
 from rfdetr.training.keeper import CheckpointKeeper
 from rfdetr.training.objective import DetectorObjective
 from rfdetr.training.signals import StopSignals
+from testkit.forked import Forked
+from testkit.in_process import output_of
 from testkit.pretend_cuda import DEVICE, OnCuda, PretendCuda
 
 TABLE = ClassTable(("a", "b"), (1, 2), (0, 1), 3, 2)
@@ -467,10 +473,23 @@ def test_waits_and_copies_are_counted_by_line(gpu):
     assert sum(gpu.blocking_copies.values()) == 3 and sum(gpu.waits.values()) == 4
 
 
+def measure_quickly(out: Path) -> None:
+    """benchmarks/gpu.py, and in the same process the scripts that it starts."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("gpu")
+
+    def script(name: str, *words: object) -> None:
+        output_of(importlib.import_module(name.removesuffix(".py")).main, *words)
+
+    benchmark.script = script
+    benchmark.main(["--device", "cpu", "--quick", "--out", str(out)])
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_a_card_runs_on_a_cpu(tmp_path):
     out = tmp_path / "gpu.md"
-    run_script("benchmarks/gpu.py", "--device", "cpu", "--quick", "--out", out, cwd=tmp_path)
+    done = Forked(cwd=tmp_path, before=partial(measure_quickly, out))
+    assert done.wait() == 0, done.stderr
     text = out.read_text(encoding="utf-8")
     assert "not measured" not in text
     for table in ("training step", "inference", "stage 2", "--batch auto", "a step of", "tiny"):

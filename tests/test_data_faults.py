@@ -1,4 +1,7 @@
-"""Faults of a dataset that would pass unseen: orientation, masks beside their boxes, guesses, images scored twice."""
+"""Faults of a dataset that would pass unseen.
+
+Orientation, masks beside their boxes, guesses, images scored twice.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ def turn(
     kind: str = "jpg",
     said: bool = True,
 ) -> None:
-    """Make a training image one of this orientation and stored size, white in its stored upper left corner."""
+    """Make a training image one of this orientation and stored size.
+
+    It is white in its stored upper left corner.
+    """
     image = Image.new("RGB", size)
     image.paste((255, 255, 255), (0, 0, 8, 8))
     exif = Image.Exif()

@@ -1,32 +1,40 @@
-"""From a split to batches: augmentation keeps everything together, and seeds alone decide what is seen."""
+"""From a split to batches: augmentation keeps everything together, seeds decide what is seen."""
 
 from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
+import os
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, read_split
+from conftest import read_split
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.mask import encode
+from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, run_script
 from rfdetr.data.augment import draw_side, multi_scale_sides
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
-from rfdetr.data.loaders import EpochSampler, collate, evaluation_loader, training_loader
+from rfdetr.data.loaders import (
+    EpochSampler,
+    collate,
+    evaluation_loader,
+    make_loader,
+    training_loader,
+)
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.workers import naming_workers
 from rfdetr.sizes import SIZES
+from testkit.forked import Forked
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,10 @@ def split(demo):
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory) -> CocoSplit:
-    """Two gray 120x90 images with a red and a blue rectangle, one a polygon and one an RLE; a third has no mask."""
+    """Two gray 120x90 images with a red and a blue rectangle, one a polygon and one an RLE.
+
+    A third has no mask.
+    """
     folder = tmp_path_factory.mktemp("data") / "squares/train"
     folder.mkdir(parents=True)
     corners = np.array([[10, 20, 42, 37], [60, 48, 110, 85], [0, 0, 15, 15]])
@@ -228,7 +239,7 @@ def test_the_number_of_workers_changes_no_batch(split):
 
 
 def test_loaders_take_no_random_numbers_from_the_run(split):
-    """Or a run that was resumed inside an epoch, which starts one more iterator, would not be the same run."""
+    """Or a run resumed inside an epoch, which starts one more iterator, would be another run."""
     state = torch.get_rng_state()
     batches(split, 0, epochs=1)
     list(evaluation_loader(SplitDataset(split, 64, None, masks=False), 4, 0))
@@ -312,42 +323,44 @@ def test_the_side_of_a_step_is_drawn_from_seed_and_step():
     assert drawn != [draw_side(sides, 1, step) for step in range(60)]
 
 
-FEW_FILES = """
-import resource, torch
-from torch.utils.data import Dataset
-from rfdetr.console import run_script
-from rfdetr.data.loaders import make_loader
-from rfdetr.data.workers import naming_workers
-
 class Samples(Dataset):
-    def __len__(self):
+    """What workers have to send many of."""
+
+    def __len__(self) -> int:
         return 100
-    def __getitem__(self, key):
+
+    def __getitem__(self, key: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(8), torch.ones(3)
-    def prepare_for_workers(self, workers):
+
+    def prepare_for_workers(self, workers: int) -> None:
         pass
-    def images_in_work(self, processes):
+
+    def images_in_work(self, processes: list) -> list:
         return []
 
-def main(argv):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (HANDLES, HANDLES))
-    samples = Samples()
-    with naming_workers(samples.images_in_work):
-        list(make_loader(samples, [[i, i, i, i] for i in range(50)], 2, collate_fn=list))
 
-run_script(main, [])
-"""
+def load_with_few_files(spare: int) -> None:
+    """A script that loads with two workers, and may open so many more files than it has now."""
+    import resource
+
+    def main(argv: object) -> None:
+        limit = 1 + max(map(int, os.listdir("/dev/fd"))) + spare
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        samples = Samples()
+        with naming_workers(samples.images_in_work):
+            list(make_loader(samples, [[i, i, i, i] for i in range(50)], 2, collate_fn=list))
+
+    run_script(main, [])
 
 
-@pytest.mark.parametrize(
-    "limit", [14, 22]
-)  # too few to start the workers, and to take what they send
-def test_too_few_file_handles_are_named_and_nothing_hangs(limit, tmp_path):
+# too few to start the workers, and to take what they send
+@pytest.mark.slow
+@pytest.mark.parametrize("spare", [10, 18])
+def test_too_few_file_handles_are_named_and_nothing_hangs(spare, tmp_path):
     pytest.importorskip("resource")
-    words = [sys.executable, "-c", FEW_FILES.replace("HANDLES", str(limit))]
-    env = environment() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 2 and "--workers 0" in done.stderr and "ulimit -n" in done.stderr
+    done = Forked(cwd=tmp_path, before=partial(load_with_few_files, spare))
+    assert done.wait() == 2, done.stderr
+    assert "--workers 0" in done.stderr and "ulimit -n" in done.stderr
 
 
 @pytest.mark.parametrize(

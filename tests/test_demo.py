@@ -110,7 +110,7 @@ def test_polygons_boxes_and_areas_agree(train):
         assert a["iscrowd"] == 0 and min(width, height) > 8
         pixels.append(float(pycocotools.mask.area(rle(a))))
         areas.append(a["area"])
-        # 2 %; a small cell is nearly all outline, and rounding to whole pixels may move that by 0.2 pixels
+        # 2 %; a small cell is nearly all outline, which rounding may move by 0.2 pixels
         outline = np.hypot(*(points - np.roll(points, 1, axis=0)).T).sum()
         assert abs(pixels[-1] - a["area"]) <= max(0.02 * a["area"], 0.2 * outline)
     assert sum(pixels) == pytest.approx(sum(areas), rel=0.002)

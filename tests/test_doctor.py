@@ -1,4 +1,7 @@
-"""validate_setup.py as a user runs it: every row 13-32 of the list of faults, --fix, --preview, --estimate, memory."""
+"""validate_setup.py as a user runs it.
+
+Every row 13-32 of the list of faults, --fix, --preview, --estimate, memory.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,13 +31,14 @@ from rfdetr.device import Precision
 from rfdetr.sizes import SIZES
 from rfdetr.training import estimate
 from testkit.datasets import HEIGHT, SQUARE, WIDTH, coco, rewrite, write
+from testkit.forked import Forked, processes
 
 FILE = "_annotations.coco.json"
 ANN = {"id": 900, "image_id": 1, "category_id": 1, "bbox": [4, 15, 10, 8], "area": 80, "iscrowd": 0}
 
 
 def doctor(*words: object, capsys) -> tuple[int, str, str, dict]:
-    """(exit status, stdout, stderr, code -> count and places) of validate_setup.py in this process."""
+    """(exit status, stdout, stderr, code -> count and places) of validate_setup.py."""
     report, status = Path("report.json"), 0
     report.unlink(missing_ok=True)
     try:
@@ -162,8 +165,10 @@ def without_masks(keep: int):
 GOOD, BAD = 0, 2
 RLE = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
 TWIN = {"id": 77, "image_id": 1, "category_id": 1, "bbox": [4, 5, 10, 8], "area": 80, "iscrowd": 0}
+ODD_NAMES = ("", "血" * 500)
 ROWS = [
-    ("12 corrupt", lambda root: (root / "train/1.png").write_bytes(b"no image"), BAD, {"IMG_CORRUPT"}),
+    ("12 corrupt", lambda root: (root / "train/1.png").write_bytes(b"no image"),
+     BAD, {"IMG_CORRUPT"}),
     ("13 missing", many_missing, BAD, {"IMG_MISSING"}),
     ("14 truncated", text('{"images": [{"id": 1,\n'), BAD, {"JSON_INVALID"}),
     ("14 empty", text(""), BAD, {"JSON_INVALID"}),
@@ -179,11 +184,15 @@ ROWS = [
     ("18 nan", change("annotations", bbox=[math.nan, 5, 10, 8]), BAD, {"ANN_BBOX_NAN"}),
     ("18 infinite", change("annotations", bbox=[4, 5, math.inf, 8]), BAD, {"ANN_BBOX_NAN"}),
     ("18 absurd", change("annotations", bbox=[4, 5, 1e8, 8]), BAD, {"ANN_BBOX_NAN"}),
-    ("18 polygon", change("annotations", segmentation=[[4, 5, 14, math.nan, 14, 13]]), BAD, {"ANN_SEG_NAN"}),
-    ("19 short", change("annotations", segmentation=[[4, 5, 14, 5]]), GOOD, {"ANN_POLYGON_SHORT", "ANN_NO_MASK"}),
-    ("19 odd", change("annotations", segmentation=[SQUARE[0][:7]]), GOOD, {"ANN_POLYGON_ODD", "ANN_NO_MASK"}),
+    ("18 polygon", change("annotations", segmentation=[[4, 5, 14, math.nan, 14, 13]]),
+     BAD, {"ANN_SEG_NAN"}),
+    ("19 short", change("annotations", segmentation=[[4, 5, 14, 5]]),
+     GOOD, {"ANN_POLYGON_SHORT", "ANN_NO_MASK"}),
+    ("19 odd", change("annotations", segmentation=[SQUARE[0][:7]]),
+     GOOD, {"ANN_POLYGON_ODD", "ANN_NO_MASK"}),
     ("19 empty", change("annotations", segmentation=[]), GOOD, {"ANN_NO_MASK"}),
-    ("19 crossing", change("annotations", segmentation=[[4, 5, 14, 13, 14, 5, 4, 13]]), GOOD, set()),
+    ("19 crossing", change("annotations", segmentation=[[4, 5, 14, 13, 14, 5, 4, 13]]),
+     GOOD, set()),
     ("20 size", change("annotations", segmentation=RLE | {"size": [9, 9]}), BAD, {"ANN_RLE_SIZE"}),
     ("20 sum", change("annotations", segmentation=RLE | {"counts": [7]}), BAD, {"ANN_RLE_COUNTS"}),
     ("20 type", change("annotations", segmentation=RLE | {"counts": 7.5}), BAD, {"ANN_RLE_TYPE"}),
@@ -192,9 +201,12 @@ ROWS = [
     ("21 identical", add(TWIN | {"segmentation": SQUARE}), GOOD, {"ANN_DUPLICATE"}),
     ("22 zero", both(lambda d: _renumber(d, {1: 0, 2: 1})), GOOD, set()),
     ("22 huge", both(lambda d: _renumber(d, {1: 2**40, 2: 7})), GOOD, set()),
-    ("22 text", both(lambda d: _renumber(d, {1: "1", 2: "2"})), BAD, {"CAT_INVALID", "ANN_CATEGORY_UNKNOWN"}),
-    ("23 twice", both(lambda d: d["categories"][1].update(name="cell")), BAD, {"CAT_NAME_DUPLICATE"}),
-    ("23 any", both(lambda d: [c.update(name=n) for c, n in zip(d["categories"], ("", "血" * 500))]), GOOD, set()),
+    ("22 text", both(lambda d: _renumber(d, {1: "1", 2: "2"})),
+     BAD, {"CAT_INVALID", "ANN_CATEGORY_UNKNOWN"}),
+    ("23 twice", both(lambda d: d["categories"][1].update(name="cell")),
+     BAD, {"CAT_NAME_DUPLICATE"}),
+    ("23 any", both(lambda d: [c.update(name=n) for c, n in zip(d["categories"], ODD_NAMES)]),
+     GOOD, set()),
     ("24 placeholder", both(lambda d: _placeholder(d)), GOOD, set()),
     ("25 image", change("annotations", image_id=99), BAD, {"ANN_IMAGE_UNKNOWN"}),
     ("25 category", change("annotations", category_id=99), BAD, {"ANN_CATEGORY_UNKNOWN"}),
@@ -204,13 +216,17 @@ ROWS = [
     ("27 paths", far_away, GOOD, set()),
     ("28 kinds", odd_images, GOOD, {"IMG_PAGES"}),
     ("28 bomb", image(size=(20_000, 10_000), mode="1"), BAD, {"IMG_BOMB"}),
-    ("29 train", lambda root: rewrite(root / "train" / FILE, lambda d: d.update(annotations=[])), BAD, {"SPLIT_EMPTY"}),
-    ("29 valid", lambda root: write(root / "valid", coco(0) | {"annotations": []}), GOOD, {"SPLIT_EMPTY"}),
-    ("29 negative", lambda root: rewrite(root / "train" / FILE, lambda d: d["annotations"].pop(1)), GOOD, set()),
-    ("30 classes", lambda root: rewrite(root / "train" / FILE, lambda d: d["annotations"].pop()), GOOD,
-     {"CLASS_NOT_IN_TRAIN"}),
-    ("30 shared", lambda root: (root / "valid/2.png").write_bytes((root / "train/3.png").read_bytes()), GOOD,
-     {"IMG_SHARED"}),
+    ("29 train", lambda root: rewrite(root / "train" / FILE, lambda d: d.update(annotations=[])),
+     BAD, {"SPLIT_EMPTY"}),
+    ("29 valid", lambda root: write(root / "valid", coco(0) | {"annotations": []}),
+     GOOD, {"SPLIT_EMPTY"}),
+    ("29 negative", lambda root: rewrite(root / "train" / FILE, lambda d: d["annotations"].pop(1)),
+     GOOD, set()),
+    ("30 classes", lambda root: rewrite(root / "train" / FILE, lambda d: d["annotations"].pop()),
+     GOOD, {"CLASS_NOT_IN_TRAIN"}),
+    ("30 shared",
+     lambda root: (root / "valid/2.png").write_bytes((root / "train/3.png").read_bytes()),
+     GOOD, {"IMG_SHARED"}),
     ("30 queries", crowded, GOOD, {"IMG_MANY_OBJECTS", "ANN_NO_MASK"}),
     ("31 some", without_masks(1), GOOD, {"ANN_NO_MASK"}),
     ("31 all", without_masks(0), BAD, {"MASKS_NONE"}),
@@ -256,15 +272,17 @@ def test_every_fault_of_a_dataset_is_told_by_its_code(
         assert all(code in error for code in codes if found[code]["severity"] == "error")
 
 
+@pytest.mark.slow
 def test_the_script_itself_leaves_with_2_and_one_paragraph(dataset, tmp_path):
     change("annotations", bbox=[math.nan, 5, 10, 8])(dataset)
-    done = run_script("validate_setup.py", "--dataset", dataset, cwd=tmp_path, check=False)
+    done = Forked(["validate_setup", "--dataset", dataset], cwd=tmp_path)
     assert (
-        done.returncode == 2
+        done.wait() == 2
         and "[error] ANN_BBOX_NAN: " in done.stdout
         and "annotation 1 of image 1" in done.stdout
     )
-    assert len(done.stderr.splitlines()) == 1 and "ANN_BBOX_NAN" in done.stderr
+    told, left = done.stderr.splitlines()
+    assert "ANN_BBOX_NAN" in told and left == "validate_setup left with 2"
 
 
 def contents(root: Path) -> dict[Path, bytes]:
@@ -294,8 +312,9 @@ HARMLESS = {
 ODD_PATHS = [row[0] for row in ROWS if row[3] == {"IMG_PATH"}]
 ODD_PATHS += [f"table {n} {code}" for n, (_, code) in enumerate(DATA_FAULTS) if code == "IMG_PATH"]
 FOR_THE_USER = {  # row -> the error that a guess would be needed for
-    "15 size": "IMG_SIZE", "21 images": "IMG_ID_DUPLICATE", "22 text": "CAT_INVALID", "23 twice": "CAT_NAME_DUPLICATE",
-    "table 4 IMG_ID_DUPLICATE": "IMG_ID_DUPLICATE", "29 train": "SPLIT_EMPTY", "32 one": "SPLIT_VALID_MISSING",
+    "15 size": "IMG_SIZE", "21 images": "IMG_ID_DUPLICATE", "22 text": "CAT_INVALID",
+    "23 twice": "CAT_NAME_DUPLICATE", "table 4 IMG_ID_DUPLICATE": "IMG_ID_DUPLICATE",
+    "29 train": "SPLIT_EMPTY", "32 one": "SPLIT_VALID_MISSING",
     **dict.fromkeys(ODD_PATHS, "IMG_PATH"),
 }  # fmt: skip
 FIXABLE = [row[:2] for row in ROWS if row[0][:2] != "14"]
@@ -382,8 +401,9 @@ def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypa
         "--dataset", dataset, "--fix", "my copy", "--size", "tiny", capsys=capsys
     )
     assert status == 0 and set(found) <= HARMLESS
-    for what in ("ANN_BBOX_CLIPPED: clipped", "ANN_AREA_INVALID: computed", "ANN_ID_DUPLICATE: renumbered",
-                 "ANN_BBOX_NAN: dropped", "IMG_MISSING: dropped", "Annotations of dropped images: dropped",
+    for what in ("ANN_BBOX_CLIPPED: clipped", "ANN_AREA_INVALID: computed",
+                 "ANN_ID_DUPLICATE: renumbered", "ANN_BBOX_NAN: dropped", "IMG_MISSING: dropped",
+                 "Annotations of dropped images: dropped",
                  "ANN_CROWD_INVALID: written as a number"):  # fmt: skip
         assert f"        1  {what}" in said
     assert "Next: python train_detector_stage1.py --dataset 'my copy' --size tiny" in said
@@ -598,6 +618,8 @@ def test_a_step_is_measured_and_the_other_sizes_follow(monkeypatch, dataset, tmp
     seconds, before, peak = estimate.measure("tiny", 64, Precision(estimate.torch.device("cpu")))
     assert seconds > 0 and peak >= before
     steps = {"tiny": (0.2, 700.0, 800.0), "nano": (3.0, 700.0, 1900.0)}
+    some = {name: SIZES[name] for name in ("tiny", "nano", "small", "large")}
+    monkeypatch.setattr(estimate, "SIZES", some)
     monkeypatch.setattr(estimate, "measure_apart", lambda name, side, precision: steps[name])
     monkeypatch.chdir(tmp_path)
     status, said, _, _ = doctor("--dataset", dataset, "--estimate", 1, capsys=capsys)
@@ -605,7 +627,7 @@ def test_a_step_is_measured_and_the_other_sizes_follow(monkeypatch, dataset, tmp
         row["size"]: row
         for row in json.loads(Path("report.json").read_text(encoding="utf-8"))["estimate"]
     }
-    assert status == 0 and rows.keys() == SIZES.keys()
+    assert status == 0 and rows.keys() == some.keys()
     assert said.count("  measured") == 2 and said.count("  from the measured ones") == len(rows) - 2
     assert {name for name in rows if rows[name]["measured"]} == {"tiny", "nano"}
     assert (
@@ -631,6 +653,7 @@ def die(*_) -> None:
 @pytest.mark.slow
 def test_a_step_that_ends_its_process_ends_nothing_else(monkeypatch):
     monkeypatch.setattr(estimate, "measure", die)
+    monkeypatch.setattr(estimate, "get_context", lambda kind: processes())
     with pytest.raises(UserError, match="nano at 384 px runs out of memory"):
         estimate.measure_apart("nano", 384, Precision(estimate.torch.device("cpu")))
 

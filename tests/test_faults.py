@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 import json
 import os
 import pickle
@@ -11,11 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, quick_flags
+from conftest import quick_flags
 from test_resume import assert_same_run, load
 
 import evaluate
@@ -31,7 +37,9 @@ import train_seg_stage2
 from rfdetr.console import Stopped
 from rfdetr.console import run_script as as_a_script
 from rfdetr.training.resume import latest_state
+from testkit.forked import Forked, run_in_turn
 from testkit.in_process import output_of
+from testkit.kills import kill_runs
 
 pytestmark = pytest.mark.slow
 
@@ -74,30 +82,6 @@ def exit_of(call, capsys):
     return run
 
 
-def driver(prelude: str, *commands: list[object]) -> list[str]:
-    """A command that runs scripts in one process after `prelude` and prints their exit statuses."""
-    lines = ["import sys", f"sys.path.insert(0, {str(ROOT)!r})", "import importlib", prelude]
-    lines += ["from rfdetr.console import run_script"]
-    for script, *words in commands:
-        lines += [
-            f"sys.argv = [{script + '.py'!r}, *{[str(word) for word in words]!r}]",
-            "try:",
-            f"    run_script(importlib.import_module({script!r}).main)",
-            "    status = 0",
-            "except SystemExit as left:",
-            "    status = left.code",
-            f"print('{script} left with', status, flush=True)",
-        ]
-    return [sys.executable, "-c", "\n".join([*lines, "sys.exit(status)"])]
-
-
-def run_driver(prelude: str, *commands: list[object], cwd: Path) -> subprocess.CompletedProcess:
-    words = driver(prelude, *commands)
-    return subprocess.run(
-        words, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600
-    )
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
@@ -108,26 +92,28 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------- kill -9, and exact resume
 
-KILLED_WHILE_SAVING = """
-import io, os, torch
-save, saves = torch.save, []
-def half(content, file):
-    saves.append(1)
-    if len(saves) == 3:
-        whole = io.BytesIO()
-        save(content, whole)
-        file.write(whole.getvalue()[:50_000])
-        file.flush()
-        os.kill(os.getpid(), 9)
-    save(content, file)
-torch.save = half
-"""
+def kill_in_the_third_save() -> None:
+    """Let torch.save write a part of the third file, and kill the process."""
+    save = torch.save
+    saves = []
+
+    def half(content, file):
+        saves.append(1)
+        if len(saves) == 3:
+            whole = io.BytesIO()
+            save(content, whole)
+            file.write(whole.getvalue()[:50_000])
+            file.flush()
+            os.kill(os.getpid(), 9)
+        save(content, file)
+
+    torch.save = half
 
 
 def test_killed_while_a_checkpoint_is_written(few, call, tmp_path):
     flags = [*quick_flags(few), "--min_steps", 3, "--save_minutes", 0]
     command = ["train_detector_stage1", *flags, "--output_dir", "killed"]
-    assert run_driver(KILLED_WHILE_SAVING, command, cwd=tmp_path).returncode != 0
+    assert Forked(command, cwd=tmp_path, before=kill_in_the_third_save).wait() != 0
     killed = tmp_path / "killed"
     (half,) = killed.glob("checkpoint.pt.*.tmp")
     assert half.stat().st_size == 50_000
@@ -138,29 +124,18 @@ def test_killed_while_a_checkpoint_is_written(few, call, tmp_path):
     assert_same_run(killed, tmp_path / "whole")
 
 
-KILL_RUNS = """
-import sys
-from pathlib import Path
-import torch
-from testkit.kills import kill_runs
-torch.set_num_threads(1)
-kinds = ["stage 1", "stage 2, cache on disk", "single stage"]
-sys.exit(kill_runs(count=4, seed=4, workplace=Path(sys.argv[1]), kinds=kinds))
-"""
+def kill_each_kind(workplace: Path) -> None:
+    kinds = ["stage 1", "stage 2, cache on disk", "single stage"]
+    sys.exit(kill_runs(count=3, seed=5, workplace=workplace, kinds=kinds))
 
 
 def test_runs_killed_at_random_moments_go_on_with_the_same_bits(tmp_path):
-    """Each kind of run, one twice and with workers; benchmarks/stress.py kills hundreds."""
-    words = [sys.executable, "-c", KILL_RUNS, str(tmp_path)]
-    done = subprocess.run(
-        words,
-        capture_output=True,
-        encoding="utf-8",
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"4 kills in \d+ runs, 0 runs lost something", done.stdout)
+    """Each kind of run, without and with workers in turn; benchmarks/stress.py kills hundreds."""
+    workplace = tmp_path / "runs"
+    workplace.mkdir()
+    done = Forked(cwd=tmp_path, before=partial(kill_each_kind, workplace))
+    assert done.wait() == 0, done.stdout + done.stderr
+    assert re.search(r"3 kills in \d+ runs, 0 runs lost something", done.stdout)
 
 
 def test_a_run_that_ended_before_its_first_save_says_how_to_start_anew(
@@ -181,86 +156,100 @@ def test_a_run_that_ended_before_its_first_save_says_how_to_start_anew(
 
 # ---------------------------------------------------------------- a full disk
 
-FILE_LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+
+@contextlib.contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """No file may become larger than so many bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_files_that_may_not_grow_keep_the_old_checkpoints(run, tmp_path):
-    pytest.importorskip("resource")
+def test_files_that_may_not_grow_keep_the_old_checkpoints(run, exit_of):
     before = contents(run)
-    resume = ["train_detector_stage1", "--resume", run, "--epochs", 2]
-    done = run_driver(FILE_LIMIT.format(1 << 20), resume, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(r"could not write .*\.pth? \(.*Free some space", done.stderr)
+    resume = [train_detector_stage1.main, "--resume", run, "--epochs", 2]
+    with limited_files(1 << 20):
+        code, text = exit_of(*resume)
+    assert code == 2 and re.search(r"could not write .*\.pth? \(.*Free some space", text)
     after = contents(run)
     assert all(after[name] == before[name] for name in before if name != "metrics.json")
     assert not list(run.glob("*.tmp"))
-    output_of(train_detector_stage1.main, *resume[1:])  # with room again
+    output_of(*resume)  # with room again
     assert load(run / "last.pt")["training"]["progress"]["epoch"] == 2
 
 
-def test_outputs_that_may_not_grow_are_named(run, few, tmp_path):
-    pytest.importorskip("resource")
+def test_outputs_that_may_not_grow_are_named(run, few, exit_of, tmp_path):
     weights = ["--checkpoint", run / "best.pt"]
     small = tmp_path / "small.pt"
     small.write_bytes(b"an earlier file")
-    done = run_driver(
-        FILE_LIMIT.format(100),
-        ["predict", *weights, "--input", few / "valid", "--output", "found"],
-        ["evaluate", *weights, "--dataset", few, "--json", "scores.json"],
-        ["evaluate", *weights, "--dataset", few, "--results", "results"],
-        ["shrink_head", "--in_ckpt", run / "best.pt", "--out_ckpt", small],
-        cwd=tmp_path,
-    )
-    assert re.findall(r"left with (\d+)", done.stdout) == ["2", "2", "2", "2"], done.stderr
-    assert "Traceback" not in done.stderr and "defect" not in done.stderr
-    for name in ("found", "scores.json", "results", "small.pt"):
-        assert re.search(rf"(could not write|cannot write to the folder) \S*{name}", done.stderr), (
-            name
-        )
+    for name, *words in (
+        ["found", predict.main, *weights, "--input", few / "valid", "--output", "found"],
+        ["scores.json", evaluate.main, *weights, "--dataset", few, "--json", "scores.json"],
+        ["results", evaluate.main, *weights, "--dataset", few, "--results", "results"],
+        ["small.pt", shrink_head.main, "--in_ckpt", run / "best.pt", "--out_ckpt", small],
+    ):
+        with limited_files(100):
+            code, text = exit_of(*words)
+        assert code == 2, text
+        assert re.search(rf"(could not write|cannot write to the folder) \S*{name}", text), text
     assert small.read_bytes() == b"an earlier file" and not (tmp_path / "scores.json").exists()
     assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "found").iterdir())
 
 
-def in_a_namespace(
-    mount: str, words: list[str], after: str, cwd: Path
-) -> subprocess.CompletedProcess:
-    """Run a command, then `after`, where `mount` was done in a mount namespace of its own."""
-    if subprocess.run(
-        ["sh", "-c", "unshare -rm mount -t tmpfs tmpfs /mnt"], capture_output=True
-    ).returncode:
+@pytest.fixture
+def needs_mounts() -> None:
+    command = ["sh", "-c", "unshare -rm mount -t tmpfs tmpfs /mnt"]
+    if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    lines = f'{mount} || exit 99\n"$@"\nstatus=$?\n{after}\nexit $status'
-    command = ["unshare", "-rm", "sh", "-c", lines, "sh", *words]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, encoding="utf-8", env=environment(), timeout=600
-    )
 
 
-DISK_FILLS_UP = """
-import rfdetr.main
-train, check = rfdetr.main.train_one_epoch, rfdetr.main.check_free_disk
-def fill():
-    with open("ballast", "wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)) == 4096: pass
-        except OSError: pass
-def train_one_epoch(trainer, *rest):
-    if trainer.progress.epoch == 1: fill()
-    return train(trainer, *rest)
-rfdetr.main.train_one_epoch = train_one_epoch
-"""
+def mount(folder: str, options: str) -> None:
+    """Let this process, as `unshare --map-root-user --mount` does, have a tmpfs of its own."""
+    user, group = os.getuid(), os.getgid()
+    new_namespaces = 0x10000000 | 0x00020000  # CLONE_NEWUSER | CLONE_NEWNS
+    assert ctypes.CDLL(None).unshare(new_namespaces) == 0
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
 
 
+def fill_the_disk_in_the_second_epoch() -> None:
+    train = rfdetr.main.train_one_epoch
+
+    def fill() -> None:
+        with open("ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)) == 4096:
+                pass
+
+    def train_one_epoch(trainer, *rest):
+        if trainer.progress.epoch == 1:
+            fill()
+        return train(trainer, *rest)
+
+    rfdetr.main.train_one_epoch = train_one_epoch
+
+
+def train_on_a_small_disk(words: list[object]) -> None:
+    """Leaves the run in the folder beside the disk."""
+    mount("disk", "size=160m")
+    os.chdir("disk")
+    fill_the_disk_in_the_second_epoch()
+    status = run_in_turn([["train_detector_stage1", *map(str, words)]])
+    shutil.copytree("run", "../run")
+    sys.exit(status)
+
+
+@pytest.mark.usefixtures("needs_mounts")
 def test_a_disk_that_is_really_full(few, tmp_path):
     (tmp_path / "disk").mkdir()
     flags = [*quick_flags(few), "--epochs", 2, "--tensorboard", 1, "--output_dir", "run"]
-    done = in_a_namespace(
-        "mount -t tmpfs -o size=160m tmpfs disk && cd disk",
-        driver(DISK_FILLS_UP, ["train_detector_stage1", *flags]),
-        "cp -r run ..",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2, done.stderr
+    done = Forked(cwd=tmp_path, before=partial(train_on_a_small_disk, flags))
+    assert done.wait() == 2, done.stderr
     assert re.search(
         r"could not write run.*No space left on device|could not write run.*\.pth? ", done.stderr
     )
@@ -471,17 +460,19 @@ def test_a_file_where_the_output_belongs(run, few, exit_of, tmp_path):
     assert file.read_text() == "keep"
 
 
+@pytest.mark.usefixtures("needs_mounts")
 def test_a_folder_that_is_read_only(run, few, tmp_path):
     (tmp_path / "locked").mkdir()
     weights = ["--checkpoint", run / "best.pt"]
-    command = driver(
-        "",
+    done = Forked(
         ["evaluate", *weights, "--dataset", few, "--json", "locked/scores.json"],
         ["predict", *weights, "--input", few / "valid", "--output", "locked"],
         ["train_detector_stage1", *quick_flags(few), "--output_dir", "locked/run"],
+        cwd=tmp_path,
+        before=partial(mount, "locked", "ro"),
     )
-    done = in_a_namespace("mount -t tmpfs -o ro tmpfs locked", command, "", cwd=tmp_path)
-    assert re.findall(r"left with (\d+)", done.stdout) == ["2", "2", "2"], done.stderr
+    done.wait()
+    assert re.findall(r"left with (\d+)", done.stderr) == ["2", "2", "2"], done.stderr
     assert done.stderr.count("Read-only file system") == 3
     for flag in ("--json", "--output", "--output_dir"):
         assert f"Name another with {flag}\n" in done.stderr
@@ -557,65 +548,47 @@ def test_scripts_that_only_read_leave_with_143(run, few, exit_of, monkeypatch):
     assert exit_of(evaluate.main, "--checkpoint", run / "best.pt", "--dataset", few)[0] == 143
 
 
-SIGNALS = """
-import signal, threading
-import rfdetr.training.engine
-optimise = rfdetr.training.engine.optimise
-def step(*args):
-    print("in a step", file=sys.stderr, flush=True)
-    if {hang}:
-        while signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
-            threading.Event().wait(0.05)
-        print("the first is noted", file=sys.stderr, flush=True)
-        while True:
-            threading.Event().wait(0.05)
-    return optimise(*args)
-rfdetr.training.engine.optimise = step
-"""
+def tell_of_steps(hang: bool) -> None:
+    """Say where each optimizer step begins; one that hangs also says that a signal was noted."""
+    optimise = rfdetr.training.engine.optimise
+
+    def step(*args):
+        print("in a step", file=sys.stderr, flush=True)
+        while hang and signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+            time.sleep(0.02)
+        if hang:
+            print("the first is noted", file=sys.stderr, flush=True)
+        while hang:
+            time.sleep(0.02)
+        return optimise(*args)
+
+    rfdetr.training.engine.optimise = step
 
 
-def wait_for(text: str, process: subprocess.Popen) -> None:
-    """Until a script has printed `text` to stderr."""
-    printed = b""
-    while text.encode() not in printed:
-        character = process.stderr.read(1)
-        assert character, printed
-        printed += character
-
-
-def start_in_a_session(hang: bool, words: list[object], cwd: Path) -> subprocess.Popen:
+def start_in_a_session(hang: bool, words: list[object], cwd: Path) -> Forked:
     """Run a script in a session of its own, as a terminal would; returns when it is in a step."""
-    process = subprocess.Popen(
-        driver(SIGNALS.format(hang=hang), words),
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=environment(),
-    )
-    wait_for("in a step", process)
-    return process
+    run = Forked(words, cwd=cwd, before=partial(tell_of_steps, hang), session=True)
+    run.wait_for("in a step")
+    return run
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
 def test_ctrl_c_in_a_terminal_reaches_the_workers_too(few, tmp_path):
     flags = [*quick_flags(few), "--workers", 2, "--min_steps", 500, "--output_dir", "run"]
-    process = start_in_a_session(False, ["train_detector_stage1", *flags], tmp_path)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = (text.decode() for text in process.communicate(timeout=300))
-    assert process.returncode == 130, err
-    assert "--resume run" in out and "Traceback" not in err
+    run = start_in_a_session(False, ["train_detector_stage1", *flags], tmp_path)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait() == 130, run.stderr
+    assert "--resume run" in run.stdout and "Traceback" not in run.stderr
     assert load(tmp_path / "run/checkpoint.pt")["training"]["progress"]["step"] > 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to other processes")
 def test_a_second_signal_ends_at_once(few, tmp_path):
-    process = start_in_a_session(True, ["train_detector_stage1", *quick_flags(few)], tmp_path)
-    process.send_signal(signal.SIGINT)
-    wait_for("the first is noted", process)  # and the step goes on
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGINT
+    run = start_in_a_session(True, ["train_detector_stage1", *quick_flags(few)], tmp_path)
+    os.kill(run.pid, signal.SIGINT)
+    run.wait_for("the first is noted")  # and the step goes on
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait() == -signal.SIGINT
 
 
 # ---------------------------------------------------------------- figures of an earlier run

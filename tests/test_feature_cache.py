@@ -1,4 +1,4 @@
-"""The cache of a frozen detector's outputs: the same as running the detector again, whoever filled it and when."""
+"""The cache of a frozen detector's outputs: what running it again gives, whoever filled it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def cache_of(detector, dataset, tmp_path):
 
 @pytest.fixture(autouse=True)
 def every_match_counts(monkeypatch):
-    """An untrained detector misses its objects; what the cache keeps of a match does not depend on its quality."""
+    """An untrained detector misses its objects, and what is kept does not depend on a match."""
     monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0)
 
 
@@ -310,9 +310,8 @@ def test_what_was_computed_before_a_kill_is_kept(cache_of, computed, monkeypatch
 def test_a_damaged_view_is_computed_again(cache_of, computed, place):
     whole = read(cache := cache_of(on_disk=True), *ALL)
     with open(cache.path, "r+b") as file:
-        file.seek(
-            {"record": int(cache.records.offsets[3]) + 20, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place]
-        )
+        record = int(cache.records.offsets[3]) + 20
+        file.seek({"record": record, "table": 8 * 3 + 6, "sign": 8 * 3 + 7}[place])
         file.write(b"\xff")
     del computed[:]
     assert_same(whole, read(cache_of(on_disk=True), *ALL))

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, quick_flags, train_flags
+from conftest import quick_flags, train_flags
 from PIL import Image
 from test_resume import assert_same_run, signal_at_step
 
@@ -29,12 +28,13 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.loaders import evaluation_loader
 from rfdetr.metrics.coco_eval import CocoEvaluator
+from testkit.forked import Forked
 
 pytestmark = pytest.mark.slow
 
 
 def truncated(source: Path, target: Path, count: dict[str, int]) -> list[Path]:
-    """Copy a dataset; the first images of the named splits are cut JPEGs there. Their headers are sound."""
+    """Copy a dataset; the first images of the named splits are cut JPEGs with sound headers."""
     shutil.copytree(source, target)
     files = [
         file for split, n in count.items() for file in sorted((target / split).glob("*.png"))[:n]
@@ -158,49 +158,37 @@ def test_the_next_image_stands_in_in_training_and_nothing_in_evaluation(few, tmp
         SplitDataset(split, 64, None, masks=False)[0, None]
 
 
-# Every training image becomes a pipe, once the check is over: who opens one waits until the test writes to it.
-WAITING = """
-import os, sys
-sys.path.insert(0, {root!r})
-import train_detector_stage1 as script
-from rfdetr.console import run_script
-make = script.training_loader
-def training_loader(dataset, *rest, **options):
-    for image in dataset.split.images:
-        image.path.unlink()
-        os.mkfifo(image.path)
-    return make(dataset, *rest, **options)
-script.training_loader = training_loader
-run_script(script.main)
-"""
+def make_pipes_of_the_images() -> None:
+    """Once the check is over: who opens one waits until the test writes to it."""
+    make = train_detector_stage1.training_loader
+
+    def training_loader(dataset, *rest, **options):
+        for image in dataset.split.images:
+            image.path.unlink()
+            os.mkfifo(image.path)
+        return make(dataset, *rest, **options)
+
+    train_detector_stage1.training_loader = training_loader
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for the worker in /proc")
 def test_a_dead_worker_ends_the_run_and_its_image_is_named(few, tmp_path):
     shutil.copytree(few, tmp_path / "data")
     flags = [*quick_flags(tmp_path / "data"), "--workers", 2]
-    script = subprocess.Popen(
-        [sys.executable, "-c", WAITING.format(root=str(ROOT)), *map(str, flags)],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-        env=environment(),
-    )  # fmt: skip
-    try:
-        file, worker = who_reads(sorted((tmp_path / "data/train").glob("*.png")), script)
-        os.kill(worker, signal.SIGKILL)
-        out, err = script.communicate(timeout=120)
-    finally:
-        script.kill()
-    assert script.returncode == 2, err
-    assert (
-        str(worker) in err and str(file) in err and "--workers 0" in err and "Traceback" not in err
-    )
-    assert err.count(".png") == 1
+    command = ["train_detector_stage1", *flags]
+    script = Forked(command, cwd=tmp_path, before=make_pipes_of_the_images)
+    file, worker = who_reads(sorted((tmp_path / "data/train").glob("*.png")), script)
+    os.kill(worker, signal.SIGKILL)
+    assert script.wait() == 2, script.stderr
+    said = script.stderr
+    assert str(worker) in said and str(file) in said and "--workers 0" in said
+    assert "Traceback" not in said and said.count(".png") == 1
 
 
-def who_reads(files: list[Path], script: subprocess.Popen) -> tuple[Path, int]:
-    """The first pipe that a process has opened to read, and that process; it goes on waiting for what is in there."""
+def who_reads(files: list[Path], script: Forked) -> tuple[Path, int]:
+    """The first pipe that a process has opened to read, and that process, which goes on waiting."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and script.poll() is None:
+    while time.monotonic() < deadline and script.is_running:
         for file in files:
             try:
                 writer = os.open(file, os.O_WRONLY | os.O_NONBLOCK)
@@ -217,4 +205,4 @@ def who_reads(files: list[Path], script: subprocess.Popen) -> tuple[Path, int]:
                     except OSError:
                         continue
         time.sleep(0.1)
-    raise AssertionError(f"no worker began to read: {script.communicate(timeout=10)}")
+    raise AssertionError(f"no worker began to read: {script.stdout}{script.stderr}")

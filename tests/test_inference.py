@@ -1,4 +1,4 @@
-"""evaluate.py, predict.py and the Python door, on a detector with masks that was trained a little."""
+"""evaluate.py, predict.py and the Python door, on a detector with masks, trained a little."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def odd_data(demo, tmp_path_factory) -> Path:
-    """The demo with a crowd, an image without objects, and category ids with holes in another order of images."""
+    """The demo with a crowd, an image without objects, images in another order, ids with holes."""
 
     def change(content: dict) -> None:
         new_id = {c["id"]: 10 * c["id"] + 7 for c in content["categories"]}

@@ -231,7 +231,8 @@ def test_guesses_beyond_what_memory_is_for_are_not_kept(demo, monkeypatch):
     monkeypatch.setattr(dataset_module, "GUESSES_KEPT", 2 * len(images[0].labels))
     dataset = dataset_module.SplitDataset(replace(split, images=images), 64, None, True, guess=True)
     guesses = [dataset.segmentations(index) for index in range(len(images))]
-    assert 0 in dataset.guessed and sum(map(len, dataset.guessed.values())) <= dataset_module.GUESSES_KEPT
+    assert 0 in dataset.guessed
+    assert sum(map(len, dataset.guessed.values())) <= dataset_module.GUESSES_KEPT
     assert [dataset.segmentations(index) for index in range(len(images))] == guesses
 
 

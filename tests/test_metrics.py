@@ -1,4 +1,4 @@
-"""The figures equal plain pycocotools on what was saved, and the overlap equals a count of decoded pixels."""
+"""The figures equal plain pycocotools on what was saved, the overlap a count of pixels."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def random_boxes(rng, count, height, width):
 def random_split(
     seed, image_ids=(7, 3, 900000000001, 12, 40, 41), category_ids=(5, 90, 17), first_id=1
 ):
-    """Ground truth with crowds, an image without annotations and a category (the last) without any."""
+    """Ground truth with crowds; an image and a category (the last) have no annotation."""
     rng = np.random.default_rng(seed)
     images, annotations = [], []
     for image_id in image_ids:
@@ -111,7 +111,7 @@ def random_split(
 
 
 def add_random_detections(evaluator, truth, seed):
-    """Near copies of the truth and noise, with ties among the scores; the last image gets no detections."""
+    """Near copies of the truth and noise, with ties among the scores; none in the last image."""
     rng = np.random.default_rng(seed)
     category_ids = [category["id"] for category in truth["categories"]]
     for image in truth["images"][:-1]:
@@ -186,7 +186,7 @@ def assert_equal_to_pycocotools(figures, truth, results, kind):
 
 @pytest.fixture(params=["hotcoco", "pycocotools"])
 def backend(request, monkeypatch):
-    """Each of the two libraries, and no other: hotcoco alone computes unless a test says otherwise."""
+    """Each of the two libraries, and no other: hotcoco alone unless a test says otherwise."""
     if request.param == "pycocotools":
         monkeypatch.setattr(coco_eval, "hotcoco", None)
     return request.param
@@ -224,7 +224,10 @@ def test_equals_plain_pycocotools_on_the_saved_files(case, backend, tmp_path, ca
 
 @st.composite
 def evaluation_case(draw):
-    """(ground truth, detections of each image) on a coarse grid: equal scores and overlaps, empty masks, crowds."""
+    """(ground truth, detections of each image) on a coarse grid.
+
+    Equal scores and overlaps, empty masks, crowds.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     some_id = draw(
         st.sampled_from(
@@ -604,7 +607,7 @@ class BoxMasks(torch.nn.Module):
 
 
 class Trained(torch.nn.Module):
-    """Stands for a trained detector: a query near each object, scores of its class all over 0..1."""
+    """As a trained detector: a query near each object, scores of its class all over 0..1."""
 
     size = replace(SIZES["tiny"], queries=OBJECTS, select=300)
 

@@ -1,4 +1,4 @@
-"""Boxes and masks land where they belong: in a resized image, in a tile, inside a letterbox's borders."""
+"""Boxes and masks land where they belong: in a resized image, a tile, a letterbox."""
 
 from __future__ import annotations
 

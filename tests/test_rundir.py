@@ -128,7 +128,7 @@ def test_check_free_disk_works_before_the_folder_exists(tmp_path):
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 
 
-@settings(max_examples=30, deadline=None)  # each waits for the disk
+@settings(max_examples=30, deadline=None)
 @given(
     st.recursive(
         LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20
@@ -189,6 +189,16 @@ def test_a_failed_write_keeps_the_old_file_and_no_temporary(tmp_path, error):
     with pytest.raises(UserError, match="could not write .*last.pt"):
         atomic_write(path, write)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    done = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append("written to the disk"))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replaced"), replace(*paths)))
+    atomic_write(tmp_path / "last.pt", lambda file: file.write(b"new"))
+    assert done == ["written to the disk", "replaced"]
+    assert (tmp_path / "last.pt").read_bytes() == b"new"
 
 
 def write_beyond_the_limit(path: Path, said) -> None:

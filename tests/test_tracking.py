@@ -236,6 +236,7 @@ def places(records: list[dict]) -> list[tuple]:
     return [(one["frame"], one["class"], np.round(one["bbox"], 1).tolist()) for one in records]
 
 
+@pytest.mark.slow
 def test_a_video_is_followed_and_batches_change_nothing(scene, follow, tmp_path, capsys):
     write_video(tmp_path / "clip.mp4", scene.frames)
     one = follow("one", "--input", "clip.mp4", "--track", 1, "--batch", 1)
@@ -263,6 +264,7 @@ def test_a_video_is_followed_and_batches_change_nothing(scene, follow, tmp_path,
     assert made.get(cv2.CAP_PROP_FRAME_COUNT) == len(scene.frames)
 
 
+@pytest.mark.slow
 def test_a_folder_of_numbered_images_is_a_stack(scene, follow, tmp_path):
     """Frames 2 and 10 in their order, one of them broken; another folder has other ids."""
     for folder in ("a", "b"):

@@ -1,4 +1,7 @@
-"""Every fault of a dataset: its code, its severity, and what it does to what is read; validate_setup.py as a whole."""
+"""Every fault of a dataset: its code, its severity, and what it does to what is read.
+
+And validate_setup.py as a whole.
+"""
 
 from __future__ import annotations
 
@@ -472,6 +475,7 @@ def run_script(*arguments: object, **environment: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_validate_setup_of_a_good_dataset(dataset, tmp_path):
     done = run_script(
         "--dataset", dataset, "--json", tmp_path / "report.json", PYTHONIOENCODING="cp1252"
