@@ -1,4 +1,4 @@
-"""Do 12 and 16 bits a pixel score as 8 do?  One dataset in three depths, trained alike from scratch.
+"""Do 12 and 16 bits a pixel score as 8 do?  One dataset in three depths, trained alike.
 
 python benchmarks/bit_depths.py --dataset nuclei --epochs 3
 
