@@ -1,0 +1,189 @@
+"""Large images: the pixels of any file, a part at a time, and nothing of its size in memory."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rfdetr.console import UserError
+from rfdetr.data import bands, large_images
+from rfdetr.data.images import ORIENTATION, read_pixels
+from rfdetr.data.large_images import ImageOnDisk, read_for_tiles
+
+HEIGHT, WIDTH = 61, 83
+
+
+@pytest.fixture(autouse=True)
+def all_are_large(monkeypatch):
+    monkeypatch.setattr(large_images, "LARGE", 0)
+    monkeypatch.setattr(bands, "BAND_BYTES", 1000)
+
+
+def scene(mode: str) -> Image.Image:
+    """Smooth colours with some noise, in any of Pillow's modes."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    rgb = np.stack([rows * 4, columns * 3, (rows + columns) % 256], axis=2)
+    rgb = (rgb + rng.integers(0, 9, rgb.shape)).clip(0, 255).astype(np.uint8)
+    if mode.startswith("I;16"):
+        gray = rgb[..., 0].astype(np.uint16) * 37
+        return Image.fromarray(gray.astype(">u2" if mode == "I;16B" else "<u2"))
+    if mode == "F":
+        return Image.fromarray(rgb[..., 0] / np.float32(40))
+    image = Image.fromarray(rgb)
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(rgb[..., 1]))
+        return image
+    return image.quantize(40) if mode == "P" else image.convert(mode)
+
+
+def no_child(*_):
+    raise AssertionError("the image is decoded as a whole")
+
+
+BY_PARTS = {
+    "rgb.tif": ("RGB", {}),
+    "strips.tif": ("RGB", {"compression": "tiff_lzw", "tiffinfo": {278: 7}}),
+    "deflate.tif": ("L", {"compression": "tiff_adobe_deflate", "tiffinfo": {278: 10, 317: 2}}),
+    "16.tif": ("I;16", {"compression": "tiff_lzw", "tiffinfo": {278: 10}}),
+    "plain16.tif": ("I;16", {}),
+    "motorola.tif": ("I;16B", {}),
+    "palette.tif": ("P", {"compression": "packbits", "tiffinfo": {278: 10}}),
+    "alpha.tif": ("RGBA", {"tiffinfo": {278: 4}}),
+    "two.tif": ("1", {"compression": "group4", "tiffinfo": {278: 16}}),
+    "jpeg.tif": ("RGB", {"compression": "jpeg", "tiffinfo": {278: 16}}),
+    "rgb.png": ("RGB", {}),
+    "gray.png": ("L", {}),
+    "alpha.png": ("RGBA", {}),
+    "both.png": ("LA", {}),
+    "16.png": ("I;16", {}),
+    "rgb.bmp": ("RGB", {}),
+    "gray.bmp": ("L", {}),
+    "palette.bmp": ("P", {}),
+    "alpha.bmp": ("RGBA", {}),
+}
+
+
+@pytest.mark.parametrize("name", BY_PARTS)
+def test_parts_of_a_file_have_the_pixels_of_the_whole(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(large_images, "write_whole", no_child)
+    mode, options = BY_PARTS[name]
+    path = tmp_path / name
+    scene(mode).save(path, **options)
+    for window in (None, (100.0, 4000.0)):
+        whole = read_pixels(path, True, window)
+        kept = read_for_tiles(path, True, window)
+        assert isinstance(kept, ImageOnDisk) and kept.shape == whole.shape
+        assert (kept[:] == whole).all()
+        part = kept[17:30, 5:44]
+        assert type(part) is np.ndarray and (part == whole[17:30, 5:44]).all()
+
+
+def test_a_palette_png_with_transparency_and_notes_has_the_same_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_images, "write_whole", no_child)
+    image = scene("RGB").quantize(200)
+    image.save(tmp_path / "p.png", transparency=bytes(range(200)), dpi=(72, 72))
+    kept = read_for_tiles(tmp_path / "p.png", True)
+    assert (kept[:] == read_pixels(tmp_path / "p.png", True)).all()
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_a_tiff_in_tiles_has_the_same_pixels(byte_order, tmp_path, monkeypatch):
+    """Pillow writes no tiles, so the file is made by hand: deflated, the last ones cut off."""
+    monkeypatch.setattr(large_images, "write_whole", no_child)
+    pixels = np.asarray(scene("RGB"))
+    side = 32
+    tiles = []
+    for top in range(0, HEIGHT, side):
+        for left in range(0, WIDTH, side):
+            tile = np.zeros((side, side, 3), np.uint8)
+            part = pixels[top : top + side, left : left + side]
+            tile[: part.shape[0], : part.shape[1]] = part
+            tiles.append(zlib.compress(tile.tobytes()))
+    tags = {256: WIDTH, 257: HEIGHT, 259: 8, 262: 2, 277: 3, 284: 1, 322: side, 323: side}
+    count = len(tags) + 3
+    lists = 8 + 2 + 12 * count + 4  # where values of more than four bytes lie
+    data = lists + 6 + 8 * len(tiles)
+    sizes = [len(tile) for tile in tiles]
+    offsets = [data + sum(sizes[:i]) for i in range(len(tiles))]
+    entries = {tag: (4, 1, value) for tag, value in tags.items()}
+    entries |= {258: (3, 3, lists), 324: (4, len(tiles), lists + 6)}
+    entries |= {325: (4, len(tiles), lists + 6 + 4 * len(tiles))}
+    content = b"II" if byte_order == "<" else b"MM"
+    content += struct.pack(f"{byte_order}HIH", 42, 8, count)
+    for tag, (kind, number, value) in sorted(entries.items()):
+        content += struct.pack(f"{byte_order}HHII", tag, kind, number, value)
+    content += struct.pack(f"{byte_order}I3H{2 * len(tiles)}I", 0, 8, 8, 8, *offsets, *sizes)
+    (tmp_path / "tiles.tif").write_bytes(content + b"".join(tiles))
+    assert (read_pixels(tmp_path / "tiles.tif", True) == pixels).all()
+    assert (read_for_tiles(tmp_path / "tiles.tif", True)[:] == pixels).all()
+
+
+def test_pages_of_a_tiff_and_its_stored_orientation(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_images, "write_whole", no_child)
+    pages = [scene("RGB"), scene("L").resize((40, 30))]
+    path = tmp_path / "pages.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    for page in (0, 1):
+        kept = read_for_tiles(path, True, page=page)
+        assert (kept[:] == read_pixels(path, True, page=page)).all()
+    turned = tmp_path / "turned.tif"
+    scene("RGB").save(turned, compression="tiff_lzw", tiffinfo={ORIENTATION: 6, 278: 10})
+    assert (read_for_tiles(turned, False)[:] == np.asarray(scene("RGB"))).all()
+
+
+def test_other_files_are_decoded_as_a_whole_in_a_process_of_their_own(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 8
+    options = {
+        "turned.jpg": ("RGB", {"exif": exif}),
+        "turned.png": ("L", {"exif": exif}),
+        "float.tif": ("F", {}),
+    }
+    for name, (mode, more) in options.items():
+        scene(mode).save(tmp_path / name, **more)
+        kept = read_for_tiles(tmp_path / name, True)
+        whole = read_pixels(tmp_path / name, True)
+        assert kept.shape == whole.shape and (kept[:] == whole).all()
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "strips.tif", "rgb.tif", "rgb.bmp", "photo.jpg"])
+def test_a_large_file_that_is_cut_off_is_refused(name, tmp_path):
+    mode, options = BY_PARTS.get(name, ("RGB", {}))
+    scene(mode).save(tmp_path / name, **options)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_for_tiles(tmp_path / name, True)
+
+
+def test_small_images_stay_arrays(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_images, "LARGE", HEIGHT * WIDTH)
+    scene("RGB").save(tmp_path / "a.png")
+    assert type(read_for_tiles(tmp_path / "a.png", True)) is np.ndarray
+
+
+def test_a_disk_without_room_for_the_pixels_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_images, "free_disk", lambda folder: 1000)
+    scene("RGB").save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="environment variable TMPDIR"):
+        read_for_tiles(tmp_path / "a.png", True)
+
+
+def test_many_pixels_are_a_bomb_only_in_a_file_of_a_few_bytes(tmp_path):
+    """A blank image of 14,000 x 14,000 pixels, as PNG and as a TIFF of that many bytes."""
+    side = 14_000
+    blank = tmp_path / "blank.png"
+    size = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(side * (1 + side // 8)), 1)
+    chunks = [(b"IHDR", size), (b"IDAT", rows), (b"IEND", b"")]
+    blank.write_bytes(bands.PNG_SIGNATURE + b"".join(bands.png_chunk(*one) for one in chunks))
+    with pytest.raises(UserError, match="196,000,000 pixels in a file of a few bytes"):
+        read_for_tiles(blank, True)
+    with open(blank, "ab") as file:
+        file.truncate(1 << 20)  # after its end: what a true image would hold
+    assert large_images.count_pixels(blank) == side**2
