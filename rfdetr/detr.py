@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from rfdetr.console import UserError, warn
 from rfdetr.data.gray import look_at, scale_for, window_of
 from rfdetr.data.images import GrayWindow
+from rfdetr.data.large_images import Pixels
 from rfdetr.device import pick_device, pick_inference_precision
 from rfdetr.inference.detections import (
     DetectionRunner,
@@ -212,7 +213,7 @@ class RFDETR:
         pixels = []
         for position, image in enumerate(images, start=first or 0):
             try:
-                pixels.append(read_image(image, turn, choice.window))
+                pixels.append(read_image(image, turn, choice.window, bool(choice.tiling)))
             except UserError as error:
                 if first is None:
                     raise
@@ -243,9 +244,7 @@ class RFDETR:
             )
         return predictions
 
-    def _predict_in_tiles(
-        self, original: Original, pixels: np.ndarray, choice: Choice
-    ) -> Prediction:
+    def _predict_in_tiles(self, original: Original, pixels: Pixels, choice: Choice) -> Prediction:
         """In one image (H, W, 3) uint8, a batch of its tiles at a time."""
         height, width = pixels.shape[:2]
         windows = choice.tiling.windows(height, width)

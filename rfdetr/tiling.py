@@ -83,7 +83,7 @@ class Tiling:
 
 
 def crop(pixels: np.ndarray, window: Window) -> np.ndarray:
-    """The part (h, w, C) of an image (H, W, C)."""
+    """The part (h, w, C) of an image (H, W, C), an array or what is indexed like one."""
     return pixels[window.top : window.bottom, window.left : window.right]
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from pycocotools import mask as mask_api
 
+import predict
 from rfdetr.console import UserError
-from rfdetr.data import bands, large_images
+from rfdetr.data import bands, gray, large_images
+from rfdetr.data.coco import read_dataset
+from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.images import ORIENTATION, read_pixels
 from rfdetr.data.large_images import ImageOnDisk, read_for_tiles
+from rfdetr.data.rle import columns_of
+from rfdetr.detr import RFDETR
+from rfdetr.inference import visualise
+from rfdetr.inference.picture_files import write_jpeg, write_png
+from rfdetr.tiling import Tiling
 
 HEIGHT, WIDTH = 61, 83
 
@@ -20,6 +31,7 @@ HEIGHT, WIDTH = 61, 83
 @pytest.fixture(autouse=True)
 def all_are_large(monkeypatch):
     monkeypatch.setattr(large_images, "LARGE", 0)
+    monkeypatch.setattr(gray, "LARGE", 0)
     monkeypatch.setattr(bands, "BAND_BYTES", 1000)
 
 
@@ -159,6 +171,101 @@ def test_a_large_file_that_is_cut_off_is_refused(name, tmp_path):
     (tmp_path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cannot be read as an image"):
         read_for_tiles(tmp_path / name, True)
+
+
+@pytest.mark.parametrize("name", ["16.tif", "motorola.tif", "16.png", "float.tif"])
+def test_a_large_image_has_the_gray_levels_that_the_whole_has(name, tmp_path, monkeypatch):
+    mode, options = BY_PARTS.get(name, ("F", {}))
+    scene(mode).save(tmp_path / name, **options)
+    monkeypatch.setattr(gray, "PIXELS", 100)
+    large = gray.some_of(gray.deep_pixels(tmp_path / name))
+    monkeypatch.setattr(gray, "LARGE", HEIGHT * WIDTH)
+    whole = gray.some_of(gray.deep_pixels(tmp_path / name))
+    assert len(large) == 100 and (np.sort(large) == np.sort(whole)).all()
+
+
+def drawn_objects() -> dict:
+    """Objects as `draw` takes them: some with masks, one of them cut by each edge of a band."""
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, [WIDTH - 20, HEIGHT - 20], (12, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(6, 20, (12, 2))], axis=1)
+    masks = []
+    for left, top, right, bottom in boxes.astype(int).tolist():
+        pixels = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+        pixels[top:bottom, left:right] = 1
+        masks.append(mask_api.encode(pixels))
+    masks[::3] = [None] * 4
+    names = ["cell"] * 12
+    return {
+        "boxes": boxes,
+        "names": names,
+        "scores": rng.uniform(0, 1, 12).tolist(),
+        "masks": masks,
+    }
+
+
+def test_a_picture_in_bands_is_the_picture(monkeypatch):
+    monkeypatch.setattr(visualise, "SMOOTH_SIDE", 0)
+    monkeypatch.setattr(visualise, "BAND_PIXELS", 7 * WIDTH)
+    image = np.asarray(scene("RGB"))
+    objects = drawn_objects()
+    picture = np.asarray(visualise.draw(image, **objects))
+    bands = list(visualise.draw_in_bands(image, **objects))
+    assert len(bands) > 5 and (np.concatenate(bands) == picture).mean() > 0.999
+    bands = list(visualise.draw_in_bands(image, **objects, step=16))
+    assert [len(band) for band in bands] == [16, 16, 16, 13]
+
+
+def test_pictures_written_in_bands_are_plain_files(tmp_path):
+    image = np.asarray(scene("RGB").resize((333, 300)))
+    parts = [image[top : top + 128] for top in range(0, 300, 128)]
+    write_png(tmp_path / "a.png", iter(parts), 300, 333)
+    assert (np.asarray(Image.open(tmp_path / "a.png")) == image).all()
+    write_jpeg(tmp_path / "a.jpg", iter(parts), 300, 333, 92)
+    Image.fromarray(image).save(tmp_path / "b.jpg", quality=92, subsampling="4:2:0")
+    assert (
+        np.asarray(Image.open(tmp_path / "a.jpg")) == np.asarray(Image.open(tmp_path / "b.jpg"))
+    ).all()
+    with pytest.raises(UserError, match="at most 65,500 pixels a side"):
+        write_jpeg(tmp_path / "c.jpg", iter(parts), 300, 70_000, 92)
+
+
+def test_columns_of_a_mask():
+    pixels = np.asfortranarray(np.random.default_rng(0).random((40, 30)) < 0.3)
+    for mask in (pixels, pixels & False, pixels | True):
+        rle = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert (columns_of(rle, 0, 30) == mask).all()
+        assert (columns_of(rle, 7, 19) == mask[:, 7:19]).all()
+
+
+@pytest.mark.parametrize("pictures", ["png", "jpg"])
+def test_a_large_image_is_predicted_as_an_array_is(stage2, tmp_path, call, pictures):
+    file = tmp_path / "scene.tif"
+    scene("RGB").save(file)
+    words = ["--checkpoint", stage2.folder, "--input", file, "--device", "cpu", "--output", "found"]
+    call(predict.main, *words, "--tile", 48, "--threshold", 0.1, "--pictures", pictures)
+    records = json.loads((tmp_path / "found/predictions.json").read_text())
+    model = RFDETR(stage2.folder / "best.pt", device="cpu")
+    expected = model.predict(np.asarray(scene("RGB")), 0.1, tile=48)
+    assert len(expected) and [record["mask"] for record in records] == expected.rles
+    assert Image.open(tmp_path / "found" / records[0]["picture"]).size == (WIDTH, HEIGHT)
+    found = model.predict(file, 0.1, tile=48)
+    found.save_picture(tmp_path / "again.png")
+    assert (found.image == np.asarray(scene("RGB"))).all() and found.rles == expected.rles
+
+
+def test_a_split_in_tiles_reads_large_images_alike(demo, monkeypatch):
+    split = read_dataset(demo)["valid"]
+    tiling = Tiling(40, 0.2)
+    large = SplitDataset(split, 32, None, True, tiling=tiling)
+    samples = [large[index, None] for index in range(len(large))]
+    assert isinstance(large.last_read[1], ImageOnDisk)
+    monkeypatch.setattr(large_images, "LARGE", 1 << 25)
+    small = SplitDataset(split, 32, None, True, tiling=tiling)
+    for index, sample in enumerate(samples):
+        assert torch.equal(sample["image"], small[index, None]["image"])
+    large.prepare_for_workers(2)
+    assert large.last_read == (None, None)  # an open file goes to no other process
 
 
 def test_small_images_stay_arrays(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ FORMATS = [
 # Above a limit Pillow warns, above twice that it raises. Only the latter is taken for a bomb here,
 # and of files that are too small for so many pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+LARGE = 1 << 25  # pixels, 100 MB: of larger images a part at a time is read where that is enough
 MOST_PIXELS = 1 << 29  # pycocotools' masks hold no more
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
 SUSPECT_PIXELS = 178_956_970  # where Pillow's own limit is, unless ...

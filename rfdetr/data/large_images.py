@@ -21,6 +21,7 @@ from PIL import Image
 from rfdetr.console import UserError
 from rfdetr.data.bands import bands_of
 from rfdetr.data.images import (
+    LARGE,
     GrayWindow,
     is_deep,
     open_image,
@@ -35,7 +36,6 @@ from rfdetr.files import free_disk
 if TYPE_CHECKING:
     from rfdetr.data.records import ImageRecord
 
-LARGE = 1 << 25  # pixels, 100 MB: larger images stay on disk
 CROPPED_ROWS = 256  # of an image that was decoded as a whole, at a time
 
 
