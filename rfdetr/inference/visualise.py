@@ -62,11 +62,11 @@ class DrawnObject:
     @property
     def rows(self) -> tuple[float, float]:
         """From where to where it is drawn, on a picture of the original's size."""
-        _, top, _, bottom = self.box
         if _has_mask(self):
-            _, mask_top, _, height = mask_api.toBbox(self.mask)
-            top = min(top, mask_top)
-            bottom = max(bottom, mask_top + height)
+            _, top, _, height = mask_api.toBbox(self.mask)
+            bottom = top + height
+        else:
+            _, top, _, bottom = self.box
         return top - 1, bottom + 1
 
 
