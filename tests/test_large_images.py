@@ -22,7 +22,9 @@ from rfdetr.data.large_images import ImageOnDisk, read_for_tiles
 from rfdetr.data.rle import columns_of
 from rfdetr.detr import RFDETR
 from rfdetr.inference import visualise
+from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.picture_files import write_jpeg, write_png
+from rfdetr.masks import to_rle
 from rfdetr.tiling import Tiling
 
 HEIGHT, WIDTH = 61, 83
@@ -214,6 +216,19 @@ def test_a_picture_in_bands_is_the_picture(monkeypatch):
     assert len(bands) > 5 and (np.concatenate(bands) == picture).mean() > 0.999
     bands = list(visualise.draw_in_bands(image, **objects, step=16))
     assert [len(band) for band in bands] == [16, 16, 16, 13]
+
+
+def test_a_large_image_and_its_true_objects_are_shown_shrunk(demo, monkeypatch):
+    monkeypatch.setattr(visualise, "SHRUNK_SIDE", 40)
+    record = read_dataset(demo)["valid"].images[0]
+    image = large_images.load_for_tiles(record)
+    names = ["cell"] * len(record.labels)
+    masks = [to_rle(one, record.height, record.width) for one in record.segmentations]
+    shown = visualise.draw_shrunk(image, record.boxes, names, None, masks)
+    assert shown.size == (record.width // 3, record.height // 3)
+    whole = visualise.draw(image[:], record.boxes, names, None, masks).reduce(3)
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(whole)).mean() < 10
+    assert class_sheet(read_dataset(demo)["valid"]).width > 0
 
 
 def test_pictures_written_in_bands_are_plain_files(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as mask_api
 
-from rfdetr.data.large_images import Pixels
+from rfdetr.data.large_images import ImageOnDisk, Pixels
 from rfdetr.data.rle import columns_of
 from rfdetr.inference.picture_labels import Label, place_labels, write_labels
 
@@ -27,6 +28,7 @@ MIN_LINE = 1.5  # pixels, but it is no thinner
 FAR = 1e7  # pixels: farther corners, infinite ones among them, are taken for this far
 MAX_LETTERS = 60  # of a class name
 MOST_COLOURED = 5000  # objects that get colours by their places, else they take turns
+SHRUNK_SIDE = 4096  # pixels: of pictures of large images that are only looked at
 BAND_PIXELS = 1 << 21  # of large pictures, that are drawn at once
 BACKGROUND = (24, 26, 31)
 TITLE_COLOUR = (235, 235, 235)
@@ -165,6 +167,21 @@ def draw_in_bands(
         picture = Image.fromarray(image[top:bottom])
         drawn = [objects[i] for i in seen]
         yield np.asarray(_draw_on(picture, top, (width, height), drawn, labels, scale=1))
+
+
+def draw_shrunk(
+    image: ImageOnDisk,
+    boxes: np.ndarray,
+    names: list[str],
+    scores: list[float] | None = None,
+    masks: list[dict | None] | None = None,
+    colours: dict[str, Colour] | None = None,
+) -> Image.Image:
+    """As `draw`, of a large image, and then shrunk to a side of SHRUNK_SIDE or less."""
+    factor = math.ceil(max(image.shape[:2]) / SHRUNK_SIDE)
+    bands = draw_in_bands(image, boxes, names, scores, masks, colours, step=factor)
+    shrunk = [np.asarray(Image.fromarray(band).reduce(factor)) for band in bands]
+    return Image.fromarray(np.concatenate(shrunk))
 
 
 def _objects(
