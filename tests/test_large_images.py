@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
@@ -14,7 +15,7 @@ from pycocotools import mask as mask_api
 
 import predict
 from rfdetr.console import UserError
-from rfdetr.data import bands, gray, large_images
+from rfdetr.data import bands, gray, image_files, large_images
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.images import ORIENTATION, read_pixels
@@ -287,6 +288,19 @@ def test_small_images_stay_arrays(tmp_path, monkeypatch):
     monkeypatch.setattr(large_images, "LARGE", HEIGHT * WIDTH)
     scene("RGB").save(tmp_path / "a.png")
     assert type(read_for_tiles(tmp_path / "a.png", True)) is np.ndarray
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "strips.tif", "rgb.bmp"])
+def test_large_images_are_checked_in_parts(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "LARGE", 0)
+    mode, options = BY_PARTS[name]
+    path = tmp_path / name
+    scene(mode).save(path, **options)
+    faults, _, _, checksum, _ = image_files.read_image_file(path, (WIDTH, HEIGHT), True)
+    assert faults == {} and checksum == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(path.read_bytes()[:-2000])
+    faults = image_files.read_image_file(path, (WIDTH, HEIGHT), True)[0]
+    assert list(faults) == ["IMG_CORRUPT"]
 
 
 def test_a_disk_without_room_for_the_pixels_is_told(tmp_path, monkeypatch):
