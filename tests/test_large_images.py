@@ -71,6 +71,7 @@ BY_PARTS = {
     "alpha.tif": ("RGBA", {"tiffinfo": {278: 4}}),
     "two.tif": ("1", {"compression": "group4", "tiffinfo": {278: 16}}),
     "jpeg.tif": ("RGB", {"compression": "jpeg", "tiffinfo": {278: 16}}),
+    "ycbcr.tif": ("YCbCr", {"compression": "jpeg", "tiffinfo": {278: 16}}),
     "rgb.png": ("RGB", {}),
     "gray.png": ("L", {}),
     "alpha.png": ("RGBA", {}),
@@ -104,6 +105,12 @@ def test_a_palette_png_with_transparency_and_notes_has_the_same_pixels(tmp_path,
     image.save(tmp_path / "p.png", transparency=bytes(range(200)), dpi=(72, 72))
     kept = read_for_tiles(tmp_path / "p.png", True)
     assert (kept[:] == read_pixels(tmp_path / "p.png", True)).all()
+
+
+def test_a_blank_png_whose_few_bytes_hold_many_rows(tmp_path):
+    blank = Image.new("L", (1000, 999))
+    blank.save(tmp_path / "blank.png", compress_level=9)
+    assert not read_for_tiles(tmp_path / "blank.png", True)[:].any()
 
 
 @pytest.mark.parametrize("byte_order", ["<", ">"])

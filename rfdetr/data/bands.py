@@ -30,6 +30,7 @@ STRIP_OFFSETS, STRIP_ROWS, STRIP_BYTES = 273, 278, 279
 PLANES = 284  # 2: each channel by itself
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES = 322, 323, 324, 325
 UNCOMPRESSED = 1
+OLD_JPEG = 6  # whose strips need more of the file than themselves
 # what tells how pixels are stored: bits, compression, kind, fill order, samples, planes, predictor,
 # palette, extra samples, sample format, JPEG tables, YCbCr
 PIXEL_TAGS = (258, COMPRESSION, 262, 266, 277, PLANES, 317, 320, 338, 339, 347, 529, 530, 531, 532)
@@ -84,7 +85,8 @@ def tiff_bands(image: Image.Image, file: BinaryIO, convert: Convert) -> Iterator
     rows = tiff_tiles(tags) if TILE_OFFSETS in tags else tiff_strips(tags)
     largest = max((sum(part.size for part in row) for row in rows), default=MOST_BYTES + 1)
     tallest = max((part.width * part.height for row in rows for part in row), default=0)
-    if tags.get(PLANES, 1) != 1 or max(largest, tallest) > MOST_BYTES:
+    needs_more = tags.get(PLANES, 1) != 1 or tags.get(COMPRESSION) == OLD_JPEG
+    if needs_more or max(largest, tallest) > MOST_BYTES:
         return None
 
     def decoded() -> Iterator[np.ndarray]:
@@ -224,16 +226,14 @@ def png_rows(
     for offset, size in data_chunks:
         file.seek(offset)
         packed = read_all(file, size)
-        while left and (packed or stream.unconsumed_tail):
-            wanted = min(step, left) - len(rows)
-            rows += stream.decompress(packed, wanted)
+        while left:
+            rows += stream.decompress(packed, min(step, left) - len(rows))
+            if len(rows) < min(step, left):
+                break  # the next chunk goes on
             packed = stream.unconsumed_tail
-            if len(rows) == min(step, left):
-                yield bytes(rows)
-                left -= len(rows)
-                rows.clear()
-            elif stream.eof or not packed:
-                break
+            yield bytes(rows)
+            left -= len(rows)
+            rows.clear()
     if left:
         raise ValueError("the image is truncated")
 

@@ -146,7 +146,8 @@ def tiff_tags(path: str | Path) -> TiffImagePlugin.ImageFileDirectory_v2 | dict:
 def oriented(image: Image.Image, apply_exif: bool) -> Image.Image:
     """The image turned upright by its EXIF orientation, or else with its pixels as stored."""
     if apply_exif:
-        return ImageOps.exif_transpose(image)
+        is_upright = image.getexif().get(ORIENTATION, 1) not in UNDO_ORIENTATION
+        return image if is_upright else ImageOps.exif_transpose(image)  # which copies it
     if image.format != "TIFF":
         return image
     orientation = image.tag_v2.get(ORIENTATION)
