@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 import predict
+from rfdetr import masks
 from rfdetr.console import UserError
 from rfdetr.data import bands, gray, image_files, large_images
 from rfdetr.data.coco import read_dataset
@@ -25,7 +26,7 @@ from rfdetr.detr import RFDETR
 from rfdetr.inference import visualise
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.picture_files import write_jpeg, write_png
-from rfdetr.masks import to_rle
+from rfdetr.masks import encode_window, to_rle
 from rfdetr.tiling import Tiling
 
 HEIGHT, WIDTH = 61, 83
@@ -251,6 +252,13 @@ def test_pictures_written_in_bands_are_plain_files(tmp_path):
     ).all()
     with pytest.raises(UserError, match="at most 65,500 pixels a side"):
         write_jpeg(tmp_path / "c.jpg", iter(parts), 300, 70_000, 92)
+
+
+def test_a_large_mask_is_encoded_in_parts(monkeypatch):
+    pixels = np.random.default_rng(0).random((40, 30)) < 0.7
+    whole = encode_window(3, 5, pixels, 50, 60)
+    monkeypatch.setattr(masks, "PIXELS_AT_ONCE", 100)
+    assert encode_window(3, 5, pixels, 50, 60) == whole
 
 
 def test_columns_of_a_mask():

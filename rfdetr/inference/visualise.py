@@ -317,7 +317,11 @@ def _paint_mask(
     """
     left, top, width, height = mask_api.toBbox(rle).astype(int)
     line = max(1, min(line, int(min(width, height) * scale) // 4))  # an inside is left
-    mask = columns_of(rle, left, left + width)[top : top + height]
+    bottom = top + height
+    if scale == 1:  # of a mask that is much higher than these rows, a part is enough
+        top = max(top, first_row - line - 2)
+        bottom = min(bottom, first_row + len(pixels) + line + 2)
+    mask = columns_of(rle, left, left + width)[top:bottom]
     # one empty pixel around: masks that touch the picture's edge get a border there too
     mask = np.pad(mask, 1)
     x = round((left - 1) * scale)
