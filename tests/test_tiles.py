@@ -23,7 +23,7 @@ from rfdetr.data.augment import PRESETS
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.images import load_image
-from rfdetr.data.tiles import suggested_tile, visible_objects
+from rfdetr.data.tiles import suggested_tile, training_tiling, visible_objects
 from rfdetr.inference.overlaps import PixelMask
 from rfdetr.inference.tiles import DetectedInWindow, merge
 from rfdetr.placement import Placement
@@ -172,8 +172,10 @@ def test_which_tiles_a_checkpoint_is_used_with():
     assert choose_tile("auto", 0, 256) == 256 and choose_tile("auto", 320, 256) == 320
     assert choose_tile(0, 320, 256) == 0 and choose_tile(640, 320, 256) == 640
     for wrong in ("large", 31, -5, True, 3.5):
-        with pytest.raises(UserError, match="tile must be"):
+        with pytest.raises(UserError, match="--tile must be 0, auto, or 32 pixels or more"):
             choose_tile(wrong, 0, 256)
+    with pytest.raises(UserError, match="--tile must be 0, auto, or 32 pixels or more, got 31"):
+        training_tiling(SimpleNamespace(), 64, 31, 0.2, False)
     with pytest.raises(UserError, match="does not say how large"):
         choose_tile("auto", 0, None)
 
