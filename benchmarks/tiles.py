@@ -4,14 +4,15 @@ python benchmarks/tiles.py --dataset nuclei --checkpoint RUN [--side 2048] [--ti
 
 The valid images, the crowded ones first, are laid side by side into one picture of `--side` pixels;
 with `--only 256` those of 256 x 256 pixels alone, which are more alike; with `--order file` in the
-order of the dataset.
+order of the dataset, with `--order alike` by their mean brightness, so that like lies beside like.
 Originals and mosaic are predicted with the same threshold, and both are matched with the drawn
 objects, one to one at IoU .5 of masks (of boxes without a mask head), better scores first.
-`recall` is the mosaic's found objects over the originals'; `duplicates` are further detections of
-an object that is found already (IoU of .5 and more). `mAP` is COCO's, with as many detections as
-there are, of masks (of boxes without a mask head), from predictions without a threshold and without
-the suppression of overlapping boxes, as evaluate.py scores. Seconds and peak memory are of a
-process of its own that predicts the mosaic alone.
+`found` has the mosaic's objects over the originals' in brackets, of all and of those that do not
+touch a border of their picture, where no object of a real image would be cut; `duplicates` are
+further detections of an object that is found already (IoU of .5 and more). `mAP` is COCO's, with as
+many detections as there are, of masks (of boxes without a mask head), from predictions without a
+threshold and without the suppression of overlapping boxes, as evaluate.py scores. Seconds and peak
+memory are of a process of its own that predicts the mosaic alone.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from rfdetr.settings import TileSettings  # noqa: E402
 
 MATCHED = 0.5
 GROUND = 128  # gray where no image lies
+ORDERS = ("crowded", "file", "alike")
 ALL = 1_000_000  # detections that the mAP looks at
 
 ALONE = """
@@ -68,6 +70,7 @@ class Pictures:
     pixels: list[np.ndarray]
     drawn: list[list[dict]]  # RLEs of each picture
     labels: list[list[int]]  # category ids
+    inner: list[list[bool]]  # the object does not touch a border of its own picture
     sure: list[Prediction] = field(default_factory=list)  # with the threshold
     all: list[Prediction] = field(default_factory=list)  # without one
 
@@ -87,13 +90,18 @@ class Pictures:
     def detections(self) -> int:
         return sum(len(prediction) for prediction in self.sure)
 
-    def found(self) -> tuple[int, int]:
-        """(objects that are found, further detections of those)."""
-        pairs = [
-            matched(as_rles(prediction, *pixels.shape[:2]), rles)
-            for prediction, pixels, rles in zip(self.sure, self.pixels, self.drawn)
-        ]
-        return sum(found for found, _ in pairs), sum(again for _, again in pairs)
+    def found(self) -> tuple[int, int, int]:
+        """(objects that are found, those of them that touch no border, further detections)."""
+        objects = 0
+        inner_ones = 0
+        further = 0
+        for i, prediction in enumerate(self.sure):
+            rles = as_rles(prediction, *self.pixels[i].shape[:2])
+            found, again = matched(rles, self.drawn[i])
+            objects += len(found)
+            inner_ones += sum(self.inner[i][object_] for object_ in found)
+            further += again
+        return objects, inner_ones, further
 
     def mean_average_precision(self) -> float:
         images = []
@@ -128,15 +136,19 @@ def lay_out(
     """(index, left, top) of images in rows, until the picture is full.
 
     only: images of only x only pixels alone, each as often as there is room.
-    order: "crowded" images first, or as in the "file".
+    order: one of ORDERS.
     """
     numbers = list(range(len(split.images)))
     if order == "crowded":
         areas = split.images.sizes.prod(axis=1)
         numbers.sort(key=lambda i: -len(split.images[i].labels) / areas[i])
+    elif order == "alike":
+        numbers.sort(key=lambda i: load_image(split.images[i]).mean())
     if only:
         alike = [i for i in numbers if split.images.sizes[i].tolist() == [only, only]]
         numbers = alike * ((side // only) ** 2 // len(alike) + 1)
+        if order == "alike":  # copies beside each other
+            numbers = sorted(numbers[: (side // only) ** 2], key=alike.index)
     places = []
     left = 0
     top = 0
@@ -159,10 +171,9 @@ def originals_and_mosaic(
     split: CocoSplit, side: int, places: list[tuple[int, int, int]]
 ) -> tuple[Pictures, Pictures]:
     """The images at these places, and the one picture of side x side pixels made of them."""
-    originals = Pictures([], [], [])
+    originals = Pictures([], [], [], [])
     mosaic = np.full((side, side, 3), GROUND, dtype=np.uint8)
     moved = []
-    ids = []
     for index, left, top in places:
         record = split.images[index]
         pixels = load_image(record)
@@ -173,18 +184,28 @@ def originals_and_mosaic(
         originals.pixels.append(pixels)
         originals.drawn.append(drawn)
         originals.labels.append(labels)
+        originals.inner.append([is_inner(rle) for rle in drawn])
         for rle in drawn:
             canvas = np.zeros((side, side), dtype=np.uint8, order="F")
             canvas[top : top + height, left : left + width] = mask_api.decode(rle)
             moved.append(mask_api.encode(canvas))
-        ids += labels
-    return originals, Pictures([mosaic], [moved], [ids])
+    labels = [sum(originals.labels, [])]
+    inner = [sum(originals.inner, [])]
+    return originals, Pictures([mosaic], [moved], labels, inner)
 
 
-def matched(found: list[dict], truth: list[dict]) -> tuple[int, int]:
-    """(objects that are found, further detections of those); found: best first."""
+def is_inner(rle: dict) -> bool:
+    """Whether a mask keeps clear of its picture's borders by two pixels."""
+    height, width = rle["size"]
+    left, top, box_width, box_height = mask_api.toBbox(rle)
+    far = min(width - left - box_width, height - top - box_height)
+    return min(left, top, far) >= 2
+
+
+def matched(found: list[dict], truth: list[dict]) -> tuple[set[int], int]:
+    """(the objects that are found, further detections of those); found: best first."""
     if not found or not truth:
-        return 0, 0
+        return set(), 0
     ious = np.asarray(mask_api.iou(found, truth, [0] * len(truth))).reshape(len(found), -1)
     taken: set[int] = set()
     again = 0
@@ -195,7 +216,7 @@ def matched(found: list[dict], truth: list[dict]) -> tuple[int, int]:
             taken.add(max(free, key=lambda object_: row[object_]))
         elif len(near):
             again += 1
-    return len(taken), again
+    return taken, again
 
 
 def as_rles(prediction: Prediction, height: int, width: int) -> list[dict]:
@@ -224,7 +245,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--only", type=int, help="of images with this side alone, repeated")
-    parser.add_argument("--order", choices=("crowded", "file"), default="crowded")
+    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0])
     parser.add_argument("--tile", default="auto")
     parser.add_argument("--tile_overlap", type=float, default=TileSettings.tile_overlap)
     parser.add_argument("--threshold", type=float, default=0.5)
@@ -251,15 +272,17 @@ def main() -> None:
         alone = predicted_alone(mosaic.pixels[0], file, [str(word) for word in words])
     if args.keep:
         mosaic.sure[0].picture().save(args.keep / "found.png")
-    by_themselves, again_there = originals.found()
-    found, again = mosaic.found()
+    alone_found, alone_inner, alone_again = originals.found()
+    found, inner, again = mosaic.found()
     more = mosaic.detections / max(originals.detections, 1) - 1
     precision = [one.mean_average_precision() for one in (originals, mosaic)]
     print("| | originals | mosaic |\n|---|---|---|")
     print(f"| drawn objects | {originals.objects} | {mosaic.objects} |")
     print(f"| detections | {originals.detections} | {mosaic.detections} ({more:+.1%}) |")
-    print(f"| found | {by_themselves} | {found} ({found / max(by_themselves, 1):.3f}) |")
-    print(f"| duplicates | {again_there} | {again} ({again / max(found, 1):.2%}) |")
+    print(f"| found | {alone_found} | {found} ({found / max(alone_found, 1):.3f}) |")
+    share = inner / max(alone_inner, 1)
+    print(f"| found, away from borders | {alone_inner} | {inner} ({share:.3f}) |")
+    print(f"| duplicates | {alone_again} | {again} ({again / max(found, 1):.2%}) |")
     print(f"| mAP | {precision[0]:.3f} | {precision[1]:.3f} ({precision[1] - precision[0]:+.3f}) |")
     print(f"| seconds | | {alone['seconds']:.1f} |")
     print(f"| peak memory, MB | | {alone['peak_mb']:.0f} |")
