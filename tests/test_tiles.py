@@ -175,6 +175,24 @@ def test_a_cut_detection_counts_for_nothing_where_the_next_tile_shows_it_and_det
     assert objects(tile, Window(70, 0, 100, 100), 100) == 1  # the image's edge, not a tile's
 
 
+@pytest.mark.parametrize("whole_score, left", [(0.9, [0.9]), (0.6, [0.8, 0.7])])
+def test_where_tiles_disagree_on_what_is_one_object_the_better_scores_decide(whole_score, left):
+    """One tile shows two touching discs as one object, the next one each by itself."""
+    windows = [Window(0, 0, 100, 100), Window(60, 0, 160, 100)]
+    discs = [disc(100, 160, 75, 35, 10), disc(100, 160, 75, 52, 9)]
+    one = seen_in(windows[0], [discs[0] | discs[1]], least=0)
+    two = seen_in(windows[1], discs, least=0)
+    one = replace(one, scores=np.array([whole_score]))
+    two = replace(two, scores=np.array([0.8, 0.7]))
+    for tiles in ([one, two], [two, one]):
+        assert merge(tiles, 100, 160).scores.tolist() == left
+    scores = [whole_score, 0.8, 0.7]
+    alone = seen_in(windows[0], [discs[0] | discs[1], *discs], least=0)
+    alone = replace(alone, scores=np.array(scores))
+    both = merge([alone, seen_in(windows[1], [], least=0)], 100, 160)
+    assert sorted(both.scores.tolist()) == sorted(scores)  # of one tile: what the model says
+
+
 def test_nothing_detected_is_an_empty_result():
     windows = Tiling(64).windows(100, 100)
     found = merge([seen_in(window, [], least=0) for window in windows], 100, 100)
@@ -297,7 +315,7 @@ def test_every_rank_scores_all_tiles_of_its_images(tiled):
 def test_a_run_in_tiles_is_scored_and_used_in_tiles(few, call, capsys, tmp_path):
     tiles = ["--tile", 48]
     call(train_detector_stage1.main, *quick_flags(few), *tiles, "--output_dir", "stage1")
-    assert "Tiles of 48 px, 20% in common: 4 images are 16 tiles" in capsys.readouterr().out
+    assert "Tiles of 48 px, 30% in common: 4 images are 16 tiles" in capsys.readouterr().out
     weights = checkpoint.load(tmp_path / "stage1/best.pt")
     assert weights["tile"] == 48 and weights["image_side"] == 64
     words = ["--checkpoint", "stage1/best.pt", "--dataset", few]
