@@ -175,24 +175,6 @@ def test_a_cut_detection_counts_for_nothing_where_the_next_tile_shows_it_and_det
     assert objects(tile, Window(70, 0, 100, 100), 100) == 1  # the image's edge, not a tile's
 
 
-@pytest.mark.parametrize("whole_score, left", [(0.9, [0.9]), (0.6, [0.8, 0.7])])
-def test_where_tiles_disagree_on_what_is_one_object_the_better_scores_decide(whole_score, left):
-    """One tile shows two touching discs as one object, the next one each by itself."""
-    windows = [Window(0, 0, 100, 100), Window(60, 0, 160, 100)]
-    discs = [disc(100, 160, 75, 35, 10), disc(100, 160, 75, 52, 9)]
-    one = seen_in(windows[0], [discs[0] | discs[1]], least=0)
-    two = seen_in(windows[1], discs, least=0)
-    one = replace(one, scores=np.array([whole_score]))
-    two = replace(two, scores=np.array([0.8, 0.7]))
-    for tiles in ([one, two], [two, one]):
-        assert merge(tiles, 100, 160).scores.tolist() == left
-    scores = [whole_score, 0.8, 0.7]
-    alone = seen_in(windows[0], [discs[0] | discs[1], *discs], least=0)
-    alone = replace(alone, scores=np.array(scores))
-    both = merge([alone, seen_in(windows[1], [], least=0)], 100, 160)
-    assert sorted(both.scores.tolist()) == sorted(scores)  # of one tile: what the model says
-
-
 def test_nothing_detected_is_an_empty_result():
     windows = Tiling(64).windows(100, 100)
     found = merge([seen_in(window, [], least=0) for window in windows], 100, 100)

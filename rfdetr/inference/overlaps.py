@@ -1,4 +1,4 @@
-"""What boxes and masks of one image have in common, and which belong together."""
+"""What boxes and masks of one image have in common."""
 
 from __future__ import annotations
 
@@ -87,25 +87,3 @@ def joined(masks: list[PixelMask]) -> PixelMask:
         columns = slice(mask.left - left, mask.left - left + width)
         pixels[rows, columns] |= mask.pixels
     return PixelMask(left, top, pixels)
-
-
-class Groups:
-    """Which of n pieces belong together (union and find)."""
-
-    def __init__(self, count: int):
-        self.parent = list(range(count))
-
-    def root(self, i: int) -> int:
-        while self.parent[i] != i:
-            self.parent[i] = self.parent[self.parent[i]]
-            i = self.parent[i]
-        return i
-
-    def join(self, i: int, j: int) -> None:
-        self.parent[self.root(j)] = self.root(i)
-
-    def members(self) -> list[list[int]]:
-        members: dict[int, list[int]] = {}
-        for i in range(len(self.parent)):
-            members.setdefault(self.root(i), []).append(i)
-        return list(members.values())

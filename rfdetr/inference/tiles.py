@@ -3,8 +3,7 @@
 Where two tiles overlap, both looked: detections of one class that agree there are one object. The
 one that no tile's edge cuts is taken; where edges cut all of them, the parts are joined. What an
 edge cuts is left out where the next tile shows it away from its own edges and detects nothing that
-agrees: it has seen what lies beyond. Where one tile shows as one object what another one shows as
-several, by their masks, the better scores decide.
+agrees: it has seen what lies beyond.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rfdetr.classes import ClassTable
 from rfdetr.device import Precision
 from rfdetr.inference.detections import AnyMaskHead, Detections, paste_masks
 from rfdetr.inference.originals import Original
-from rfdetr.inference.overlaps import Groups, PixelMask, box_ious, clip, inside_shares, joined
+from rfdetr.inference.overlaps import PixelMask, box_ious, clip, inside_shares, joined
 from rfdetr.inference.prediction import Prediction
 from rfdetr.masks import encode_window
 from rfdetr.tiling import Window
@@ -125,7 +124,6 @@ def merge(tiles: list[DetectedInWindow], height: int, width: int) -> Merged:
     objects = [pieces.as_one(members) for members in groups.members()]
     kept = pieces.without_parts(objects, pairs)
     kept.sort(key=lambda one: -one.score)
-    kept = pieces.without_rivals(kept, pairs)
     return Merged(
         height=height,
         width=width,
@@ -150,6 +148,28 @@ def overlapping(tiles: list[DetectedInWindow]) -> Iterator[tuple[int, int]]:
             if tiles[a].window.common(tiles[b].window):
                 yield a, b
         open_tiles.append(b)
+
+
+class Groups:
+    """Which of n pieces belong together (union and find)."""
+
+    def __init__(self, count: int):
+        self.parent = list(range(count))
+
+    def root(self, i: int) -> int:
+        while self.parent[i] != i:
+            self.parent[i] = self.parent[self.parent[i]]
+            i = self.parent[i]
+        return i
+
+    def join(self, i: int, j: int) -> None:
+        self.parent[self.root(j)] = self.root(i)
+
+    def members(self) -> list[list[int]]:
+        members: dict[int, list[int]] = {}
+        for i in range(len(self.parent)):
+            members.setdefault(self.root(i), []).append(i)
+        return list(members.values())
 
 
 @dataclass(frozen=True)
@@ -318,60 +338,15 @@ class Pieces:
                 kept.append(one)
         return kept
 
-    def without_rivals(
-        self, objects: list[WholeObject], pairs: list[tuple[int, int]]
-    ) -> list[WholeObject]:
-        """Without the objects, best first, that a better one of another tile holds or lies in.
-
-        Those of one tile are what the model says, and boxes alone do not tell: in those of large
-        objects others lie. pairs: the tiles that overlap.
-        """
-        if self.masks is None:
-            return objects
-        of_tile: dict[int, list[int]] = {}
-        for number, one in enumerate(objects):
-            for tile in one.tiles:
-                of_tile.setdefault(tile, []).append(number)
-        better: dict[int, set[int]] = {}
-        for a, b in pairs:
-            if same_size(self.windows[a], self.windows[b]):
-                for i, j in rivals(objects, of_tile.get(a, []), of_tile.get(b, [])):
-                    better.setdefault(max(i, j), set()).add(min(i, j))
-        kept: set[int] = set()
-        for number in range(len(objects)):
-            if not better.get(number, set()) & kept:
-                kept.add(number)
-        return [objects[number] for number in sorted(kept)]
-
     def shows_more(self, tile: int, own_tile: int, box: np.ndarray) -> bool:
-        """Whether a tile as large as the one a box was detected in shows all of the box and what is
-        around it. The whole image shows small objects less well.
+        """Whether a tile, no larger than the one a box was detected in, shows all of the box and
+        what is around it. A larger one shows small objects less well.
         """
-        if not same_size(self.windows[tile], self.windows[own_tile]):
+        window = self.windows[tile]
+        own = self.windows[own_tile]
+        if window.width > own.width or window.height > own.height:
             return False
-        return not cut_by_edges(box[None], self.windows[tile], self.height, self.width)[0]
-
-
-def same_size(one: Window, other: Window) -> bool:
-    return (one.width, one.height) == (other.width, other.height)
-
-
-def rivals(
-    objects: list[WholeObject], ours: list[int], theirs: list[int]
-) -> Iterator[tuple[int, int]]:
-    """Pairs of objects of one class, of two tiles, of which one holds most of the other."""
-    boxes = np.array([objects[i].box for i in ours]).reshape(-1, 4)
-    others = np.array([objects[j].box for j in theirs]).reshape(-1, 4)
-    is_near = (inside_shares(boxes, others) > INSIDE) | (inside_shares(others, boxes).T > INSIDE)
-    for row, column in zip(*np.nonzero(is_near)):
-        i = ours[row]
-        j = theirs[column]
-        one = objects[i]
-        other = objects[j]
-        if one.label != other.label or one.tiles & other.tiles:
-            continue
-        if one.holds(other) or other.holds(one):
-            yield i, j
+        return not cut_by_edges(box[None], window, self.height, self.width)[0]
 
 
 def cut_by_edges(boxes: np.ndarray, window: Window, height: int, width: int) -> np.ndarray:
