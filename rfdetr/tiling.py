@@ -53,7 +53,7 @@ class Tiling:
     """
 
     side: int
-    overlap: float = 0.2
+    overlap: float = 0.3
     with_whole: bool = False
 
     def told(self) -> str:
