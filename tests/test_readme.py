@@ -47,8 +47,8 @@ OTHERS = {  # of torchrun, tensorboard, benchmarks and the demo generator
 }  # fmt: skip
 
 # What makes the README's commands small; a later flag wins. quickstart.py is run by
-# test_quickstart.py, nano needs weights that no test has, DIR is the reader's own: of these the flags
-# alone are checked.
+# test_quickstart.py, nano needs weights that no test has, DIR is the reader's own: of these the
+# flags alone are checked.
 SMALLER = {
     "rfdetr.data.demo": ["--train", 12, "--valid", 6, "--size", 96],
     "train_detector_stage1.py": [
