@@ -65,14 +65,14 @@ class Tiling:
         whole = Window(0, 0, width, height)
         tiles = [
             Window(left, top, min(left + self.side, width), min(top + self.side, height))
-            for top in self._starts(height)
-            for left in self._starts(width)
+            for top in self.starts(height)
+            for left in self.starts(width)
         ]
         if self.with_whole and tiles != [whole]:
             tiles.append(whole)
         return tiles
 
-    def _starts(self, pixels: int) -> list[int]:
+    def starts(self, pixels: int) -> list[int]:
         """Where the tiles begin along an axis."""
         if pixels <= self.side:
             return [0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 
 from rfdetr.console import UserError
+from rfdetr.data.faults import PLACES_KEPT, Problem, first_few
 from rfdetr.data.records import CocoSplit, FromRecords, ImageList, ImageRecord, ImageTable
+from rfdetr.text import printable
 from rfdetr.tiling import AUTO, LEAST_TILE, Tiling, Window
 
 VISIBLE = 0.25  # of an object's box: with less of it in a tile it is not learnt there
@@ -66,7 +69,11 @@ def in_tiles(split: CocoSplit, tiling: Tiling | None) -> CocoSplit:
 
 def visible_objects(image: ImageRecord, window: Window) -> np.ndarray:
     """The numbers of an image's objects of which enough lies in a window."""
-    boxes = image.boxes
+    return visible_boxes(image.boxes, window)
+
+
+def visible_boxes(boxes: np.ndarray, window: Window) -> np.ndarray:
+    """The numbers of an image's boxes (n, 4) xyxy of which enough lies in a window."""
     low = np.maximum(boxes[:, :2], [window.left, window.top])
     high = np.minimum(boxes[:, 2:], [window.right, window.bottom])
     seen = (high - low).clip(0).prod(axis=1)
@@ -118,3 +125,63 @@ def suggested_tile(split: CocoSplit, resolution: int) -> int:
     side = -int(-wanted // STEP) * STEP  # rounded up
     longest = float(np.median(split.images.sizes.max(axis=1)))
     return side if side < WORTH_IT * longest else 0
+
+
+def objects_in_no_tile(images: ImageTable | ImageList, tiling: Tiling) -> np.ndarray:
+    """(objects,) bool: of which no tile shows enough to be learnt there."""
+    boxes = images.boxes
+    if tiling.with_whole:
+        return np.zeros(len(boxes), bool)
+    sizes = np.repeat(images.sizes, images.object_counts, axis=0)
+    # tiles are a grid: the one that shows most of an object shows most of it along both axes
+    seen = [most_seen(boxes[:, axis::2], sizes[:, axis], tiling) for axis in (0, 1)]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return np.prod(seen, axis=0) < VISIBLE * areas
+
+
+def most_seen(spans: np.ndarray, lengths: np.ndarray, tiling: Tiling) -> np.ndarray:
+    """(objects,) how much of each span (objects, 2) of an axis the best tile shows, in pixels.
+
+    lengths: (objects,) of the images along this axis.
+    """
+    seen = np.zeros(len(spans))
+    order = np.argsort(lengths, kind="stable")
+    values, first = np.unique(lengths[order], return_index=True)
+    for length, members in zip(values.tolist(), np.split(order, first[1:])):
+        low, high = spans[members].T
+        for start in tiling.starts(length):
+            end = min(start + tiling.side, length)
+            part = np.minimum(high, end) - np.maximum(low, start)
+            seen[members] = np.maximum(seen[members], part)
+    return seen
+
+
+def tile_problems(split: CocoSplit, tiling: Tiling) -> list[Problem]:
+    """A warning where no tile shows enough of an object, an error where that is so of all."""
+    unseen = np.flatnonzero(objects_in_no_tile(split.images, tiling))
+    if not len(unseen):
+        return []
+    labels = split.images.labels
+    counts = np.bincount(labels[unseen], minlength=len(split.class_names))
+    classes = [
+        f"{printable(name)} {count} of {total}"
+        for name, count, total in zip(split.class_names, counts, split.objects_per_class)
+        if count
+    ]
+    boxes = split.images.boxes[unseen]
+    longest = math.ceil((boxes[:, 2:] - boxes[:, :2]).max())
+    headline = (
+        f"{split.annotation_file}: no tile of {tiling.side} px shows a quarter of "
+        f"{len(unseen)} of {len(labels)} objects"
+    )
+    message = (
+        f"{headline} ({first_few(classes)}; up to {longest} px long): they are not learnt, and "
+        "what tiles show of them counts as background. --tile_full 1 shows each image as a whole, "
+        "too; or give a larger --tile"
+    )
+    places = []
+    for place in split.places[unseen[:PLACES_KEPT]].tolist():
+        image = split.images[place]
+        places.append(f"image {image.id} ({image.file_name})")
+    severity = "error" if len(unseen) == len(labels) else "warning"
+    return [Problem("ANN_NO_TILE", severity, message, len(unseen), places, headline)]

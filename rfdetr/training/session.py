@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
-from rfdetr.console import tick, warn
+from rfdetr.console import UserError, tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.letterbox import letterbox_for
@@ -20,7 +20,7 @@ from rfdetr.data.loaders import EpochSampler, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import make_mix, say_counts
-from rfdetr.data.tiles import places_of_tiles, training_tiling
+from rfdetr.data.tiles import places_of_tiles, tile_problems, training_tiling
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
@@ -104,6 +104,10 @@ def choose_tiles(session: Session, content: dict | None = None) -> None:
     if session.tiling:
         images = len(session.train.images)
         tick(f"{session.tiling.told()}: {images} images are {session.images_an_epoch:,} tiles")
+        for problem in tile_problems(session.train, session.tiling):
+            if problem.severity == "error":
+                raise UserError(problem.message)
+            warn(problem.message)
     elif tile == AUTO:
         tick("--tile auto: objects are large enough in whole images")
 
