@@ -14,7 +14,7 @@ check_command(ExportSettings, __doc__, __name__)
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, refuse_same_file
 from rfdetr.weights import checkpoint
-from rfdetr.weights.package import to_package
+from rfdetr.weights.package import left_to_user, to_package
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             f"the mask head ({content['mask_head']}) is not one of the package's: "
             "only the detector is written"
         )
+    for note in left_to_user(content):
+        warn(note)
     exported = to_package(content)
     make_place(target, "--out")
     checkpoint.save(target, exported)

@@ -23,10 +23,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.images import GrayWindow
+from rfdetr.data.large_images import Pixels
 from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.track:
         lowest = min(lowest, UNSURE_SCORE)
         new_tracker = partial(Tracker, settings.threshold, ids=itertools.count(1))
-    predictor = Predictor(model, replace(settings, threshold=lowest))
+    predictor = Predictor(model, replace(settings, threshold=lowest), tiling is not None)
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
@@ -122,12 +121,18 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model, and how predict.py is asked to use it."""
+    """A model, and how predict.py is asked to use it; in_tiles: it looks at images in tiles."""
 
     model: RFDETR
     settings: PredictionSettings
+    in_tiles: bool
 
-    def predict(self, images: list[np.ndarray]) -> list[Prediction]:
+    @property
+    def images_at_once(self) -> int:
+        """With tiles a batch is of one image's tiles."""
+        return 1 if self.in_tiles else self.settings.batch
+
+    def predict(self, images: list[Pixels]) -> list[Prediction]:
         """Of a few images (H, W, 3) uint8 RGB."""
         settings = self.settings
         return self.model.predict(
@@ -246,11 +251,12 @@ def predict_images(
     if new_tracker:
         images = in_stacks(images)
     saving: list[Future] = []
-    batches = list(in_batches(iter(images), predictor.settings.batch))
+    batches = list(in_batches(iter(images), predictor.images_at_once))
+    turn = predictor.model.exif == "apply"
+    read_one = partial(read, turn=turn, window=window, in_tiles=predictor.in_tiles)
     # the pool reads the next images and saves the last pictures while the model works
     with ThreadPoolExecutor() as pool:
-        turn = predictor.model.exif == "apply"
-        reading = read_ahead(pool, batches, turn, window)
+        reading = read_ahead(pool, batches, read_one)
         shown = ProgressBar(reading, "predicting", "batches", total=len(batches))
         for pixels, batch in zip(shown, batches):
             wait_for(saving)
@@ -303,14 +309,13 @@ def words_and_numbers(name: str) -> list[str | int]:
 def read_ahead(
     pool: ThreadPoolExecutor,
     batches: list[list[Path | Page]],
-    turn: bool,
-    window: GrayWindow | None,
-) -> Iterator[list[np.ndarray | None]]:
-    """The images of each batch, as `read` gives them; the next batch is read meanwhile."""
+    read_one: Callable[[Path | Page], Pixels | None],
+) -> Iterator[list[Pixels | None]]:
+    """The images of each batch, as `read_one` gives them; the next batch is read meanwhile."""
     reading: list[Future] = []
     for batch in [*batches, []]:
         previous = reading
-        reading = [pool.submit(read, image, turn, window) for image in batch]
+        reading = [pool.submit(read_one, image) for image in batch]
         if previous:
             yield wait_for(previous)
 
@@ -320,13 +325,15 @@ def wait_for(futures: list[Future]) -> list:
     return [future.result() for future in futures]
 
 
-def read(image: Path | Page, turn: bool, window: GrayWindow | None) -> np.ndarray | None:
+def read(
+    image: Path | Page, turn: bool, window: GrayWindow | None, in_tiles: bool
+) -> Pixels | None:
     """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read.
 
-    turn, window: as in `read_image`.
+    turn, window, in_tiles: as in `read_image`.
     """
     try:
-        return read_image(image, turn, window)
+        return read_image(image, turn, window, in_tiles)
     except UserError as error:
         warn(str(error))
         return None
@@ -335,7 +342,7 @@ def read(image: Path | Page, turn: bool, window: GrayWindow | None) -> np.ndarra
 def save_picture(prediction: Prediction, file: Path) -> None:
     with writing_to(file.parent, "--output"):
         file.unlink(missing_ok=True)  # a link would be written through
-        prediction.picture().save(file, compress_level=1, quality=JPEG_QUALITY)
+        prediction.save_picture(file, JPEG_QUALITY)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """A dataset's images laid side by side into large ones, to try tiles on: every object once.
 
-python benchmarks/mosaics.py --dataset nuclei --out nuclei_1024 --side 1024
+python benchmarks/mosaics.py --dataset nuclei --out nuclei_1024 --side 1024 [--alike]
+
+In the dataset's order pictures of all kinds lie side by side, as no large image has them; with
+`--alike` they are ordered by their mean brightness.
 """
 
 from __future__ import annotations
@@ -66,9 +69,16 @@ def moved(annotation: dict, left: int, top: int, side: int) -> dict:
     return annotation | {"bbox": [x + left, y + top, width, height], "segmentation": shape}
 
 
-def make_mosaics(source: Path, target: Path, side: int) -> None:
-    """Write the mosaics of one split's folder."""
+def read_pixels(folder: Path, image: dict) -> np.ndarray:
+    """An image of a COCO file, (H, W, 3) uint8."""
+    return np.asarray(Image.open(folder / image["file_name"]).convert("RGB"))
+
+
+def make_mosaics(source: Path, target: Path, side: int, alike: bool = False) -> None:
+    """Write the mosaics of one split's folder; alike: as --alike."""
     data = json.loads((source / ANNOTATIONS).read_text(encoding="utf-8"))
+    if alike:
+        data["images"].sort(key=lambda image: read_pixels(source, image).mean())
     target.mkdir(parents=True)
     places = rows_of([(image["width"], image["height"]) for image in data["images"]], side)
     of_image: dict[int, list[dict]] = {}
@@ -80,7 +90,7 @@ def make_mosaics(source: Path, target: Path, side: int) -> None:
         canvas = np.full((side, side, 3), GROUND, dtype=np.uint8)
         for _, index, left, top in [place for place in places if place[0] == picture]:
             image = data["images"][index]
-            pixels = np.asarray(Image.open(source / image["file_name"]).convert("RGB"))
+            pixels = read_pixels(source, image)
             height, width = pixels.shape[:2]
             canvas[top : top + height, left : left + width] = pixels
             for annotation in of_image.get(image["id"], []):
@@ -100,10 +110,11 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--alike", action="store_true", help="like beside like, by brightness")
     args = parser.parse_args()
     for split in ("train", "valid", "test"):
         if (args.dataset / split / ANNOTATIONS).is_file():
-            make_mosaics(args.dataset / split, args.out / split, args.side)
+            make_mosaics(args.dataset / split, args.out / split, args.side, args.alike)
     print(f"Next: python train_detector_stage1.py --dataset {args.out} --size tiny --tile auto")
 
 

@@ -3,12 +3,16 @@
 python benchmarks/tiles.py --dataset nuclei --checkpoint RUN [--side 2048] [--tile auto]
 
 The valid images, the crowded ones first, are laid side by side into one picture of `--side` pixels;
-with `--only 256` those of 256 x 256 pixels alone, which are more alike.
+with `--only 256` those of 256 x 256 pixels alone, which are more alike; with `--order file` in the
+order of the dataset, with `--order alike` by their mean brightness, so that like lies beside like.
 Originals and mosaic are predicted with the same threshold, and both are matched with the drawn
 objects, one to one at IoU .5 of masks (of boxes without a mask head), better scores first.
-`recall` is the mosaic's found objects over the originals'; `duplicates` are further detections of
-an object that is found already (IoU of .5 and more). Seconds and peak memory are of a process of
-its own that predicts the mosaic alone.
+`found` has the mosaic's objects over the originals' in brackets, of all and of those that do not
+touch a border of their picture, where no object of a real image would be cut; `duplicates` are
+further detections of an object that is found already (IoU of .5 and more). `mAP` is COCO's, with as
+many detections as there are, of masks (of boxes without a mask head), from predictions without a
+threshold and without the suppression of overlapping boxes, as evaluate.py scores. Seconds and peak
+memory are of a process of its own that predicts the mosaic alone.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,55 +33,179 @@ from pycocotools import mask as mask_api
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from rfdetr.data.coco import read_dataset  # noqa: E402
+from rfdetr.data.images import load_image  # noqa: E402
+from rfdetr.data.records import CocoSplit  # noqa: E402
+from rfdetr.detr import RFDETR  # noqa: E402
+from rfdetr.inference.prediction import Prediction  # noqa: E402
+from rfdetr.masks import to_rle  # noqa: E402
+from rfdetr.metrics.coco_eval import CocoEvaluator  # noqa: E402
+from rfdetr.runs.environment import environment  # noqa: E402
+from rfdetr.settings import TileSettings  # noqa: E402
+
 MATCHED = 0.5
+GROUND = 128  # gray where no image lies
+ORDERS = ("crowded", "file", "alike")
+ALL = 1_000_000  # detections that the mAP looks at
 
 ALONE = """
 import json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 from rfdetr.detr import RFDETR
-_, _, checkpoint, image, tile, threshold = sys.argv[:6]
+_, _, checkpoint, image, tile, overlap, threshold = sys.argv
 tile = tile if tile == "auto" else int(tile)
 model = RFDETR.from_checkpoint(checkpoint, device="cpu")
 begin = time.perf_counter()
-prediction = model.predict(image, float(threshold), tile=tile)
+prediction = model.predict(image, float(threshold), tile=tile, tile_overlap=float(overlap))
 seconds = time.perf_counter() - begin
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"seconds": seconds, "peak_mb": peak, "objects": len(prediction)}))
 """
 
 
-def lay_out(split, side: int, only: int | None) -> list[tuple[int, int, int]]:
-    """(index, left, top) of images in rows, until the picture is full; crowded images first.
+@dataclass
+class Pictures:
+    """Some pictures with their drawn objects, and what is detected there."""
+
+    pixels: list[np.ndarray]
+    drawn: list[list[dict]]  # RLEs of each picture
+    labels: list[list[int]]  # category ids
+    inner: list[list[bool]]  # the object does not touch a border of its own picture
+    sure: list[Prediction] = field(default_factory=list)  # with the threshold
+    all: list[Prediction] = field(default_factory=list)  # without one
+
+    def predict(
+        self, model: RFDETR, threshold: float, tile: int | str = 0, overlap: float = 0.0
+    ) -> None:
+        for pixels in self.pixels:
+            sure = model.predict(pixels, threshold, tile=tile, tile_overlap=overlap)
+            self.sure.append(sure)
+            self.all.append(model.predict(pixels, 0.0, nms=0.0, tile=tile, tile_overlap=overlap))
+
+    @property
+    def objects(self) -> int:
+        return sum(len(rles) for rles in self.drawn)
+
+    @property
+    def detections(self) -> int:
+        return sum(len(prediction) for prediction in self.sure)
+
+    def found(self) -> tuple[int, int, int]:
+        """(objects that are found, those of them that touch no border, further detections)."""
+        objects = 0
+        inner_ones = 0
+        further = 0
+        for i, prediction in enumerate(self.sure):
+            rles = as_rles(prediction, *self.pixels[i].shape[:2])
+            found, again = matched(rles, self.drawn[i])
+            objects += len(found)
+            inner_ones += sum(self.inner[i][object_] for object_ in found)
+            further += again
+        return objects, inner_ones, further
+
+    def mean_average_precision(self) -> float:
+        images = []
+        annotations = []
+        for number, (pixels, rles, ids) in enumerate(zip(self.pixels, self.drawn, self.labels), 1):
+            height, width = pixels.shape[:2]
+            images.append({"id": number, "height": height, "width": width})
+            for rle, category_id in zip(rles, ids):
+                annotation = {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": category_id,
+                    "bbox": mask_api.toBbox(rle).tolist(),
+                    "area": float(mask_api.area(rle)),
+                    "segmentation": rle,
+                }
+                annotations.append(annotation)
+        table = self.all[0].table
+        categories = [{"id": key, "name": name} for key, name in zip(table.ids, table.names)]
+        truth = {"images": images, "annotations": annotations, "categories": categories}
+        has_masks = self.all[0].rles is not None
+        evaluator = CocoEvaluator(truth, has_masks, max_detections=ALL)
+        for number, one in enumerate(self.all, 1):
+            labels = np.asarray(table.ids)[one.labels]
+            evaluator.add(number, one.boxes, one.scores, labels, one.rles, one.mask_scores)
+        return evaluator.summary()["segm" if has_masks else "bbox"][f"mAP@{ALL}"]
+
+
+def lay_out(
+    split: CocoSplit, side: int, only: int | None = None, order: str = "crowded"
+) -> list[tuple[int, int, int]]:
+    """(index, left, top) of images in rows, until the picture is full.
 
     only: images of only x only pixels alone, each as often as there is room.
+    order: one of ORDERS.
     """
-    density = [-len(image.labels) / (image.height * image.width) for image in split.images]
+    numbers = list(range(len(split.images)))
+    if order == "crowded":
+        areas = split.images.sizes.prod(axis=1)
+        numbers.sort(key=lambda i: -len(split.images[i].labels) / areas[i])
+    elif order == "alike":
+        numbers.sort(key=lambda i: load_image(split.images[i]).mean())
+    if only:
+        alike = [i for i in numbers if split.images.sizes[i].tolist() == [only, only]]
+        numbers = alike * ((side // only) ** 2 // len(alike) + 1)
+        if order == "alike":  # copies beside each other
+            numbers = sorted(numbers[: (side // only) ** 2], key=alike.index)
     places = []
     left = 0
     top = 0
     row_height = 0
-    order = np.argsort(density, kind="stable").tolist()
-    if only:
-        alike = [i for i in order if split.images[i].width == split.images[i].height == only]
-        order = alike * ((side // only) ** 2 // len(alike) + 1)
-    for index in order:
-        image = split.images[index]
-        if left + image.width > side:
+    for index in numbers:
+        width, height = split.images.sizes[index].tolist()
+        if left + width > side:
             left = 0
             top += row_height
             row_height = 0
-        if image.width > side or top + image.height > side:
+        if width > side or top + height > side:
             continue
         places.append((index, left, top))
-        left += image.width
-        row_height = max(row_height, image.height)
+        left += width
+        row_height = max(row_height, height)
     return places
 
 
-def matched(found: list[dict], truth: list[dict]) -> tuple[int, int]:
-    """(objects that are found, further detections of those); found: best first."""
+def originals_and_mosaic(
+    split: CocoSplit, side: int, places: list[tuple[int, int, int]]
+) -> tuple[Pictures, Pictures]:
+    """The images at these places, and the one picture of side x side pixels made of them."""
+    originals = Pictures([], [], [], [])
+    mosaic = np.full((side, side, 3), GROUND, dtype=np.uint8)
+    moved = []
+    for index, left, top in places:
+        record = split.images[index]
+        pixels = load_image(record)
+        height, width = pixels.shape[:2]
+        mosaic[top : top + height, left : left + width] = pixels
+        drawn = [to_rle(shape, height, width) for shape in record.segmentations]
+        labels = [split.category_ids[label] for label in record.labels]
+        originals.pixels.append(pixels)
+        originals.drawn.append(drawn)
+        originals.labels.append(labels)
+        originals.inner.append([is_inner(rle) for rle in drawn])
+        for rle in drawn:
+            canvas = np.zeros((side, side), dtype=np.uint8, order="F")
+            canvas[top : top + height, left : left + width] = mask_api.decode(rle)
+            moved.append(mask_api.encode(canvas))
+    labels = [sum(originals.labels, [])]
+    inner = [sum(originals.inner, [])]
+    return originals, Pictures([mosaic], [moved], labels, inner)
+
+
+def is_inner(rle: dict) -> bool:
+    """Whether a mask keeps clear of its picture's borders by two pixels."""
+    height, width = rle["size"]
+    left, top, box_width, box_height = mask_api.toBbox(rle)
+    far = min(width - left - box_width, height - top - box_height)
+    return min(left, top, far) >= 2
+
+
+def matched(found: list[dict], truth: list[dict]) -> tuple[set[int], int]:
+    """(the objects that are found, further detections of those); found: best first."""
     if not found or not truth:
-        return 0, 0
+        return set(), 0
     ious = np.asarray(mask_api.iou(found, truth, [0] * len(truth))).reshape(len(found), -1)
     taken: set[int] = set()
     again = 0
@@ -87,16 +216,25 @@ def matched(found: list[dict], truth: list[dict]) -> tuple[int, int]:
             taken.add(max(free, key=lambda object_: row[object_]))
         elif len(near):
             again += 1
-    return len(taken), again
+    return taken, again
 
 
-def as_rles(prediction, height: int, width: int) -> list[dict]:
+def as_rles(prediction: Prediction, height: int, width: int) -> list[dict]:
     if prediction.rles is not None:
         return prediction.rles
     boxes = np.concatenate(
         [prediction.boxes[:, :2], prediction.boxes[:, 2:] - prediction.boxes[:, :2]], axis=1
     )
     return mask_api.frPyObjects(boxes.astype(float), height, width) if len(boxes) else []
+
+
+def predicted_alone(mosaic: np.ndarray, folder: Path, words: list[str]) -> dict:
+    """Seconds and memory of a process of its own; words: checkpoint, then tile to threshold."""
+    image = folder / "mosaic.png"
+    Image.fromarray(mosaic).save(image)
+    command = [sys.executable, "-c", ALONE, str(ROOT), words[0], str(image), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -107,16 +245,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--only", type=int, help="of images with this side alone, repeated")
+    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0])
     parser.add_argument("--tile", default="auto")
+    parser.add_argument("--tile_overlap", type=float, default=TileSettings.tile_overlap)
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--keep", type=Path, help="write the mosaic and its picture here")
     args = parser.parse_args()
-
-    from rfdetr.data.coco import read_dataset
-    from rfdetr.data.images import load_image
-    from rfdetr.detr import RFDETR
-    from rfdetr.masks import to_rle
-    from rfdetr.runs.environment import environment
 
     info = environment()
     print(
@@ -124,47 +258,33 @@ def main() -> None:
     )
     split = read_dataset(args.dataset)["valid"]
     model = RFDETR.from_checkpoint(args.checkpoint, device="cpu")
-    mosaic = np.full((args.side, args.side, 3), 128, dtype=np.uint8)
-    single = {"drawn": 0, "detections": 0, "found": 0, "again": 0, "seconds": 0.0}
-    truth = []
-    for index, left, top in lay_out(split, args.side, args.only):
-        record = split.images[index]
-        pixels = load_image(record)
-        height, width = pixels.shape[:2]
-        mosaic[top : top + height, left : left + width] = pixels
-        begin = time.perf_counter()
-        prediction = model.predict(pixels, args.threshold)
-        single["seconds"] += time.perf_counter() - begin
-        drawn = [to_rle(shape, height, width) for shape in record.segmentations]
-        found, again = matched(as_rles(prediction, height, width), drawn)
-        single["drawn"] += len(drawn)
-        single["detections"] += len(prediction)
-        single["found"] += found
-        single["again"] += again
-        for rle in drawn:
-            canvas = np.zeros((args.side, args.side), dtype=np.uint8, order="F")
-            canvas[top : top + height, left : left + width] = mask_api.decode(rle)
-            truth.append(mask_api.encode(canvas))
+    places = lay_out(split, args.side, args.only, args.order)
+    originals, mosaic = originals_and_mosaic(split, args.side, places)
+    begin = time.perf_counter()
+    originals.predict(model, args.threshold)
+    print(f"{len(places)} images by themselves, twice: {time.perf_counter() - begin:.1f} s")
     tile = args.tile if args.tile == "auto" else int(args.tile)
-    prediction = model.predict(mosaic, args.threshold, tile=tile)
-    found, again = matched(as_rles(prediction, args.side, args.side), truth)
+    mosaic.predict(model, args.threshold, tile, args.tile_overlap)
+    words = [args.checkpoint, args.tile, args.tile_overlap, args.threshold]
     with tempfile.TemporaryDirectory() as folder:
         file = args.keep or Path(folder)
         file.mkdir(parents=True, exist_ok=True)
-        image = file / "mosaic.png"
-        Image.fromarray(mosaic).save(image)
-        if args.keep:
-            prediction.picture().save(file / "found.png")
-        words = [str(ROOT), str(args.checkpoint), str(image), str(args.tile), str(args.threshold)]
-        command = [sys.executable, "-c", ALONE, *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        alone = json.loads(done.stdout.splitlines()[-1])
+        alone = predicted_alone(mosaic.pixels[0], file, [str(word) for word in words])
+    if args.keep:
+        mosaic.sure[0].picture().save(args.keep / "found.png")
+    alone_found, alone_inner, alone_again = originals.found()
+    found, inner, again = mosaic.found()
+    more = mosaic.detections / max(originals.detections, 1) - 1
+    precision = [one.mean_average_precision() for one in (originals, mosaic)]
     print("| | originals | mosaic |\n|---|---|---|")
-    print(f"| drawn objects | {single['drawn']} | {len(truth)} |")
-    print(f"| detections | {single['detections']} | {len(prediction)} |")
-    print(f"| found | {single['found']} | {found} ({found / max(single['found'], 1):.3f}) |")
-    print(f"| duplicates | {single['again']} | {again} ({again / max(found, 1):.3%}) |")
-    print(f"| seconds | {single['seconds']:.1f} | {alone['seconds']:.1f} |")
+    print(f"| drawn objects | {originals.objects} | {mosaic.objects} |")
+    print(f"| detections | {originals.detections} | {mosaic.detections} ({more:+.1%}) |")
+    print(f"| found | {alone_found} | {found} ({found / max(alone_found, 1):.3f}) |")
+    share = inner / max(alone_inner, 1)
+    print(f"| found, away from borders | {alone_inner} | {inner} ({share:.3f}) |")
+    print(f"| duplicates | {alone_again} | {again} ({again / max(found, 1):.2%}) |")
+    print(f"| mAP | {precision[0]:.3f} | {precision[1]:.3f} ({precision[1] - precision[0]:+.3f}) |")
+    print(f"| seconds | | {alone['seconds']:.1f} |")
     print(f"| peak memory, MB | | {alone['peak_mb']:.0f} |")
 
 

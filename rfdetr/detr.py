@@ -19,6 +19,7 @@ from torch import Tensor
 from rfdetr.console import UserError, warn
 from rfdetr.data.gray import look_at, scale_for, window_of
 from rfdetr.data.images import GrayWindow
+from rfdetr.data.large_images import Pixels
 from rfdetr.data.letterbox import as_input, letterbox_for
 from rfdetr.device import pick_device, pick_inference_precision
 from rfdetr.inference.detections import (
@@ -231,7 +232,7 @@ class RFDETR:
         pixels = []
         for position, image in enumerate(images, start=first or 0):
             try:
-                pixels.append(read_image(image, turn, choice.window))
+                pixels.append(read_image(image, turn, choice.window, bool(choice.tiling)))
             except UserError as error:
                 if first is None:
                     raise
@@ -262,9 +263,7 @@ class RFDETR:
             )
         return predictions
 
-    def _predict_in_tiles(
-        self, original: Original, pixels: np.ndarray, choice: Choice
-    ) -> Prediction:
+    def _predict_in_tiles(self, original: Original, pixels: Pixels, choice: Choice) -> Prediction:
         """In one image (H, W, 3) uint8, a batch of its tiles at a time."""
         height, width = pixels.shape[:2]
         windows = choice.tiling.windows(height, width)

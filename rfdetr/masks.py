@@ -13,6 +13,8 @@ from pycocotools import mask as mask_api
 
 from rfdetr.tiling import Window
 
+PIXELS_AT_ONCE = 1 << 24  # of a mask that is encoded
+
 
 def to_rle(segmentation: list | dict | np.ndarray, height: int, width: int) -> dict:
     """The mask of a (height, width) image as one compressed RLE.
@@ -31,11 +33,16 @@ def encode_window(left: int, top: int, window: np.ndarray, height: int, width: i
     window (h, w): bool or 0 and 1, an array or a CPU tensor; its corner lies at (left, top).
     """
     window = np.asarray(window)
-    columns = np.zeros((window.shape[1], window.shape[0] + 2), dtype=np.int8)
-    columns[:, 1:-1] = window.T
-    # where runs of pixels begin and end, down one column after the other
-    column, row = np.nonzero(np.diff(columns))
-    edges = (left + column) * height + top + row
+    step = max(PIXELS_AT_ONCE // max(window.shape[0], 1), 1)
+    parts = [np.empty(0, dtype=np.int64)]
+    for first in range(0, window.shape[1], step):
+        part = window[:, first : first + step]
+        columns = np.zeros((part.shape[1], part.shape[0] + 2), dtype=np.int8)
+        columns[:, 1:-1] = part.T
+        # where runs of pixels begin and end, down one column after the other
+        column, row = np.nonzero(np.diff(columns))
+        parts.append((left + first + column) * height + top + row)
+    edges = np.concatenate(parts)
     # A run that reaches the bottom goes on at the top of the next column: there an end and a
     # beginning cancel out.
     edges, times = np.unique(edges, return_counts=True)

@@ -70,7 +70,7 @@ class TileSettings:
         "train on tiles of so many pixels of larger images; auto: by the objects' sizes; 0: on "
         "whole images (default: whole images, stage 2 as its detector)"
     )
-    tile_overlap: float = decimal(0.2, "share of a tile that the next one shows, too", high=0.9)
+    tile_overlap: float = decimal(0.3, "share of a tile that the next one shows, too", high=0.9)
     tile_full: bool = switch(False, "with tiles: look at the whole image, too")
 
 

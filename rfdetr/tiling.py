@@ -53,7 +53,7 @@ class Tiling:
     """
 
     side: int
-    overlap: float = 0.2
+    overlap: float = 0.3
     with_whole: bool = False
 
     def told(self) -> str:
@@ -83,7 +83,7 @@ class Tiling:
 
 
 def crop(pixels: np.ndarray, window: Window) -> np.ndarray:
-    """The part (h, w, C) of an image (H, W, C)."""
+    """The part (h, w, C) of an image (H, W, C), an array or what is indexed like one."""
     return pixels[window.top : window.bottom, window.left : window.right]
 
 
@@ -102,9 +102,14 @@ def choose_tile(tile: int | str | None, trained_tile: int, trained_side: int | N
             "--tile auto: this checkpoint does not say how large its training images were: give "
             "their usual side in pixels, such as --tile 640"
         )
+    return checked_side(tile)
+
+
+def checked_side(tile: int) -> int:
+    """The side of a tile in pixels, 0 for none.  Raises UserError for what is neither."""
     is_number = isinstance(tile, (int, np.integer)) and not isinstance(tile, bool)
     if not is_number or tile and tile < LEAST_TILE:
-        raise UserError(f"tile must be 0, auto, or {LEAST_TILE} pixels or more, got {tile!r}")
+        raise UserError(f"--tile must be 0, auto, or {LEAST_TILE} pixels or more, got {tile!r}")
     return int(tile)
 
 

@@ -26,12 +26,13 @@ import train_detector_stage1
 import train_seg_stage2
 from rfdetr.classes import COCO_NAMES, assign_rows, coco_table
 from rfdetr.console import UserError
+from rfdetr.data.gray import EIGHT_BIT, GrayScale
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.sizes import SIZES, ModelSize
 from rfdetr.weights import checkpoint
 from rfdetr.weights.fitting import load_pretrained
 from rfdetr.weights.official import to_official
-from rfdetr.weights.package import package_class, to_package
+from rfdetr.weights.package import left_to_user, package_class, to_package
 from testkit.exported import (
     RECORDED,
     differences,
@@ -376,6 +377,26 @@ def test_official_and_tuned_files_come_back_bit_for_bit(coco_file, tuned_file):
     assert (
         "class_names" not in to_package(checkpoint.load(coco_file))["args"]
     )  # the package knows COCO's
+
+
+def test_what_the_package_does_not_do_to_images_is_left_to_the_user(call, capsys, tmp_path):
+    content = trained("dataset")
+    out = ["--out", tmp_path / "out.pth"]
+    checkpoint.save(tmp_path / "plain.pt", content)
+    call(export.main, "--checkpoint", tmp_path / "plain.pt", *out)
+    assert "warning:" not in capsys.readouterr().out
+    gray = GrayScale("auto", (100.0, 3900.0), deep=8, plain=0).to_dict()
+    content |= {"gray": gray, "tile": 320, "letterbox": True}
+    checkpoint.save(tmp_path / "own.pt", content)
+    call(export.main, "--checkpoint", tmp_path / "own.pt", *out)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("warning:") == 3
+    assert "cut yours into tiles of 320 px" in printed
+    assert "with 100 as black and 3900 as white" in printed
+    assert "pad yours to squares" in printed
+    full = GrayScale("full", None, deep=1, plain=0).to_dict()
+    assert "65535 as white" in left_to_user({"gray": full})[0]
+    assert left_to_user({"gray": EIGHT_BIT.to_dict(), "tile": 0, "letterbox": False}) == []
 
 
 def test_a_mask_head_of_our_own_is_left_out_and_said(call, capsys, tmp_path):

@@ -42,7 +42,8 @@ SCRIPTS = {stage.script: stage for stage in STAGES.values()} | {
 EVERY_SCRIPT = {"help", "debug", "config", "no_amp"}
 OTHERS = {  # of torchrun, tensorboard, benchmarks and the demo generator
     "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown_timeout",
-    "logdir", "samples_per_plugin", "seeds", "kind", "busy", "train", "valid", "steps",
+    "logdir", "samples_per_plugin", "side", "kinds", "kind", "seeds", "busy", "train", "valid",
+    "steps",
 }  # fmt: skip
 
 # What makes the README's commands small; a later flag wins. quickstart.py is run by

@@ -19,6 +19,7 @@ from rfdetr.data.copy_paste import hidden, paste
 from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
 from rfdetr.data.images import load_image
+from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.letterbox import as_input
 from rfdetr.data.mask_source import images_with_masks
 from rfdetr.data.records import CocoSplit, ImageRecord
@@ -96,7 +97,7 @@ class SplitDataset(Dataset):
         self.preset = PRESETS[augment] if isinstance(augment, str) else augment
         self.masks = masks
         self.guess = guess
-        self.last_read: tuple[Path | None, np.ndarray | None] = (None, None)  # cut into tiles
+        self.last_read: tuple[Path | None, Pixels | None] = (None, None)  # cut into tiles
         self.guessed: dict[int, list] = {}  # index -> the image's masks, of the first images
         self.guesses = 0  # how many masks these have
         self.donors: list[int] = []  # images with masks, whose objects are pasted on others
@@ -240,6 +241,7 @@ class SplitDataset(Dataset):
         The cache is dropped where memory does not hold one for each.
         """
         self.in_work = torch.full((workers, 2), -1).share_memory_()
+        self.last_read = (None, None)  # its file is this process's own
         if self.bytes_of_images * workers > RAM_CACHE_BYTES:
             self.cache = None
 
@@ -332,11 +334,10 @@ class SplitDataset(Dataset):
         """(3, H, W) of an image or a tile."""
         if record.window is None:
             return torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
-        file, pixels = self.last_read
-        if file != record.path:
-            pixels = self._pixels_of(record)
-            self.last_read = (record.path, pixels)
-        return torch.from_numpy(crop(pixels, record.window)).permute(2, 0, 1)
+        if self.last_read[0] != record.path:
+            self.last_read = (None, None)  # first: two of them would take twice the memory
+            self.last_read = (record.path, load_for_tiles(record, window_of(self.split.gray)))
+        return torch.from_numpy(crop(self.last_read[1], record.window)).permute(2, 0, 1)
 
     def _pixels_of(self, record: ImageRecord) -> np.ndarray:
         """The whole image, (H, W, 3) uint8."""

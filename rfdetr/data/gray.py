@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from rfdetr.data.images import GrayWindow, is_deep, open_image
+from rfdetr.data.bands import bands_of
+from rfdetr.data.images import LARGE, GrayWindow, is_deep, open_image
 
 if TYPE_CHECKING:
     from rfdetr.data.records import ImageList, ImageTable
@@ -121,9 +122,21 @@ def look_at_records(images: ImageTable | ImageList) -> Sample:
 
 
 def deep_pixels(path: str | Path, values_too: bool = True) -> np.ndarray | None:
-    """The first page of a file as `pixels_if_deep`."""
-    with open_image(path) as image:
-        return pixels_if_deep(image, values_too)
+    """The first page of a file as `pixels_if_deep`; of a large one the values of `some_of`."""
+    with open_image(path) as image, open(path, "rb") as file:
+        if not (values_too and is_deep(image) and image.width * image.height > LARGE):
+            return pixels_if_deep(image, values_too)
+        bands = bands_of(image, file, np.asarray, apply_exif=False)
+        if bands is None:
+            return pixels_if_deep(image, values_too)
+        drawn = np.sort(positions_drawn(image.width * image.height))
+        values = []
+        first = 0
+        for band in bands:
+            begin, end = np.searchsorted(drawn, [first, first + band.size])
+            values.append(band.ravel()[drawn[begin:end] - first])
+            first += band.size
+        return np.concatenate(values)
 
 
 def pixels_if_deep(image: Image.Image, values_too: bool) -> np.ndarray | None:
@@ -137,8 +150,13 @@ def some_of(pixels: np.ndarray) -> np.ndarray:
     """Up to PIXELS finite values, drawn by a fixed seed."""
     flat = pixels.ravel()
     if len(flat) > PIXELS:
-        flat = flat[np.random.default_rng(0).integers(0, len(flat), PIXELS)]
+        flat = flat[positions_drawn(len(flat))]
     return flat[np.isfinite(flat)].astype(np.float64)
+
+
+def positions_drawn(count: int) -> np.ndarray:
+    """PIXELS of 0..count - 1, by a fixed seed."""
+    return np.random.default_rng(0).integers(0, count, PIXELS)
 
 
 def scale_by(by: str | float, sample: Sample) -> GrayScale:

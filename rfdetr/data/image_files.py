@@ -12,10 +12,12 @@ from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
+from rfdetr.data.bands import bands_of
 from rfdetr.data.image_cache import ImageCache, stamp_of
-from rfdetr.data.images import FORMATS, ORIENTATION, open_image
+from rfdetr.data.images import FORMATS, LARGE, ORIENTATION, open_image
 
 TIFF_SIDES = (256, 257)  # tags: width and height as they are stored
 HASHED_PARTS = 4  # of a file, spread from its beginning to its end
@@ -184,12 +186,33 @@ def read_image_file(path: Path, annotated_size: tuple[float, float], decode: boo
             orientation, stored_size = read_orientation(image, annotated_size)
             pages = count_pages(image)
             if decode:
-                image.load()
-                file_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+                decode_pixels(image, path)
+                file_sha256 = sha256_of(path)
         notes = {"IMG_PAGES": f": {pages}"} if pages > 1 else {}
         return [notes, orientation, stored_size, file_sha256, content_hash(path)]
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         return [fault_of(error), orientation, None, file_sha256, None]
+
+
+def sha256_of(path: Path) -> str:
+    """In hex, of the whole file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def decode_pixels(image: Image.Image, path: Path) -> None:
+    """Decode all of an opened image, a large one a part at a time.  Raises what Pillow raises."""
+    if image.width * image.height > LARGE:
+        with open(path, "rb") as file:
+            bands = bands_of(image, file, np.asarray, apply_exif=False)
+            if bands is not None:
+                for _ in bands:
+                    pass
+                return
+    image.load()
 
 
 def read_header(path: Path) -> ImageHeader | None:

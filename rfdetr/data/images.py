@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,14 @@ FORMATS = [
     for name in "JPEG PNG TIFF BMP WEBP GIF PPM JPEG2000 AVIF DIB PCX ICO TGA".split()
     if name in Image.OPEN
 ]
-# Above a limit Pillow warns, above twice that it raises. Only the latter is taken for a bomb here.
+# Above a limit Pillow warns, above twice that it raises. Only the latter is taken for a bomb here,
+# and of files that are too small for so many pixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+LARGE = 1 << 25  # pixels, 100 MB: of larger images a part at a time is read where that is enough
+MOST_PIXELS = 1 << 29  # pycocotools' masks hold no more
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
+SUSPECT_PIXELS = 178_956_970  # where Pillow's own limit is, unless ...
+PIXELS_A_BYTE = 300  # ... the file has a byte for so many; a blank PNG has 340 and more
 
 ORIENTATION = 0x0112  # EXIF tag: 2-4 mirror or turn by 180 degrees, 5-8 also swap width and height
 SAMPLES_PER_PIXEL = 277  # TIFF tags
@@ -53,13 +60,18 @@ def load_image(record: ImageRecord, window: GrayWindow | None = None) -> np.ndar
     was checked.
     """
     pixels = read_pixels(record.path, record.apply_exif, window)
+    require_size(pixels, record)
+    return pixels
+
+
+def require_size(pixels: np.ndarray, record: ImageRecord) -> None:
+    """UserError where an image has another size than it had when it was checked."""
     height, width = pixels.shape[:2]
     if (height, width) != (record.height, record.width):
         raise UserError(
             f"{printable(record.path)}: {width}x{height} pixels, "
             f"the annotations say {record.width}x{record.height}"
         )
-    return pixels
 
 
 def read_pixels(
@@ -75,9 +87,13 @@ def read_pixels(
                 image.seek(page)
             return to_rgb_array(oriented(image, apply_exif), window)
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
-        raise UserError(
-            f"{printable(path)}: cannot be read as an image: {error}. Replace it or leave it out"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | Path, error: Exception) -> UserError:
+    return UserError(
+        f"{printable(path)}: cannot be read as an image: {error}. Replace it or leave it out"
+    )
 
 
 @contextmanager
@@ -89,9 +105,17 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         require_few_channels(tiff_tags(path))
         raise
     with opened as image:
+        require_no_bomb(image, path)
         if image.format == "TIFF":
             require_few_channels(image.tag_v2)
         yield image
+
+
+def require_no_bomb(image: Image.Image, path: str | Path) -> None:
+    """DecompressionBombError for very many pixels in a small file."""
+    pixels = image.width * image.height
+    if pixels > max(SUSPECT_PIXELS, PIXELS_A_BYTE * os.path.getsize(path)):
+        raise Image.DecompressionBombError(f"{pixels:,} pixels in a file of a few bytes")
 
 
 def require_few_channels(tags: TiffImagePlugin.ImageFileDirectory_v2 | dict) -> None:
@@ -122,7 +146,8 @@ def tiff_tags(path: str | Path) -> TiffImagePlugin.ImageFileDirectory_v2 | dict:
 def oriented(image: Image.Image, apply_exif: bool) -> Image.Image:
     """The image turned upright by its EXIF orientation, or else with its pixels as stored."""
     if apply_exif:
-        return ImageOps.exif_transpose(image)
+        is_upright = image.getexif().get(ORIENTATION, 1) not in UNDO_ORIENTATION
+        return image if is_upright else ImageOps.exif_transpose(image)  # which copies it
     if image.format != "TIFF":
         return image
     orientation = image.tag_v2.get(ORIENTATION)

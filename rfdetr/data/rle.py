@@ -98,6 +98,18 @@ def rle_extents(rles: list[dict], at_once: int = AT_ONCE) -> list[tuple[int, int
     return extents
 
 
+def columns_of(rle: dict, left: int, right: int) -> np.ndarray:
+    """(H, right - left) bool: the columns from `left` on of a sound compressed RLE; memory is taken
+    for these alone.
+    """
+    counts = rle["counts"]
+    runs, _, _ = decode_runs([counts.decode("ascii") if isinstance(counts, bytes) else counts])
+    height = rle["size"][0]
+    borders = np.cumsum(np.append(0, runs)).clip(left * height, right * height)
+    is_set = np.arange(len(runs)) % 2 == 1
+    return is_set.repeat(np.diff(borders)).reshape(right - left, height).T
+
+
 def set_extents(
     extents: list, rles: list[dict], indices: list[int], runs: np.ndarray, first: np.ndarray
 ) -> None:

@@ -9,11 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rfdetr.console import UserError
 from rfdetr.data.faults import PLACES_KEPT, Problem, first_few
 from rfdetr.data.records import CocoSplit, FromRecords, ImageList, ImageRecord, ImageTable
 from rfdetr.text import printable
-from rfdetr.tiling import AUTO, LEAST_TILE, Tiling, Window
+from rfdetr.tiling import AUTO, LEAST_TILE, Tiling, Window, checked_side
 
 VISIBLE = 0.25  # of an object's box: with less of it in a tile it is not learnt there
 SMALL_OBJECTS = 0.1  # the share of objects that may be smaller than ...
@@ -106,11 +105,8 @@ def training_tiling(
     """
     if tile == AUTO:
         tile = suggested_tile(split, resolution)
-    if not tile:
-        return None
-    if tile < LEAST_TILE:
-        raise UserError(f"--tile {tile}: tiles have {LEAST_TILE} pixels or more")
-    return Tiling(tile, overlap, full)
+    side = checked_side(tile or 0)
+    return Tiling(side, overlap, full) if side else None
 
 
 def suggested_tile(split: CocoSplit, resolution: int) -> int:

@@ -11,8 +11,9 @@ from pycocotools import mask as mask_api
 
 from rfdetr.console import UserError
 from rfdetr.data.gray import window_of
-from rfdetr.data.images import load_image
+from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.records import CocoSplit, ImageRecord
+from rfdetr.data.rle import columns_of
 from rfdetr.inference.visualise import (
     BACKGROUND,
     MIN_SIDE,
@@ -67,7 +68,7 @@ def class_sheet(split: CocoSplit, remark: str = "") -> Image.Image:
         drawn = 0
         for image, index in _spread_examples(split, label, rows * examples):
             with contextlib.suppress(UserError):
-                pixels = load_image(image, window_of(split.gray))
+                pixels = load_for_tiles(image, window_of(split.gray))
                 example = _cut_out(image, pixels, index, names_on_objects, colours)
                 example = example.resize((side - GAP, side - GAP), Image.Resampling.LANCZOS)
                 row, column = divmod(drawn, examples)
@@ -98,7 +99,7 @@ def _spread_examples(split: CocoSplit, label: int, count: int) -> list[tuple[Ima
 
 def _cut_out(
     image: ImageRecord,
-    pixels: np.ndarray,
+    pixels: Pixels,
     index: int,
     names: list[str],
     colours: dict[str, Colour] | None,
@@ -147,6 +148,9 @@ def _cut_mask(image: ImageRecord, index: int, window: tuple, size: list[int]) ->
     segmentation = image.segmentations[index]
     if not segmentation:
         return None
-    mask = mask_api.decode(to_rle(segmentation, image.height, image.width))[window]
+    rows, columns = window
+    right = min(columns.stop, image.width)
+    rle = to_rle(segmentation, image.height, image.width)
+    mask = columns_of(rle, columns.start, right)[rows].astype(np.uint8)
     resized = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
     return mask_api.encode(np.asfortranarray(resized))

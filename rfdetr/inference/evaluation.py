@@ -18,6 +18,7 @@ from rfdetr import distributed
 from rfdetr.classes import ClassTable
 from rfdetr.data.gray import window_of
 from rfdetr.data.images import load_image
+from rfdetr.data.large_images import ImageOnDisk, Pixels, load_for_tiles
 from rfdetr.data.loaders import note_unread
 from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.data.workers import naming_workers
@@ -33,7 +34,7 @@ from rfdetr.inference.detections import (
 from rfdetr.inference.originals import Original
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
-from rfdetr.inference.visualise import MIN_SIDE, draw, picture_colours, side_by_side
+from rfdetr.inference.visualise import MIN_SIDE, draw, draw_shrunk, picture_colours, side_by_side
 from rfdetr.masks import to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator, counting
 from rfdetr.models.detector import Detector
@@ -257,7 +258,7 @@ class SplitEvaluator:
         by_image = self._tiles_by_image(model, head, choose)
         for number, tiles in itertools.islice(by_image, count):
             record = self.whole_split.images[number]
-            image = load_image(record, window_of(self.split.gray))
+            image = load_for_tiles(record, window_of(self.split.gray))
             original = Original(record.height, record.width, pixels=image)
             merged = merge(tiles, record.height, record.width)
             prediction = merged.as_prediction(original, self.table).without_duplicates(nms)
@@ -282,10 +283,11 @@ class SplitEvaluator:
     def _beside_truth(
         self,
         record: ImageRecord,
-        image: np.ndarray,
+        image: Pixels,
         prediction: Prediction,
         head: AnyMaskHead | None,
     ) -> Image.Image:
+        """Large images are shrunk."""
         true_masks = None
         if head is not None:
             true_masks = [
@@ -294,6 +296,13 @@ class SplitEvaluator:
             ]
         true_names = [self.split.class_names[label] for label in record.labels]
         colours = picture_colours(self.split.class_names)
-        truth = draw(image, record.boxes, true_names, None, true_masks, colours, MIN_SIDE)
-        picture = prediction.picture(MIN_SIDE)
+        if isinstance(image, ImageOnDisk):
+            truth = draw_shrunk(image, record.boxes, true_names, None, true_masks, colours)
+            found = prediction.scores.tolist()
+            picture = draw_shrunk(
+                image, prediction.boxes, prediction.names, found, prediction.rles, colours
+            )
+        else:
+            truth = draw(image, record.boxes, true_names, None, true_masks, colours, MIN_SIDE)
+            picture = prediction.picture(MIN_SIDE)
         return side_by_side(truth, picture, ("ground truth", "prediction"))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from rfdetr.console import UserError
+from rfdetr.data import large_images
 from rfdetr.data.gray import deep_pixels, pixels_if_deep
 from rfdetr.data.image_files import count_pages, is_regular_file
 from rfdetr.data.images import (
@@ -25,6 +26,7 @@ from rfdetr.data.images import (
     to_8_bit,
     to_rgb_array,
 )
+from rfdetr.data.large_images import ImageOnDisk, Pixels, read_for_tiles
 from rfdetr.text import DOWNLOAD_FIRST, is_url
 
 
@@ -36,7 +38,7 @@ class Page:
     number: int
 
 
-ImageInput = str | Path | Page | Image.Image | np.ndarray | Tensor
+ImageInput = str | Path | Page | Image.Image | np.ndarray | Tensor | ImageOnDisk
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
@@ -46,13 +48,13 @@ CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
 class Original:
     """An image of height x width pixels that was looked at; one from a file is read again.
 
-    pixels: (H, W, 3) uint8 RGB, or None; page: its number in a file of several, from 1 on; turn,
-    window: as in `read_image`.
+    pixels: (H, W, 3) uint8 RGB, in memory or on disk, or None; page: its number in a file of
+    several, from 1 on; turn, window: as in `read_image`.
     """
 
     height: int
     width: int
-    pixels: np.ndarray | None = None
+    pixels: Pixels | None = None
     path: Path | None = None
     turn: bool = True
     window: GrayWindow | None = None
@@ -60,7 +62,7 @@ class Original:
 
     @classmethod
     def of(
-        cls, image: ImageInput, pixels: np.ndarray, turn: bool, window: GrayWindow | None = None
+        cls, image: ImageInput, pixels: Pixels, turn: bool, window: GrayWindow | None = None
     ) -> Original:
         """What to keep of an image with these pixels: a file's name in place of its pixels."""
         height, width = pixels.shape[:2]
@@ -70,12 +72,22 @@ class Original:
             return cls(height, width, path=Path(image), turn=turn, window=window)
         return cls(height, width, pixels=pixels)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether its file's pixels stay on disk while it is looked at in parts."""
+        return self.height * self.width > large_images.LARGE
+
     def read(self) -> np.ndarray:
         """The pixels.  Raises UserError where the file has gone or changed its size."""
+        pixels = self.read_parts(in_tiles=False)
+        return pixels[:] if isinstance(pixels, ImageOnDisk) else pixels
+
+    def read_parts(self, in_tiles: bool = True) -> Pixels:
+        """As `read`, but a large image may be on disk; in_tiles: as in `read_image`."""
         if self.pixels is not None:
             return self.pixels
         image = Page(self.path, self.page) if self.page else self.path
-        pixels = read_image(image, self.turn, self.window)
+        pixels = read_image(image, self.turn, self.window, in_tiles)
         if pixels.shape[:2] != (self.height, self.width):
             raise UserError(
                 f"{self.path} was {self.width}x{self.height} pixels when it was predicted, and is "
@@ -138,6 +150,8 @@ def deep_pixels_of(image: ImageInput, values_too: bool) -> np.ndarray | None:
         return deep_pixels(_checked_file(image), values_too)
     if isinstance(image, Image.Image):
         return pixels_if_deep(image, values_too)
+    if isinstance(image, ImageOnDisk):
+        return None
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     if array.dtype.kind == "f":
         raise TypeError("floating-point numbers")
@@ -145,18 +159,25 @@ def deep_pixels_of(image: ImageInput, values_too: bool) -> np.ndarray | None:
 
 
 def read_image(
-    image: ImageInput, turn: bool = True, window: GrayWindow | None = None
-) -> np.ndarray:
+    image: ImageInput,
+    turn: bool = True,
+    window: GrayWindow | None = None,
+    in_tiles: bool = False,
+) -> Pixels:
     """Any accepted image as (H, W, 3) uint8 RGB; turn: make it upright by its EXIF orientation.
 
     window: what is black and white in gray of more than 8 bits, and then in gray arrays of
     floating-point numbers too; None: each goes by its bits, floating-point arrays by 0..1.
+    in_tiles: it is looked at in parts, so that a large file's pixels may stay on disk.
     Raises UserError for what is no image or cannot be read.
     """
+    if isinstance(image, ImageOnDisk):
+        return image
+    read = read_for_tiles if in_tiles else read_pixels
     if isinstance(image, Page):
-        return read_pixels(_checked_file(image.path), turn, window, image.number - 1)
+        return read(_checked_file(image.path), turn, window, image.number - 1)
     if isinstance(image, (str, Path)):
-        return read_pixels(_checked_file(image), turn, window)
+        return read(_checked_file(image), turn, window)
     if isinstance(image, Tensor):
         return _from_array(_channels_last(image), window)
     if isinstance(image, np.ndarray):

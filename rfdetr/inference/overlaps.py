@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from rfdetr.tiling import Window
 
 
-@dataclass(frozen=True)
 class PixelMask:
-    """A mask's pixels: bool (h, w), with its corner at (left, top) of the original."""
+    """A mask's pixels: bool (h, w), with its corner at (left, top) of the original.
 
-    left: int
-    top: int
-    pixels: np.ndarray
+    They are kept as bits: those of a large image's tiles are in memory together.
+    """
+
+    def __init__(self, left: int, top: int, pixels: np.ndarray):
+        self.left = left
+        self.top = top
+        self.shape = pixels.shape
+        self.area = int(pixels.sum())
+        self._bits = np.packbits(pixels)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        height, width = self.shape
+        flat = np.unpackbits(self._bits, count=height * width)
+        return flat.view(bool).reshape(height, width)
 
     @property
     def window(self) -> Window:
-        height, width = self.pixels.shape
+        height, width = self.shape
         return Window(self.left, self.top, self.left + width, self.top + height)
-
-    @property
-    def area(self) -> int:
-        return int(self.pixels.sum())
 
     def inside(self, window: Window) -> np.ndarray:
         """Its pixels in a window that lies within its own, (h, w)."""
@@ -82,7 +87,7 @@ def joined(masks: list[PixelMask]) -> PixelMask:
     right, bottom = windows[:, 2:].max(axis=0).tolist()
     pixels = np.zeros((bottom - top, right - left), dtype=bool)
     for mask in masks:
-        height, width = mask.pixels.shape
+        height, width = mask.shape
         rows = slice(mask.top - top, mask.top - top + height)
         columns = slice(mask.left - left, mask.left - left + width)
         pixels[rows, columns] |= mask.pixels

@@ -16,9 +16,11 @@ from torchvision.ops import batched_nms, nms
 
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
+from rfdetr.data.large_images import ImageOnDisk
 from rfdetr.inference.originals import Original
+from rfdetr.inference.picture_files import JPEG_STEP, write_jpeg, write_png
 from rfdetr.inference.tracking import Tracker
-from rfdetr.inference.visualise import draw, picture_colours
+from rfdetr.inference.visualise import draw, draw_in_bands, picture_colours
 from rfdetr.masks import to_polygons
 from rfdetr.tool_settings import PredictionSettings
 
@@ -217,6 +219,35 @@ class Prediction:
             tracker_id=self.tracks,
             data={"class_name": np.array(self.names, dtype=str)},
         )
+
+    def save_picture(self, file: str | Path, quality: int = 92) -> None:
+        """Write the image with all objects drawn in, of its own size, as the file's name says.
+
+        Large images are read, drawn and written (.png, .jpg) some rows at a time: memory does not
+        grow with them.  quality: of a JPEG, Pillow's scale up to 95.
+        """
+        file = Path(file)
+        large = None
+        if self.original.is_large and file.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            large = self.original.read_parts()
+        if not isinstance(large, ImageOnDisk):
+            self.picture().save(file, compress_level=1, quality=quality)
+            return
+        height, width = large.shape[:2]
+        bands = draw_in_bands(
+            large,
+            self.boxes,
+            self.names,
+            self.scores.tolist(),
+            self.rles,
+            picture_colours(self.class_names),
+            None if self.tracks is None else self.tracks.tolist(),
+            step=JPEG_STEP,
+        )
+        if file.suffix.lower() == ".png":
+            write_png(file, bands, height, width)
+        else:
+            write_jpeg(file, bands, height, width, quality)
 
     def picture(self, min_side: int = 1) -> Image.Image:
         """The image with all objects drawn in, of its own size.

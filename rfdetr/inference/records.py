@@ -20,11 +20,12 @@ def as_records(
     picture's or video's name in --output, or None.
     """
     records = []
+    names = prediction.names
     for i, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
         record = {
             "file": str(path),
             "picture": picture,
-            "class": prediction.names[i],
+            "class": names[i],
             "score": prediction.scores[i].item(),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "mask": prediction.rles[i] if prediction.rles else None,

@@ -1,7 +1,9 @@
 """One image's detections from those in its tiles: each object once, whole, with its own score.
 
 Where two tiles overlap, both looked: detections of one class that agree there are one object. The
-one that no tile's edge cuts is taken; where edges cut all of them, the parts are joined.
+one that no tile's edge cuts is taken; where edges cut all of them, the parts are joined. What an
+edge cuts is left out where the next tile shows it away from its own edges and detects nothing that
+agrees: it has seen what lies beyond.
 """
 
 from __future__ import annotations
@@ -196,6 +198,8 @@ class Pieces:
     """The detections of all tiles of an image, one after another."""
 
     def __init__(self, tiles: list[DetectedInWindow], height: int, width: int):
+        self.height = height
+        self.width = width
         self.windows = [tile.window for tile in tiles]
         self.boxes = np.concatenate([tile.boxes for tile in tiles])
         self.scores = np.concatenate([tile.scores for tile in tiles])
@@ -307,9 +311,10 @@ class Pieces:
     def without_parts(
         self, objects: list[WholeObject], pairs: list[tuple[int, int]]
     ) -> list[WholeObject]:
-        """Without what an edge cut, where most of it lies in a whole object of a tile beside.
+        """Without what an edge cut, where a tile beside knows better.
 
-        Those are parts that did not agree with the whole where both tiles looked.
+        Either most of it lies in a whole object there, a part that did not agree with the whole
+        where both tiles looked; or that tile shows all of it and detects nothing that agrees.
         pairs: the tiles that overlap.
         """
         beside: dict[int, list[int]] = {}
@@ -325,10 +330,23 @@ class Pieces:
             near: list[WholeObject] = []
             if one.cut:
                 (tile,) = one.tiles
-                near = [other for b in beside.get(tile, ()) for other in whole_ones.get(b, ())]
+                neighbours = beside.get(tile, [])
+                if any(self.shows_more(b, tile, one.box) for b in neighbours):
+                    continue
+                near = [other for b in neighbours for other in whole_ones.get(b, ())]
             if not any(other.label == one.label and other.holds(one) for other in near):
                 kept.append(one)
         return kept
+
+    def shows_more(self, tile: int, own_tile: int, box: np.ndarray) -> bool:
+        """Whether a tile, no larger than the one a box was detected in, shows all of the box and
+        what is around it. A larger one shows small objects less well.
+        """
+        window = self.windows[tile]
+        own = self.windows[own_tile]
+        if window.width > own.width or window.height > own.height:
+            return False
+        return not cut_by_edges(box[None], window, self.height, self.width)[0]
 
 
 def cut_by_edges(boxes: np.ndarray, window: Window, height: int, width: int) -> np.ndarray:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import colorsys
+import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as mask_api
+
+from rfdetr.data.large_images import ImageOnDisk, Pixels
+from rfdetr.data.rle import columns_of
+from rfdetr.inference.picture_labels import Label, place_labels, write_labels
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # xyxy
@@ -21,12 +27,11 @@ LINES = 400  # a line's width times this is the picture's long side,
 MIN_LINE = 1.5  # pixels, but it is no thinner
 FAR = 1e7  # pixels: farther corners, infinite ones among them, are taken for this far
 MAX_LETTERS = 60  # of a class name
-MANY = 12  # objects; with more of them, or one class, a long name is written once for each class
-MAX_HIDDEN = 0.15  # of an object: labels hide no more of it
+MOST_COLOURED = 5000  # objects that get colours by their places, else they take turns
+SHRUNK_SIDE = 4096  # pixels: of pictures of large images that are only looked at
+BAND_PIXELS = 1 << 21  # of large pictures, that are drawn at once
 BACKGROUND = (24, 26, 31)
 TITLE_COLOUR = (235, 235, 235)
-BLACK = (0, 0, 0)
-WHITE = (255, 255, 255)
 # Told apart at a glance, on gray microscopy as on photographs, and the first few of them by most
 # colour-blind people.
 PALETTE: list[Colour] = [
@@ -56,6 +61,16 @@ class DrawnObject:
         score = f"{self.score:.2f}"
         return [f"{one_line(self.name)} {score}".strip(), score]
 
+    @property
+    def rows(self) -> tuple[float, float]:
+        """From where to where it is drawn, on a picture of the original's size."""
+        if _has_mask(self):
+            _, top, _, height = mask_api.toBbox(self.mask)
+            bottom = top + height
+        else:
+            _, top, _, bottom = self.box
+        return top - 1, bottom + 1
+
 
 def class_colours(names: list[str]) -> dict[str, Colour]:
     """A colour for each class: the same for the same list, and distinct for any length."""
@@ -80,7 +95,12 @@ def picture_colours(names: list[str]) -> dict[str, Colour] | None:
 
 
 def object_colours(boxes: np.ndarray) -> list[Colour]:
-    """A colour for each box (n, 4) xyxy: where colours repeat, it is far away."""
+    """A colour for each box (n, 4) xyxy: where colours repeat, it is far away.
+
+    Of very many boxes they repeat in turn.
+    """
+    if len(boxes) > MOST_COLOURED:
+        return [PALETTE[i % len(PALETTE)] for i in range(len(boxes))]
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     nearest = np.full((len(PALETTE), len(boxes)), np.inf)  # of a colour, from each box
     colours = []
@@ -117,7 +137,63 @@ def draw(
     height = max(1, round(image.shape[0] * scale))
     picture = Image.fromarray(np.ascontiguousarray(image))
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    objects = _objects(boxes, names, scores, masks, colours, tracks, scale)
+    labels = place_labels(objects, picture.size)
+    return _draw_on(picture, 0, picture.size, objects, labels, scale)
 
+
+def draw_in_bands(
+    image: Pixels,
+    boxes: np.ndarray,
+    names: list[str],
+    scores: list[float] | None = None,
+    masks: list[dict | None] | None = None,
+    colours: dict[str, Colour] | None = None,
+    tracks: list[int] | None = None,
+    step: int = 1,
+) -> Iterator[np.ndarray]:
+    """As `draw`, of an image that is larger than SMOOTH_SIDE: (h, W, 3) uint8 rows from its top on,
+    h a multiple of `step`; memory does not grow with the image.
+    """
+    height, width = image.shape[:2]
+    objects = _objects(boxes, names, scores, masks, colours, tracks, scale=1)
+    objects.sort(key=lambda one: -_area(one.box))
+    spans = np.array([one.rows for one in objects]).reshape(-1, 2)
+    labels = place_labels(objects, (width, height))
+    rows = max(BAND_PIXELS // width // step, 1) * step
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        seen = np.flatnonzero((spans[:, 0] < bottom) & (spans[:, 1] > top))
+        picture = Image.fromarray(image[top:bottom])
+        drawn = [objects[i] for i in seen]
+        yield np.asarray(_draw_on(picture, top, (width, height), drawn, labels, scale=1))
+
+
+def draw_shrunk(
+    image: ImageOnDisk,
+    boxes: np.ndarray,
+    names: list[str],
+    scores: list[float] | None = None,
+    masks: list[dict | None] | None = None,
+    colours: dict[str, Colour] | None = None,
+) -> Image.Image:
+    """As `draw`, of a large image, and then shrunk to a side of SHRUNK_SIDE or less."""
+    factor = math.ceil(max(image.shape[:2]) / SHRUNK_SIDE)
+    bands = draw_in_bands(image, boxes, names, scores, masks, colours, step=factor)
+    shrunk = [np.asarray(Image.fromarray(band).reduce(factor)) for band in bands]
+    return Image.fromarray(np.concatenate(shrunk))
+
+
+def _objects(
+    boxes: np.ndarray,
+    names: list[str],
+    scores: list[float] | None,
+    masks: list[dict | None] | None,
+    colours: dict[str, Colour] | None,
+    tracks: list[int] | None,
+    scale: float,
+) -> list[DrawnObject]:
+    """What `draw` draws, on a picture that is `scale` times the image."""
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
     drawable = np.flatnonzero(~np.isnan(boxes).any(axis=1))
     boxes = boxes.clip(-FAR, FAR) * scale
@@ -127,7 +203,7 @@ def draw(
         chosen_colours = object_colours(boxes[drawable])
     else:
         chosen_colours = [colours.get(names[i]) or _colour_of(names[i]) for i in drawable]
-    objects = [
+    return [
         DrawnObject(
             box=boxes[i],
             name=names[i],
@@ -138,10 +214,21 @@ def draw(
         )
         for i, colour in zip(drawable, chosen_colours)
     ]
-    shapes = _draw_shapes(objects, width, height, scale)
+
+
+def _draw_on(
+    picture: Image.Image,
+    top: int,
+    whole: tuple[int, int],
+    objects: list[DrawnObject],
+    labels: list[Label],
+    scale: float,
+) -> Image.Image:
+    """Objects and labels on a picture, or on its rows from `top` on; whole: its (width, height)."""
+    shapes = _draw_shapes(objects, picture.size, top, whole, scale)
     shapes.putalpha(_clearer_on_dark(shapes, picture))
     picture = Image.alpha_composite(picture.convert("RGBA"), shapes).convert("RGB")
-    _write_labels(picture, objects)
+    write_labels(picture, top, labels)
     return picture
 
 
@@ -152,22 +239,32 @@ def _clearer_on_dark(shapes: Image.Image, picture: Image.Image) -> Image.Image:
     return Image.fromarray((255 * alpha * (1 - darkness * (1 - alpha))).round().astype(np.uint8))
 
 
-def _draw_shapes(objects: list[DrawnObject], width: int, height: int, scale: float) -> Image.Image:
-    """Boxes and masks on a transparent picture of width x height, `scale` times the image."""
-    smooth = 2 if max(width, height) <= SMOOTH_SIDE else 1
-    line = round(smooth * max(MIN_LINE, max(width, height) / LINES))
+def _draw_shapes(
+    objects: list[DrawnObject],
+    size: tuple[int, int],
+    top: int,
+    whole: tuple[int, int],
+    scale: float,
+) -> Image.Image:
+    """Boxes and masks on a transparent picture of (width, height), `scale` times the image.
+
+    top, whole: as in _draw_on.
+    """
+    smooth = 2 if max(whole) <= SMOOTH_SIDE else 1
+    line = round(smooth * max(MIN_LINE, max(whole) / LINES))
     large_first = sorted(objects, key=lambda one: -_area(one.box))
-    canvas = Image.new("RGBA", (width * smooth, height * smooth), (0, 0, 0, 0))
+    canvas = Image.new("RGBA", (size[0] * smooth, size[1] * smooth), (0, 0, 0, 0))
     pen = ImageDraw.Draw(canvas)
-    last_pixel = np.tile(canvas.size, 2) - 1
+    last_pixel = np.tile(whole, 2) * smooth - 1
     for one in large_first:
         x1, y1, x2, y2 = np.clip(one.box * smooth, 0, last_pixel)
         if x2 > x1 and y2 > y1 and not _has_mask(one):
-            _outline(pen, (x1, y1, x2, y2), line, (*one.colour, 255))
+            box = (x1, y1 - top * smooth, x2, y2 - top * smooth)
+            _outline(pen, box, line, (*one.colour, 255))
     pixels = np.array(canvas)
     for one in large_first:
         if _has_mask(one):
-            _paint_mask(pixels, one.mask, one.colour, scale * smooth, line)
+            _paint_mask(pixels, one.mask, one.colour, scale * smooth, line, top * smooth)
     return Image.fromarray(pixels).reduce(smooth)
 
 
@@ -210,18 +307,25 @@ def one_line(name: str) -> str:
     return line[: MAX_LETTERS - 3] + "..."
 
 
-def _paint_mask(pixels: np.ndarray, rle: dict, colour: Colour, scale: float, line: int) -> None:
+def _paint_mask(
+    pixels: np.ndarray, rle: dict, colour: Colour, scale: float, line: int, first_row: int
+) -> None:
     """Fill a mask into pixels (H * scale, W * scale, 4) RGBA, opaque along its border.
 
-    rle: a mask of H x W, not empty; line: the border's width in `pixels`.
+    rle: a mask of H x W, not empty, which reaches into these pixels; line: the border's width in
+    `pixels`, which are the picture's rows from first_row on.
     """
     left, top, width, height = mask_api.toBbox(rle).astype(int)
     line = max(1, min(line, int(min(width, height) * scale) // 4))  # an inside is left
-    mask = mask_api.decode(rle)[top : top + height, left : left + width]
+    bottom = top + height
+    if scale == 1:  # of a mask that is much higher than these rows, a part is enough
+        top = max(top, first_row - line - 2)
+        bottom = min(bottom, first_row + len(pixels) + line + 2)
+    mask = columns_of(rle, left, left + width)[top:bottom]
     # one empty pixel around: masks that touch the picture's edge get a border there too
     mask = np.pad(mask, 1)
     x = round((left - 1) * scale)
-    y = round((top - 1) * scale)
+    y = round((top - 1) * scale) - first_row
     size = [max(1, round(side * scale)) for side in mask.shape[::-1]]
     soft = Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BILINEAR)
     if scale > 1:  # round the steps of enlarged pixels
@@ -236,96 +340,6 @@ def _paint_mask(pixels: np.ndarray, rle: dict, colour: Colour, scale: float, lin
     target = pixels[max(0, y) :, max(0, x) :][: is_filled.shape[0], : is_filled.shape[1]]
     target[is_filled] = (*colour, 255)
     target[is_core, 3] = round(255 * MASK_OPACITY)
-
-
-def _write_labels(picture: Image.Image, objects: list[DrawnObject]) -> None:
-    """Write names and scores where they hide no other label and little of the objects.
-
-    The best object comes first. Where its name finds no room, its score is tried alone.
-    """
-    if not objects:
-        return
-    is_one_class = len({one.name for one in objects}) == 1
-    crowded = len(objects) > MANY or is_one_class
-    font = ImageFont.load_default(size=max(10, max(picture.size) / (52 if crowded else 44)))
-    pad = round(font.size / 4)
-    height = font.size * 1.1 + pad
-    pen = ImageDraw.Draw(picture)
-    boxes = np.array([one.box for one in objects])
-    labels = np.zeros((0, 4))  # those written so far, xyxy
-    named = set()
-    for one in _best_first(objects):
-        box_width = one.box[2] - one.box[0]
-        is_repeated = crowded and one.name in named
-        texts = one.labels[1:] if is_repeated and is_one_class else one.labels
-        for text in texts:
-            width = pen.textlength(text, font=font) + 2 * pad
-            if not text or (is_repeated and not is_one_class and width > 1.5 * box_width):
-                continue
-            label = _free_rectangle(one.box, width, height, picture.size, labels, boxes)
-            if label is None:
-                continue
-            pen.rounded_rectangle(tuple(label), radius=pad, fill=one.colour)
-            middle = (label[1] + label[3]) / 2
-            ink = BLACK if _is_light(one.colour) else WHITE
-            pen.text((label[0] + pad, middle), text, font=font, fill=ink, anchor="lm")
-            labels = np.vstack([labels, label])
-            named.add(one.name)
-            break
-
-
-def _best_first(objects: list[DrawnObject]) -> list[DrawnObject]:
-    """By score, NaN last; ground truth in its own order."""
-    if objects[0].score is None:
-        return objects
-    scores = np.array([one.score for one in objects])
-    return [objects[i] for i in np.argsort(-scores, kind="stable")]
-
-
-def _is_light(colour: Colour) -> bool:
-    """By ITU-R BT.601 luma."""
-    return np.dot(colour, (0.299, 0.587, 0.114)) > 140
-
-
-def _free_rectangle(
-    box: np.ndarray,
-    width: float,
-    height: float,
-    picture_size: tuple[int, int],
-    labels: np.ndarray,
-    boxes: np.ndarray,
-) -> np.ndarray | None:
-    """Room for a label of width x height at an object's box (4,): xyxy, or None.
-
-    It lies in the picture, over none of the labels (m, 4) and over at most MAX_HIDDEN of each of
-    the boxes (n, 4); all of them xyxy in pixels of the picture.
-    """
-    x1, y1, x2, y2 = box
-    x = min(max(0, x1), picture_size[0] - width)
-    above = (x, y1 - height)
-    at_the_top = (x, y1)
-    at_the_bottom = (x, y2 - height)
-    below = (x, y2)
-    beside = (x2, y1)
-    corners = np.array([above, at_the_top, at_the_bottom, below, beside])
-    rectangles = np.hstack([corners, corners + (width, height)])
-    inside = (rectangles >= 0).all(axis=1) & (rectangles[:, 2:] <= picture_size).all(axis=1)
-    over_no_label = _largest_share_hidden(labels, rectangles) == 0
-    hides_little = _largest_share_hidden(boxes, rectangles) < MAX_HIDDEN
-    free = np.flatnonzero(inside & over_no_label & hides_little)
-    return rectangles[free[0]] if len(free) else None
-
-
-def _largest_share_hidden(boxes: np.ndarray, rectangles: np.ndarray) -> np.ndarray:
-    """For each rectangle (n, 4) the largest share of one of the boxes (m, 4) that it hides.
-
-    All xyxy; (n,), 0 for no boxes.
-    """
-    corner = np.maximum(rectangles[:, None, :2], boxes[:, :2])
-    opposite = np.minimum(rectangles[:, None, 2:], boxes[:, 2:])
-    hidden = np.prod(np.maximum(opposite - corner, 0), axis=2)  # (n, m)
-    areas = np.maximum(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), 1e-9)
-    return (hidden / areas).max(axis=1, initial=0)
 
 
 def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:

@@ -44,7 +44,8 @@ class Embeddings(nn.Module):
         Bicubic from the stored grid.
         """
         stored = self.position_embeddings[:, 1:].unflatten(1, (self.grid, self.grid))
-        antialias = stored.device.type != "mps"  # MPS has no such kernel
+        # Metal has the kernel itself from torch 2.8 on, but that of its gradient only since 2026
+        antialias = stored.device.type != "mps"
         return resample_abs_pos_embed_nhwc(stored, [height, width], antialias=antialias)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from rfdetr.sizes import SIZES, ModelSize
 from rfdetr.weights.fitting import shape_differences
 from rfdetr.weights.official import POSITIONS, from_official, groups_of, to_official
 
+WHITE_OF_16_BITS = 65535
 SILENT = -100.0  # a logit that wins no place and whose score is 0
 
 
@@ -150,6 +151,33 @@ def to_package(content: dict) -> dict:
         "model_name": package_class(size["name"]),
         "model_config": model_config,
     }
+
+
+def left_to_user(content: dict) -> list[str]:
+    """What is done here to images before a checkpoint's model sees them and the package does not:
+    for each a sentence on what to do instead.
+    """
+    notes = []
+    tile = content.get("tile")
+    if tile:
+        notes.append(
+            f"the model was trained on tiles of {tile} x {tile} px, and the package shows it whole "
+            f"images: cut yours into tiles of {tile} px, and join what is found in them"
+        )
+    gray = content.get("gray")
+    if gray and gray["deep"]:
+        black, white = gray["window"] or (0, WHITE_OF_16_BITS)
+        notes.append(
+            f"the model was trained on gray of more than 8 bits with {black:.6g} as black and "
+            f"{white:.6g} as white, and the package reads such files in another way: scale yours "
+            "from these values to 0..255, and save them with 8 bits"
+        )
+    if content.get("letterbox"):
+        notes.append(
+            "the model was trained on images with their own proportions (letterbox), and the "
+            "package stretches each to a square: pad yours to squares"
+        )
+    return notes
 
 
 def _package_rows(model: dict[str, Tensor], table: ClassTable) -> dict[str, Tensor]:

@@ -1,0 +1,133 @@
+"""Where a picture has room for its objects' names and scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from rfdetr.inference.visualise import Colour, DrawnObject
+
+MANY = 12  # objects; with more of them, or one class, a long name is written once for each class
+MAX_HIDDEN = 0.15  # of an object: labels hide no more of it
+MOST_LABELLED = 1000  # objects, the best ones: time grows with the square of their number
+BLACK = (0, 0, 0)
+WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text on a rectangle xyxy in pixels of the picture, `pad` from its left side."""
+
+    rectangle: tuple[float, float, float, float]
+    text: str
+    colour: Colour
+    font: ImageFont.FreeTypeFont
+    pad: int
+
+
+def place_labels(objects: list[DrawnObject], size: tuple[int, int]) -> list[Label]:
+    """Names and scores where they hide no other label and little of the objects.
+
+    The best object comes first. Where its name finds no room, its score is tried alone.
+    size: (width, height) of the picture.
+    """
+    if not objects:
+        return []
+    is_one_class = len({one.name for one in objects}) == 1
+    crowded = len(objects) > MANY or is_one_class
+    font = ImageFont.load_default(size=max(10, max(size) / (52 if crowded else 44)))
+    pad = round(font.size / 4)
+    height = font.size * 1.1 + pad
+    boxes = np.array([one.box for one in objects])
+    taken = np.zeros((0, 4))  # by labels so far, xyxy
+    labels = []
+    named = set()
+    for one in _best_first(objects)[:MOST_LABELLED]:
+        box_width = one.box[2] - one.box[0]
+        is_repeated = crowded and one.name in named
+        texts = one.labels[1:] if is_repeated and is_one_class else one.labels
+        for text in texts:
+            width = font.getlength(text, "L") + 2 * pad
+            if not text or (is_repeated and not is_one_class and width > 1.5 * box_width):
+                continue
+            rectangle = _free_rectangle(one.box, width, height, size, taken, boxes)
+            if rectangle is None:
+                continue
+            labels.append(Label(tuple(rectangle), text, one.colour, font, pad))
+            taken = np.vstack([taken, rectangle])
+            named.add(one.name)
+            break
+    return labels
+
+
+def write_labels(picture: Image.Image, top: int, labels: list[Label]) -> None:
+    """Write labels on a picture, or on its rows from `top` on."""
+    pen = ImageDraw.Draw(picture)
+    for label in labels:
+        x1, y1, x2, y2 = label.rectangle
+        if y2 + 1 < top or y1 - 1 > top + picture.height:
+            continue
+        y1 -= top
+        y2 -= top
+        pen.rounded_rectangle((x1, y1, x2, y2), radius=label.pad, fill=label.colour)
+        ink = BLACK if _is_light(label.colour) else WHITE
+        start = (x1 + label.pad, (y1 + y2) / 2)
+        pen.text(start, label.text, font=label.font, fill=ink, anchor="lm")
+
+
+def _best_first(objects: list[DrawnObject]) -> list[DrawnObject]:
+    """By score, NaN last; ground truth in its own order."""
+    if objects[0].score is None:
+        return objects
+    scores = np.array([one.score for one in objects])
+    return [objects[i] for i in np.argsort(-scores, kind="stable")]
+
+
+def _is_light(colour: Colour) -> bool:
+    """By ITU-R BT.601 luma."""
+    return np.dot(colour, (0.299, 0.587, 0.114)) > 140
+
+
+def _free_rectangle(
+    box: np.ndarray,
+    width: float,
+    height: float,
+    picture_size: tuple[int, int],
+    labels: np.ndarray,
+    boxes: np.ndarray,
+) -> np.ndarray | None:
+    """Room for a label of width x height at an object's box (4,): xyxy, or None.
+
+    It lies in the picture, over none of the labels (m, 4) and over at most MAX_HIDDEN of each of
+    the boxes (n, 4); all of them xyxy in pixels of the picture.
+    """
+    x1, y1, x2, y2 = box
+    x = min(max(0, x1), picture_size[0] - width)
+    above = (x, y1 - height)
+    at_the_top = (x, y1)
+    at_the_bottom = (x, y2 - height)
+    below = (x, y2)
+    beside = (x2, y1)
+    corners = np.array([above, at_the_top, at_the_bottom, below, beside])
+    rectangles = np.hstack([corners, corners + (width, height)])
+    inside = (rectangles >= 0).all(axis=1) & (rectangles[:, 2:] <= picture_size).all(axis=1)
+    over_no_label = _largest_share_hidden(labels, rectangles) == 0
+    hides_little = _largest_share_hidden(boxes, rectangles) < MAX_HIDDEN
+    free = np.flatnonzero(inside & over_no_label & hides_little)
+    return rectangles[free[0]] if len(free) else None
+
+
+def _largest_share_hidden(boxes: np.ndarray, rectangles: np.ndarray) -> np.ndarray:
+    """For each rectangle (n, 4) the largest share of one of the boxes (m, 4) that it hides.
+
+    All xyxy; (n,), 0 for no boxes.
+    """
+    corner = np.maximum(rectangles[:, None, :2], boxes[:, :2])
+    opposite = np.minimum(rectangles[:, None, 2:], boxes[:, 2:])
+    hidden = np.prod(np.maximum(opposite - corner, 0), axis=2)  # (n, m)
+    areas = np.maximum(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), 1e-9)
+    return (hidden / areas).max(axis=1, initial=0)
