@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import torch
 import validate_setup
 from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.records import CocoSplit
+from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.records import CocoSplit, ImageList
 from rfdetr.data.sampling import Pool, make_mix
 from rfdetr.data.tiles import in_tiles, objects_in_no_tile, visible_objects
 from rfdetr.tiling import Tiling
@@ -98,3 +100,24 @@ def test_an_epoch_of_nothing_is_an_error_and_no_endless_loop(large):
         make_mix(in_tiles(large, Tiling(32)), [], None, 0.1)
     with pytest.raises(ValueError, match="no images"):
         Pool(torch.zeros(0, dtype=torch.long)).draw(1, torch.Generator())
+
+
+def test_tiles_with_masks_are_those_that_show_an_object_with_one(demo):
+    split = read_dataset(demo)["train"]
+    few = ImageList(split.images)
+    few[0].segmentations[1:] = [None] * (len(few[0].segmentations) - 1)
+    split = replace(split, images=few)
+    dataset = SplitDataset(split, 64, "strong", True, tiling=Tiling(32))
+    expected = []
+    for index, tile in enumerate(dataset.split.images):
+        if any(mask is not None for mask in tile.segmentations):
+            expected.append(index)
+    assert dataset.donors == expected
+    assert 0 < len(expected) < len(dataset)
+    of_first = dataset.positions_with_masks([0])
+    tiles_of_first = [i for i, (number, _) in enumerate(dataset.split.images.places) if number == 0]
+    assert 0 < len(of_first) < len(tiles_of_first)
+    # ... so that a share of tiles without objects is kept
+    is_empty = np.array(dataset.split.objects_per_image) == 0
+    order = make_mix(dataset.split, of_first, None, 0.0).draw(200, torch.Generator())
+    assert not is_empty[order.numpy()].any()

@@ -23,7 +23,7 @@ from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.letterbox import as_input
 from rfdetr.data.mask_source import images_with_masks
 from rfdetr.data.records import CocoSplit, ImageRecord
-from rfdetr.data.tiles import in_tiles, visible_objects
+from rfdetr.data.tiles import in_tiles, tiles_with_masks, visible_objects
 from rfdetr.masks import draw_masks, extent, inside_window, is_turned
 from rfdetr.placement import Placement, letterbox_borders
 from rfdetr.tiling import Tiling, Window, crop
@@ -100,9 +100,9 @@ class SplitDataset(Dataset):
         self.last_read: tuple[Path | None, Pixels | None] = (None, None)  # cut into tiles
         self.guessed: dict[int, list] = {}  # index -> the image's masks, of the first images
         self.guesses = 0  # how many masks these have
-        self.donors: list[int] = []  # images with masks, whose objects are pasted on others
+        self.donors: list[int] = []  # positions with masks, whose objects are pasted on others
         if self.preset is not None and self.preset.paste_chance:
-            self.donors = self.positions_of(images_with_masks(split))
+            self.donors = self.positions_with_masks(images_with_masks(split))
         self.cache: dict[int, Tensor] | None = None  # index -> the resized image
         if self.bytes_of_images <= RAM_CACHE_BYTES:
             self.cache = {}
@@ -112,13 +112,13 @@ class SplitDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split.images)
 
-    def positions_of(self, images: list[int]) -> list[int]:
-        """Of images of the split, by number: their tiles' positions where there are tiles."""
+    def positions_with_masks(self, images: list[int]) -> list[int]:
+        """Of images with masks, by number: where there are tiles the positions of those of their
+        tiles that show an object with a mask.
+        """
         if self.tiling is None:
             return images
-        wanted = set(images)
-        places = self.split.images.places
-        return [index for index, (number, _) in enumerate(places) if number in wanted]
+        return tiles_with_masks(self.split.images, images)
 
     def share_of(self, rank: int, world: int) -> list[int]:
         """Every `world`-th image of the split, in order; an image's tiles stay together."""

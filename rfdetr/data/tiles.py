@@ -66,6 +66,23 @@ def in_tiles(split: CocoSplit, tiling: Tiling | None) -> CocoSplit:
     return split if tiling is None else replace(split, images=TileTable(split.images, tiling))
 
 
+def tiles_with_masks(tiles: TileTable, images: list[int]) -> list[int]:
+    """The positions of the tiles of some images, by number, that show an object with a mask."""
+    boxes = tiles.images.boxes
+    has_mask = tiles.images.has_mask
+    ends = np.cumsum(tiles.images.object_counts)
+    wanted = set(images)
+    masked = {}
+    for number, own in enumerate(np.split(np.arange(len(boxes)), ends[:-1])):
+        if number in wanted:
+            masked[number] = boxes[own][has_mask[own]]
+    return [
+        index
+        for index, (number, window) in enumerate(tiles.places)
+        if number in wanted and len(visible_boxes(masked[number], window))
+    ]
+
+
 def visible_objects(image: ImageRecord, window: Window) -> np.ndarray:
     """The numbers of an image's objects of which enough lies in a window."""
     return visible_boxes(image.boxes, window)

@@ -171,7 +171,10 @@ def training_data(
         distributed.rank(),
         distributed.world_size(),
         make_mix(
-            dataset.split, dataset.positions_of(drawn), settings.repeat_factor, settings.negatives
+            dataset.split,
+            dataset.positions_with_masks(drawn),
+            settings.repeat_factor,
+            settings.negatives,
         ),
     )
     if settings.fast_dev_run:
