@@ -158,8 +158,8 @@ def fit(
     settings = session.settings
     progress = session.progress
     keeper = make_keeper(session, trainer, pack)
-    images = loader.dataset.split
-    health = RunHealth(session.folder, session.run, images, progress, keeper.nan_batches)
+    dataset = loader.dataset
+    health = RunHealth(session.folder, session.run, dataset, progress, keeper.nan_batches)
     signals = StopSignals(lambda: save_and_say(session, keeper))
     clock = RunClock(progress, settings.epochs)
     curves = StepCurves(session.run.scalars, progress.steps) if session.run else None
@@ -172,7 +172,7 @@ def fit(
             keeper.save("checkpoint.pt")
         signals.stop_if_asked()
 
-    with signals, keeper.naming_last_save(), naming_workers(loader.dataset.images_in_work):
+    with signals, keeper.naming_last_save(), naming_workers(dataset.images_in_work):
         while progress.epoch < settings.epochs:
             if 0 < settings.stop_after <= keeper.evaluations_without_gain:
                 tick(stopped_early(session, keeper.evaluations_without_gain))

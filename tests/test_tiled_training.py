@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +11,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import quick_flags
 
+import evaluate
+import train_detector_stage1
 import validate_setup
 from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.loaders import evaluation_loader
 from rfdetr.data.records import CocoSplit, ImageList
 from rfdetr.data.sampling import Pool, make_mix
 from rfdetr.data.tiles import in_tiles, objects_in_no_tile, visible_objects
 from rfdetr.tiling import Tiling
 from rfdetr.training.session import choose_tiles
+from rfdetr.weights import checkpoint
 from testkit.datasets import coco, write
 
 
@@ -121,3 +127,40 @@ def test_tiles_with_masks_are_those_that_show_an_object_with_one(demo):
     is_empty = np.array(dataset.split.objects_per_image) == 0
     order = make_mix(dataset.split, of_first, None, 0.0).draw(200, torch.Generator())
     assert not is_empty[order.numpy()].any()
+
+
+@pytest.fixture
+def damaged(few, tmp_path) -> Path:
+    """An image of train and one of valid lack their second half."""
+    shutil.copytree(few, tmp_path / "damaged")
+    for split in ("train", "valid"):
+        file = sorted((tmp_path / "damaged" / split).glob("*.png"))[0]
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return tmp_path / "damaged"
+
+
+def test_a_damaged_image_is_one_however_many_tiles_it_has(damaged):
+    split = read_dataset(damaged)["train"]
+    dataset = SplitDataset(split, 32, "flips", False, tiling=Tiling(32))
+    loader = evaluation_loader(dataset, batch=4, workers=0)
+    batches = list(loader)
+    unread = {}
+    for batch in batches:
+        unread |= batch.unread
+    assert list(unread) == [0] and split.images[0].path.name in unread[0]
+    assert {dataset.number_of(i) for batch in batches for i in batch.indices} == {1, 2, 3}
+    stand_in = dataset[0, 7]
+    assert dataset.number_of(stand_in["target"]["index"]) == 1 and list(stand_in["unread"]) == [0]
+
+
+def test_a_damaged_image_does_not_end_a_run_in_tiles(damaged, tmp_path, call, capsys):
+    flags = [*quick_flags(damaged), "--tile", 32, "--min_steps", 12, "--output_dir", "run"]
+    call(train_detector_stage1.main, *flags)
+    said = capsys.readouterr().out
+    assert said.count("skipped:") == 2  # one of train, one of valid
+    (epoch,) = json.loads((tmp_path / "run/metrics.json").read_text())["epochs"]
+    assert epoch["train"]["skipped_images"] == 1
+    progress = checkpoint.load(tmp_path / "run/last.pt")["training"]["progress"]
+    assert progress["unread"] == [0]
+    call(evaluate.main, "--checkpoint", "run", "--dataset", damaged)
+    assert capsys.readouterr().out.count("skipped:") == 1

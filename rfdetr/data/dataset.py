@@ -40,7 +40,8 @@ class Batch:
     # One an image: boxes (t, 4) cxcywh 0..1, labels (t,), has_mask (t,) bool, index (its place in
     # the split), and masks uint8 (t, R, R) where the dataset was asked for them.
     targets: list[dict]
-    unread: dict[int, str] = field(default_factory=dict)  # index of an unreadable image -> why
+    # number of an unreadable image -> why; in tiles, too, of whole images
+    unread: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -119,6 +120,10 @@ class SplitDataset(Dataset):
         if self.tiling is None:
             return images
         return tiles_with_masks(self.split.images, images)
+
+    def number_of(self, index: int) -> int:
+        """Which image of the whole split is seen, or a tile of it."""
+        return index if self.tiling is None else self.split.images.places[index][0]
 
     def share_of(self, rank: int, world: int) -> list[int]:
         """Every `world`-th image of the split, in order; an image's tiles stay together."""
@@ -214,26 +219,27 @@ class SplitDataset(Dataset):
     def image(
         self, index: int, whole: bool = False, seed: int | None = None
     ) -> tuple[int, Tensor, dict[int, str], ImageRecord]:
-        """(index, pixels, {index of an unreadable image: why}, record) of the first image to be
-        read.
+        """(index, pixels, {number of an unreadable image: why}, record) of the first image or tile
+        to be read.
 
         The images are tried from `index` on.  Pixels are uint8 (3, R, R), or (3, H, W) where the
         `whole` image is asked for; seed: a tile is moved by it.  Raises UserError where no image of
         the split can be read.
         """
         unread: dict[int, str] = {}
-        while len(unread) < len(self):
-            self._note_in_work(index)
+        for position in (*range(index, len(self)), *range(index)):
+            number = self.number_of(position)
+            if number in unread:  # another tile of it
+                continue
+            self._note_in_work(position)
             try:
-                record = self.record(index, seed)
-                pixels = self._read(record) if whole else self._resized(index, record, seed)
-                return index, pixels, unread, record
+                record = self.record(position, seed)
+                pixels = self._read(record) if whole else self._resized(position, record, seed)
+                return position, pixels, unread, record
             except UserError as error:
-                unread[index] = str(error)
-                index = (index + 1) % len(self)
-        raise UserError(
-            f"{self.split.annotation_file}: none of its images can be read. {unread[index]}"
-        )
+                unread[number] = str(error)
+        why = unread[self.number_of(index)]
+        raise UserError(f"{self.split.annotation_file}: none of its images can be read. {why}")
 
     def prepare_for_workers(self, workers: int) -> None:
         """Before a loader's processes start: share which image each one reads.

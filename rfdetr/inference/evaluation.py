@@ -86,7 +86,7 @@ class SplitEvaluator:
         self.max_detections = max_detections
         self.frozen = frozen
         self.keep_detections = frozen is not None
-        self.unread: list[int] = []  # positions of images that cannot be read: no detections there
+        self.unread: list[int] = []  # numbers of images that cannot be read: no detections there
         self._kept_detections: list[Detections] | None = None
 
     def evaluate(self, model: nn.Module) -> dict:
