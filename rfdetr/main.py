@@ -25,7 +25,7 @@ from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk
 from rfdetr.runs.record import Run
-from rfdetr.settings import TrainingSettings
+from rfdetr.settings import TILE_OVERLAP, TrainingSettings
 from rfdetr.sizes import size_from_dict
 from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
@@ -221,6 +221,8 @@ def make_keeper(
         "exif": train.exif,
         "image_side": typical_side(train, session.letterbox),
         "tile": session.tiling.side if session.tiling else 0,
+        "tile_overlap": session.tiling.overlap if session.tiling else TILE_OVERLAP,
+        "tile_full": session.tiling.with_whole if session.tiling else False,
         "letterbox": session.letterbox,
         "gray": train.gray.to_dict() if train.gray else None,
         "guessed_masks": session.guess_masks,

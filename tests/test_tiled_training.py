@@ -23,7 +23,9 @@ from rfdetr.data.loaders import evaluation_loader
 from rfdetr.data.records import CocoSplit, ImageList
 from rfdetr.data.sampling import Pool, make_mix
 from rfdetr.data.tiles import in_tiles, objects_in_no_tile, visible_objects
-from rfdetr.tiling import Tiling
+from rfdetr.detr import RFDETR
+from rfdetr.tiling import Tiling, tiling_of
+from rfdetr.training.resume import resumed_progress
 from rfdetr.training.session import choose_tiles
 from rfdetr.weights import checkpoint
 from testkit.datasets import coco, write
@@ -65,9 +67,14 @@ def test_what_no_tile_shows_is_known_without_looking_at_each_tile(demo, mixed, t
     assert expected == [tiling == Tiling(32), False, tiling == Tiling(32)]
 
 
-def begun(split: CocoSplit, tile: int = 32, tile_full: bool = False) -> SimpleNamespace:
+def begun(
+    split: CocoSplit,
+    tile: int | None = 32,
+    tile_overlap: float | None = 0.2,
+    tile_full: bool | None = None,
+) -> SimpleNamespace:
     """What choose_tiles needs of a Session."""
-    settings = SimpleNamespace(tile=tile, tile_overlap=0.2, tile_full=tile_full)
+    settings = SimpleNamespace(tile=tile, tile_overlap=tile_overlap, tile_full=tile_full)
     return SimpleNamespace(
         settings=settings, train=split, resumed=None, resolution=64, images_an_epoch=0
     )
@@ -164,3 +171,48 @@ def test_a_damaged_image_does_not_end_a_run_in_tiles(damaged, tmp_path, call, ca
     assert progress["unread"] == [0]
     call(evaluate.main, "--checkpoint", "run", "--dataset", damaged)
     assert capsys.readouterr().out.count("skipped:") == 1
+
+
+OWN = {"tile": 48, "tile_overlap": 0.6, "tile_full": True}
+EARLIER = {"tile": 48, "args": {"tile_overlap": 0.6, "tile_full": True}}
+
+
+@pytest.mark.parametrize("content", [OWN, EARLIER])
+def test_flags_that_are_left_out_mean_tiles_as_in_training(mixed, content):
+    session = begun(mixed, tile=None, tile_overlap=None)
+    choose_tiles(session, content)
+    assert session.tiling == tiling_of(content, None, None, None) == Tiling(48, 0.6, True)
+    assert tiling_of(content, 64, None, False) == Tiling(64, 0.6, False)
+    session = begun(mixed, tile=None, tile_overlap=0.1, tile_full=False)
+    choose_tiles(session, content)
+    assert session.tiling == tiling_of(content, None, 0.1, False) == Tiling(48, 0.1, False)
+    # trained on whole images: as ever
+    assert tiling_of({"tile": 0, "args": {"tile_overlap": 0.6}}, 64, None, None) == Tiling(64)
+
+
+def test_a_run_keeps_its_tiles_for_what_follows(few, tmp_path, call, capsys):
+    flags = ["--tile", 48, "--tile_overlap", 0.6, "--tile_full", 1, "--output_dir", "run"]
+    call(train_detector_stage1.main, *quick_flags(few), *flags)
+    told = "Tiles of 48 px, 60% in common, and each image as a whole"
+    assert told in capsys.readouterr().out
+    call(evaluate.main, "--checkpoint", "run", "--dataset", few, "--json", "scores.json")
+    assert told in capsys.readouterr().out
+    best = json.loads((tmp_path / "run/metrics.json").read_text())["best"]["value"]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["bbox"]["mAP"] == pytest.approx(best, abs=1e-6)
+    model = RFDETR.from_checkpoint(tmp_path / "run", device="cpu")
+    assert model.tiling(None, None, None) == Tiling(48, 0.6, True)
+    with pytest.raises(UserError, match="tile_overlap must be a number in 0..0.9, got 1.0"):
+        model.predict(np.zeros((64, 64, 3), np.uint8), tile_overlap=1.0)
+
+
+def test_runs_that_counted_tiles_as_unreadable_images_start_counting_anew(mixed, tmp_path):
+    state = {"training": {"progress": {"unread": [1]}}, "tile": 48}
+    splits = {"train": mixed}
+    assert resumed_progress(state, splits, {}, tmp_path).unread == []
+    assert resumed_progress(state | {"tile_overlap": 0.3}, splits, {}, tmp_path).unread == [1]
+
+
+def test_too_large_a_share_in_common_makes_no_tiles():
+    with pytest.raises(UserError, match="0..0.9, got 1.0"):
+        Tiling(640, 1.0)

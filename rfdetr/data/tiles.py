@@ -12,7 +12,7 @@ import torch
 from rfdetr.data.faults import PLACES_KEPT, Problem, first_few
 from rfdetr.data.records import CocoSplit, FromRecords, ImageList, ImageRecord, ImageTable
 from rfdetr.text import printable
-from rfdetr.tiling import AUTO, LEAST_TILE, Tiling, Window, checked_side
+from rfdetr.tiling import AUTO, LEAST_TILE, Tiling, Window, checked_side, tiles_like
 
 VISIBLE = 0.25  # of an object's box: with less of it in a tile it is not learnt there
 SMALL_OBJECTS = 0.1  # the share of objects that may be smaller than ...
@@ -113,17 +113,21 @@ def part_of(image: ImageRecord, window: Window) -> ImageRecord:
 
 
 def training_tiling(
-    split: CocoSplit, resolution: int, tile: int | str | None, overlap: float, full: bool
+    split: CocoSplit,
+    resolution: int,
+    tile: int | str | None,
+    overlap: float | None,
+    full: bool | None,
+    content: dict | None = None,
 ) -> Tiling | None:
-    """The tiles to train on, None for none; tile: as in --tile.  resolution: of the input.
+    """The tiles to train on, None for none; tile, overlap, full: as the flags.
 
-    "auto": so large that 9 of 10 objects have SEEN_WELL pixels of the input and more, and that the
-    largest fit several times. Raises UserError for a tile that is too small.
+    resolution: of the input.  content: of the checkpoint that the training begins with.  "auto": so
+    large that 9 of 10 objects have SEEN_WELL pixels of the input and more, and that the largest fit
+    several times.  Raises UserError for a tile that is too small.
     """
-    if tile == AUTO:
-        tile = suggested_tile(split, resolution)
-    side = checked_side(tile or 0)
-    return Tiling(side, overlap, full) if side else None
+    side = suggested_tile(split, resolution) if tile == AUTO else checked_side(tile or 0)
+    return tiles_like(content or {}, side, overlap, full) if side else None
 
 
 def suggested_tile(split: CocoSplit, resolution: int) -> int:

@@ -90,8 +90,8 @@ def class_table(session: Session, head: str) -> ClassTable:
 def choose_tiles(session: Session, content: dict | None = None) -> None:
     """Set the run's tiles, and say what they are.
 
-    content: the checkpoint that a run begins with or is resumed from; where --tile is left open,
-    the tiles are its own. Raises UserError.
+    content: the checkpoint that a run begins with or is resumed from; what flags leave open is as
+    its own tiles were. Raises UserError.
     """
     settings = session.settings
     tile = settings.tile
@@ -99,7 +99,12 @@ def choose_tiles(session: Session, content: dict | None = None) -> None:
     if known is not None and (tile is None or session.resumed and tile == AUTO):
         tile = known
     session.tiling = training_tiling(
-        session.train, session.resolution, tile, settings.tile_overlap, settings.tile_full
+        session.train,
+        session.resolution,
+        tile,
+        settings.tile_overlap,
+        settings.tile_full,
+        content,
     )
     if session.tiling:
         images = len(session.train.images)
