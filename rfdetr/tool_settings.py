@@ -108,7 +108,7 @@ class PredictionSettings(InferenceSettings):
     track: bool = switch(
         False,
         "give each object an id over the frames of a video; each folder's images are frames, too, "
-        "in the order of the numbers in their names",
+        "in the order of the numbers in their names, and with --pages 1 each file's pages",
     )
     pictures: str = choice("png", "of each image; 0: none, and no videos", ("png", "jpg", "0"))
     exif: str | None = choice(
