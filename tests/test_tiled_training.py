@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,6 +191,14 @@ def test_flags_that_are_left_out_mean_tiles_as_in_training(mixed, content):
     assert tiling_of({"tile": 0, "args": {"tile_overlap": 0.6}}, 64, None, None) == Tiling(64)
 
 
+def best_scores(file: Path) -> dict[int, list[float]]:
+    """By image, the best first, of COCO results."""
+    scores = defaultdict(list)
+    for result in json.loads(file.read_text()):
+        scores[result["image_id"]].append(result["score"])
+    return {image: sorted(values, reverse=True) for image, values in scores.items()}
+
+
 def test_a_run_keeps_its_tiles_for_what_follows(few, tmp_path, call, capsys):
     flags = ["--tile", 48, "--tile_overlap", 0.6, "--tile_full", 1, "--output_dir", "run"]
     call(train_detector_stage1.main, *quick_flags(few), *flags)
@@ -200,6 +209,14 @@ def test_a_run_keeps_its_tiles_for_what_follows(few, tmp_path, call, capsys):
     best = json.loads((tmp_path / "run/metrics.json").read_text())["best"]["value"]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["bbox"]["mAP"] == pytest.approx(best, abs=1e-6)
+    # at most 3 of an image are its 3 best, not 3 of each tile
+    for limit, words in (("all", ()), ("three", ("--max_detections", 3))):
+        words = ["--checkpoint", "run", "--dataset", few, "--results", limit, *words]
+        call(evaluate.main, *words)
+    every, three = (best_scores(tmp_path / limit / "bbox.json") for limit in ("all", "three"))
+    assert every.keys() == three.keys() and max(map(len, every.values())) > 3
+    for image, scores in three.items():
+        assert scores == every[image][:3]
     model = RFDETR.from_checkpoint(tmp_path / "run", device="cpu")
     assert model.tiling(None, None, None) == Tiling(48, 0.6, True)
     with pytest.raises(UserError, match="tile_overlap must be a number in 0..0.9, got 1.0"):

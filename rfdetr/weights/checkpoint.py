@@ -6,9 +6,9 @@ exif ("apply" or "ignore": how its images were read), gray (a GrayScale's to_dic
 more than 8 bits by its bits), guessed_masks (whether masks were learnt from guesses), trained_on
 (int64: the content hashes of its training images), mask_stride (with a mask head of ours),
 image_side (a typical training image's, in pixels), tile (the side of the tiles that it was trained
-on; 0 for none), tile_overlap and tile_full (as the flags), letterbox (whether images kept their proportions), and in last.pt and checkpoint.pt
-ema and training (all that --resume needs). Files of earlier versions lack what stands from exif to
-letterbox.
+on; 0 for none), tile_overlap and tile_full (as the flags), letterbox (whether images kept their
+proportions), and in last.pt and checkpoint.pt ema and training (all that --resume needs). Files of
+earlier versions lack what stands from exif to letterbox.
 """
 
 from __future__ import annotations
