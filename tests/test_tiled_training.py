@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import quick_flags
+from torchvision.ops import box_convert
 
 import evaluate
 import train_detector_stage1
@@ -23,9 +24,10 @@ from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.loaders import evaluation_loader
 from rfdetr.data.records import CocoSplit, ImageList
 from rfdetr.data.sampling import Pool, make_mix
-from rfdetr.data.tiles import in_tiles, objects_in_no_tile, visible_objects
+from rfdetr.data.tiles import in_tiles, objects_in_no_tile, part_of, visible_objects
 from rfdetr.detr import RFDETR
-from rfdetr.tiling import Tiling, tiling_of
+from rfdetr.masks import to_rle
+from rfdetr.tiling import Tiling, Window, tiling_of
 from rfdetr.training.resume import resumed_progress
 from rfdetr.training.session import choose_tiles
 from rfdetr.weights import checkpoint
@@ -233,3 +235,35 @@ def test_runs_that_counted_tiles_as_unreadable_images_start_counting_anew(mixed,
 def test_too_large_a_share_in_common_makes_no_tiles():
     with pytest.raises(UserError, match="0..0.9, got 1.0"):
         Tiling(640, 1.0)
+
+
+@pytest.mark.parametrize("as_rle", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_box_of_a_cut_object_is_that_of_what_is_seen_of_it(tmp_path, as_rle, masks):
+    """A stroke from corner to corner, and a square: the tile at the upper left cuts both."""
+    stroke = [4.0, 4, 8, 4, 80, 76, 80, 80, 76, 80, 4, 8]
+    square = [20.0, 4, 50, 4, 50, 14, 20, 14]
+    content = coco(1)
+    content["images"][0] |= {"width": 84, "height": 84}
+    boxes = ([4, 4, 76, 76], [20, 4, 30, 10])
+    for annotation, corners, box in zip(content["annotations"], (stroke, square), boxes):
+        shape = [corners]
+        if as_rle:
+            rle = to_rle(shape, 84, 84)
+            shape = {"size": [84, 84], "counts": rle["counts"].decode()}
+        annotation |= {"bbox": box, "segmentation": shape}
+    for split in ("train", "valid"):
+        write(tmp_path / split, content, (84, 84))
+    split = read_dataset(tmp_path)["train"]
+    dataset = SplitDataset(split, 44, None, masks, tiling=Tiling(44, 0.0))
+    target = dataset[0, None]["target"]
+    stroke_box, square_box = (box_convert(target["boxes"], "cxcywh", "xyxy") * 44).tolist()
+    assert stroke_box == pytest.approx([4, 4, 44, 44], abs=1)
+    assert square_box == pytest.approx([20, 4, 44, 14], abs=1e-3)
+    # the stroke leaves this tile through its left and lower edge
+    window = Window(10, 0, 54, 44)
+    moved = replace(part_of(split.images[0], window))
+    matrix = np.array([[1.0, 0, -10], [0, 1, 0]])
+    target = dataset._target(0, moved, matrix, masks)
+    stroke_box = (box_convert(target["boxes"][:1], "cxcywh", "xyxy") * 44)[0].tolist()
+    assert stroke_box == pytest.approx([0, 6, 38, 44], abs=1.5)

@@ -23,7 +23,7 @@ from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.letterbox import as_input
 from rfdetr.data.mask_source import images_with_masks
 from rfdetr.data.records import CocoSplit, ImageRecord
-from rfdetr.data.tiles import in_tiles, tiles_with_masks, visible_objects
+from rfdetr.data.tiles import cut_objects, in_tiles, tiles_with_masks, visible_objects
 from rfdetr.masks import draw_masks, extent, inside_window, is_turned
 from rfdetr.placement import Placement, letterbox_borders
 from rfdetr.tiling import Tiling, Window, crop
@@ -281,6 +281,11 @@ class SplitDataset(Dataset):
             for i in np.flatnonzero(has_mask):
                 boxes[i] = extent(segmentations[i], matrix, masks[i])
         else:
+            for i in cut_objects(record):
+                if has_mask[i]:
+                    seen = inside_window(segmentations[i], *size, record.window)
+                    (drawn,) = draw_masks([seen], *size, matrix, side)
+                    boxes[i] = extent(seen, matrix, drawn)
             borders = self._borders(record, matrix)
             boxes = boxes.clip(borders * 2, side - np.array(borders * 2))
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))

@@ -112,6 +112,19 @@ def part_of(image: ImageRecord, window: Window) -> ImageRecord:
     )
 
 
+def cut_objects(image: ImageRecord) -> np.ndarray:
+    """The numbers of an image's objects that the edges of its window cut, of a tile; else none."""
+    if image.window is None:
+        return np.zeros(0, int)
+    left, top, right, bottom = image.window
+    boxes = image.boxes
+    is_cut = (boxes[:, 0] <= left) & (left > 0)
+    is_cut |= (boxes[:, 1] <= top) & (top > 0)
+    is_cut |= (boxes[:, 2] >= right) & (right < image.width)
+    is_cut |= (boxes[:, 3] >= bottom) & (bottom < image.height)
+    return np.flatnonzero(is_cut)
+
+
 def training_tiling(
     split: CocoSplit,
     resolution: int,
