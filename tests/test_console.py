@@ -30,9 +30,9 @@ from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 from rfdetr.streams import lasting_output
 from rfdetr.text import keep_flags
+from rfdetr.training.frozen_start import unshrunk_message
 from rfdetr.weights import checkpoint
 from testkit.forked import Forked
-from train_seg_stage2 import unshrunk_message
 
 posix = pytest.mark.skipif(os.name == "nt", reason="a POSIX shell and its signals")
 

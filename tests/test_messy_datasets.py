@@ -270,6 +270,7 @@ def test_training_says_it_after_its_banner(dataset, capsys):
         size=SIZES["tiny"],
         resolution=32,
         tiling=None,
+        letterbox=False,
         images_an_epoch=4,
         progress=SimpleNamespace(micro_batch=1, steps=1),
         precision=SimpleNamespace(name="fp32"),
