@@ -266,7 +266,7 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
         return errors[0].message
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
     then = "Correct them and run this again; --fix NEW_DIR repairs what it can in a copy"
-    if settings.fix or {problem.code for problem in errors} == {"MASKS_NONE"}:
+    if settings.fix or {problem.code for problem in errors} <= {"MASKS_NONE", "ANN_NO_TILE"}:
         then = "This is left to you"
     return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {then}"
 

@@ -93,9 +93,12 @@ def test_objects_too_large_for_the_tiles_are_said_by_class(mixed, capsys):
         assert "no tile of" not in capsys.readouterr().out
 
 
-def test_tiles_that_show_no_object_at_all_are_an_error(large):
+def test_tiles_that_show_no_object_at_all_are_an_error(large, tmp_path):
     with pytest.raises(UserError, match="3 of 3 objects .cell 2 of 2, vessel 1 of 1;"):
         choose_tiles(begun(large))
+    words = ["--dataset", str(tmp_path / "large"), "--device", "cpu", "--tile", "32"]
+    with pytest.raises(UserError, match="3 of 3 objects. All errors .see above.: ANN_NO_TILE"):
+        validate_setup.main(words)
 
 
 def test_validate_setup_knows_what_tiles_show(mixed, tmp_path, capsys):

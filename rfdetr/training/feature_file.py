@@ -18,9 +18,10 @@ class RecordFile:
     """Records, each at its own place, in memory or in a file that several processes fill and read.
 
     First comes a state (int64) a record: 0 until it is there, then (its bytes + 1) << 32 | crc32.
-    Then come the places, as large as the records may be. A record is written between its state's
-    zero and its state, so that a kill costs no more than one record, and processes that fill a file
-    at once only do the same work twice. The file is read, not mapped: writing to a full disk is an error then, and no crash.
+    Then come the places, as large as the records may be. While a record is written its state is
+    zero, so that a kill costs no more than one record, and processes that fill a file at once only
+    do the same work twice. The file is read, not mapped: writing to a full disk is an error then,
+    and no crash.
     """
 
     def __init__(self, path: Path, rooms: Sequence[int]):
