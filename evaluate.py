@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     coco = evaluator.collect(model)
-    check_unread(evaluator.unread, dataset.split)
+    check_unread(evaluator.unread, split)
     summary = coco.summary()
     place = f"{settings.dataset} ({settings.split}, {len(split.images)} images, {resolution} px)"
     print(f"{settings.checkpoint} on {place}")

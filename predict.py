@@ -243,11 +243,11 @@ def predict_images(
     """Save a picture of each image; returns their records and the files that could be read.
 
     window: as in `read_image`.  suffix: of the pictures; None: there are none.  new_tracker: to
-    take each folder for a stack.
+    take each folder, and each file of several pages, for a stack.
     """
     records = []
     read_files = set()
-    trackers: dict[Path, Tracker] = defaultdict(new_tracker)  # by folder
+    trackers: dict[Path, Tracker] = defaultdict(new_tracker)  # by folder or file of pages
     if new_tracker:
         images = in_stacks(images)
     saving: list[Future] = []
@@ -267,12 +267,12 @@ def predict_images(
                 path = file_of(image)
                 if array is None:
                     if new_tracker:
-                        trackers[path.parent].skip()
+                        trackers[stack_of(image)].skip()
                     continue
                 read_files.add(path)
                 prediction = next(predictions)
                 if new_tracker:
-                    prediction = prediction.tracked(trackers[path.parent])
+                    prediction = prediction.tracked(trackers[stack_of(image)])
                 page = image.number if isinstance(image, Page) else None
                 stem = f"{path.stem}_page{page}" if page else path.stem
                 picture = suffix and free_name(stem, suffix, taken_names)
@@ -285,6 +285,11 @@ def predict_images(
 
 def file_of(image: Path | Page) -> Path:
     return image.path if isinstance(image, Page) else image
+
+
+def stack_of(image: Path | Page) -> Path:
+    """What its objects are followed through: its file's pages, else its folder's images."""
+    return image.path if isinstance(image, Page) else image.parent
 
 
 def in_stacks(images: list[Path | Page]) -> list[Path | Page]:

@@ -41,7 +41,7 @@ from rfdetr.inference.prediction import Prediction  # noqa: E402
 from rfdetr.masks import to_rle  # noqa: E402
 from rfdetr.metrics.coco_eval import CocoEvaluator  # noqa: E402
 from rfdetr.runs.environment import environment  # noqa: E402
-from rfdetr.settings import TileSettings  # noqa: E402
+from rfdetr.settings import TILE_OVERLAP  # noqa: E402
 
 MATCHED = 0.5
 GROUND = 128  # gray where no image lies
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="of images with this side alone, repeated")
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0])
     parser.add_argument("--tile", default="auto")
-    parser.add_argument("--tile_overlap", type=float, default=TileSettings.tile_overlap)
+    parser.add_argument("--tile_overlap", type=float, default=TILE_OVERLAP)
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--keep", type=Path, help="write the mosaic and its picture here")
     args = parser.parse_args()

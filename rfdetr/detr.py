@@ -41,6 +41,7 @@ from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
 from rfdetr.placement import Placement
 from rfdetr.resolve import settings_of
+from rfdetr.settings import MOST_TILE_OVERLAP
 from rfdetr.sizes import SIZES
 from rfdetr.tiling import Tiling, Window, crop, tiling_of
 from rfdetr.tool_settings import PredictionSettings
@@ -101,8 +102,8 @@ class RFDETR:
         self.runner = DetectionRunner(self.table, self.precision)
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
         # as in a checkpoint
-        known = ("tile", "image_side", "letterbox")
-        self.trained_with = {name: content.get(name) for name in known}
+        known = ("tile", "tile_overlap", "tile_full", "image_side", "letterbox", "args")
+        self.trained_with = {name: content[name] for name in known if name in content}
         self.gray = gray_of(content)
         self._warned_of_gray = False
         self._warned_of_letterbox = False
@@ -133,8 +134,8 @@ class RFDETR:
         gray: str | float | None = PredictionSettings.gray,
         pages: bool = PredictionSettings.pages,
         tile: int | str | None = PredictionSettings.tile,
-        tile_overlap: float = PredictionSettings.tile_overlap,
-        tile_full: bool = PredictionSettings.tile_full,
+        tile_overlap: float | None = PredictionSettings.tile_overlap,
+        tile_full: bool | None = PredictionSettings.tile_full,
         letterbox: bool | None = PredictionSettings.letterbox,
     ) -> Prediction | list[Prediction]:
         """Detect objects with a score of at least `threshold`, 0..1, in one image or several.
@@ -152,7 +153,7 @@ class RFDETR:
         tile: images larger than so many pixels are looked at in tiles of that side, which overlap
         by the share tile_overlap; "auto": at the scale of the training images; 0: none are; None:
         as in training. tile_full: each image is looked at as a whole, too. letterbox: images and
-        tiles keep their proportions in the model's input; None: as in training.
+        tiles keep their proportions in the model's input. Of all three None means as in training.
 
         Returns a Prediction; for several images a list of them. Raises UserError for an argument
         out of its range, an image that cannot be read, and where the model gives NaN.
@@ -160,7 +161,8 @@ class RFDETR:
         require_share("threshold", threshold)
         require_share("nms", nms)
         require_count("batch", batch)
-        require_share("tile_overlap", tile_overlap)
+        if tile_overlap is not None:
+            require_share("tile_overlap", tile_overlap, MOST_TILE_OVERLAP)
         if max_detections is not None:
             require_count("max_detections", max_detections)
         # before the overlapping ones are left out
@@ -185,7 +187,9 @@ class RFDETR:
             predictions += self._predict(singles[first : first + batch], choice, first)
         return predictions
 
-    def tiling(self, tile: int | str | None, overlap: float, full: bool) -> Tiling | None:
+    def tiling(
+        self, tile: int | str | None, overlap: float | None, full: bool | None
+    ) -> Tiling | None:
         """The tiles that predict() looks at, by its arguments; None for none.
 
         Raises UserError where there is nothing to tell what "auto" is.
@@ -297,11 +301,11 @@ class RFDETR:
         return Placement.of_input(window, height, width, self.resolution, choice.letterbox)
 
 
-def require_share(name: str, value: float) -> None:
-    """Raise UserError for what is no number in 0..1."""
+def require_share(name: str, value: float, most: float = 1) -> None:
+    """Raise UserError for what is no number in 0..most."""
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:  # never true of NaN
-        raise UserError(f"{name} must be a number in 0..1, got {value!r}")
+    if not is_number or not 0 <= value <= most:  # never true of NaN
+        raise UserError(f"{name} must be a number in 0..{most}, got {value!r}")
 
 
 def require_count(name: str, value: int) -> None:

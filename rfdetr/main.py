@@ -25,7 +25,7 @@ from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
 from rfdetr.runs.folder import check_free_disk
 from rfdetr.runs.record import Run
-from rfdetr.settings import TrainingSettings
+from rfdetr.settings import TILE_OVERLAP, TrainingSettings
 from rfdetr.sizes import size_from_dict
 from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
@@ -158,8 +158,8 @@ def fit(
     settings = session.settings
     progress = session.progress
     keeper = make_keeper(session, trainer, pack)
-    images = loader.dataset.split
-    health = RunHealth(session.folder, session.run, images, progress, keeper.nan_batches)
+    dataset = loader.dataset
+    health = RunHealth(session.folder, session.run, dataset, progress, keeper.nan_batches)
     signals = StopSignals(lambda: save_and_say(session, keeper))
     clock = RunClock(progress, settings.epochs)
     curves = StepCurves(session.run.scalars, progress.steps) if session.run else None
@@ -172,7 +172,7 @@ def fit(
             keeper.save("checkpoint.pt")
         signals.stop_if_asked()
 
-    with signals, keeper.naming_last_save(), naming_workers(loader.dataset.images_in_work):
+    with signals, keeper.naming_last_save(), naming_workers(dataset.images_in_work):
         while progress.epoch < settings.epochs:
             if 0 < settings.stop_after <= keeper.evaluations_without_gain:
                 tick(stopped_early(session, keeper.evaluations_without_gain))
@@ -221,6 +221,8 @@ def make_keeper(
         "exif": train.exif,
         "image_side": typical_side(train, session.letterbox),
         "tile": session.tiling.side if session.tiling else 0,
+        "tile_overlap": session.tiling.overlap if session.tiling else TILE_OVERLAP,
+        "tile_full": session.tiling.with_whole if session.tiling else False,
         "letterbox": session.letterbox,
         "gray": train.gray.to_dict() if train.gray else None,
         "guessed_masks": session.guess_masks,

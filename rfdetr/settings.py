@@ -39,6 +39,9 @@ AMP = ("auto", "bf16", "fp16", "off")
 TWO_STARTS = "--backbone_weights is a start without a detector: leave out the other file of weights"
 EARLY_STOPPING_PATIENCE = 10  # evaluations without gain, where no --patience is named
 
+TILE_OVERLAP = 0.3  # where neither a flag nor a checkpoint says otherwise
+MOST_TILE_OVERLAP = 0.9  # tiles grow in number without end towards 1
+
 OWN_RESOLUTION = by_size({name: size.resolution for name, size in SIZES.items()})
 OWN_QUERIES = by_size({name: size.queries for name, size in SIZES.items()})
 OWN_LETTERBOX = by_size({name: size.recipe.letterbox for name, size in SIZES.items()})
@@ -62,6 +65,17 @@ class DataSettings:
     )
 
 
+def overlap_of(default_means: str):
+    """--tile_overlap; default_means: what is done where it is not given."""
+    help = f"share of a tile that the next one shows, too (default: {default_means})"
+    return decimal(None, help, high=MOST_TILE_OVERLAP)
+
+
+def tile_full_of(default_means: str):
+    """--tile_full; default_means: as in overlap_of."""
+    return switch(None, f"with tiles: look at the whole image, too (default: {default_means})")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TileSettings:
     """Large images in parts."""
@@ -70,8 +84,8 @@ class TileSettings:
         "train on tiles of so many pixels of larger images; auto: by the objects' sizes; 0: on "
         "whole images (default: whole images, stage 2 as its detector)"
     )
-    tile_overlap: float = decimal(0.3, "share of a tile that the next one shows, too", high=0.9)
-    tile_full: bool = switch(False, "with tiles: look at the whole image, too")
+    tile_overlap: float | None = overlap_of(f"{TILE_OVERLAP}, stage 2 as its detector")
+    tile_full: bool | None = tile_full_of("0, stage 2 as its detector")
 
 
 def letterbox_of(default_means: str):

@@ -21,7 +21,7 @@ from rfdetr.data.gray import look_at_records, scale_by
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
-from rfdetr.data.tiles import training_tiling
+from rfdetr.data.tiles import tile_problems, training_tiling
 from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
 from rfdetr.inference.augment_sheet import augment_sheet
@@ -30,6 +30,7 @@ from rfdetr.renaming import rename_flags
 from rfdetr.runs.environment import environment
 from rfdetr.sizes import SIZES, check_resolution
 from rfdetr.text import command_line, printable
+from rfdetr.tiling import Tiling
 from rfdetr.tool_settings import ValidationSettings
 from rfdetr.training.auto_batch import HEADROOM
 from rfdetr.training.estimate import estimate
@@ -71,12 +72,14 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         tiling = training_tiling(
             train, resolution, settings.tile, settings.tile_overlap, settings.tile_full
         )
-    if train and not tiling:
+    if tiling:
+        problems += tile_problems(train, tiling)
+    elif train:
         problems += shrink_problems(train, resolution, size.block, letterbox)
     problems.sort(key=lambda problem: problem.severity)
     counts = {}
     for name, split in splits.items():
-        counts[name] = describe_split(split, resolution, letterbox)
+        counts[name] = describe_split(split, resolution, letterbox, tiling)
     if counts:
         print_splits(counts)
     if tiling:
@@ -155,9 +158,11 @@ def write_cleaned_copy(settings: ValidationSettings) -> dict[str, dict[str, int]
     return done
 
 
-def describe_split(split: CocoSplit, resolution: int, letterbox: bool) -> dict:
+def describe_split(
+    split: CocoSplit, resolution: int, letterbox: bool, tiling: Tiling | None
+) -> dict:
     """What the report says of a split; its classes by label."""
-    sides = object_sides(split, resolution, letterbox)
+    sides = object_sides(split, resolution, letterbox, tiling)
     classes = []
     for name, key, count in zip(split.class_names, split.category_ids, split.objects_per_class):
         classes.append({"name": name, "category_id": key, "objects": count})
@@ -261,7 +266,7 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
         return errors[0].message
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
     then = "Correct them and run this again; --fix NEW_DIR repairs what it can in a copy"
-    if settings.fix or {problem.code for problem in errors} == {"MASKS_NONE"}:
+    if settings.fix or {problem.code for problem in errors} <= {"MASKS_NONE", "ANN_NO_TILE"}:
         then = "This is left to you"
     return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {then}"
 
@@ -282,7 +287,8 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
         )
     words = ["python", "train_detector_stage1.py", "--dataset", settings.dataset]
     usual = ValidationSettings()
-    names = ("val_fraction", "exif", "gray", "size", "resolution", "device", "tile", "letterbox")
+    names = ("val_fraction", "exif", "gray", "size", "resolution", "device", "letterbox")
+    names += ("tile", "tile_overlap", "tile_full")
     for name in names:
         value = getattr(settings, name)
         if value != getattr(usual, name):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rfdetr.console import UserError, tick, warn
+from rfdetr.settings import MOST_TILE_OVERLAP, TILE_OVERLAP
 
 AUTO = "auto"
 LEAST_TILE = 32
@@ -50,11 +51,18 @@ class Tiling:
     """Tiles of side x side pixels, neighbours having at least the share `overlap` in common.
 
     with_whole: the whole image is looked at as one more tile, for objects larger than a tile.
+    Raises UserError for a share that makes too many tiles.
     """
 
     side: int
-    overlap: float = 0.3
+    overlap: float = TILE_OVERLAP
     with_whole: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.overlap <= MOST_TILE_OVERLAP:  # never true of NaN
+            raise UserError(
+                f"--tile_overlap must be a number in 0..{MOST_TILE_OVERLAP}, got {self.overlap!r}"
+            )
 
     def told(self) -> str:
         whole = ", and each image as a whole" if self.with_whole else ""
@@ -65,14 +73,14 @@ class Tiling:
         whole = Window(0, 0, width, height)
         tiles = [
             Window(left, top, min(left + self.side, width), min(top + self.side, height))
-            for top in self._starts(height)
-            for left in self._starts(width)
+            for top in self.starts(height)
+            for left in self.starts(width)
         ]
         if self.with_whole and tiles != [whole]:
             tiles.append(whole)
         return tiles
 
-    def _starts(self, pixels: int) -> list[int]:
+    def starts(self, pixels: int) -> list[int]:
         """Where the tiles begin along an axis."""
         if pixels <= self.side:
             return [0]
@@ -113,13 +121,30 @@ def checked_side(tile: int) -> int:
     return int(tile)
 
 
-def tiling_of(content: dict, tile: int | str | None, overlap: float, full: bool) -> Tiling | None:
-    """The tiles to predict or score with, None for none; tile: as in --tile.
+def tiling_of(
+    content: dict, tile: int | str | None, overlap: float | None, full: bool | None
+) -> Tiling | None:
+    """The tiles to predict or score with, None for none; tile, overlap, full: as the flags.
 
     content: of the checkpoint. Raises UserError.
     """
     side = choose_tile(tile, content.get("tile") or 0, content.get("image_side"))
-    return Tiling(side, overlap, full) if side else None
+    return tiles_like(content, side, overlap, full) if side else None
+
+
+def tiles_like(content: dict, side: int, overlap: float | None, full: bool | None) -> Tiling:
+    """Tiles of this side; what is None is as in training, where that was in tiles.
+
+    content: of the checkpoint; those of earlier versions have it among their settings.
+    """
+    trained = {}
+    if content.get("tile"):
+        trained = content if "tile_overlap" in content else content.get("args") or {}
+    if overlap is None:
+        overlap = trained.get("tile_overlap", TILE_OVERLAP)
+    if full is None:
+        full = trained.get("tile_full", False)
+    return Tiling(side, overlap, full)
 
 
 def tell_tiles(content: dict, tiling: Tiling | None) -> None:

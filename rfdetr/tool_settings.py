@@ -26,6 +26,8 @@ from rfdetr.settings import (
     DataSettings,
     TileSettings,
     letterbox_of,
+    overlap_of,
+    tile_full_of,
 )
 from rfdetr.sizes import AUGMENTS, SIZES
 
@@ -49,6 +51,8 @@ class InferenceSettings(TileSettings):
         "look at larger images in tiles of so many pixels; auto: at the scale of the training "
         "images; 0: as a whole (default: as in training)"
     )
+    tile_overlap: float | None = overlap_of("as in training")
+    tile_full: bool | None = tile_full_of("as in training")
 
     checkpoint: Path = checkpoint_file(
         REQUIRED, "a file of this repository, a run's folder (its best.pt), or an official file"
@@ -104,7 +108,7 @@ class PredictionSettings(InferenceSettings):
     track: bool = switch(
         False,
         "give each object an id over the frames of a video; each folder's images are frames, too, "
-        "in the order of the numbers in their names",
+        "in the order of the numbers in their names, and with --pages 1 each file's pages",
     )
     pictures: str = choice("png", "of each image; 0: none, and no videos", ("png", "jpg", "0"))
     exif: str | None = choice(

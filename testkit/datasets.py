@@ -33,12 +33,11 @@ def coco(images: int = 2) -> dict:
     }
 
 
-def write(folder: Path, data: dict) -> Path:
+def write(folder: Path, data: dict, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
+    """Annotations, and an image of `size` (width, height) in one colour for each entry."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, entry in enumerate(data["images"]):
-        image = Image.new(
-            "RGB", (WIDTH, HEIGHT), (number % 256, ord(folder.name[0]), number // 256)
-        )
+        image = Image.new("RGB", size, (number % 256, ord(folder.name[0]), number // 256))
         image.save(folder / Path(entry["file_name"]).name)
     file = folder / ANNOTATIONS
     file.write_text(json.dumps(data), encoding="utf-8")

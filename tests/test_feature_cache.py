@@ -681,3 +681,20 @@ def test_a_detector_that_finds_nothing_ends_stage_2_after_its_first_epoch(
     assert [epoch["train"]["matched_objects"] > 0 for epoch in epochs] == [True, False, False]
     assert epochs[0]["train"]["objects"] == epochs[0]["train"]["matched_objects"]
     assert capsys.readouterr().out.count("taught the mask head nothing") == 1
+
+
+def test_a_record_that_another_run_writes_anew_is_read_anew(tmp_path):
+    one = RecordFile(tmp_path / "records", [100, 100])
+    other = RecordFile(tmp_path / "records", [100, 100])
+    one.open()
+    other.open()
+    one.keep(0, b"x" * 90)
+    assert other.load(0) == one.load(0) == b"x" * 90
+    other.keep(0, b"y" * 40)
+    assert one.load(0) == b"y" * 40
+    # the other run is in the midst of writing: its record began to be there, its state is zero
+    other._write(0, bytes(8))
+    other._write(int(other.offsets[0]), b"z" * 20)
+    assert one.load(0) is None
+    other.keep(0, b"z" * 60)
+    assert one.load(0) == b"z" * 60

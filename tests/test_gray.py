@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.gray import EIGHT_BIT, GrayScale, look_at, look_at_records, scale_by, scale_for
 from rfdetr.data.images import load_image, read_pixels
 from rfdetr.detr import RFDETR
-from rfdetr.inference.originals import read_image
+from rfdetr.inference.originals import deep_pixels_of, read_image
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 from rfdetr.weights import checkpoint
@@ -169,6 +170,35 @@ def test_a_model_of_8_bit_images_tells_what_it_does_with_others(grays, tmp_path,
     assert not capsys.readouterr().out  # said once
     old = RFDETR(saved_model(tmp_path, None), device="cpu")
     assert old.predict(folder)[0].image.max() < 10 and not capsys.readouterr().out
+
+
+def test_colours_of_16_bits_are_read_by_their_bits_in_files_and_arrays(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 65536, (16, 16, 3), np.uint16)
+    cv2.imwrite(str(tmp_path / "rgb.png"), colours[:, :, ::-1])
+    window = (120.0, 3900.0)
+    from_file = read_image(tmp_path / "rgb.png", window=window)
+    tensor = torch.from_numpy(colours).permute(2, 0, 1)
+    for image in (colours, tensor):
+        from_array = read_image(image, window=window)
+        assert np.abs(from_array.astype(int) - from_file).max() <= 1
+        assert deep_pixels_of(image, True) is None
+    assert deep_pixels_of(tensor[:1], True).shape == (16, 16, 1)
+
+
+def test_gray_arrays_that_the_window_leaves_nothing_of_are_told(capsys):
+    shares = np.random.default_rng(0).random((8, 8), np.float32)
+    for window in ((120.0, 3900.0), (0.0, 3900.0)):
+        for image in (shares, torch.from_numpy(shares)[None]):
+            with pytest.raises(UserError, match="from 0.0.* to 0.9.*gray='full' for 0..1"):
+                read_image(image, window=window)
+    assert np.ptp(read_image(shares)) > 200
+    assert read_image(shares, window=(0.2, 0.8)).max() == 255
+    assert not read_image(np.zeros((8, 8), np.float32), window=window).any()  # a dark frame
+    assert not capsys.readouterr().out
+    bright = np.full((8, 8), 5000, np.uint16)
+    bright[0] = 6000
+    assert (read_image(bright, window=window) == 255).all()
+    assert "from 5000 to 6000, and 0 is black and 3900 white" in capsys.readouterr().out
 
 
 @pytest.fixture

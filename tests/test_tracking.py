@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.inference import videos
 from rfdetr.inference.batches import one_ahead
-from rfdetr.inference.originals import Original
+from rfdetr.inference.originals import Original, pages_of
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.records import as_records
 from rfdetr.inference.tracking import KEPT_FRAMES, UNSURE_SCORE, Tracker, mask_iou
@@ -283,6 +284,35 @@ def test_a_folder_of_numbered_images_is_a_stack(scene, follow, tmp_path):
     video = follow("video", "--input", "clip.avi", "--track", 1)
     stack = [record for record in records if record["file"].startswith("a")]
     assert [r["track"] for r in video] == [r["track"] for r in stack]
+
+
+def test_each_file_of_several_pages_is_a_stack_of_its_own(tmp_path, monkeypatch):
+    page = Image.new("L", (8, 8))
+    for name in ("a.tif", "b.tif"):
+        page.save(tmp_path / name, save_all=True, append_images=[page, page])
+    for name in ("1.png", "2.png"):
+        page.save(tmp_path / name)
+    images = [single for file in sorted(tmp_path.iterdir()) for single in pages_of(file)]
+    followed = []
+
+    class Seen:
+        def tracked(self, tracker: list) -> Seen:
+            tracker.append(self)
+            return self
+
+    def new_tracker() -> list:
+        followed.append([])
+        return followed[-1]
+
+    monkeypatch.setattr(predict, "as_records", lambda *_, **__: [])
+    predictor = SimpleNamespace(
+        predict=lambda arrays: [Seen() for _ in arrays],
+        model=SimpleNamespace(exif="apply"),
+        images_at_once=2,
+        in_tiles=False,
+    )
+    predict.predict_images(predictor, images, None, tmp_path, None, set(), new_tracker)
+    assert sorted(map(len, followed)) == [2, 3, 3]
 
 
 def test_frames_are_made_in_a_thread_while_the_last_are_worked_on():

@@ -23,7 +23,7 @@ from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.letterbox import as_input
 from rfdetr.data.mask_source import images_with_masks
 from rfdetr.data.records import CocoSplit, ImageRecord
-from rfdetr.data.tiles import in_tiles, visible_objects
+from rfdetr.data.tiles import cut_objects, in_tiles, tiles_with_masks, visible_objects
 from rfdetr.masks import draw_masks, extent, inside_window, is_turned
 from rfdetr.placement import Placement, letterbox_borders
 from rfdetr.tiling import Tiling, Window, crop
@@ -40,7 +40,8 @@ class Batch:
     # One an image: boxes (t, 4) cxcywh 0..1, labels (t,), has_mask (t,) bool, index (its place in
     # the split), and masks uint8 (t, R, R) where the dataset was asked for them.
     targets: list[dict]
-    unread: dict[int, str] = field(default_factory=dict)  # index of an unreadable image -> why
+    # number of an unreadable image -> why; in tiles, too, of whole images
+    unread: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -100,9 +101,9 @@ class SplitDataset(Dataset):
         self.last_read: tuple[Path | None, Pixels | None] = (None, None)  # cut into tiles
         self.guessed: dict[int, list] = {}  # index -> the image's masks, of the first images
         self.guesses = 0  # how many masks these have
-        self.donors: list[int] = []  # images with masks, whose objects are pasted on others
+        self.donors: list[int] = []  # positions with masks, whose objects are pasted on others
         if self.preset is not None and self.preset.paste_chance:
-            self.donors = self.positions_of(images_with_masks(split))
+            self.donors = self.positions_with_masks(images_with_masks(split))
         self.cache: dict[int, Tensor] | None = None  # index -> the resized image
         if self.bytes_of_images <= RAM_CACHE_BYTES:
             self.cache = {}
@@ -112,13 +113,17 @@ class SplitDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split.images)
 
-    def positions_of(self, images: list[int]) -> list[int]:
-        """Of images of the split, by number: their tiles' positions where there are tiles."""
+    def positions_with_masks(self, images: list[int]) -> list[int]:
+        """Of images with masks, by number: where there are tiles the positions of those of their
+        tiles that show an object with a mask.
+        """
         if self.tiling is None:
             return images
-        wanted = set(images)
-        places = self.split.images.places
-        return [index for index, (number, _) in enumerate(places) if number in wanted]
+        return tiles_with_masks(self.split.images, images)
+
+    def number_of(self, index: int) -> int:
+        """Which image of the whole split is seen, or a tile of it."""
+        return index if self.tiling is None else self.split.images.places[index][0]
 
     def share_of(self, rank: int, world: int) -> list[int]:
         """Every `world`-th image of the split, in order; an image's tiles stay together."""
@@ -214,26 +219,27 @@ class SplitDataset(Dataset):
     def image(
         self, index: int, whole: bool = False, seed: int | None = None
     ) -> tuple[int, Tensor, dict[int, str], ImageRecord]:
-        """(index, pixels, {index of an unreadable image: why}, record) of the first image to be
-        read.
+        """(index, pixels, {number of an unreadable image: why}, record) of the first image or tile
+        to be read.
 
         The images are tried from `index` on.  Pixels are uint8 (3, R, R), or (3, H, W) where the
         `whole` image is asked for; seed: a tile is moved by it.  Raises UserError where no image of
         the split can be read.
         """
         unread: dict[int, str] = {}
-        while len(unread) < len(self):
-            self._note_in_work(index)
+        for position in (*range(index, len(self)), *range(index)):
+            number = self.number_of(position)
+            if number in unread:  # another tile of it
+                continue
+            self._note_in_work(position)
             try:
-                record = self.record(index, seed)
-                pixels = self._read(record) if whole else self._resized(index, record, seed)
-                return index, pixels, unread, record
+                record = self.record(position, seed)
+                pixels = self._read(record) if whole else self._resized(position, record, seed)
+                return position, pixels, unread, record
             except UserError as error:
-                unread[index] = str(error)
-                index = (index + 1) % len(self)
-        raise UserError(
-            f"{self.split.annotation_file}: none of its images can be read. {unread[index]}"
-        )
+                unread[number] = str(error)
+        why = unread[self.number_of(index)]
+        raise UserError(f"{self.split.annotation_file}: none of its images can be read. {why}")
 
     def prepare_for_workers(self, workers: int) -> None:
         """Before a loader's processes start: share which image each one reads.
@@ -275,6 +281,11 @@ class SplitDataset(Dataset):
             for i in np.flatnonzero(has_mask):
                 boxes[i] = extent(segmentations[i], matrix, masks[i])
         else:
+            for i in cut_objects(record):
+                if has_mask[i]:
+                    seen = inside_window(segmentations[i], *size, record.window)
+                    (drawn,) = draw_masks([seen], *size, matrix, side)
+                    boxes[i] = extent(seen, matrix, drawn)
             borders = self._borders(record, matrix)
             boxes = boxes.clip(borders * 2, side - np.array(borders * 2))
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))

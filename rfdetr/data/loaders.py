@@ -153,20 +153,23 @@ def collate_without_stand_ins(samples: list[dict]) -> Batch:
 
 
 def note_unread(unread: dict[int, str], known: list[int]) -> None:
-    """Warn of images that could not be read (index -> why), once each.
+    """Warn of images that could not be read (number in the whole split -> why), once each.
 
-    Their indices are added to `known`.
+    Their numbers are added to `known`.
     """
-    for index in sorted(unread.keys() - set(known)):
-        warn(f"skipped: {unread[index]}")
-        known.append(index)
+    for number in sorted(unread.keys() - set(known)):
+        warn(f"skipped: {unread[number]}")
+        known.append(number)
 
 
 def check_unread(known: list[int], split: CocoSplit) -> None:
-    """Raise UserError if more than 3 images and more than 1 % of a split could not be read."""
+    """Raise UserError if more than 3 images and more than 1 % of a split could not be read.
+
+    known: their numbers in the split, which is one of whole images.
+    """
     if len(known) <= max(FEW_UNREAD, len(split.images) / 100):
         return
-    files = ", ".join(split.images[index].path.name for index in known[:3])
+    files = ", ".join(split.images[number].path.name for number in known[:3])
     raise UserError(
         f"{split.annotation_file}: {len(known)} of {len(split.images)} images cannot be read "
         f"({files}, ...): too many to go on without them. "

@@ -194,6 +194,10 @@ class FromRecords:
     def labels(self) -> np.ndarray:
         return np.concatenate([np.zeros(0, int), *(image.labels for image in self)])
 
+    @property
+    def boxes(self) -> np.ndarray:
+        return np.concatenate([np.zeros((0, 4), np.float32), *(image.boxes for image in self)])
+
 
 class ImageList(FromRecords, list):
     """Records that were chosen or changed one by one, as an ImageTable to look at."""

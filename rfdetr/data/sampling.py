@@ -26,8 +26,11 @@ class Pool:
         """`wanted` indices: one shuffle of the images, each as often as its factor says, after the
         other.
 
-        A factor's fraction is the chance of once more, drawn for each shuffle.
+        A factor's fraction is the chance of once more, drawn for each shuffle. Raises ValueError
+        where there is nothing to draw from.
         """
+        if wanted and not len(self.indices):
+            raise ValueError("a pool of no images to draw from")
         drawn = [self.indices[:0]]
         while sum(map(len, drawn)) < wanted:
             places = torch.arange(len(self.indices))
@@ -73,7 +76,8 @@ def make_mix(
 ) -> Mix:
     """What --repeat_factor and --negatives ask for.  every_other: indices, as in Mix.
 
-    Raises UserError where a share of images without objects is asked for and there is none.
+    Raises UserError where a share of images without objects is asked for and there is none, or
+    nothing else.
     """
     factors = repeat_factors(split, repeat_factor) if repeat_factor else None
 
@@ -89,6 +93,11 @@ def make_mix(
         raise UserError(
             f"--negatives {negatives:g}: every image of {split.annotation_file} shows an object. "
             "Add images without annotations to its images, or leave the flag out"
+        )
+    if is_empty.all():
+        raise UserError(
+            f"--negatives {negatives:g}: no image or tile of {split.annotation_file} shows an "
+            "object. Leave the flag out, or give a larger --tile"
         )
     without = pool(np.flatnonzero(is_empty)) if negatives else None
     return Mix(pool(np.flatnonzero(~is_empty)), others, without, negatives)

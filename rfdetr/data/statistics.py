@@ -10,6 +10,7 @@ import numpy as np
 from rfdetr.data.faults import PLACES_KEPT, Problem, first_few
 from rfdetr.data.image_files import read_header
 from rfdetr.data.records import CocoSplit
+from rfdetr.tiling import Tiling
 
 HARDLY_SEEN = 8  # pixels: the side of objects of half a patch of most sizes
 MOST_SIDE = 2048  # pixels: larger inputs are no way out
@@ -24,13 +25,17 @@ def count_by_size(split: CocoSplit) -> dict[str, int]:
     return {name: int((size_classes == i).sum()) for i, name in enumerate(COCO_AREAS)}
 
 
-def object_sides(split: CocoSplit, resolution: int, letterbox: bool = False) -> np.ndarray:
+def object_sides(
+    split: CocoSplit, resolution: int, letterbox: bool = False, tiling: Tiling | None = None
+) -> np.ndarray:
     """(objects,) square roots of the boxes' areas in pixels of the `resolution` px square input.
 
-    letterbox: images keep their proportions there.
+    letterbox: images keep their proportions there.  tiling: the input is a tile of an image.
     """
     images = split.images
     sizes = images.sizes
+    if tiling:
+        sizes = np.minimum(sizes, tiling.side)
     if letterbox:
         sizes = sizes.max(axis=1, keepdims=True)
     scales = np.repeat(resolution / sizes, images.object_counts, axis=0)

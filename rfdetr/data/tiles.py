@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from rfdetr.data.faults import PLACES_KEPT, Problem, first_few
 from rfdetr.data.records import CocoSplit, FromRecords, ImageList, ImageRecord, ImageTable
-from rfdetr.tiling import AUTO, LEAST_TILE, Tiling, Window, checked_side
+from rfdetr.text import printable
+from rfdetr.tiling import AUTO, LEAST_TILE, Tiling, Window, checked_side, tiles_like
 
 VISIBLE = 0.25  # of an object's box: with less of it in a tile it is not learnt there
 SMALL_OBJECTS = 0.1  # the share of objects that may be smaller than ...
@@ -63,9 +66,30 @@ def in_tiles(split: CocoSplit, tiling: Tiling | None) -> CocoSplit:
     return split if tiling is None else replace(split, images=TileTable(split.images, tiling))
 
 
+def tiles_with_masks(tiles: TileTable, images: list[int]) -> list[int]:
+    """The positions of the tiles of some images, by number, that show an object with a mask."""
+    boxes = tiles.images.boxes
+    has_mask = tiles.images.has_mask
+    ends = np.cumsum(tiles.images.object_counts)
+    wanted = set(images)
+    masked = {}
+    for number, own in enumerate(np.split(np.arange(len(boxes)), ends[:-1])):
+        if number in wanted:
+            masked[number] = boxes[own][has_mask[own]]
+    return [
+        index
+        for index, (number, window) in enumerate(tiles.places)
+        if number in wanted and len(visible_boxes(masked[number], window))
+    ]
+
+
 def visible_objects(image: ImageRecord, window: Window) -> np.ndarray:
     """The numbers of an image's objects of which enough lies in a window."""
-    boxes = image.boxes
+    return visible_boxes(image.boxes, window)
+
+
+def visible_boxes(boxes: np.ndarray, window: Window) -> np.ndarray:
+    """The numbers of an image's boxes (n, 4) xyxy of which enough lies in a window."""
     low = np.maximum(boxes[:, :2], [window.left, window.top])
     high = np.minimum(boxes[:, 2:], [window.right, window.bottom])
     seen = (high - low).clip(0).prod(axis=1)
@@ -88,18 +112,35 @@ def part_of(image: ImageRecord, window: Window) -> ImageRecord:
     )
 
 
-def training_tiling(
-    split: CocoSplit, resolution: int, tile: int | str | None, overlap: float, full: bool
-) -> Tiling | None:
-    """The tiles to train on, None for none; tile: as in --tile.  resolution: of the input.
+def cut_objects(image: ImageRecord) -> np.ndarray:
+    """The numbers of an image's objects that the edges of its window cut, of a tile; else none."""
+    if image.window is None:
+        return np.zeros(0, int)
+    left, top, right, bottom = image.window
+    boxes = image.boxes
+    is_cut = (boxes[:, 0] <= left) & (left > 0)
+    is_cut |= (boxes[:, 1] <= top) & (top > 0)
+    is_cut |= (boxes[:, 2] >= right) & (right < image.width)
+    is_cut |= (boxes[:, 3] >= bottom) & (bottom < image.height)
+    return np.flatnonzero(is_cut)
 
-    "auto": so large that 9 of 10 objects have SEEN_WELL pixels of the input and more, and that the
-    largest fit several times. Raises UserError for a tile that is too small.
+
+def training_tiling(
+    split: CocoSplit,
+    resolution: int,
+    tile: int | str | None,
+    overlap: float | None,
+    full: bool | None,
+    content: dict | None = None,
+) -> Tiling | None:
+    """The tiles to train on, None for none; tile, overlap, full: as the flags.
+
+    resolution: of the input.  content: of the checkpoint that the training begins with.  "auto": so
+    large that 9 of 10 objects have SEEN_WELL pixels of the input and more, and that the largest fit
+    several times.  Raises UserError for a tile that is too small.
     """
-    if tile == AUTO:
-        tile = suggested_tile(split, resolution)
-    side = checked_side(tile or 0)
-    return Tiling(side, overlap, full) if side else None
+    side = suggested_tile(split, resolution) if tile == AUTO else checked_side(tile or 0)
+    return tiles_like(content or {}, side, overlap, full) if side else None
 
 
 def suggested_tile(split: CocoSplit, resolution: int) -> int:
@@ -114,3 +155,63 @@ def suggested_tile(split: CocoSplit, resolution: int) -> int:
     side = -int(-wanted // STEP) * STEP  # rounded up
     longest = float(np.median(split.images.sizes.max(axis=1)))
     return side if side < WORTH_IT * longest else 0
+
+
+def objects_in_no_tile(images: ImageTable | ImageList, tiling: Tiling) -> np.ndarray:
+    """(objects,) bool: of which no tile shows enough to be learnt there."""
+    boxes = images.boxes
+    if tiling.with_whole:
+        return np.zeros(len(boxes), bool)
+    sizes = np.repeat(images.sizes, images.object_counts, axis=0)
+    # tiles are a grid: the one that shows most of an object shows most of it along both axes
+    seen = [most_seen(boxes[:, axis::2], sizes[:, axis], tiling) for axis in (0, 1)]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return np.prod(seen, axis=0) < VISIBLE * areas
+
+
+def most_seen(spans: np.ndarray, lengths: np.ndarray, tiling: Tiling) -> np.ndarray:
+    """(objects,) how much of each span (objects, 2) of an axis the best tile shows, in pixels.
+
+    lengths: (objects,) of the images along this axis.
+    """
+    seen = np.zeros(len(spans))
+    order = np.argsort(lengths, kind="stable")
+    values, first = np.unique(lengths[order], return_index=True)
+    for length, members in zip(values.tolist(), np.split(order, first[1:])):
+        low, high = spans[members].T
+        for start in tiling.starts(length):
+            end = min(start + tiling.side, length)
+            part = np.minimum(high, end) - np.maximum(low, start)
+            seen[members] = np.maximum(seen[members], part)
+    return seen
+
+
+def tile_problems(split: CocoSplit, tiling: Tiling) -> list[Problem]:
+    """A warning where no tile shows enough of an object, an error where that is so of all."""
+    unseen = np.flatnonzero(objects_in_no_tile(split.images, tiling))
+    if not len(unseen):
+        return []
+    labels = split.images.labels
+    counts = np.bincount(labels[unseen], minlength=len(split.class_names))
+    classes = [
+        f"{printable(name)} {count} of {total}"
+        for name, count, total in zip(split.class_names, counts, split.objects_per_class)
+        if count
+    ]
+    boxes = split.images.boxes[unseen]
+    longest = math.ceil((boxes[:, 2:] - boxes[:, :2]).max())
+    headline = (
+        f"{split.annotation_file}: no tile of {tiling.side} px shows a quarter of "
+        f"{len(unseen)} of {len(labels)} objects"
+    )
+    message = (
+        f"{headline} ({first_few(classes)}; up to {longest} px long): they are not learnt, and "
+        "what tiles show of them counts as background. --tile_full 1 shows each image as a whole, "
+        "too; or give a larger --tile"
+    )
+    places = []
+    for place in split.places[unseen[:PLACES_KEPT]].tolist():
+        image = split.images[place]
+        places.append(f"image {image.id} ({image.file_name})")
+    severity = "error" if len(unseen) == len(labels) else "warning"
+    return [Problem("ANN_NO_TILE", severity, message, len(unseen), places, headline)]

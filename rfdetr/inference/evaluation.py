@@ -86,7 +86,7 @@ class SplitEvaluator:
         self.max_detections = max_detections
         self.frozen = frozen
         self.keep_detections = frozen is not None
-        self.unread: list[int] = []  # positions of images that cannot be read: no detections there
+        self.unread: list[int] = []  # numbers of images that cannot be read: no detections there
         self._kept_detections: list[Detections] | None = None
 
     def evaluate(self, model: nn.Module) -> dict:
@@ -153,6 +153,8 @@ class SplitEvaluator:
 
     def _detect(self, model: Detector) -> Iterator[Detections]:
         self.runner.forget_weights()
+        if self.max_detections and self.loader.dataset.tiling:  # of an image, not of a tile
+            self.runner.max_detections = max(self.max_detections, model.size.select)
         for batch in ProgressBar(self.loader, "detecting", "batches"):
             note_unread(batch.unread, self.unread)
             records = [self.split.images[index] for index in batch.indices]
@@ -237,13 +239,15 @@ class SplitEvaluator:
     def _merged(self, number: int, tiles: list[DetectedInWindow]) -> ImageDetections:
         record = self.whole_split.images[number]
         merged = merge(tiles, record.height, record.width)
+        best = np.argsort(-merged.scores, kind="stable")[: self.max_detections]
+        rles = merged.rles()
         return ImageDetections(
             image_id=record.id,
-            boxes=merged.boxes,
-            scores=merged.scores,
-            labels=np.asarray(self.split.category_ids)[merged.labels],
-            rles=merged.rles(),
-            mask_scores=merged.mask_scores,
+            boxes=merged.boxes[best],
+            scores=merged.scores[best],
+            labels=np.asarray(self.split.category_ids)[merged.labels[best]],
+            rles=None if rles is None else [rles[i] for i in best],
+            mask_scores=None if rles is None else merged.mask_scores[best],
         )
 
     def _pictures_of_tiles(

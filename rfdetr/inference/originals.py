@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, warn
 from rfdetr.data import large_images
 from rfdetr.data.gray import deep_pixels, pixels_if_deep
 from rfdetr.data.image_files import count_pages, is_regular_file
@@ -152,10 +152,10 @@ def deep_pixels_of(image: ImageInput, values_too: bool) -> np.ndarray | None:
         return pixels_if_deep(image, values_too)
     if isinstance(image, ImageOnDisk):
         return None
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    array = _channels_last(image) if isinstance(image, Tensor) else image
     if array.dtype.kind == "f":
         raise TypeError("floating-point numbers")
-    return array if _is_16_bit(array) else None
+    return array if _is_gray(array) and _is_16_bit(array) else None
 
 
 def read_image(
@@ -226,8 +226,8 @@ def _channels_last(tensor: Tensor) -> np.ndarray:
 
 def _from_array(array: np.ndarray, window: GrayWindow | None) -> np.ndarray:
     """Gray (H, W), or (H, W, C) with 1, 3 or 4 channels -> a new array (H, W, 3) uint8 RGB."""
-    is_gray = array.ndim == 2
-    if not array.size or not (is_gray or array.ndim == 3 and array.shape[2] in CHANNELS):
+    is_image = array.ndim == 2 or array.ndim == 3 and array.shape[2] in CHANNELS
+    if not array.size or not is_image:
         advice = ""
         if array.ndim == 3 and array.shape[0] in CHANNELS:
             advice = ". Give array.transpose(1, 2, 0)"
@@ -235,13 +235,38 @@ def _from_array(array: np.ndarray, window: GrayWindow | None) -> np.ndarray:
             "an image array must be gray (H, W), RGB (H, W, 3) or RGBA (H, W, 4), this one is "
             f"{array.shape}{advice}"
         )
-    if window and (_is_16_bit(array) or array.dtype.kind == "f" and array.shape[2:] in ((), (1,))):
+    if window and _is_gray(array) and (_is_16_bit(array) or array.dtype.kind == "f"):
         pixels = scaled(array, window)
+        _tell_of_lost_contrast(array, pixels, window)
     else:
         pixels = _to_bytes(array)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     return to_rgb_array(Image.fromarray(np.ascontiguousarray(pixels)))
+
+
+def _tell_of_lost_contrast(array: np.ndarray, pixels: np.ndarray, window: GrayWindow) -> None:
+    """Warn where a window leaves one colour of a gray array: its `pixels`.
+
+    Raises UserError where that is because its numbers are shares of 0..1 and the window's are not.
+    """
+    low = array.min()
+    high = array.max()
+    if pixels.min() < pixels.max() or not low < high:
+        return
+    black, white = window
+    message = (
+        f"a gray array reaches from {low:.4g} to {high:.4g}, and {black:.6g} is black and "
+        f"{white:.6g} white, as in training or by gray: nothing is to be seen in it"
+    )
+    if array.dtype.kind == "f" and low >= 0 and high <= 1 < white:
+        raise UserError(f"{message}. Give the numbers that the file has, or gray='full' for 0..1")
+    warn(message)
+
+
+def _is_gray(array: np.ndarray) -> bool:
+    """Of an array (H, W), (H, W, C)."""
+    return array.shape[2:] in ((), (1,))
 
 
 def _is_16_bit(array: np.ndarray) -> bool:

@@ -18,9 +18,10 @@ class RecordFile:
     """Records, each at its own place, in memory or in a file that several processes fill and read.
 
     First comes a state (int64) a record: 0 until it is there, then (its bytes + 1) << 32 | crc32.
-    Then come the places, as large as the records may be. The state is written last, so that a kill
-    costs no more than one record, and processes that fill a file at once only do the same work
-    twice. The file is read, not mapped: writing to a full disk is an error then, and no crash.
+    Then come the places, as large as the records may be. While a record is written its state is
+    zero, so that a kill costs no more than one record, and processes that fill a file at once only
+    do the same work twice. The file is read, not mapped: writing to a full disk is an error then,
+    and no crash.
     """
 
     def __init__(self, path: Path, rooms: Sequence[int]):
@@ -75,29 +76,36 @@ class RecordFile:
             if self.file.write(data) != len(data):
                 raise OSError("no space left")
 
+    def _saved_state(self, number: int) -> int:
+        return int.from_bytes(self._read(8 * number, 8), "little", signed=True)
+
     def load(self, number: int) -> bytes | None:
         """A record; None where it is not there or not what was written."""
-        if not self.states[number]:  # another run may have written it
-            self.states[number] = int.from_bytes(self._read(8 * number, 8), "little", signed=True)
-        size, checksum = divmod(int(self.states[number]), 1 << 32)
+        state = self._saved_state(number)
+        if state != self.states[number]:  # another run has written it
+            self.states[number] = state
+            self.checked[number] = False
+        size, checksum = divmod(state, 1 << 32)
         size -= 1
         begin, end = self.offsets[number : number + 2].tolist()
         record = b""
         if 0 < size <= end - begin:
             record = self._read(begin, size)
-        is_sound = self.checked[number] or zlib.crc32(record) == checksum
-        if not record or not is_sound:
+        # another run may have been writing it just now
+        is_known = self.checked[number] and self._saved_state(number) == state
+        if not record or not (is_known or zlib.crc32(record) == checksum):
             self.states[number] = 0
             return None
         self.checked[number] = True
         return record
 
     def keep(self, number: int, record: bytes) -> None:
-        """Write a record, then its state; a full disk is said once."""
+        """Write a record, then its state, which is zero meanwhile; a full disk is said once."""
         if self.full:
             return
         state = (len(record) + 1) << 32 | zlib.crc32(record)
         try:
+            self._write(8 * number, bytes(8))
             self._write(int(self.offsets[number]), record)
             self._write(8 * number, state.to_bytes(8, "little"))
         except OSError as error:

@@ -46,6 +46,8 @@ def cache_key(objective: MaskObjective, dataset: SplitDataset, views: int) -> di
         key["guessed masks"] = guess.VERSION
     if dataset.letterbox:
         key["letterbox"] = True
+    if dataset.tiling:
+        key["boxes that a tile cuts"] = "of what is seen of the mask"
     if split.gray and split.gray.window:
         key["gray"] = split.gray.window
     return key

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from rfdetr import distributed
 from rfdetr.console import UserError, warn
-from rfdetr.data.dataset import Batch
+from rfdetr.data.dataset import Batch, SplitDataset
 from rfdetr.data.loaders import check_unread, note_unread
-from rfdetr.data.records import CocoSplit
 from rfdetr.files import write_json
 from rfdetr.runs.record import Run
 from rfdetr.training.engine import Progress
@@ -29,13 +28,13 @@ class RunHealth:
         self,
         folder: Path,
         run: Run | None,
-        train: CocoSplit,
+        dataset: SplitDataset,
         progress: Progress,
         nan_batches: list[dict],
     ):
         self.folder = folder
         self.run = run
-        self.train = train
+        self.dataset = dataset
         self.progress = progress
         self.nan_batches = nan_batches
         self.warned_of_matches = False
@@ -45,13 +44,13 @@ class RunHealth:
             self.note_nan(batch.indices)
         if batch.unread:
             note_unread(batch.unread, self.progress.unread)
-            check_unread(self.progress.unread, self.train)
+            check_unread(self.progress.unread, self.dataset.whole_split)
 
     def note_nan(self, indices: list[int]) -> None:
         """List a skipped step's images in nan_batches.json; UserError after NAN_STEPS in a row."""
         images = []
         for index in sum(distributed.gather_objects(indices), []):
-            image = self.train.images[index]
+            image = self.dataset.split.images[index]
             images.append({"id": image.id, "file": str(image.path)})
         step = self.progress.step
         self.nan_batches.append({"epoch": self.progress.epoch + 1, "step": step, "images": images})
@@ -75,7 +74,7 @@ class RunHealth:
         """
         unread = set().union(*distributed.gather_objects(self.progress.unread))
         self.progress.unread = sorted(unread)
-        check_unread(self.progress.unread, self.train)
+        check_unread(self.progress.unread, self.dataset.whole_split)
         record["skipped_images"] = len(unread)
 
     def check_matches(self, epoch: int, record: dict, dry_run: bool) -> None:

@@ -102,7 +102,8 @@ def resumed_progress(
             "with what follows"
         )
     images = len(splits["train"].images)
-    if "train" in changed:
+    counted_tiles = resumed.get("tile") and "tile_overlap" not in resumed  # earlier versions did
+    if "train" in changed or counted_tiles:
         progress.unread = []
     progress.unread = [index for index in progress.unread if index < images]
     return progress

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
-from rfdetr.console import tick, warn
+from rfdetr.console import UserError, tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.letterbox import letterbox_for
@@ -20,7 +20,7 @@ from rfdetr.data.loaders import EpochSampler, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import make_mix, say_counts
-from rfdetr.data.tiles import places_of_tiles, training_tiling
+from rfdetr.data.tiles import places_of_tiles, tile_problems, training_tiling
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
@@ -90,8 +90,8 @@ def class_table(session: Session, head: str) -> ClassTable:
 def choose_tiles(session: Session, content: dict | None = None) -> None:
     """Set the run's tiles, and say what they are.
 
-    content: the checkpoint that a run begins with or is resumed from; where --tile is left open,
-    the tiles are its own. Raises UserError.
+    content: the checkpoint that a run begins with or is resumed from; what flags leave open is as
+    its own tiles were. Raises UserError.
     """
     settings = session.settings
     tile = settings.tile
@@ -99,11 +99,20 @@ def choose_tiles(session: Session, content: dict | None = None) -> None:
     if known is not None and (tile is None or session.resumed and tile == AUTO):
         tile = known
     session.tiling = training_tiling(
-        session.train, session.resolution, tile, settings.tile_overlap, settings.tile_full
+        session.train,
+        session.resolution,
+        tile,
+        settings.tile_overlap,
+        settings.tile_full,
+        content,
     )
     if session.tiling:
         images = len(session.train.images)
         tick(f"{session.tiling.told()}: {images} images are {session.images_an_epoch:,} tiles")
+        for problem in tile_problems(session.train, session.tiling):
+            if problem.severity == "error":
+                raise UserError(problem.message)
+            warn(problem.message)
     elif tile == AUTO:
         tick("--tile auto: objects are large enough in whole images")
 
@@ -167,7 +176,10 @@ def training_data(
         distributed.rank(),
         distributed.world_size(),
         make_mix(
-            dataset.split, dataset.positions_of(drawn), settings.repeat_factor, settings.negatives
+            dataset.split,
+            dataset.positions_with_masks(drawn),
+            settings.repeat_factor,
+            settings.negatives,
         ),
     )
     if settings.fast_dev_run:

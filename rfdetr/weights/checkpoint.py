@@ -6,9 +6,9 @@ exif ("apply" or "ignore": how its images were read), gray (a GrayScale's to_dic
 more than 8 bits by its bits), guessed_masks (whether masks were learnt from guesses), trained_on
 (int64: the content hashes of its training images), mask_stride (with a mask head of ours),
 image_side (a typical training image's, in pixels), tile (the side of the tiles that it was trained
-on; 0 for none), letterbox (whether images kept their proportions), and in last.pt and checkpoint.pt
-ema and training (all that --resume needs). Files of earlier versions lack what stands from exif to
-letterbox.
+on; 0 for none), tile_overlap and tile_full (as the flags), letterbox (whether images kept their
+proportions), and in last.pt and checkpoint.pt ema and training (all that --resume needs). Files of
+earlier versions lack what stands from exif to letterbox.
 """
 
 from __future__ import annotations
@@ -110,6 +110,10 @@ def _check(content: dict) -> None:
         side = content.get(name)
         if side is not None and not (type(side) is int and 0 <= side <= MOST_IMAGE_SIDE):
             raise ValueError(f"{name} is no number of pixels")
+    if content.get("tile_full") not in (None, False, True):
+        raise ValueError("tile_full is neither True nor False")
+    if type(content.get("tile_overlap", 0.0)) not in (int, float):
+        raise ValueError("tile_overlap is no number")
     if content.get("exif") not in (None, *EXIF):
         raise ValueError(f"exif is neither {' nor '.join(EXIF)}")
     gray_of(content)
