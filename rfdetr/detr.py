@@ -38,7 +38,7 @@ from rfdetr.inference.originals import (
     split_up,
 )
 from rfdetr.inference.prediction import Prediction
-from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
+from rfdetr.inference.tiles import COMPARABLE, DetectedInWindow, in_windows, merge
 from rfdetr.placement import Placement
 from rfdetr.resolve import settings_of
 from rfdetr.settings import MOST_TILE_OVERLAP
@@ -280,11 +280,13 @@ class RFDETR:
             for detections in self.runner.run(self.model, inputs, placements, indices):
                 require_finite(detections)
                 of_detections = [part[i] for i in detections.indices]
-                chosen = sure_detections(detections, choice.threshold, choice.nms)
+                least = choice.threshold * COMPARABLE
+                chosen = sure_detections(detections, least, choice.nms)
                 seen += in_windows(
                     detections, of_detections, chosen, self.model.head, self.precision
                 )
-        prediction = merge(seen, height, width).as_prediction(original, self.table)
+        merged = merge(seen, height, width, choice.threshold)
+        prediction = merged.as_prediction(original, self.table)
         if len(windows) > 1:
             prediction = prediction.without_duplicates(choice.nms)
         return prediction[: choice.max_detections]

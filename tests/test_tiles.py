@@ -24,8 +24,9 @@ from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.images import load_image
 from rfdetr.data.tiles import suggested_tile, training_tiling, visible_objects
+from rfdetr.detr import RFDETR
 from rfdetr.inference.overlaps import PixelMask
-from rfdetr.inference.tiles import DetectedInWindow, merge
+from rfdetr.inference.tiles import COMPARABLE, DetectedInWindow, Merged, merge
 from rfdetr.placement import Placement
 from rfdetr.tiling import Tiling, Window, choose_tile, crop, unlike_training
 from rfdetr.weights import checkpoint
@@ -173,6 +174,121 @@ def test_a_cut_detection_counts_for_nothing_where_the_next_tile_shows_it_and_det
     assert objects(tile, Window(84, 0, 184, 100), 184) == 1  # its own edge cuts it, too
     assert objects(tile, Window(0, 0, 170, 100), 170) == 1  # the whole image shows it smaller
     assert objects(tile, Window(70, 0, 100, 100), 100) == 1  # the image's edge, not a tile's
+
+
+def test_a_detection_of_next_to_no_score_changes_no_sure_one():
+    sure = seen_at(Window(0, 0, 100, 100), [[60, 30, 96, 70]], [0.95])
+    unsure = seen_at(Window(80, 0, 180, 100), [[80, 30, 150, 70]], [0.02])
+    for tiles in ([sure, unsure], [unsure, sure]):
+        found = merge(tiles, 100, 180)
+        assert found.boxes.tolist() == [[60, 30, 96, 70], [80, 30, 150, 70]]
+        assert found.scores.tolist() == [0.95, 0.02]
+        assert [mask.area for mask in found.masks] == [36 * 40, 70 * 40]
+    assert merge([sure, unsure], 100, 180, threshold=0.5).scores.tolist() == [0.95]
+
+
+def test_what_an_edge_cuts_is_joined_with_a_weaker_part_beyond_but_not_with_any():
+    sure = seen_at(Window(0, 0, 100, 100), [[60, 30, 100, 70]], [0.9])
+    for score, boxes in ((0.4, 1), (0.1, 2)):
+        beyond = seen_at(Window(80, 0, 180, 100), [[80, 30, 150, 70]], [score])
+        found = merge([sure, beyond], 100, 180)
+        assert len(found.boxes) == boxes and found.scores[0] == 0.9
+        assert found.boxes[0].tolist() == [60, 30, 150 if boxes == 1 else 100, 70]
+
+
+def test_a_weaker_whole_detection_gives_a_sure_cut_one_its_shape_but_not_its_score():
+    sure = seen_at(Window(0, 0, 100, 100), [[61, 30, 100, 70]], [0.9])
+    whole = seen_at(Window(60, 0, 160, 100), [[64, 30, 120, 70]], [0.3])
+    found = merge([sure, whole], 100, 160)
+    assert found.boxes.tolist() == [[64, 30, 120, 70]]
+    assert found.scores.tolist() == [0.9]
+
+
+def test_what_an_edge_cuts_is_joined_with_nothing_at_its_other_sides():
+    left_edge_cuts = seen_at(Window(70, 0, 170, 100), [[70, 30, 160, 70]], [0.9])
+    right_of_it = seen_at(Window(140, 0, 240, 100), [[142, 30, 200, 70]], [0.8])
+    nothing = seen_at(Window(0, 0, 100, 100), [], [])
+    found = merge([nothing, left_edge_cuts, right_of_it], 100, 240)
+    assert found.boxes.tolist() == [[70, 30, 160, 70], [142, 30, 200, 70]]
+
+
+def test_parts_are_joined_through_a_weaker_one_between_them_if_it_is_comparable():
+    ends = [
+        seen_at(Window(0, 0, 100, 100), [[10, 30, 100, 70]], [0.9]),
+        seen_at(Window(140, 0, 240, 100), [[140, 30, 230, 70]], [0.8]),
+    ]
+    for score, expected in ((0.5, [0.9]), (0.1, [0.9, 0.8, 0.1])):
+        middle = seen_at(Window(70, 0, 170, 100), [[70, 30, 170, 70]], [score])
+        assert merge([*ends, middle], 100, 240).scores.tolist() == expected
+
+
+def seen_at(window: Window, boxes: list, scores: list[float]) -> DetectedInWindow:
+    """Detections of one class, whose masks fill their boxes of whole pixels."""
+    boxes = np.array(boxes, dtype=float).reshape(-1, 4)
+    masks = []
+    for left, top, right, bottom in boxes.astype(int).tolist():
+        masks.append(PixelMask(left, top, np.ones((bottom - top, right - left), dtype=bool)))
+    scores = np.array(scores, dtype=float)
+    return DetectedInWindow(window, boxes, scores, np.zeros(len(boxes), int), masks, scores / 2)
+
+
+def what_is_seen(rng: np.random.Generator, windows: list[Window]) -> list[DetectedInWindow]:
+    """Objects of all sizes as tiles show them, moved a little, and shifted weaker ones of each."""
+    corners = rng.integers(0, 150, (8, 2))
+    objects = np.hstack([corners, corners + rng.integers(8, 110, (8, 2))])
+    tiles = []
+    for window in windows:
+        boxes = np.vstack([objects, objects, objects]) + rng.integers(-3, 4, (24, 4))
+        boxes[8:] += rng.integers(-20, 21, (16, 4))
+        low = np.array([window.left, window.top] * 2)
+        high = np.array([window.right, window.bottom] * 2)
+        boxes = boxes.clip(low, high)
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
+        tiles.append(seen_at(window, boxes, rng.uniform(0.01, 1, len(boxes)).round(3)))
+    return tiles
+
+
+def without_weak_ones(tile: DetectedInWindow, least: float, masks: bool) -> DetectedInWindow:
+    kept = np.flatnonzero(tile.scores >= least)
+    return DetectedInWindow(
+        tile.window,
+        tile.boxes[kept],
+        tile.scores[kept],
+        tile.labels[kept],
+        [tile.masks[i] for i in kept] if masks else None,
+        tile.mask_scores[kept] if masks else None,
+    )
+
+
+def as_rows(found: Merged) -> list[tuple]:
+    masks = found.rles() or [{}] * len(found.scores)
+    scores = found.scores if found.mask_scores is None else found.mask_scores
+    rows = zip(found.boxes.tolist(), found.scores, found.labels, scores, masks)
+    return [(*row[:4], row[4].get("counts")) for row in rows]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32), st.floats(0.05, 0.95), st.booleans(), st.booleans())
+def test_objects_do_not_depend_on_detections_that_score_far_less(seed, threshold, masks, full):
+    """So that predict's objects, which need no weak detections, are those that are scored."""
+    windows = Tiling(100, 0.3, full).windows(180, 240)
+    tiles = what_is_seen(np.random.default_rng(seed), windows)
+    everything = merge([without_weak_ones(tile, 0, masks) for tile in tiles], 180, 240)
+    needed = [without_weak_ones(tile, threshold * COMPARABLE, masks) for tile in tiles]
+    sure = [row for row in as_rows(everything) if row[1] >= threshold]
+    assert as_rows(merge(needed, 180, 240, threshold)) == sure
+
+
+def test_a_threshold_chooses_among_the_objects_in_tiles_and_changes_none(stage2, demo):
+    """So --track, which looks at scores from .1 on, follows the objects that are found without."""
+    model = RFDETR(stage2.folder / "best.pt", device="cpu")
+    image = next((demo / "valid").glob("*.png"))
+    everything = model.predict(image, 0.0, tile=40)
+    for threshold in np.quantile(everything.scores, [0.5, 0.8, 0.95]).tolist():
+        found = model.predict(image, threshold, tile=40)
+        sure = everything[everything.scores >= threshold]
+        assert len(found) and found.boxes.tolist() == sure.boxes.tolist()
+        assert found.scores.tolist() == sure.scores.tolist() and found.rles == sure.rles
 
 
 def test_nothing_detected_is_an_empty_result():

@@ -33,7 +33,7 @@ from rfdetr.inference.detections import (
 )
 from rfdetr.inference.originals import Original
 from rfdetr.inference.prediction import Prediction
-from rfdetr.inference.tiles import DetectedInWindow, in_windows, merge
+from rfdetr.inference.tiles import COMPARABLE, DetectedInWindow, in_windows, merge
 from rfdetr.inference.visualise import MIN_SIDE, draw, draw_shrunk, picture_colours, side_by_side
 from rfdetr.masks import to_rle
 from rfdetr.metrics.coco_eval import CocoEvaluator, counting
@@ -257,14 +257,14 @@ class SplitEvaluator:
         nms = PredictionSettings.nms
 
         def choose(detections: Detections) -> list[np.ndarray]:
-            return sure_detections(detections, DRAW_THRESHOLD, nms)
+            return sure_detections(detections, DRAW_THRESHOLD * COMPARABLE, nms)
 
         by_image = self._tiles_by_image(model, head, choose)
         for number, tiles in itertools.islice(by_image, count):
             record = self.whole_split.images[number]
             image = load_for_tiles(record, window_of(self.split.gray))
             original = Original(record.height, record.width, pixels=image)
-            merged = merge(tiles, record.height, record.width)
+            merged = merge(tiles, record.height, record.width, DRAW_THRESHOLD)
             prediction = merged.as_prediction(original, self.table).without_duplicates(nms)
             yield record.path.stem, self._beside_truth(record, image, prediction, head)
 

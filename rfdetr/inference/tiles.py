@@ -1,9 +1,11 @@
 """One image's detections from those in its tiles: each object once, whole, with its own score.
 
-Where two tiles overlap, both looked: detections of one class that agree there are one object. The
-one that no tile's edge cuts is taken; where edges cut all of them, the parts are joined. What an
-edge cuts is left out where the next tile shows it away from its own edges and detects nothing that
-agrees: it has seen what lies beyond.
+Where two tiles overlap, both looked: detections of one class that agree there are one object. What
+no tile's edge cuts stands as it is, and weaker ones that show the same are left out. What an edge
+cuts is joined with what goes on beyond it; it is left out where the next tile shows it away from
+its own edges, and so has seen what lies beyond.
+
+Better scores go first, and nothing that scores less than COMPARABLE of an object changes it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from rfdetr.masks import encode_window
 from rfdetr.tiling import Window
 
 AGREEMENT = 0.5  # the IoU, where both tiles looked, from which two detections are one object
-INSIDE = 0.7  # a cut detection of which so much lies in a whole one of its class is a part of it
+INSIDE = 0.7  # a cut detection of which so much lies in another one of its class is a part of it
+COMPARABLE = 0.25  # of the best score among an object's parts: what scores less is not one of them
 NEAR_EDGE = 0.01  # of a tile's side: a box that ends so near an inner edge is cut by it
 LEAST_NEAR = 2.0  # pixels of the original
 
@@ -110,19 +113,14 @@ def in_windows(
     return seen
 
 
-def merge(tiles: list[DetectedInWindow], height: int, width: int) -> Merged:
-    """The objects of an image of height x width pixels, from the detections in its tiles."""
-    if len(tiles) == 1:
-        one = tiles[0]
-        return Merged(height, width, one.boxes, one.scores, one.labels, one.masks, one.mask_scores)
+def merge(tiles: list[DetectedInWindow], height: int, width: int, threshold: float = 0.0) -> Merged:
+    """The objects of an image of height x width pixels, from the detections in its tiles.
+
+    threshold: objects that score less are left out. The others depend on no detection that scores
+    less than threshold * COMPARABLE.
+    """
     pieces = Pieces(tiles, height, width)
-    groups = Groups(len(pieces.scores))
-    pairs = list(overlapping(tiles))
-    for a, b in pairs:
-        for first, second in pieces.same_objects(a, b):
-            groups.join(first, second)
-    objects = [pieces.as_one(members) for members in groups.members()]
-    kept = pieces.without_parts(objects, pairs)
+    kept = [one for one in pieces.objects() if one.score >= threshold]
     kept.sort(key=lambda one: -one.score)
     return Merged(
         height=height,
@@ -150,102 +148,111 @@ def overlapping(tiles: list[DetectedInWindow]) -> Iterator[tuple[int, int]]:
         open_tiles.append(b)
 
 
-class Groups:
-    """Which of n pieces belong together (union and find)."""
-
-    def __init__(self, count: int):
-        self.parent = list(range(count))
-
-    def root(self, i: int) -> int:
-        while self.parent[i] != i:
-            self.parent[i] = self.parent[self.parent[i]]
-            i = self.parent[i]
-        return i
-
-    def join(self, i: int, j: int) -> None:
-        self.parent[self.root(j)] = self.root(i)
-
-    def members(self) -> list[list[int]]:
-        members: dict[int, list[int]] = {}
-        for i in range(len(self.parent)):
-            members.setdefault(self.root(i), []).append(i)
-        return list(members.values())
-
-
 @dataclass(frozen=True)
 class WholeObject:
-    """What a group of pieces shows; `cut`: by a tile's edge, and nothing goes on beyond it."""
+    """What one piece shows, or the joined parts of an object."""
 
     box: np.ndarray
     score: float
     label: int
     mask: PixelMask | None
     mask_score: float
-    cut: bool
-    tiles: frozenset[int]
 
-    def holds(self, other: WholeObject) -> bool:
-        """Whether most of another one lies in this one."""
-        if inside_shares(other.box[None], self.box[None])[0, 0] <= INSIDE:
-            return False
-        if self.mask is None:
-            return True
-        area = other.mask.area
-        return self.mask.area_common(other.mask, other.mask.window) > INSIDE * area
+
+@dataclass(frozen=True)
+class Link:
+    """Two pieces of one class, of two tiles, that show the same; the better one comes first.
+
+    agreement: the IoU of what they show where both tiles looked; 0 where that is too little, but
+    one of them, which an edge cuts, lies in the other one.
+    """
+
+    better: int
+    weaker: int
+    agreement: float
 
 
 class Pieces:
     """The detections of all tiles of an image, one after another."""
 
     def __init__(self, tiles: list[DetectedInWindow], height: int, width: int):
-        self.height = height
-        self.width = width
         self.windows = [tile.window for tile in tiles]
         self.boxes = np.concatenate([tile.boxes for tile in tiles])
         self.scores = np.concatenate([tile.scores for tile in tiles])
         self.labels = np.concatenate([tile.labels for tile in tiles])
         counts = [len(tile.scores) for tile in tiles]
         self.tile = np.repeat(np.arange(len(tiles)), counts)
-        self.ends = np.cumsum(counts)
+        self.of_tile = np.split(np.arange(len(self.scores)), np.cumsum(counts)[:-1])
         self.masks = None
         self.mask_scores = np.zeros_like(self.scores)
         if tiles[0].masks is not None:
             self.masks = [mask for tile in tiles for mask in tile.masks]
             self.mask_scores = np.concatenate([tile.mask_scores for tile in tiles])
-        cut = [cut_by_edges(tile.boxes, tile.window, height, width) for tile in tiles]
+        image = Window(0, 0, width, height)
+        cut = [cut_by_edges(tile.boxes, tile.window, image) for tile in tiles]
         self.cut = np.concatenate(cut)
+        self.pairs = list(overlapping(tiles))
+        self.left_out = np.zeros(len(self.scores), dtype=bool)
+        for a, b in self.pairs:
+            for own, beside in ((a, b), (b, a)):
+                window = self.windows[beside]
+                ours = self.of_tile[own]
+                if is_no_larger(window, self.windows[own]):
+                    cut_there = cut_by_edges(self.boxes[ours], window, image)
+                    self.left_out[ours] |= self.cut[ours] & ~cut_there
 
-    def of_tile(self, tile: int) -> np.ndarray:
-        """The numbers of the pieces of a tile."""
-        first = self.ends[tile - 1] if tile else 0
-        return np.arange(first, self.ends[tile])
+    def objects(self) -> list[WholeObject]:
+        """Each from its parts; from the best scores down, so that none depends on lower ones."""
+        groups = [[i] for i in range(len(self.scores))]  # pieces of one object share one list
+        for link in self.links():
+            if self.left_out[[link.better, link.weaker]].any():
+                continue
+            group = groups[link.better] + groups[link.weaker]
+            alone = len(groups[link.weaker]) == 1
+            if alone and not link.agreement and self.is_part(link.weaker, link.better):
+                self.left_out[link.weaker] = True
+                continue
+            if not self.of_several_tiles(group):
+                continue
+            if alone and self.adds_nothing(link):
+                self.left_out[link.weaker] = True
+            elif not (self.goes_on(link) and self.comparable(group)):
+                continue
+            for i in group:
+                groups[i] = group
+        first_ones = [i for i, group in enumerate(groups) if i == group[0] and not self.left_out[i]]
+        return [self.as_one(self.parts(groups[i])) for i in first_ones]
 
-    def same_objects(self, a: int, b: int) -> list[tuple[int, int]]:
-        """Pairs of pieces, of tile a and of tile b, that are one object; each in one pair at most.
+    def links(self) -> list[Link]:
+        """Better weaker ones first, then those with what no edge cuts, then by agreement."""
+        rank = np.empty(len(self.scores), dtype=int)
+        rank[np.argsort(-self.scores, kind="stable")] = np.arange(len(rank))
+        links = []
+        for a, b in self.pairs:
+            for i, j, agreement in self.same_objects(a, b):
+                better, weaker = sorted((i, j), key=lambda piece: rank[piece])
+                links.append(Link(better, weaker, agreement))
+        links.sort(key=lambda link: (rank[link.weaker], self.cut[link.better], -link.agreement))
+        return links
 
-        Better scores choose first.
-        """
+    def same_objects(self, a: int, b: int) -> Iterator[tuple[int, int, float]]:
+        """Pairs of pieces, of tile a and of tile b, that may be one object, and their agreement."""
         window = self.windows[a].common(self.windows[b])
-        ours = self.seen_in(self.of_tile(a), window)
-        theirs = self.seen_in(self.of_tile(b), window)
-        if not len(ours) or not len(theirs):
-            return []
+        ours = self.seen_in(self.of_tile[a], window)
+        theirs = self.seen_in(self.of_tile[b], window)
         agreement = self.agreement(ours, theirs, window)
-        rows, columns = np.nonzero(agreement > AGREEMENT)
-        scores = np.maximum(self.scores[ours[rows]], self.scores[theirs[columns]])
-        order = np.lexsort((-agreement[rows, columns], -scores))
-        taken: set[int] = set()
-        pairs = []
-        for first, second in zip(ours[rows[order]].tolist(), theirs[columns[order]].tolist()):
-            if first not in taken and second not in taken:
-                pairs.append((first, second))
-                taken |= {first, second}
-        return pairs
+        for i, j in np.argwhere(agreement > 0):
+            first, second = int(ours[i]), int(theirs[j])
+            if agreement[i, j] > AGREEMENT:
+                yield first, second, agreement[i, j]
+            elif self.is_part(first, second) or self.is_part(second, first):
+                yield first, second, 0.0
 
     def seen_in(self, pieces: np.ndarray, window: Window) -> np.ndarray:
-        """Those of the pieces of which a pixel or more lies in a window."""
+        """Those of the pieces of which a pixel or more lies in a window, if not left out."""
         clipped = clip(self.boxes[pieces], window)
-        return pieces[((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)]
+        seen = ((clipped[:, 2:] - clipped[:, :2]) >= 1).all(axis=1)
+        return pieces[seen & ~self.left_out[pieces]]
 
     def agreement(self, ours: np.ndarray, theirs: np.ndarray, window: Window) -> np.ndarray:
         """(m, n): the IoU of what pieces of one class show in a window; 0 for other classes.
@@ -264,36 +271,51 @@ class Pieces:
             ious[i, j] = common / both if both else 0
         return ious
 
-    def as_one(self, members: list[int]) -> WholeObject:
-        """What the pieces of one object show: the best one that is not cut, or all joined."""
-        whole = [i for i in members if not self.cut[i]]
+    def is_part(self, piece: int, other: int) -> bool:
+        """Whether an edge cuts a piece, and most of it lies in another one."""
+        return bool(self.cut[piece]) and self.share_inside(piece, other) > INSIDE
+
+    def goes_on(self, link: Link) -> bool:
+        """Whether an edge cuts the better piece beyond which the weaker one's tile looks."""
+        own, other = (self.windows[self.tile[piece]] for piece in (link.better, link.weaker))
+        return bool(cut_by_edges(self.boxes[[link.better]], own, other)[0])
+
+    def adds_nothing(self, link: Link) -> bool:
+        """Whether the weaker piece shows no more of an object than the better one does."""
+        if self.goes_on(link) and self.comparable([link.better, link.weaker]):
+            return False
+        return self.share_inside(link.weaker, link.better) > 1 / 2
+
+    def parts(self, group: list[int]) -> list[int]:
+        """Those of a group that are not left out."""
+        return [i for i in group if not self.left_out[i]]
+
+    def of_several_tiles(self, group: list[int]) -> bool:
+        """Whether no two are of one tile, which shows an object once."""
+        return len(set(self.tile[group].tolist())) == len(group)
+
+    def comparable(self, group: list[int]) -> bool:
+        scores = self.scores[self.parts(group)]
+        return scores.min() >= COMPARABLE * scores.max()
+
+    def as_one(self, parts: list[int]) -> WholeObject:
+        """The best part that no edge cuts, if the others lie in it, or all parts joined; with the
+        best score among them.
+        """
+        best = max(parts, key=lambda i: self.scores[i])
+        shown = parts
+        whole = [i for i in parts if not self.cut[i]]
         if whole:
-            best = max(whole, key=lambda i: self.scores[i])
-            if all(self.share_inside(i, best) > 1 / 2 for i in members):
-                return self.alone(best, cut=False)
-        best = max(members, key=lambda i: self.scores[i])
-        if len(members) == 1:
-            return self.alone(best, cut=bool(self.cut[best]))
-        corners = self.boxes[members]
+            best_whole = max(whole, key=lambda i: self.scores[i])
+            if all(self.share_inside(i, best_whole) > 1 / 2 for i in parts):
+                shown = [best_whole]
+        corners = self.boxes[shown]
         return WholeObject(
             box=np.concatenate([corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)]),
             score=self.scores[best],
             label=self.labels[best],
-            mask=joined([self.masks[i] for i in members]) if self.masks else None,
-            mask_score=self.mask_scores[members].max(),
-            cut=False,
-            tiles=frozenset(self.tile[members].tolist()),
-        )
-
-    def alone(self, piece: int, cut: bool) -> WholeObject:
-        return WholeObject(
-            box=self.boxes[piece],
-            score=self.scores[piece],
-            label=self.labels[piece],
-            mask=self.masks[piece] if self.masks else None,
-            mask_score=self.mask_scores[piece],
-            cut=cut,
-            tiles=frozenset([int(self.tile[piece])]),
+            mask=joined([self.masks[i] for i in shown]) if self.masks else None,
+            mask_score=self.mask_scores[parts].max(),
         )
 
     def share_inside(self, piece: int, other: int) -> float:
@@ -308,54 +330,19 @@ class Pieces:
             return common / area if area else 1.0
         return float(inside_shares(self.boxes[[piece]], self.boxes[[other]])[0, 0])
 
-    def without_parts(
-        self, objects: list[WholeObject], pairs: list[tuple[int, int]]
-    ) -> list[WholeObject]:
-        """Without what an edge cut, where a tile beside knows better.
 
-        Either most of it lies in a whole object there, a part that did not agree with the whole
-        where both tiles looked; or that tile shows all of it and detects nothing that agrees.
-        pairs: the tiles that overlap.
-        """
-        beside: dict[int, list[int]] = {}
-        for a, b in pairs:
-            beside.setdefault(a, []).append(b)
-            beside.setdefault(b, []).append(a)
-        whole_ones: dict[int, list[WholeObject]] = {}
-        for one in objects:
-            for tile in () if one.cut else one.tiles:
-                whole_ones.setdefault(tile, []).append(one)
-        kept = []
-        for one in objects:
-            near: list[WholeObject] = []
-            if one.cut:
-                (tile,) = one.tiles
-                neighbours = beside.get(tile, [])
-                if any(self.shows_more(b, tile, one.box) for b in neighbours):
-                    continue
-                near = [other for b in neighbours for other in whole_ones.get(b, ())]
-            if not any(other.label == one.label and other.holds(one) for other in near):
-                kept.append(one)
-        return kept
-
-    def shows_more(self, tile: int, own_tile: int, box: np.ndarray) -> bool:
-        """Whether a tile, no larger than the one a box was detected in, shows all of the box and
-        what is around it. A larger one shows small objects less well.
-        """
-        window = self.windows[tile]
-        own = self.windows[own_tile]
-        if window.width > own.width or window.height > own.height:
-            return False
-        return not cut_by_edges(box[None], window, self.height, self.width)[0]
+def is_no_larger(window: Window, other: Window) -> bool:
+    """A larger tile shows small objects less well."""
+    return window.width <= other.width and window.height <= other.height
 
 
-def cut_by_edges(boxes: np.ndarray, window: Window, height: int, width: int) -> np.ndarray:
-    """(n,) bool: which boxes (n, 4) end at an edge of the window inside the image."""
+def cut_by_edges(boxes: np.ndarray, window: Window, bounds: Window) -> np.ndarray:
+    """(n,) bool: which boxes (n, 4) end at an edge of the window inside the bounds."""
     near = max(NEAR_EDGE * max(window.width, window.height), LEAST_NEAR)
     left, top, right, bottom = boxes.T
     return (
-        ((left < window.left + near) & (window.left > 0))
-        | ((top < window.top + near) & (window.top > 0))
-        | ((right > window.right - near) & (window.right < width))
-        | ((bottom > window.bottom - near) & (window.bottom < height))
+        ((left < window.left + near) & (window.left > bounds.left))
+        | ((top < window.top + near) & (window.top > bounds.top))
+        | ((right > window.right - near) & (window.right < bounds.right))
+        | ((bottom > window.bottom - near) & (window.bottom < bounds.bottom))
     )
