@@ -131,13 +131,23 @@ def run(arguments, python=sys.executable):
     """Show and run `python ARGUMENTS`; returns its exit code (128 + n for signal n)."""
     print("\n> " + shown(arguments, python) + "\n")
     sys.stdout.flush()
-    child = subprocess.Popen([python] + list(arguments))
     interrupts = []
+    children = []  # before there is one a signal may come, too
+    terminated = []
+
+    def terminate(*_):
+        terminated.append(1)
+        for child in children:
+            child.terminate()
+
     # Ctrl-C reaches the child by itself, which saves its state: wait for it. SIGTERM reaches us
     # alone, and is handed on.
     former_interrupt = signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
-    former_terminate = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    code = child.wait()
+    former_terminate = signal.signal(signal.SIGTERM, terminate)
+    children.append(subprocess.Popen([python] + list(arguments)))
+    if terminated:
+        children[0].terminate()
+    code = children[0].wait()
     signal.signal(signal.SIGINT, former_interrupt)
     signal.signal(signal.SIGTERM, former_terminate)
     if code and interrupts:

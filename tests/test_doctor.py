@@ -377,6 +377,8 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
         "ANN_IMAGE_UNKNOWN",
         "ANN_CATEGORY_UNKNOWN",
     }
+    if "IMG_PATH" in errors:  # then no file tells the size
+        guesses.add("IMG_SIZE_INVALID")
     unused = {
         "ANN_BBOX_EMPTY",
         "ANN_BBOX_OUTSIDE",
