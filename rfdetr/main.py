@@ -266,9 +266,7 @@ def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
 
 
 def evaluate(trainer: Trainer, evaluator: SplitEvaluator, record: dict) -> dict[str, dict]:
-    """Scores of the regular and, where there are any, the averaged weights, also put into the
-    epoch's record.
-    """
+    """Scores of the regular and, if any, the averaged weights, also put into the epoch's record."""
     begin = time.perf_counter()
     scores = {"regular": evaluator.evaluate(trainer.model)}
     record["valid"] = scores["regular"]
