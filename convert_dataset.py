@@ -20,10 +20,10 @@ from rfdetr.data.formats.labelme import LabelMeReader
 from rfdetr.data.formats.mask_images import MasksReader
 from rfdetr.data.formats.source import Notes, Reader, Unusable
 from rfdetr.data.formats.voc import VocReader
-from rfdetr.data.formats.writer import CocoWriter, new_folder, require_free
+from rfdetr.data.formats.writer import CocoWriter, new_folder
 from rfdetr.data.formats.yolo import YoloReader
 from rfdetr.data.layout import describe_folder, holds_dataset
-from rfdetr.files import writing_to
+from rfdetr.files import require_free, writing_to
 from rfdetr.progress import ProgressBar
 from rfdetr.text import command_line
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
-from rfdetr.data.gray import look_at_records, scale_for
+from rfdetr.data.gray import told_scale
 from rfdetr.data.layout import find_splits
 from rfdetr.data.letterbox import letterbox_for
 from rfdetr.data.loaders import check_unread, evaluation_loader
@@ -116,13 +116,7 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     for message in split.warnings:
         warn(message)
     tell_trained_images(trained_on, split, settings.split)
-    scale, warning = scale_for(
-        settings.gray, checkpoint.gray_of(content), look_at_records(split.images)
-    )
-    if warning:
-        warn(warning)
-    elif scale and scale.note:
-        tick(scale.note)
+    scale = told_scale(settings.gray, checkpoint.gray_of(content), split.images)
     return replace(split, gray=scale)
 
 

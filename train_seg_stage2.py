@@ -26,7 +26,7 @@ from rfdetr.data.augment import find_preset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.loaders import training_loader
 from rfdetr.data.mask_source import choose_masks
-from rfdetr.files import write_json
+from rfdetr.files import file_sha256, write_json
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS, STRIDE
@@ -170,7 +170,7 @@ def write_stage2_config(
     config = plain(session.settings) | {
         "resolution": session.resolution,
         "detector_file": str(path),
-        "detector_sha256": checkpoint.file_sha256(path),
+        "detector_sha256": file_sha256(path),
         "mask_head": head_name,
         "cache": cache,
         "guessed_masks": session.guess_masks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rfdetr.console import UserError
+
+BLOCK = 1 << 22  # bytes of a file that are read at once
 
 
 @contextlib.contextmanager
@@ -52,6 +55,23 @@ def refuse_same_file(target: Path, flag: str, source: Path, source_flag: str) ->
         raise UserError(
             f"{flag} is {source_flag} ({source}): name another file, the input is never overwritten"
         )
+
+
+def require_free(out: Path, flag: str) -> None:
+    """UserError where there is something in `out`, a folder to be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"{flag} {out}: it exists already and is never written over: name a new or empty folder"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """In hex, of the whole file; large files are read a block at a time.  Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def free_disk(folder: Path) -> int:

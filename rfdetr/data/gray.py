@@ -6,6 +6,7 @@ the training images, kept in the checkpoint, and used wherever that model sees a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from rfdetr.console import tick, warn
 from rfdetr.data.bands import bands_of
 from rfdetr.data.images import LARGE, GrayWindow, is_deep, open_image
 
@@ -123,10 +125,12 @@ def look_at_records(images: ImageTable | ImageList) -> Sample:
 
 def deep_pixels(path: str | Path, values_too: bool = True) -> np.ndarray | None:
     """The first page of a file as `pixels_if_deep`; of a large one the values of `some_of`."""
-    with open_image(path) as image, open(path, "rb") as file:
-        if not (values_too and is_deep(image) and image.width * image.height > LARGE):
-            return pixels_if_deep(image, values_too)
-        bands = bands_of(image, file, np.asarray, apply_exif=False)
+    with contextlib.ExitStack() as opened:
+        image = opened.enter_context(open_image(path))
+        bands = None
+        if values_too and is_deep(image) and image.width * image.height > LARGE:
+            file = opened.enter_context(open(path, "rb"))
+            bands = bands_of(image, file, np.asarray, apply_exif=False)
         if bands is None:
             return pixels_if_deep(image, values_too)
         drawn = np.sort(positions_drawn(image.width * image.height))
@@ -198,6 +202,18 @@ def scale_for(
             "they are read as they are, 0 is black and 255 white"
         )
     return stored, None
+
+
+def told_scale(
+    given: str | float | None, stored: GrayScale | None, images: ImageTable | ImageList
+) -> GrayScale | None:
+    """As scale_for, of a split's images; what is done is said."""
+    scale, warning = scale_for(given, stored, look_at_records(images))
+    if warning:
+        warn(warning)
+    elif scale and scale.note:
+        tick(scale.note)
+    return scale
 
 
 def window_of(scale: GrayScale | None) -> GrayWindow | None:

@@ -18,6 +18,7 @@ from PIL import Image
 from rfdetr.data.bands import bands_of
 from rfdetr.data.image_cache import ImageCache, stamp_of
 from rfdetr.data.images import FORMATS, LARGE, ORIENTATION, open_image
+from rfdetr.files import file_sha256
 
 TIFF_SIDES = (256, 257)  # tags: width and height as they are stored
 HASHED_PARTS = 4  # of a file, spread from its beginning to its end
@@ -148,7 +149,7 @@ def inspect_image_file(
         finding = read_image_file(path, entry.size, decode)
         if "IMG_UNREADABLE" not in finding[0]:
             cache.put(decoded_name if decode else name, stamp, finding)
-    faults, orientation, stored_size, file_sha256, hashed = finding
+    faults, orientation, stored_size, whole_sha256, hashed = finding
     if is_behind_link(path, folder):
         faults = {"IMG_LINK": ""} | faults
     return ImageFile(
@@ -156,7 +157,7 @@ def inspect_image_file(
         faults=faults,
         orientation=orientation,
         stored_size=tuple(stored_size) if stored_size else None,
-        file_sha256=bytes.fromhex(file_sha256),
+        file_sha256=bytes.fromhex(whole_sha256),
         content_hash=hashed,
     )
 
@@ -177,7 +178,7 @@ def read_image_file(path: Path, annotated_size: tuple[float, float], decode: boo
     As in ImageFile. Everything after the first fault keeps its default.
     """
     orientation = 1
-    file_sha256 = ""
+    whole_sha256 = ""
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
@@ -187,20 +188,11 @@ def read_image_file(path: Path, annotated_size: tuple[float, float], decode: boo
             pages = count_pages(image)
             if decode:
                 decode_pixels(image, path)
-                file_sha256 = sha256_of(path)
+                whole_sha256 = file_sha256(path)
         notes = {"IMG_PAGES": f": {pages}"} if pages > 1 else {}
-        return [notes, orientation, stored_size, file_sha256, content_hash(path)]
+        return [notes, orientation, stored_size, whole_sha256, content_hash(path)]
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
-        return [fault_of(error), orientation, None, file_sha256, None]
-
-
-def sha256_of(path: Path) -> str:
-    """In hex, of the whole file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return [fault_of(error), orientation, None, whole_sha256, None]
 
 
 def decode_pixels(image: Image.Image, path: Path) -> None:

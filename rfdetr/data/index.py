@@ -29,14 +29,13 @@ from rfdetr.data.columns import Columns, map_columns
 from rfdetr.data.exif import ExifDecision
 from rfdetr.data.faults import Faults
 from rfdetr.data.image_cache import SETTLED, cache_folder, stamp_of
-from rfdetr.files import free_disk
+from rfdetr.files import file_sha256, free_disk
 
 FORMAT = 2  # raise it when the checks or the columns change their form or meaning
 LEAST_BYTES = 8 << 20  # of an annotation file; smaller ones are read in a second
 MOST_BYTES = 8 << 30  # of an index
 LARGE = 100e6  # bytes of an index that is told of
 UNUSED_DAYS = 30  # then an index is deleted when another one is written
-BLOCK = 1 << 22
 
 
 def index_file(annotation_file: Path, folder: Path, sha256: str) -> Path:
@@ -146,11 +145,3 @@ def delete_unused(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - file.stat().st_mtime > UNUSED_DAYS * 86400:
                 file.unlink()
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 
-from rfdetr.console import UserError
 from rfdetr.data.annotation_checks import check_segmentation, clip_box, is_whole
 from rfdetr.data.checks import CheckedSplit, check_file, list_split
 from rfdetr.data.exif import ExifDecision, SizedImage, decide_exif
 from rfdetr.data.image_files import find_image, is_regular_file, stays_inside
 from rfdetr.data.layout import ANNOTATIONS, find_splits, read_json
+from rfdetr.files import require_free
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
 from rfdetr.text import is_control
@@ -55,10 +55,7 @@ def fix_dataset(
     Raises UserError where `out` holds files, an annotation file is no JSON or `rename` names no
     class (then nothing is written), and OSError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"--fix {out}: it exists already and is never written over: name a new or empty folder"
-        )
+    require_free(out, "--fix")
     files = find_splits(root)
     contents = {name: read_json(file) for name, (file, _) in files.items()}
     renames = read_renames(rename, {name: class_names_of(data) for name, data in contents.items()})

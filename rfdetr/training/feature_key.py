@@ -13,6 +13,7 @@ from pathlib import Path
 from rfdetr.data import guess
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.records import CocoSplit
+from rfdetr.files import file_sha256
 from rfdetr.models.segmentation import ENLARGE, GRID
 from rfdetr.progress import ProgressBar
 from rfdetr.training import frozen
@@ -35,7 +36,7 @@ def cache_key(objective: MaskObjective, dataset: SplitDataset, views: int) -> di
         "detector": checkpoint.fingerprint(objective.detector),
         "size": asdict(size) | {"recipe": None},
         "class_rows": objective.table.rows,
-        "annotations": checkpoint.file_sha256(split.annotation_file),
+        "annotations": file_sha256(split.annotation_file),
         "images": f"{len(split.images)}, {digest_of_images(split)}",
         "resolution": dataset.resolution,
         "views": views,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
+from rfdetr.files import file_sha256
 from rfdetr.resolve import plain
 from rfdetr.runs.log import start_command
 from rfdetr.runs.metrics_file import has_test_scores
@@ -76,7 +77,7 @@ def changed_settings(settings: TrainingSettings, before: dict) -> dict[str, list
 
 def data_digest(split: CocoSplit) -> str:
     """sha256 of a split's annotations and of which images it has."""
-    digest = hashlib.sha256(checkpoint.file_sha256(split.annotation_file).encode())
+    digest = hashlib.sha256(file_sha256(split.annotation_file).encode())
     for name in split.file_names:
         digest.update(f"{name}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()

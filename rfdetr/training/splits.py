@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from rfdetr.console import tick, warn
+from rfdetr.console import warn
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.gray import look_at_records, scale_for
+from rfdetr.data.gray import told_scale
 from rfdetr.data.records import CocoSplit
 from rfdetr.settings import TrainingSettings
 from rfdetr.weights import checkpoint
@@ -47,9 +47,5 @@ def with_gray(
         given = given or "auto"
     if frozen and not resumed and given is not None and given != (stored.by if stored else "full"):
         warn(f"--gray {given}: the frozen detector's images were read otherwise; leave it out")
-    scale, warning = scale_for(given, stored, look_at_records(splits["train"].images))
-    if warning:
-        warn(warning)
-    elif scale and scale.note:
-        tick(scale.note)
+    scale = told_scale(given, stored, splits["train"].images)
     return {name: replace(split, gray=scale) for name, split in splits.items()}

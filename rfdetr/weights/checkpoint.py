@@ -257,10 +257,6 @@ def mask_stride(content: dict) -> int:
     return content.get("mask_stride", EARLIER_STRIDE)
 
 
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def make_content(
     stage: str,
     size: ModelSize,

@@ -167,10 +167,15 @@ def joined(folder: Path, name: str) -> Path:
 # ---------------------------------------------------------------- files
 
 
-def read_bytes(path: Path, what: str) -> bytes:
-    """The content of a label file.  Raises Unusable(what, why)."""
+def require_plain_file(path: Path, what: str) -> None:
+    """Unusable(what, why) for what is none."""
     if not is_regular_file(path):
         raise Unusable(what, "no plain file" if os.path.lexists(path) else "missing")
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """The content of a label file.  Raises Unusable(what, why)."""
+    require_plain_file(path, what)
     try:
         if os.path.getsize(path) > MOST_BYTES:
             raise Unusable(what, f"larger than {MOST_BYTES >> 20} MiB")
@@ -190,8 +195,7 @@ def read_text(path: Path, what: str) -> str:
 def read_image(path: Path) -> ImageFile:
     """The sizes and orientation of an image file, from its header.  Raises Unusable."""
     what = "images that cannot be read"
-    if not is_regular_file(path):
-        raise Unusable(what, "no plain file" if os.path.lexists(path) else "missing")
+    require_plain_file(path, what)
     try:
         with open_image(path) as image:
             orientation, stored_size = read_orientation(image, image.size)

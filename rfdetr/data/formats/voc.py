@@ -22,6 +22,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+from pycocotools import mask as mask_api
 
 from rfdetr.data.formats.detect import split_named
 from rfdetr.data.formats.mask_images import Part, parts, read_numbers
@@ -293,12 +294,9 @@ def match(boxes: list[Box], others: list[Box]) -> dict[int, int]:
     """Index of a box -> index of the other that it fits; the best pairs first, each in one."""
     if not boxes or not others:
         return {}
-    a = np.array(boxes, dtype=float)[:, None]
-    b = np.array(others, dtype=float)[None]
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    shared = sides.clip(0).prod(-1)
-    areas = [(one[..., 2:] - one[..., :2]).prod(-1) for one in (a, b)]
-    overlaps = shared / np.maximum(areas[0] + areas[1] - shared, 1e-9)
+    corners = [np.array(one, dtype=float) for one in (boxes, others)]
+    xywh = [np.hstack([one[:, :2], one[:, 2:] - one[:, :2]]) for one in corners]
+    overlaps = mask_api.iou(*xywh, [False] * len(others))
     pairs = {}
     for flat in np.argsort(-overlaps, axis=None, kind="stable").tolist():
         index, other = divmod(flat, len(others))

@@ -15,10 +15,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TextIO
 
-from rfdetr.console import UserError
 from rfdetr.data.annotation_checks import THINNEST, check_segmentation
 from rfdetr.data.formats.source import Box, LabelledImage, LabelledObject, Notes
 from rfdetr.data.layout import ANNOTATIONS, SPLITS
+from rfdetr.files import require_free
 from rfdetr.masks import annotation_area
 from rfdetr.text import is_control
 
@@ -28,19 +28,11 @@ DECIMALS = 4  # of a pixel
 NOT_IN_NAMES = re.compile(r'[\\/:*?"<>|]')  # some system takes them for more than letters
 
 
-def require_free(out: Path, flag: str) -> None:
-    """UserError where there is something in `out`."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"{flag} {out}: it exists already and is never written over: name a new or empty folder"
-        )
-
-
 @contextlib.contextmanager
 def new_folder(out: Path, flag: str) -> Iterator[Path]:
     """A folder to write into, which becomes `out` at the end; nothing is left after an error.
 
-    Raises UserError as require_free.
+    Raises UserError as files.require_free.
     """
     require_free(out, flag)
     out = Path(os.path.realpath(out))
@@ -106,7 +98,7 @@ class CocoWriter(contextlib.AbstractContextManager):
         lines = [f"{'':<{width}}" + "".join(f"{name:>9}" for name in splits)]
         counts = {
             "images": [len(self.splits[name].images) for name in splits],
-            "objects": [self.splits[name].objects.total() for name in splits],
+            "objects": [self.splits[name].written for name in splits],
             "with masks": [self.splits[name].masks for name in splits],
         }
         rows = list(counts.items())
@@ -130,6 +122,7 @@ class SplitWriter:
         self.file.write('{"annotations": [')
         self.images: list[dict] = []
         self.objects: Counter[int] = Counter()  # category id -> how many
+        self.written = 0  # of all categories
         self.masks = 0
         self.names: set[str] = set()
 
@@ -145,9 +138,9 @@ class SplitWriter:
 
     def add_object(self, entry: dict, category: int) -> None:
         """Write an object of the last image."""
-        number = self.objects.total() + 1
-        ids = {"id": number, "image_id": len(self.images), "category_id": category}
-        self.file.write(",\n" if number > 1 else "\n")
+        self.written += 1
+        ids = {"id": self.written, "image_id": len(self.images), "category_id": category}
+        self.file.write(",\n" if self.written > 1 else "\n")
         self.file.write(json.dumps(ids | entry))
         self.objects[category] += 1
         self.masks += bool(entry["segmentation"])
