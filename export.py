@@ -37,13 +37,15 @@ def main(argv: list[str] | None = None) -> None:
         warn(note)
     exported = to_package(content)
     make_place(target, "--out")
+    is_replaced = target.exists()
     checkpoint.save(target, exported)
 
     names = exported["args"].get("class_names")
     classes = f"{len(names)} classes ({', '.join(names)})" if names else "COCO's classes"
+    replaced = ", in place of an earlier file" if is_replaced else ""
     tick(
         f"Written: {target}, {len(exported['model'])} tensors, {size}, "
-        f"{content['resolution']} px, {classes}"
+        f"{content['resolution']} px, {classes}{replaced}"
     )
     path = str(target.resolve())  # the package takes a bare file name for one of its cache
     print(f"Load it with rfdetr 1.11:  rfdetr.{exported['model_name']}.from_checkpoint({path!r})")

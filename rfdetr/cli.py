@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from rfdetr.commands import training_command
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
-from rfdetr.resolve import read_layer, resolve, settings_of
+from rfdetr.resolve import plain, read_layer, resolve, settings_of
 from rfdetr.runs.places import (
     detector_of_run,
     find_checkpoint,
@@ -101,7 +102,7 @@ def require_files(settings: object) -> None:
     if weights not in ("auto", "none") and not is_url(weights):
         find_checkpoint(Path(weights).expanduser())
     if getattr(settings, "stage1_run", None) and not settings.checkpoint:
-        detector_of_run(settings.stage1_run)
+        detector_of_run(settings.stage1_run, training_command(plain(settings)))
     inputs = getattr(settings, "input", ())
     for text in [str(inputs)] if isinstance(inputs, Path) else inputs:
         if not (glob.has_magic(text) or Path(text).exists()):

@@ -28,7 +28,7 @@ from rfdetr.inference.augment_sheet import augment_sheet
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.renaming import rename_flags
 from rfdetr.runs.environment import environment
-from rfdetr.sizes import SIZES, check_resolution
+from rfdetr.sizes import SIZES, check_resolution, usual_size
 from rfdetr.text import command_line, printable
 from rfdetr.tiling import Tiling
 from rfdetr.tool_settings import ValidationSettings
@@ -43,11 +43,14 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     errors.
     """
     check_outputs(settings)
-    size = SIZES[settings.size]
+    device = pick_device(settings.device)
+    size = SIZES[settings.size or usual_size(device.type == "cuda")]
     resolution = check_resolution(size, settings.resolution)
-    precision = pick_precision(size.recipe.amp, pick_device(settings.device))
+    precision = pick_precision(size.recipe.amp, device)
     machine = describe_machine(versions, precision)
-    banner("SETUP CHECK", {"size": f"{size.name}, {resolution} px", **machine})
+    chosen = "" if settings.size else f" (usual on {device.type}; --size checks another)"
+    banner("SETUP CHECK", {"size": f"{size.name}, {resolution} px{chosen}", **machine})
+    settings = replace(settings, size=size.name)
     repaired = None
     if settings.fix:
         repaired = write_cleaned_copy(settings)

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 from conftest import quick_flags
 
+import evaluate
 import shrink_head
 import train_detector_stage1
 import train_seg_stage2
 import validate_setup
 from rfdetr.classes import assign_rows
+from rfdetr.cli import training_settings
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.models.detector import Detector
+from rfdetr.settings import DetectorSettings
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, quoted
 from rfdetr.training.resume import require_stage
@@ -119,6 +122,58 @@ def test_after_a_part_of_the_classes_no_stage_2_is_advised(few, call, capsys, ty
     assert message.startswith("Frozen detector head out_dim (2) != requested (4)")
     assert f"does not know {', '.join(CLASS_NAMES[1:])}" in message
     assert "--in_ckpt" not in message
+
+
+# ---------------------------------------------------------------- what errors advise
+
+
+def advised(message: str) -> DetectorSettings:
+    """The settings of the stage 1 that a message advises."""
+    command = re.search("python train_detector_stage1.py.*", message)[0]
+    return training_settings(DetectorSettings, "", shlex.split(command)[2:])[0]
+
+
+def other_classes(content: dict) -> None:
+    for category in content["categories"]:
+        category["name"] = f"new {category['id']}"
+
+
+def test_where_classes_differ_the_training_that_is_advised_is_of_this_dataset(few, call, tmp_path):
+    source = detector({}, tmp_path / "best.pt")
+    data = changed_copy(few, tmp_path / "it's data", other_classes)
+    flags = ["--dataset", data, "--device", "cpu", "--rename", "new 1=one"]
+    for main, own in (
+        (evaluate.main, []),
+        (train_seg_stage2.main, ["--size", "tiny", "--resolution", 32]),
+        (train_seg_stage2.main, ["--size", "tiny", "--auto_shrink", 1, "--resolution", 32]),
+    ):
+        with pytest.raises(UserError) as caught:
+            call(main, "--checkpoint", source, *flags, *own)
+        settings = advised(str(caught.value))
+        assert (settings.dataset, settings.size, settings.device) == (data, "tiny", "cpu")
+        assert list(settings.rename) == ["new 1=one"]
+        assert not own or settings.resolution == 32
+
+
+def test_without_a_stage_1_run_the_one_that_is_advised_is_of_this_dataset(few, call, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = ["--stage1_run", "empty", "--dataset", few, "--size", "small", "--val_fraction", 0.2]
+    with pytest.raises(UserError, match="No checkpoint found in Stage-1 directory") as caught:
+        call(train_seg_stage2.main, *flags)
+    settings = advised(str(caught.value))
+    assert (settings.dataset, settings.size, settings.val_fraction) == (few, "small", 0.2)
+
+
+def test_a_shrunk_file_that_is_replaced_is_said_to_be(few, call, capsys, tmp_path):
+    source = detector({"dataset": str(few), "size": "tiny"}, tmp_path / "best.pt")
+    flags = ["--in_ckpt", source, "--out_ckpt", "small.pt"]
+    call(shrink_head.main, *flags)
+    assert "Written: small.pt\n" in capsys.readouterr().out
+    call(shrink_head.main, *flags)
+    assert "Written: small.pt, in place of an earlier file\n" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what is missing
 
 
 def test_a_dataset_that_has_gone_leaves_nothing_to_type(call, capsys, tmp_path):

@@ -5,30 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rfdetr.classes import ClassTable
+from rfdetr.commands import DATA_FLAGS, flags_of, size_flags
 from rfdetr.console import UserError
 from rfdetr.data.layout import find_splits
 from rfdetr.resolve import plain
 from rfdetr.runs.places import WEIGHTS, first_file
-from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, keep_flags
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
-
-DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename", "tile")
-USUAL_DEVICE = "auto"
-
-
-def flags_of(args: dict, *names: str) -> list[str]:
-    """--NAME VALUE for those of a run's settings (as in config.yaml) that have a value."""
-    words = []
-    for name in names:
-        value = args.get(name)
-        if isinstance(value, (list, tuple)):
-            words += [f"--{name}={one}" for one in value]
-        elif value is not None and (name, value) != ("device", USUAL_DEVICE):
-            words += [f"--{name}", str(value)]
-    return words
-
 
 # ---------------------------------------------------------------- after a training
 
@@ -60,10 +44,8 @@ def mask_training(args: dict, resolution: int, weights: Path) -> str:
 
     args: the settings of its training; {} where they are unknown, as for an official file.
     """
-    words = flags_of(args, "size", *DATA_FLAGS)
-    if resolution != SIZES[args["size"]].resolution:
-        words += ["--resolution", str(resolution)]
-    words += flags_of(args, "device")
+    args = args | {"resolution": resolution}
+    words = [*size_flags(args), *flags_of(args, *DATA_FLAGS, "device")]
     if first_file(weights.parent, WEIGHTS):
         words += ["--stage1_run", str(weights.parent)]
     return command_line("python", "train_seg_stage2.py", *words, "--checkpoint", weights)
