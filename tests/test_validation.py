@@ -207,7 +207,7 @@ def test_all_problems_are_reported_at_once_with_counts_and_first_places(tmp_path
     ]
     data["images"][3]["width"] = -1
     file = write(tmp_path / "my data/train", data)
-    with pytest.raises(UserError, match=r'1 more kinds of errors\..*--dataset ".*my data"'):
+    with pytest.raises(UserError, match=r'1 more kinds of errors\..*--dataset \'.*my data\''):
         read_split(file, file.parent, "train")
 
 
