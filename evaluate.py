@@ -29,6 +29,7 @@ from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.table import format_table
 from rfdetr.resolve import plain
 from rfdetr.sizes import size_from_dict
+from rfdetr.text import counted
 from rfdetr.tiling import tell_tiles, tiling_of
 from rfdetr.weights import checkpoint
 
@@ -78,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     coco = evaluator.collect(model)
     check_unread(evaluator.unread, split)
     summary = coco.summary()
-    place = f"{settings.dataset} ({settings.split}, {len(split.images)} images, {resolution} px)"
+    images = counted(len(split.images), "image")
+    place = f"{settings.dataset} ({settings.split}, {images}, {resolution} px)"
     print(f"{settings.checkpoint} on {place}")
     print(format_table(summary))
     if settings.json:

@@ -13,6 +13,7 @@ check_command(ExportSettings, __doc__, __name__)
 
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, refuse_same_file
+from rfdetr.text import counted
 from rfdetr.weights import checkpoint
 from rfdetr.weights.package import left_to_user, to_package
 
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint.save(target, exported)
 
     names = exported["args"].get("class_names")
-    classes = f"{len(names)} classes ({', '.join(names)})" if names else "COCO's classes"
+    classes = "COCO's classes"
+    if names:
+        classes = f"{counted(len(names), 'class')} ({', '.join(names)})"
     replaced = ", in place of an earlier file" if is_replaced else ""
     tick(
         f"Written: {target}, {len(exported['model'])} tensors, {size}, "

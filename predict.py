@@ -40,7 +40,7 @@ from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
-from rfdetr.text import quoted
+from rfdetr.text import counted, quoted
 from rfdetr.tiling import tell_tiles
 
 JPEG_QUALITY = 92  # Pillow's scale up to 95
@@ -107,9 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     written = "pictures and predictions.json" if suffix else "predictions.json"
     followed = ""
     if settings.track:
-        followed = f" on {len({record['track'] for record in records})} tracks"
+        tracks = {record["track"] for record in records}
+        followed = f" on {counted(len(tracks), 'track')}"
+    objects = counted(len(records), "object")
     files = len(paths) - unreadable
-    tick(f"{len(records)} objects{followed} in {files} files: {settings.output} ({written})")
+    tick(f"{objects}{followed} in {counted(files, 'file')}: {settings.output} ({written})")
     if damaged:
         print(
             f"Damaged: {', '.join(damaged)}. What could be decoded is in {settings.output}. "

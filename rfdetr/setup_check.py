@@ -31,7 +31,7 @@ from rfdetr.renaming import rename_flags
 from rfdetr.runs.environment import environment
 from rfdetr.settings import VAL_FRACTION
 from rfdetr.sizes import SIZES, check_resolution, usual_size
-from rfdetr.text import command_line, printable
+from rfdetr.text import command_line, counted, printable
 from rfdetr.tiling import Tiling
 from rfdetr.tool_settings import ValidationSettings
 from rfdetr.training.auto_batch import HEADROOM
@@ -196,9 +196,10 @@ def print_splits(splits: dict[str, dict]) -> None:
     """
     for name, row in splits.items():
         sizes = ", ".join(f"{count} {size}" for size, count in row["sizes"].items())
+        images = counted(row["images"], "image")
         print(
-            f"{name + ':':<7}{row['images']} images ({row['negatives']} without objects), "
-            f"{row['objects']} objects, {row['masks']} with masks, "
+            f"{name + ':':<7}{images} ({row['negatives']} without objects), "
+            f"{counted(row['objects'], 'object')}, {row['masks']} with masks, "
             f"at most {row['most_in_an_image']} in an image ({sizes}; "
             f"median side {row['median_side_px'] or '-'} px at the model's input)"
         )
@@ -254,7 +255,7 @@ def estimate_sizes(name: str, resolution: int, precision: Precision, images: int
     """Print and return what stage 1 takes by size."""
     rows = estimate(name, resolution, precision, images)
     free = free_on_device_mb(precision.device)
-    print(f"Stage 1 here, {images} images a pass, small sets repeated")
+    print(f"Stage 1 here, {counted(images, 'image')} a pass, small sets repeated")
     columns = f"{'parameters':>13}{'MB, batch 1':>13}{'batch 4':>10}{'s an epoch':>12}"
     print(f"{'size':<13}{'px':>5}{columns}")
     for row in rows:
@@ -293,7 +294,8 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
     how = "images were opened, not decoded (--check_images)"
     if settings.check_images:
         how = "every image could be decoded"
-    tick(f"{len(train.class_names)} classes, {images} images; {how}")
+    classes = counted(len(train.class_names), "class")
+    tick(f"{classes}, {counted(images, 'image')}; {how}")
     tick("Stage 1 (boxes) is possible")
     if train.mask_count:
         tick("Stage 2 and single stage (masks) are possible")

@@ -90,7 +90,7 @@ def describe_folder(folder: Path) -> str:
         return "not a folder" if folder.exists() else "there is no such folder"
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"it holds: {', '.join(names[:MOST_NAMED])}{more}" if names else "it is empty"
+    return f"it holds {', '.join(names[:MOST_NAMED])}{more}" if names else "it is empty"
 
 
 def read_json(path: str | Path) -> dict:

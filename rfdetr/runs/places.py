@@ -98,7 +98,7 @@ def what_is_there(path: Path, files: tuple[str, ...] = ()) -> str:
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
         more = ", ..." if len(names) > MOST_NAMES else ""
-        there = f"it holds: {', '.join(names[:MOST_NAMES])}{more}" if names else "it is empty"
+        there = f"it holds {', '.join(names[:MOST_NAMES])}{more}" if names else "it is empty"
     elif path.exists():
         there = "it is a file"
     else:

@@ -12,7 +12,7 @@ from rfdetr.models.detector import Detector
 from rfdetr.resolve import plain
 from rfdetr.runs.places import detector_of_run
 from rfdetr.settings import SegmentationSettings
-from rfdetr.text import command_line, keep_flags
+from rfdetr.text import command_line, counted, keep_flags
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
 
@@ -92,7 +92,7 @@ def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
     words = command_line("python", "shrink_head.py", "--in_ckpt", path, "--out_ckpt", shrunk)
     return (
         f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
-        f"{path} has a {rows}-row class head, the dataset has {len(names)} classes "
+        f"{path} has a {rows}-row class head, the dataset has {counted(len(names), 'class')} "
         f"({', '.join(names)}). Run:\n"
         f"  {words} {keep_flags(names)}\n"
         "and pass the new file with --checkpoint, or add --auto_shrink 1."
