@@ -25,19 +25,25 @@ from rfdetr.models.detector import Detector
 from rfdetr.settings import DetectorSettings
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, quoted
+from rfdetr.training.health import RunHealth
+from rfdetr.training.next_commands import without_trial
 from rfdetr.training.resume import require_stage
 from rfdetr.weights import checkpoint
 from testkit.datasets import changed_copy, drop_masks
 
 # of a stage, so that it is over at once; what a command has to carry by itself is not in it
-QUICK = ["--fast_dev_run", 1, "--batch", 2, "--accum", 1, "--tensorboard", 0]
+QUICK = ["--epochs", 1, "--min_steps", 1, "--batch", 2, "--accum", 1, "--tensorboard", 0]
 QUICK += ["--workers", 0]
 ODD_NAMES = ["--keep=it's", 'a "b" – $c', "- é 血"]
 
 
 @pytest.fixture
-def type_next(call, capsys) -> Callable:
-    """type_next(output, *more) -> script's name, the output of the command after "Next:"."""
+def type_next(call, capsys, monkeypatch) -> Callable:
+    """type_next(output, *more) -> script's name, the output of the command after "Next:".
+
+    A detector of so few steps finds nothing, which stops no stage 2.
+    """
+    monkeypatch.setattr(RunHealth, "check_matches", lambda *_: None)
 
     def run(output: str, *more: object) -> tuple[str, str]:
         words = shlex.split(next_line(output))
@@ -74,6 +80,7 @@ def test_odd_names_lead_from_stage_1_to_pictures(few, call, capsys, type_next, t
         assert words[words.index(name) + 1] == value
     script, output = type_next(output, *QUICK)
     assert script == "train_seg_stage2.py" and "(3 train, 1 valid images" in output
+    assert "train holds the images that were trained on, too" in output.splitlines()[-2]
     script, output = type_next(output, "--threshold", 0.9)
     assert script == "predict.py" and len(list(Path("predictions").glob("*.png"))) == 4
 
@@ -91,8 +98,22 @@ def test_boxes_alone_lead_from_stage_1_to_guessed_masks(few, call, capsys, type_
 
 @pytest.mark.slow
 def test_a_head_without_unused_rows_goes_on_to_stage_2(few, call, capsys, type_next):
-    call(train_detector_stage1.main, *quick_flags(few), "--head", "dataset")
-    assert type_next(capsys.readouterr().out, *QUICK)[0] == "train_seg_stage2.py"
+    """First of all a trial, which leads to the run itself."""
+    flags = [*quick_flags(few), "--head", "dataset"]
+    call(train_detector_stage1.main, *flags[:4], "--fast_dev_run", 1, *flags[4:])
+    output = capsys.readouterr().out
+    trial, last = output.splitlines()[-2:]
+    assert trial.startswith("A trial of 1 step: it has learnt nothing. runs")
+    assert shlex.split(last)[1:] == ["python", "train_detector_stage1.py", *map(str, flags)]
+    output = type_next(output)[1]
+    assert "detector_tiny_32_2" in output
+    assert type_next(output, *QUICK)[0] == "train_seg_stage2.py"
+
+
+def test_a_trials_flag_leaves_its_command_in_every_form():
+    for words in (["--fast_dev_run"], ["--fast_dev_run", "3"], ["--fast_dev_run=3"]):
+        command = without_trial(["a.py", "--seed", "1", *words, "--batch", "2"])
+        assert command == "python a.py --seed 1 --batch 2"
 
 
 # ---------------------------------------------------------------- after --keep of a few classes
