@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     size = content["size"]["name"]
     if size == "tiny":
         raise UserError(
-            f"{source} is of size tiny, which the package does not have: train an official size"
+            f"{source} is of size tiny, which the package does not have: train an official size, "
+            "such as --size nano"
         )
     if content["mask_head"] not in (None, "official"):
         warn(
