@@ -25,9 +25,8 @@ from rfdetr.data.formats.yolo import YoloReader
 from rfdetr.data.layout import describe_folder, holds_dataset
 from rfdetr.files import require_free, writing_to
 from rfdetr.progress import ProgressBar
+from rfdetr.settings import VAL_FRACTION
 from rfdetr.text import command_line
-
-VAL_FRACTION = 0.1
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ check_command(EvaluationSettings, __doc__, __name__)
 
 from dataclasses import replace
 
+from rfdetr.commands import training_command
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
@@ -26,7 +27,9 @@ from rfdetr.device import compile_in_place, pick_device, pick_inference_precisio
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.table import format_table
+from rfdetr.resolve import plain
 from rfdetr.sizes import size_from_dict
+from rfdetr.text import counted
 from rfdetr.tiling import tell_tiles, tiling_of
 from rfdetr.weights import checkpoint
 
@@ -43,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
 
     model, table = checkpoint.build_model(content)
     where = f"{settings.dataset} ({settings.split})"
-    table = table.in_order_of(split.class_names, split.category_ids, where)
+    again = training_command(plain(settings) | {"size": model.size.name, "resolution": None})
+    table = table.in_order_of(split.class_names, split.category_ids, where, again)
     precision = pick_inference_precision(settings.amp, device, model.size.recipe.amp)
     model.to(device)
     if settings.compile:
@@ -75,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     coco = evaluator.collect(model)
     check_unread(evaluator.unread, split)
     summary = coco.summary()
-    place = f"{settings.dataset} ({settings.split}, {len(split.images)} images, {resolution} px)"
+    images = counted(len(split.images), "image")
+    place = f"{settings.dataset} ({settings.split}, {images}, {resolution} px)"
     print(f"{settings.checkpoint} on {place}")
     print(format_table(summary))
     if settings.json:

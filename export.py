@@ -13,6 +13,7 @@ check_command(ExportSettings, __doc__, __name__)
 
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, refuse_same_file
+from rfdetr.text import counted
 from rfdetr.weights import checkpoint
 from rfdetr.weights.package import left_to_user, to_package
 
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     size = content["size"]["name"]
     if size == "tiny":
         raise UserError(
-            f"{source} is of size tiny, which the package does not have: train an official size"
+            f"{source} is of size tiny, which the package does not have: train an official size, "
+            "such as --size nano"
         )
     if content["mask_head"] not in (None, "official"):
         warn(
@@ -37,13 +39,17 @@ def main(argv: list[str] | None = None) -> None:
         warn(note)
     exported = to_package(content)
     make_place(target, "--out")
+    is_replaced = target.exists()
     checkpoint.save(target, exported)
 
     names = exported["args"].get("class_names")
-    classes = f"{len(names)} classes ({', '.join(names)})" if names else "COCO's classes"
+    classes = "COCO's classes"
+    if names:
+        classes = f"{counted(len(names), 'class')} ({', '.join(names)})"
+    replaced = ", in place of an earlier file" if is_replaced else ""
     tick(
         f"Written: {target}, {len(exported['model'])} tensors, {size}, "
-        f"{content['resolution']} px, {classes}"
+        f"{content['resolution']} px, {classes}{replaced}"
     )
     path = str(target.resolve())  # the package takes a bare file name for one of its cache
     print(f"Load it with rfdetr 1.11:  rfdetr.{exported['model_name']}.from_checkpoint({path!r})")

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.console import UserError, run_script, say, tick, warn
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
 from rfdetr.data.statistics import image_warnings
@@ -40,9 +40,10 @@ from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.runs.places import what_is_there
-from rfdetr.text import quoted
+from rfdetr.text import counted, quoted
 from rfdetr.tiling import tell_tiles
 
+RECORDS = "predictions.json"
 JPEG_QUALITY = 92  # Pillow's scale up to 95
 
 
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     predictor = Predictor(model, replace(settings, threshold=lowest), tiling is not None)
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
+    if (settings.output / RECORDS).exists():
+        say(f"{settings.output} has earlier results: files of the same names are replaced")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
     suffix = None if settings.pictures == "0" else f".{settings.pictures}"
 
@@ -103,13 +106,15 @@ def main(argv: list[str] | None = None) -> None:
     block = model.model.size.block
     for message in image_warnings(images, model.resolution, block, settings.pages, side):
         warn(message)
-    write_json(settings.output / "predictions.json", records)
-    written = "pictures and predictions.json" if suffix else "predictions.json"
+    write_json(settings.output / RECORDS, records)
+    written = f"pictures and {RECORDS}" if suffix else RECORDS
     followed = ""
     if settings.track:
-        followed = f" on {len({record['track'] for record in records})} tracks"
+        tracks = {record["track"] for record in records}
+        followed = f" on {counted(len(tracks), 'track')}"
+    objects = counted(len(records), "object")
     files = len(paths) - unreadable
-    tick(f"{len(records)} objects{followed} in {files} files: {settings.output} ({written})")
+    tick(f"{objects}{followed} in {counted(files, 'file')}: {settings.output} ({written})")
     if damaged:
         print(
             f"Damaged: {', '.join(damaged)}. What could be decoded is in {settings.output}. "

@@ -309,13 +309,14 @@ class Job(object):
 
 
 def default_size(device):
-    """nano where there is a GPU, else tiny."""
+    from rfdetr.sizes import usual_size
+
     if device == "auto":
         ask = "import sys, torch; sys.exit(not torch.cuda.is_available())"
         has_gpu = succeeds(sys.executable, "-c", ask)
     else:
         has_gpu = device.startswith("cuda")
-    return "nano" if has_gpu else "tiny"
+    return usual_size(has_gpu)
 
 
 def epochs_for(stage, steps, images, images_per_step, min_steps):

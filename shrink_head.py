@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         keep = without_placeholders(settings.keep, content, table)
     shrunk = checkpoint.shrink(content, keep)
     make_place(target, "--out_ckpt")
+    is_replaced = target.exists()
     checkpoint.save(target, shrunk)
 
     new_table = checkpoint.table_of(shrunk)
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             "scores may then move a little."
         )
     say_which_weights_are_better(source)
-    tick(f"Written: {target}")
+    tick(f"Written: {target}" + (", in place of an earlier file" if is_replaced else ""))
     print(f"Output dim: {new_table.rows_total}")
     remark, command = after_shrink(content, shrunk, target)
     if remark:

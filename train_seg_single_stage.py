@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         if session.run and session.guess_masks:
             draw_guesses(session.run, dataset)
         fit(session, trainer, loader, evaluator, pack)
-        finish(session, table, masks=True, next_command=predict_with(session))
+        remark, command = predict_with(session)
+        finish(session, table, masks=True, next_command=command, remark=remark)
 
 
 def stride_of_head(size: ModelSize, content: dict | None) -> int:

@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         fit(session, trainer, loader, evaluator, pack)
         if choice.where == "disk":
             cache.close(settings.keep_cache)
-        finish(session, table, masks=True, next_command=predict_with(session))
+        remark, command = predict_with(session)
+        finish(session, table, masks=True, next_command=command, remark=remark)
 
 
 def feature_cache(session: Session, losses: MaskObjective) -> FeatureCache:

@@ -92,11 +92,13 @@ class ClassTable:
         """True for the classes of COCO in their order."""
         return self.names == tuple(COCO_NAMES.values())
 
-    def in_order_of(self, names: list[str], ids: list[int], where: str) -> ClassTable:
+    def in_order_of(
+        self, names: list[str], ids: list[int], where: str, train_again: str = ""
+    ) -> ClassTable:
         """The same rows in a dataset's label order.
 
-        `where`: the dataset, for the message. A dataset may have a part of COCO's classes alone.
-        Raises UserError with both lists where the names differ.
+        where, train_again: the dataset, and a command, for the message. A dataset may have a part
+        of COCO's classes alone. Raises UserError with both lists where the names differ.
         """
         row_of = dict(zip(self.names, self.rows))
         missing = [name for name in names if name not in row_of]
@@ -113,10 +115,8 @@ class ClassTable:
             renames = suggest_renames(missing, extra, self.names)
             if renames:
                 message += f"If they are the same, add: {rename_flags(renames)}. Otherwise: "
-            raise UserError(
-                f"{message}Use the checkpoint that was trained on these classes, or train again: "
-                "python train_detector_stage1.py"
-            )
+            message += "Use the checkpoint that was trained on these classes, or train again"
+            raise UserError(f"{message}: {train_again}" if train_again else message)
         rows = tuple(row_of[name] for name in names)
         return replace(self, names=tuple(names), ids=tuple(ids), rows=rows)
 

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from rfdetr.commands import training_command
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
-from rfdetr.resolve import read_layer, resolve, settings_of
+from rfdetr.resolve import MissingSettings, plain, read_layer, resolve, settings_of
 from rfdetr.runs.places import (
     detector_of_run,
     find_checkpoint,
@@ -85,13 +86,14 @@ def check_command(kind: type, description: str, name: str) -> None:
 
 def _check(kind: type, description: str, argv: list[str] | None) -> None:
     """Raises UserError, SystemExit after --help."""
-    given = vars(make_parser(kind, description).parse_args(argv))
+    parser = make_parser(kind, description)
+    given = vars(parser.parse_args(argv))
     file = take_config(kind, given)
     given.pop("no_amp", None)
     if given.get("resume"):  # the run has the other settings
         require_state(run_to_resume(kind, given["resume"]))
         return
-    require_files(resolve(kind, given, file=file))
+    require_files(resolved(parser, kind, given, file))
 
 
 def require_files(settings: object) -> None:
@@ -101,7 +103,7 @@ def require_files(settings: object) -> None:
     if weights not in ("auto", "none") and not is_url(weights):
         find_checkpoint(Path(weights).expanduser())
     if getattr(settings, "stage1_run", None) and not settings.checkpoint:
-        detector_of_run(settings.stage1_run)
+        detector_of_run(settings.stage1_run, training_command(plain(settings)))
     inputs = getattr(settings, "input", ())
     for text in [str(inputs)] if isinstance(inputs, Path) else inputs:
         if not (glob.has_magic(text) or Path(text).exists()):
@@ -120,9 +122,18 @@ def script_settings(kind: type[S], description: str, argv: list[str] | None) -> 
 
     Raises UserError.
     """
-    given = vars(make_parser(kind, description).parse_args(argv))
+    parser = make_parser(kind, description)
+    given = vars(parser.parse_args(argv))
     file = take_config(kind, given)
-    return with_checkpoints(resolve(kind, given, file=file))
+    return with_checkpoints(resolved(parser, kind, given, file))
+
+
+def resolved(parser: Parser, kind: type[S], given: dict, file: dict) -> S:
+    """The settings.  Raises UserError; for missing ones as the parser does for wrong ones."""
+    try:
+        return resolve(kind, given, file=file)
+    except MissingSettings as error:
+        parser.error(str(error))
 
 
 def training_settings(

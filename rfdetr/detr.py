@@ -45,7 +45,7 @@ from rfdetr.settings import MOST_TILE_OVERLAP
 from rfdetr.sizes import SIZES
 from rfdetr.tiling import Tiling, Window, crop, tiling_of
 from rfdetr.tool_settings import PredictionSettings
-from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load, require_size
+from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load
 from rfdetr.weights.download import find_weights
 
 
@@ -93,8 +93,12 @@ class RFDETR:
             )
         path = Path(checkpoint or find_weights("auto", size))
         content = load(path)
-        if size is not None:
-            require_size(content, size, path)
+        own = content["size"]["name"]
+        if size is not None and own != size.name:
+            raise UserError(
+                f"{path} is a {own} checkpoint, and {type(self).__name__} is for {size.name}: "
+                f"RFDETR.from_checkpoint({str(path)!r}) takes every size"
+            )
         self.resolution = input_side(content, resolution, path)
         model, self.table = build_model(content)
         self.model = model.to(place)

@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 MOST = 10**9  # the largest number a setting takes: more is a slip, and no library takes it
+LEAST_TILE = 32  # pixels, of --tile
 OF_SIZE = "the size's own"  # a default that `sizes.py` has
 
 
@@ -95,22 +96,28 @@ class _Required:
 REQUIRED = _Required()
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """A reader of an int or float within [low, high]; its ValueError names the range."""
+def number(
+    kind: type, low: float, high: float, words: tuple[str, ...] = ()
+) -> Callable[[str], float]:
+    """A reader of an int or float within [low, high]; its ValueError names the range, and the words
+    that may stand in its place.
+    """
+    range_in_words = f"a {'whole number' if kind is int else 'number'} from {low:,} to {high:,}"
+    expected = " or ".join([*words, range_in_words])
 
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
             value = kind(text)
             if low <= value <= high:  # never true of nan
                 return value
-        raise ValueError(f"expected {kind.__name__} >= {low} and <= {high}, got {text!r}")
+        raise ValueError(f"expected {expected}, got {text!r}")
 
     return read
 
 
 def integer(default, help: str, low: int = 1, high: int = MOST, words: tuple[str, ...] = ()):
     """A whole number within [low, high], or one of `words`."""
-    return _field(default, Setting(number(int, low, high), help, words=words))
+    return _field(default, Setting(number(int, low, high, words), help, words=words))
 
 
 def decimal(default, help: str, low: float = 0.0, high: float = MOST):
@@ -193,7 +200,12 @@ def by_size(values: dict[str, object]) -> str:
 
 def tile_of(help: str):
     """--tile: a side in pixels, 0 for whole images, or auto."""
-    return integer(None, help, low=0, words=("auto",))
+    side = number(int, LEAST_TILE, MOST, ("auto", "0"))
+
+    def read(text: str) -> int:
+        return 0 if text.strip() == "0" else side(text)
+
+    return _field(None, Setting(read, help, words=("auto",)))
 
 
 def batch_of(recipes: dict[str, int]):

@@ -31,6 +31,7 @@ from rfdetr.text import command_line
 from rfdetr.training.engine import Progress, Trainer, train_one_epoch
 from rfdetr.training.health import RunHealth
 from rfdetr.training.keeper import CheckpointKeeper
+from rfdetr.training.next_commands import after_trial
 from rfdetr.training.report import (
     RunClock,
     commands_of,
@@ -280,8 +281,13 @@ def evaluate(trainer: Trainer, evaluator: SplitEvaluator, record: dict) -> dict[
 # ---------------------------------------------------------------- finish
 
 
-def finish(session: Session, table: ClassTable, masks: bool, next_command: str) -> None:
-    """Score the test split with the best weights; say where the files are and what to type next."""
+def finish(
+    session: Session, table: ClassTable, masks: bool, next_command: str, remark: str = ""
+) -> None:
+    """Score the test split with the best weights; say where the files are and what to type next.
+
+    remark: on that command.
+    """
     if "test" in session.splits:
         content = None
         if distributed.is_main():  # it may still be writing it, and on another machine's disk
@@ -294,5 +300,9 @@ def finish(session: Session, table: ClassTable, masks: bool, next_command: str) 
             record_test(session.run, scores, session.progress.epoch)
     tick(f"Done. Files: {session.folder} (best.pt, last.pt, metrics.json, tb/, predictions/)")
     say(f"Look at the curves:  {command_line('tensorboard', '--logdir', session.folder)}")
+    if session.settings.fast_dev_run:
+        remark, next_command = after_trial(session, sys.argv)
+    if remark:
+        say(remark)
     say(f"Next:  {next_command}")
     distributed.stop()

@@ -24,7 +24,8 @@ class ProgressBar(Generic[Item]):
 
     A file or a pipe gets whole lines without carriage returns. title: what is done; `unit`: what
     is counted. total: how many there are, where `items` cannot tell. at_once: show the bar before
-    the first item is there. clock: seconds.
+    the first item is there. before: how many more were done already, which count as done, too.
+    clock: seconds.
     """
 
     def __init__(
@@ -34,12 +35,16 @@ class ProgressBar(Generic[Item]):
         unit: str = "images",
         total: int | None = None,
         at_once: bool = False,
+        before: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.items = items
         self.title = printable(title)
         self.unit = unit
         self.total = len(items) if total is None and hasattr(items, "__len__") else total
+        if self.total is not None:
+            self.total += before
+        self.before = before
         self.at_once = at_once
         self.clock = clock
         self.text = ""
@@ -58,7 +63,16 @@ class ProgressBar(Generic[Item]):
     def _with_bar(self) -> Iterator[Item]:
         delay = 0 if self.at_once else DELAY
         unit = f" {self.unit}"
-        with tqdm(self.items, self.title, self.total, leave=False, unit=unit, delay=delay) as bar:
+        bar = tqdm(
+            self.items,
+            self.title,
+            self.total,
+            leave=False,
+            unit=unit,
+            delay=delay,
+            initial=self.before,
+        )
+        with bar:
             for item in bar:
                 yield item
                 bar.set_postfix_str(self.text, refresh=False)
@@ -80,11 +94,13 @@ class ProgressBar(Generic[Item]):
             self._say(done, self.clock() - begin)
 
     def _say(self, done: int, seconds: float) -> None:
-        count = f"{done} {self.unit}"
+        """done: in these seconds."""
+        in_all = self.before + done
+        count = f"{in_all} {self.unit}"
         times = f"{in_hours(seconds)} elapsed"
         if self.total:
-            count = f"{done}/{self.total} {self.unit} ({done / self.total:.0%})"
-            left = seconds / done * max(self.total - done, 0)
+            count = f"{in_all}/{self.total} {self.unit} ({in_all / self.total:.0%})"
+            left = seconds / done * max(self.total - in_all, 0)
             times += f", {in_hours(left)} left"
         parts = [count, self.text, times]
         line = ", ".join(part for part in parts if part)

@@ -20,6 +20,10 @@ from rfdetr.text import printable
 S = TypeVar("S")
 
 
+class MissingSettings(UserError):
+    """Some that have no default."""
+
+
 def settings_of(kind: type) -> dict[str, Setting]:
     """Name -> form of every setting of a script, in the order of its --help."""
     return {field.name: field.metadata["setting"] for field in fields(kind)}
@@ -28,8 +32,8 @@ def settings_of(kind: type) -> dict[str, Setting]:
 def resolve(kind: type[S], given: dict, stored: dict | None = None, file: dict | None = None) -> S:
     """The settings of a script: the size's recipe < `file` < `stored` (a resumed run's) < `given`.
 
-    Each maps names to values as `read_layer` returns them. Raises UserError where one is missing or
-    two do not fit.
+    Each maps names to values as `read_layer` returns them. Raises MissingSettings, and UserError
+    where two do not fit.
     """
     layers = (file or {}) | (stored or {}) | given
     values = {field.name: layers.get(field.name, field.default) for field in fields(kind)}
@@ -37,7 +41,7 @@ def resolve(kind: type[S], given: dict, stored: dict | None = None, file: dict |
         fill_in_from_size(kind, values)
     missing = [f"--{name}" for name, value in values.items() if value is MISSING]
     if missing:
-        raise UserError(f"these settings are missing: {', '.join(missing)}")
+        raise MissingSettings(f"these settings are missing: {', '.join(missing)}")
     settings = kind(**values)
     return settings.checked() if isinstance(settings, TrainingSettings) else settings
 

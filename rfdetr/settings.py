@@ -39,6 +39,7 @@ AMP = ("auto", "bf16", "fp16", "off")
 TWO_STARTS = "--backbone_weights is a start without a detector: leave out the other file of weights"
 EARLY_STOPPING_PATIENCE = 10  # evaluations without gain, where no --patience is named
 
+VAL_FRACTION = 0.1  # of train/ that is advised where there is no valid/
 TILE_OVERLAP = 0.3  # where neither a flag nor a checkpoint says otherwise
 MOST_TILE_OVERLAP = 0.9  # tiles grow in number without end towards 1
 

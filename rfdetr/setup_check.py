@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rfdetr.commands import TRAIN_DETECTOR
 from rfdetr.console import UserError, banner, tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.coco import inspect_dataset
@@ -28,14 +29,15 @@ from rfdetr.inference.augment_sheet import augment_sheet
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.renaming import rename_flags
 from rfdetr.runs.environment import environment
-from rfdetr.sizes import SIZES, check_resolution
-from rfdetr.text import command_line, printable
+from rfdetr.settings import VAL_FRACTION
+from rfdetr.sizes import SIZES, check_resolution, usual_size
+from rfdetr.text import command_line, counted, printable
 from rfdetr.tiling import Tiling
 from rfdetr.tool_settings import ValidationSettings
 from rfdetr.training.auto_batch import HEADROOM
 from rfdetr.training.estimate import estimate
 
-PICTURES = (".webp", ".png", ".jpg")
+PICTURES = (".webp", ".png", ".jpg", ".jpeg")
 
 
 def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
@@ -43,11 +45,14 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     errors.
     """
     check_outputs(settings)
-    size = SIZES[settings.size]
+    device = pick_device(settings.device)
+    size = SIZES[settings.size or usual_size(device.type == "cuda")]
     resolution = check_resolution(size, settings.resolution)
-    precision = pick_precision(size.recipe.amp, pick_device(settings.device))
+    precision = pick_precision(size.recipe.amp, device)
     machine = describe_machine(versions, precision)
-    banner("SETUP CHECK", {"size": f"{size.name}, {resolution} px", **machine})
+    chosen = "" if settings.size else f" (usual on {device.type}; --size checks another)"
+    banner("SETUP CHECK", {"size": f"{size.name}, {resolution} px{chosen}", **machine})
+    settings = replace(settings, size=size.name)
     repaired = None
     if settings.fix:
         repaired = write_cleaned_copy(settings)
@@ -116,8 +121,8 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
 
 
 def check_outputs(settings: ValidationSettings) -> None:
-    """UserError where --json or --preview would overwrite a file of the dataset, or cannot be
-    written, and where --augment has nowhere to draw.
+    """UserError where --json or --preview would overwrite a file of the dataset, cannot be written
+    or is no picture, and where --augment has nowhere to draw.
     """
     dataset = settings.dataset.resolve()
     for path in (settings.json, settings.preview):
@@ -125,6 +130,11 @@ def check_outputs(settings: ValidationSettings) -> None:
             raise UserError(f"{path} is a file of the dataset, which is only read: name another")
     if settings.json:
         make_place(settings.json, "--json")
+    preview = settings.preview
+    if preview and preview.suffix and not (is_picture(preview) or preview.is_dir()):
+        raise UserError(
+            f"--preview {preview}: a picture ends in {', '.join(PICTURES)}, a new folder has no dot"
+        )
     if settings.augment and not settings.preview:
         raise UserError(
             f"--augment {settings.augment} is drawn by --preview: add --preview preview.webp"
@@ -186,9 +196,10 @@ def print_splits(splits: dict[str, dict]) -> None:
     """
     for name, row in splits.items():
         sizes = ", ".join(f"{count} {size}" for size, count in row["sizes"].items())
+        images = counted(row["images"], "image")
         print(
-            f"{name + ':':<7}{row['images']} images ({row['negatives']} without objects), "
-            f"{row['objects']} objects, {row['masks']} with masks, "
+            f"{name + ':':<7}{images} ({row['negatives']} without objects), "
+            f"{counted(row['objects'], 'object')}, {row['masks']} with masks, "
             f"at most {row['most_in_an_image']} in an image ({sizes}; "
             f"median side {row['median_side_px'] or '-'} px at the model's input)"
         )
@@ -214,6 +225,10 @@ def print_problems(problems: list[Problem], report: Path | None) -> None:
         print(f"The first {PLACES_KEPT} places of each: {where}")
 
 
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES
+
+
 def draw_preview(
     split: CocoSplit, settings: ValidationSettings, resolution: int, letterbox: bool
 ) -> None:
@@ -222,7 +237,7 @@ def draw_preview(
     As preview.webp where --preview is a folder.
     """
     path = settings.preview
-    if path.suffix.lower() not in PICTURES:
+    if not is_picture(path):
         path = path / "preview.webp"
     with writing_to(path.parent, "--preview"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +255,7 @@ def estimate_sizes(name: str, resolution: int, precision: Precision, images: int
     """Print and return what stage 1 takes by size."""
     rows = estimate(name, resolution, precision, images)
     free = free_on_device_mb(precision.device)
-    print(f"Stage 1 here, {images} images a pass, small sets repeated")
+    print(f"Stage 1 here, {counted(images, 'image')} a pass, small sets repeated")
     columns = f"{'parameters':>13}{'MB, batch 1':>13}{'batch 4':>10}{'s an epoch':>12}"
     print(f"{'size':<13}{'px':>5}{columns}")
     for row in rows:
@@ -264,6 +279,9 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
     """How the script ends: the first error in short, and the others' codes; all is said above."""
     if errors[0].code == "DATASET_LAYOUT":
         return errors[0].message
+    if {problem.code for problem in errors} == {"SPLIT_VALID_MISSING"}:
+        command = own_command("validate_setup.py", replace(settings, val_fraction=VAL_FRACTION))
+        return f"there is no valid split. To check with a tenth of train/ as one: {command}"
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
     then = "Correct them and run this again; --fix NEW_DIR repairs what it can in a copy"
     if settings.fix or {problem.code for problem in errors} <= {"MASKS_NONE", "ANN_NO_TILE"}:
@@ -276,7 +294,8 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
     how = "images were opened, not decoded (--check_images)"
     if settings.check_images:
         how = "every image could be decoded"
-    tick(f"{len(train.class_names)} classes, {images} images; {how}")
+    classes = counted(len(train.class_names), "class")
+    tick(f"{classes}, {counted(images, 'image')}; {how}")
     tick("Stage 1 (boxes) is possible")
     if train.mask_count:
         tick("Stage 2 and single stage (masks) are possible")
@@ -285,7 +304,12 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
             "Stage 2 and single stage (masks) will guess masks from the boxes: the annotations "
             "have none"
         )
-    words = ["python", "train_detector_stage1.py", "--dataset", settings.dataset]
+    print(f"Next: {own_command(TRAIN_DETECTOR, settings)}")
+
+
+def own_command(script: str, settings: ValidationSettings) -> str:
+    """A script on this dataset, with what the check was told of how it is to be trained."""
+    words = ["python", script, "--dataset", settings.dataset]
     usual = ValidationSettings()
     names = ("val_fraction", "exif", "gray", "size", "resolution", "device", "letterbox")
     names += ("tile", "tile_overlap", "tile_full")
@@ -293,4 +317,4 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
         value = getattr(settings, name)
         if value != getattr(usual, name):
             words += [f"--{name}", int(value) if isinstance(value, bool) else value]
-    print(f"Next: {command_line(*words)} {rename_flags(settings.rename)}".rstrip())
+    return f"{command_line(*words)} {rename_flags(settings.rename)}".rstrip()

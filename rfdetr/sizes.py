@@ -278,6 +278,11 @@ _ALL = [
 SIZES: dict[str, ModelSize] = {size.name: size for size in _ALL}
 
 
+def usual_size(has_gpu: bool) -> str:
+    """The size for who names none: on a CPU nano takes days, tiny minutes."""
+    return "nano" if has_gpu else "tiny"
+
+
 def with_queries(size: ModelSize, queries: int | None, select: int | None) -> ModelSize:
     """`size` with so many queries and so many detections kept per image.
 

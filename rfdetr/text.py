@@ -23,6 +23,12 @@ def printable(text: object) -> str:
     return "".join(repr(c)[1:-1] if is_control(c) else c for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """1 class, 2 classes."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
 def quoted(word: str) -> str:
     """A word of a command that bash and PowerShell both read as it is; where they cannot agree
     (an apostrophe and a dollar in one name, say), bash does.

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from rfdetr.console import UserError, tick, warn
+from rfdetr.fields import LEAST_TILE
 from rfdetr.settings import MOST_TILE_OVERLAP, TILE_OVERLAP
 
 AUTO = "auto"
-LEAST_TILE = 32
 UNLIKE = 1.5  # times larger or smaller than in training: objects are then found badly
 
 

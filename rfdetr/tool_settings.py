@@ -163,7 +163,9 @@ class ConvertSettings:
 class ValidationSettings(TileSettings, DataSettings):
     """validate_setup.py"""
 
-    size: str = choice("nano", "model size to be trained", SIZES)
+    size: str | None = choice(
+        None, "model size to be trained (default: nano with a GPU, else tiny)", SIZES
+    )
     resolution: int | None = integer(None, f"its input side (default: {OWN_RESOLUTION})")
     letterbox: bool | None = letterbox_of(OWN_LETTERBOX)
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from rfdetr.cli import make_parser
+from rfdetr.cli import make_parser, script_settings
 from rfdetr.console import UserError
 from rfdetr.resolve import settings_of
 from rfdetr.settings import STAGES, DetectorSettings
@@ -85,6 +85,7 @@ def test_help_and_slips_are_answered_before_the_slow_imports(script, tmp_path):
         ("convert_dataset.py", ["--input", "no_folder"], "no_folder"),
         ("predict.py", [], "--checkpoint, --input, --output"),
         ("predict.py", ["--checkpoint", "a.pt", "--input", "no.png", "--output", "o"], "no.png"),
+        ("predict.py", ["--tile", "10"], "expected auto or 0 or a whole number from 32 to"),
     ],
 )
 def test_what_is_missing_is_told_before_them_too(script, flags, message, tmp_path):
@@ -119,6 +120,22 @@ def test_a_word_too_many_and_a_bad_value_are_told_in_two_lines():
     for flags in (["--epochs", "0"], ["--size", "huge"], ["--lr"]):
         text = error_of(DetectorSettings, *flags)
         assert text.startswith(flags[0]) and len(text.splitlines()) == 2
+
+
+def test_what_a_flag_takes_is_told_in_words():
+    for flags, words in (
+        (["--epochs", "many"], "expected a whole number from 1 to 1,000,000,000, got 'many'"),
+        (["--batch", "0"], "expected auto or a whole number from 1 to 65,536, got '0'"),
+        (["--drop_path", "2"], "expected a number from 0.0 to 0.9, got '2'"),
+    ):
+        assert words in error_of(DetectorSettings, *flags)
+
+
+def test_a_missing_flag_is_answered_with_the_command_that_lists_all():
+    with pytest.raises(
+        UserError, match="missing: --in_ckpt, --out_ckpt\nall flags: python .* --help"
+    ):
+        script_settings(ShrinkSettings, "", [])
 
 
 @pytest.mark.parametrize("kind", SCRIPTS.values(), ids=lambda kind: kind.__name__)

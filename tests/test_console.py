@@ -362,7 +362,7 @@ def test_stage_1_prints_such_a_command_too(call, capsys, tmp_path, few):
         for category, name in zip(content["categories"], ["--out_ckpt=x.pt", "it's", "-1"]):
             category["name"] = name
         file.write_text(json.dumps(content))
-    call(train_detector_stage1.main, *quick_flags(data), "--fast_dev_run", 1)
+    call(train_detector_stage1.main, *quick_flags(data))
     line = capsys.readouterr().out.splitlines()[-1].removeprefix("Next:").strip()
     words = shlex.split(line)
     assert words[:2] == ["python", "shrink_head.py"]

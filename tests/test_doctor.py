@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import os
+import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -423,6 +425,31 @@ def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypa
     ]
     train = read_dataset(tmp_path / "my copy")["train"]
     assert train.object_count == 4 and len(train.images) == 3
+
+
+def test_a_preview_that_is_no_picture_is_refused_and_leaves_nothing(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    status, _, error, _ = doctor(
+        "--dataset", dataset, "--preview", tmp_path / "x.txt", capsys=capsys
+    )
+    assert status == 2 and "x.txt: a picture ends in .webp, .png, .jpg, .jpeg" in error
+    assert not (tmp_path / "x.txt").exists()
+
+
+def test_without_valid_the_error_is_said_once_with_the_command(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(dataset / "valid")
+    flags = ["--dataset", dataset, "--size", "tiny", "--resolution", 64]
+    status, output, error, _ = doctor(*flags, capsys=capsys)
+    assert status == 2 and output.count("has no valid split") == 1
+    assert error.startswith("error: there is no valid split")
+    command = shlex.split(error.split("as one: python ")[1])
+    assert command[0] == "validate_setup.py"
+    assert doctor(*command[1:], capsys=capsys)[0] == 0
 
 
 def test_fix_never_writes_over_anything(dataset, tmp_path, monkeypatch, capsys):

@@ -177,7 +177,7 @@ def words_of(value: object) -> str:
         (train_detector_stage1, ["--amp", "fp16"], "GPU"),
         (train_seg_stage2, ["--cache", "tape"], "disk"),
         (train_seg_stage2, [], "--stage1_run"),
-        (train_seg_single_stage, ["--num_queries", "0"], ">= 1"),
+        (train_seg_single_stage, ["--num_queries", "0"], "a whole number from 1"),
     ],
     ids=words_of,
 )
@@ -194,11 +194,11 @@ def test_a_bad_training_command_leaves_with_2_and_names_its_fault(
 @pytest.mark.parametrize(
     "script, flags, message",
     [
-        (evaluate, ["--checkpoint", "folder", "--batch", "0"], ">= 1"),
+        (evaluate, ["--checkpoint", "folder", "--batch", "0"], "a whole number from 1"),
         (
             predict,
             ["--checkpoint", "x.pt", "--input", "folder", "--output", "o", "--threshold", "2"],
-            "<= 1",
+            "a number from 0.0 to 1.0, got '2'",
         ),
         (predict, ["--checkpoint", "x.pt", "--input", "folder", "--output", "o"], "folder"),
         (shrink_head, ["--in_ckpt", "folder", "--out_ckpt", "o.pt"], "folder"),

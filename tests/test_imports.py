@@ -26,6 +26,7 @@ LAYERS = [
         "masks",
         "distributed",
         "classes",
+        "commands",
         "memory",
         "renaming",
         "resolve",

@@ -331,7 +331,7 @@ def test_bad_inputs_of_the_python_door(model, stage2, tmp_path):
         model.predict(np.zeros((8, 8, 2), np.uint8))
     with pytest.raises(UserError, match="cannot be read as an image"):
         model.predict(tmp_path / "nowhere.jpg")
-    with pytest.raises(UserError, match="--size tiny|tiny checkpoint"):
+    with pytest.raises(UserError, match="is a tiny checkpoint, .*RFDETR.from_checkpoint\\("):
         RFDETRNano(checkpoint=stage2.folder / "best.pt", device="cpu")
     with pytest.raises(UserError, match="needs a checkpoint"):
         RFDETR()

@@ -321,6 +321,6 @@ def test_the_folder_beside_is_named(dataset):
     for wrong in (dataset / "train", dataset / "train" / ANNOTATIONS, dataset.parent):
         with pytest.raises(UserError, match=r"run the same command with --dataset") as error:
             read_dataset(wrong)
-        assert str(error.value).endswith(f'--dataset "{dataset}"')
+        assert str(error.value).endswith(f"--dataset {dataset}")
     with pytest.raises(UserError, match="there is no such folder"):
         read_dataset(dataset / "nowhere")

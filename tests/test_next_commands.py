@@ -12,29 +12,38 @@ from pathlib import Path
 import pytest
 from conftest import quick_flags
 
+import evaluate
 import shrink_head
 import train_detector_stage1
 import train_seg_stage2
 import validate_setup
 from rfdetr.classes import assign_rows
+from rfdetr.cli import training_settings
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.models.detector import Detector
+from rfdetr.settings import DetectorSettings
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, quoted
+from rfdetr.training.health import RunHealth
+from rfdetr.training.next_commands import without_trial
 from rfdetr.training.resume import require_stage
 from rfdetr.weights import checkpoint
 from testkit.datasets import changed_copy, drop_masks
 
 # of a stage, so that it is over at once; what a command has to carry by itself is not in it
-QUICK = ["--fast_dev_run", 1, "--batch", 2, "--accum", 1, "--tensorboard", 0]
+QUICK = ["--epochs", 1, "--min_steps", 1, "--batch", 2, "--accum", 1, "--tensorboard", 0]
 QUICK += ["--workers", 0]
 ODD_NAMES = ["--keep=it's", 'a "b" – $c', "- é 血"]
 
 
 @pytest.fixture
-def type_next(call, capsys) -> Callable:
-    """type_next(output, *more) -> script's name, the output of the command after "Next:"."""
+def type_next(call, capsys, monkeypatch) -> Callable:
+    """type_next(output, *more) -> script's name, the output of the command after "Next:".
+
+    A detector of so few steps finds nothing, which stops no stage 2.
+    """
+    monkeypatch.setattr(RunHealth, "check_matches", lambda *_: None)
 
     def run(output: str, *more: object) -> tuple[str, str]:
         words = shlex.split(next_line(output))
@@ -71,6 +80,7 @@ def test_odd_names_lead_from_stage_1_to_pictures(few, call, capsys, type_next, t
         assert words[words.index(name) + 1] == value
     script, output = type_next(output, *QUICK)
     assert script == "train_seg_stage2.py" and "(3 train, 1 valid images" in output
+    assert "train holds the images that were trained on, too" in output.splitlines()[-2]
     script, output = type_next(output, "--threshold", 0.9)
     assert script == "predict.py" and len(list(Path("predictions").glob("*.png"))) == 4
 
@@ -88,8 +98,22 @@ def test_boxes_alone_lead_from_stage_1_to_guessed_masks(few, call, capsys, type_
 
 @pytest.mark.slow
 def test_a_head_without_unused_rows_goes_on_to_stage_2(few, call, capsys, type_next):
-    call(train_detector_stage1.main, *quick_flags(few), "--head", "dataset")
-    assert type_next(capsys.readouterr().out, *QUICK)[0] == "train_seg_stage2.py"
+    """First of all a trial, which leads to the run itself."""
+    flags = [*quick_flags(few), "--head", "dataset"]
+    call(train_detector_stage1.main, *flags[:4], "--fast_dev_run", 1, *flags[4:])
+    output = capsys.readouterr().out
+    trial, last = output.splitlines()[-2:]
+    assert trial.startswith("A trial of 1 step: it has learnt nothing. runs")
+    assert shlex.split(last)[1:] == ["python", "train_detector_stage1.py", *map(str, flags)]
+    output = type_next(output)[1]
+    assert "detector_tiny_32_2" in output
+    assert type_next(output, *QUICK)[0] == "train_seg_stage2.py"
+
+
+def test_a_trials_flag_leaves_its_command_in_every_form():
+    for words in (["--fast_dev_run"], ["--fast_dev_run", "3"], ["--fast_dev_run=3"]):
+        command = without_trial(["a.py", "--seed", "1", *words, "--batch", "2"])
+        assert command == "python a.py --seed 1 --batch 2"
 
 
 # ---------------------------------------------------------------- after --keep of a few classes
@@ -119,6 +143,58 @@ def test_after_a_part_of_the_classes_no_stage_2_is_advised(few, call, capsys, ty
     assert message.startswith("Frozen detector head out_dim (2) != requested (4)")
     assert f"does not know {', '.join(CLASS_NAMES[1:])}" in message
     assert "--in_ckpt" not in message
+
+
+# ---------------------------------------------------------------- what errors advise
+
+
+def advised(message: str) -> DetectorSettings:
+    """The settings of the stage 1 that a message advises."""
+    command = re.search("python train_detector_stage1.py.*", message)[0]
+    return training_settings(DetectorSettings, "", shlex.split(command)[2:])[0]
+
+
+def other_classes(content: dict) -> None:
+    for category in content["categories"]:
+        category["name"] = f"new {category['id']}"
+
+
+def test_where_classes_differ_the_training_that_is_advised_is_of_this_dataset(few, call, tmp_path):
+    source = detector({}, tmp_path / "best.pt")
+    data = changed_copy(few, tmp_path / "it's data", other_classes)
+    flags = ["--dataset", data, "--device", "cpu", "--rename", "new 1=one"]
+    for main, own in (
+        (evaluate.main, []),
+        (train_seg_stage2.main, ["--size", "tiny", "--resolution", 32]),
+        (train_seg_stage2.main, ["--size", "tiny", "--auto_shrink", 1, "--resolution", 32]),
+    ):
+        with pytest.raises(UserError) as caught:
+            call(main, "--checkpoint", source, *flags, *own)
+        settings = advised(str(caught.value))
+        assert (settings.dataset, settings.size, settings.device) == (data, "tiny", "cpu")
+        assert list(settings.rename) == ["new 1=one"]
+        assert not own or settings.resolution == 32
+
+
+def test_without_a_stage_1_run_the_one_that_is_advised_is_of_this_dataset(few, call, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = ["--stage1_run", "empty", "--dataset", few, "--size", "small", "--val_fraction", 0.2]
+    with pytest.raises(UserError, match="No checkpoint found in Stage-1 directory") as caught:
+        call(train_seg_stage2.main, *flags)
+    settings = advised(str(caught.value))
+    assert (settings.dataset, settings.size, settings.val_fraction) == (few, "small", 0.2)
+
+
+def test_a_shrunk_file_that_is_replaced_is_said_to_be(few, call, capsys, tmp_path):
+    source = detector({"dataset": str(few), "size": "tiny"}, tmp_path / "best.pt")
+    flags = ["--in_ckpt", source, "--out_ckpt", "small.pt"]
+    call(shrink_head.main, *flags)
+    assert "Written: small.pt\n" in capsys.readouterr().out
+    call(shrink_head.main, *flags)
+    assert "Written: small.pt, in place of an earlier file\n" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what is missing
 
 
 def test_a_dataset_that_has_gone_leaves_nothing_to_type(call, capsys, tmp_path):

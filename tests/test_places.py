@@ -139,8 +139,13 @@ def test_images_in_folders_below_are_named_by_a_glob(few, call, tmp_path, capsys
 
 
 def test_an_mp4_that_cannot_be_read_is_not_to_be_converted_to_mp4(call, weights, capsys, tmp_path):
-    for name, advice in (("a.mp4", "ffmpeg"), ("a.avi", "Convert it to .mp4")):
-        (tmp_path / name).write_bytes(b"no video")
+    for name, content, advice in (
+        ("a.mp4", b"\0\0\0\x18ftypmp42", "ffmpeg -i a.mp4 -vcodec libx264 a_new.mp4\n"),
+        ("a.avi", b"RIFFxxxx", "Convert it to .mp4"),
+        ("b.mp4", b"only text", "by its content it is no video, whatever its name says\n"),
+        ("c.mp4", b"", "the file is empty"),
+    ):
+        (tmp_path / name).write_bytes(content)
         flags = ["--checkpoint", weights, "--output", "found", "--device", "cpu"]
         with pytest.raises(SystemExit):
             call(lambda argv: run_script(predict.main, argv), *flags, "--input", name)

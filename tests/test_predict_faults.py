@@ -268,3 +268,13 @@ def test_a_checkpoint_with_a_side_beyond_its_grid_asks_for_the_flag(call, find, 
     with pytest.raises(UserError, match="--resolution 4096"):
         call(evaluate.main, "--checkpoint", greedy, "--dataset", few)
     assert RFDETR.from_checkpoint(greedy, "cpu", resolution=4096).resolution == 4096
+
+
+def test_results_that_are_replaced_are_said_to_be(find, tmp_path):
+    photo(tmp_path / "a.png")
+    said = "found has earlier results: files of the same names are replaced\n"
+    _, out, _ = find("--input", "a.png")
+    assert said not in out and " in 1 file: found " in out
+    (tmp_path / "found/other.png").touch()
+    _, out, _ = find("--input", "a.png")
+    assert said in out and (tmp_path / "found/other.png").exists()

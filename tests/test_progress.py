@@ -32,6 +32,18 @@ def test_a_pipe_gets_whole_lines_now_and_then(capsys):
     ]
 
 
+def test_what_was_done_before_a_resume_counts_as_done(capsys, monkeypatch):
+    bar = ProgressBar(range(6), "epoch 3", "steps", before=6, clock=clock(10))
+    list(bar)
+    assert capsys.readouterr().err.splitlines() == [
+        "epoch 3: 9/12 steps (75%), 0:00:30 elapsed, 0:00:30 left",
+        "epoch 3: 12/12 steps (100%), 0:01:00 elapsed, 0:00:00 left",
+    ]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list(ProgressBar(range(6), "epoch 3", "steps", at_once=True, before=6))
+    assert "epoch 3:  50%" in capsys.readouterr().err
+
+
 def test_the_last_line_tells_of_all(capsys):
     items = iter("abcd")  # whose number nobody knows
     assert list(ProgressBar(items, "clip.mp4", "batches", clock=clock(10))) == list("abcd")

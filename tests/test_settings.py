@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rfdetr.cli import training_settings
 from rfdetr.console import UserError
+from rfdetr.fields import LEAST_TILE
 from rfdetr.resolve import plain, read_layer, resolve, settings_of
 from rfdetr.settings import (
     EARLY_STOPPING_PATIENCE,
@@ -190,23 +191,23 @@ def test_values_are_read_from_texts_and_from_plain_values(kind, name, value, exp
 
 
 BAD = [
-    (DetectorSettings, "epochs", 0, ">= 1"),
-    (DetectorSettings, "epochs", "many", "int"),
-    (DetectorSettings, "epochs", 2.5, "int"),
+    (DetectorSettings, "epochs", 0, "from 1 to"),
+    (DetectorSettings, "epochs", "many", "a whole number"),
+    (DetectorSettings, "epochs", 2.5, "a whole number"),
     (DetectorSettings, "epochs", None, "None"),
-    (DetectorSettings, "epochs", 10**12, "<= 1000000000"),
-    (DetectorSettings, "batch", 0, ">= 1"),
-    (DetectorSettings, "batch", 65537, "<= 65536"),
+    (DetectorSettings, "epochs", 10**12, "to 1,000,000,000"),
+    (DetectorSettings, "batch", 0, "from 1 to"),
+    (DetectorSettings, "batch", 65537, "to 65,536"),
     (DetectorSettings, "batch", "automatic", "automatic"),
-    (DetectorSettings, "workers", -1, ">= 0"),
-    (DetectorSettings, "seed", -1, ">= 0"),
-    (DetectorSettings, "lr", -1, ">= 0"),
+    (DetectorSettings, "workers", -1, "from 0"),
+    (DetectorSettings, "seed", -1, "from 0"),
+    (DetectorSettings, "lr", -1, "from 0"),
     (DetectorSettings, "lr", "nan", "nan"),
     (DetectorSettings, "lr", float("inf"), "inf"),
     (DetectorSettings, "lr", [1], "[1]"),
-    (DetectorSettings, "drop_path", 0.91, "<= 0.9"),
-    (DetectorSettings, "val_fraction", 1.5, "<= 0.9"),
-    (DetectorSettings, "val_fraction", 0, ">= 0.001"),
+    (DetectorSettings, "drop_path", 0.91, "to 0.9"),
+    (DetectorSettings, "val_fraction", 1.5, "to 0.9"),
+    (DetectorSettings, "val_fraction", 0, "from 0.001"),
     (DetectorSettings, "ema", "maybe", "0, 1, true, false, yes or no"),
     (DetectorSettings, "ema", 5, "0, 1, true, false, yes or no"),
     (DetectorSettings, "amp", "fp8", "auto, bf16, fp16, off"),
@@ -215,25 +216,25 @@ BAD = [
     (DetectorSettings, "dataset", {}, "{}"),
     (DetectorSettings, "pretrain_exclude_keys", "a*", "a list"),
     (DetectorSettings, "pretrain_exclude_keys", [["a"]], "one value"),
-    (SegmentationSettings, "seg_lr", -1, ">= 0"),
+    (SegmentationSettings, "seg_lr", -1, "from 0"),
     (SegmentationSettings, "cache", "tape", "auto, ram, disk, off"),
-    (SegmentationSettings, "cache_views", 5, "<= 4"),
+    (SegmentationSettings, "cache_views", 5, "to 4"),
     (SegmentationSettings, "mask_head", "large", "auto, nano, standard"),
-    (SegmentationSettings, "mask_loss_coef", -0.5, ">= 0"),
-    (SingleSettings, "num_queries", 0, ">= 1"),
-    (SingleSettings, "num_select", 10_001, "<= 10000"),
+    (SegmentationSettings, "mask_loss_coef", -0.5, "from 0"),
+    (SingleSettings, "num_queries", 0, "from 1 to"),
+    (SingleSettings, "num_select", 10_001, "to 10,000"),
     (SingleSettings, "lr_scheduler", "linear", "cosine, step, constant"),
-    (SingleSettings, "warmup_epochs", -1, ">= 0"),
-    (EvaluationSettings, "batch", 0, ">= 1"),
+    (SingleSettings, "warmup_epochs", -1, "from 0"),
+    (EvaluationSettings, "batch", 0, "from 1 to"),
     (EvaluationSettings, "split", "all", "train, valid, test"),
-    (PredictionSettings, "threshold", 2, "<= 1"),
+    (PredictionSettings, "threshold", 2, "to 1"),
     (PredictionSettings, "gray", 30, "auto, full or a percentage of 51 to 100"),
-    (PredictionSettings, "nms", -0.1, ">= 0"),
+    (PredictionSettings, "nms", -0.1, "from 0"),
     (PredictionSettings, "pictures", 1, "a text"),
     (PredictionSettings, "pictures", "gif", "png, jpg, 0"),
     (ExportSettings, "format", "onnx", "rfdetr"),
     (ConvertSettings, "format", "coco", "auto, yolo, voc, labelme, masks"),
-    (ValidationSettings, "resolution", 0, ">= 1"),
+    (ValidationSettings, "resolution", 0, "from 1 to"),
 ]
 
 
@@ -366,7 +367,8 @@ def values_for(field, setting) -> st.SearchStrategy:
     if field.type.startswith("Path"):
         return words.map(Path)
     if field.type.startswith("int"):
-        return st.integers(1, 4) | st.sampled_from(setting.words or (1,))
+        least = LEAST_TILE if field.name == "tile" else 1
+        return st.integers(least, least + 3) | st.sampled_from(setting.words or (least,))
     if field.type.startswith("float"):
         return st.floats(0.001, 0.9)
     return words

@@ -207,7 +207,7 @@ def test_all_problems_are_reported_at_once_with_counts_and_first_places(tmp_path
     ]
     data["images"][3]["width"] = -1
     file = write(tmp_path / "my data/train", data)
-    with pytest.raises(UserError, match=r'1 more kinds of errors\..*--dataset ".*my data"'):
+    with pytest.raises(UserError, match=r'1 more kinds of errors\..*--dataset \'.*my data\''):
         read_split(file, file.parent, "train")
 
 
@@ -569,6 +569,12 @@ def test_validate_setup_judges_the_size_resolution_and_device_to_be_trained(data
     assert said.splitlines()[-1].endswith(
         " --val_fraction 0.2 --size tiny --resolution 64 --device cpu"
     )
+    validate_setup.main(flags)  # nano takes days without a GPU
+    said = capsys.readouterr().out
+    assert "tiny, 160 px (usual on cpu; --size checks another)" in said
+    assert said.splitlines()[-1].endswith(" --val_fraction 0.2 --size tiny --device cpu")
+    validate_setup.main([*flags, "--size", "nano"])
+    assert " --size nano " in capsys.readouterr().out.splitlines()[-1]
     for wrong in (["--resolution", "100"], ["--device", "abacus"]):
         with pytest.raises(UserError, match=" ".join(wrong)):
             validate_setup.main([*flags, *wrong])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rfdetr.console import UserError
-from rfdetr.text import printable
+from rfdetr.text import command_line, printable
 
 PLACES_KEPT = 20  # of each kind of fault, for the report
 PLACES_NAMED = 3  # in its sentence
@@ -297,5 +297,5 @@ def raise_errors(problems: list[Problem], root: str | Path) -> None:
     message = errors[0].message.rstrip(".")
     if len(errors) > 1:
         message += f"; and {len(errors) - 1} more kinds of errors"
-    command = f'python validate_setup.py --dataset "{root}"'
+    command = command_line("python", "validate_setup.py", "--dataset", root)
     raise UserError(f"{message}. To see everything at once run: {command}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from rfdetr.console import UserError
 from rfdetr.data.formats.detect import conversion_of, find_form
 from rfdetr.data.image_files import kind_of_file
+from rfdetr.text import command_line
 from rfdetr.tool_settings import FORMS
 
 SPLITS = ("train", "valid", "test")
@@ -43,7 +44,7 @@ def no_dataset_message(root: Path) -> str:
     message = f"no COCO dataset in {root}"
     near = nearby_datasets(root)
     if near:
-        names = " or ".join(f'--dataset "{folder}"' for folder in near)
+        names = " or ".join(command_line("--dataset", folder) for folder in near)
         return f"{message}. There is one nearby: run the same command with {names}"
     form = find_form(root)
     if form:
@@ -89,7 +90,7 @@ def describe_folder(folder: Path) -> str:
         return "not a folder" if folder.exists() else "there is no such folder"
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"it holds: {', '.join(names[:MOST_NAMED])}{more}" if names else "it is empty"
+    return f"it holds {', '.join(names[:MOST_NAMED])}{more}" if names else "it is empty"
 
 
 def read_json(path: str | Path) -> dict:

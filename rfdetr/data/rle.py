@@ -102,12 +102,37 @@ def columns_of(rle: dict, left: int, right: int) -> np.ndarray:
     """(H, right - left) bool: the columns from `left` on of a sound compressed RLE; memory is taken
     for these alone.
     """
-    counts = rle["counts"]
-    runs, _, _ = decode_runs([counts.decode("ascii") if isinstance(counts, bytes) else counts])
+    runs = runs_of(rle)
     height = rle["size"][0]
     borders = np.cumsum(np.append(0, runs)).clip(left * height, right * height)
     is_set = np.arange(len(runs)) % 2 == 1
     return is_set.repeat(np.diff(borders)).reshape(right - left, height).T
+
+
+def runs_of(rle: dict) -> np.ndarray:
+    """The runs of one sound compressed RLE."""
+    counts = rle["counts"]
+    return decode_runs([counts.decode("ascii") if isinstance(counts, bytes) else counts])[0]
+
+
+def outermost_pixels(rle: dict) -> list[tuple[int, int]]:
+    """(column, row) of the highest, the lowest and the rightmost set pixel of a sound compressed
+    RLE, of which one is set; of several highest or lowest the leftmost.
+    """
+    height = rle["size"][0]
+    ends = np.cumsum(runs_of(rle))
+    first = ends[:-1:2]  # numbers of set pixels, down one column after the other
+    last = ends[1::2] - 1
+    is_set = first <= last
+    first = first[is_set]
+    last = last[is_set]
+    next_column = (first // height + 1) * height
+    next_column = next_column[next_column <= last]
+    tops = np.sort(np.append(first, next_column))
+    feet = np.sort(np.append(last, next_column - 1))
+    highest = tops[np.argmin(tops % height)]
+    lowest = feet[np.argmax(feet % height)]
+    return [(int(one // height), int(one % height)) for one in (highest, lowest, last[-1])]
 
 
 def set_extents(

@@ -6,7 +6,7 @@ import contextlib
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
 
 from rfdetr.console import UserError
@@ -14,6 +14,7 @@ from rfdetr.data.gray import window_of
 from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.records import CocoSplit, ImageRecord
 from rfdetr.data.rle import columns_of
+from rfdetr.inference.fonts import font_for
 from rfdetr.inference.visualise import (
     BACKGROUND,
     MIN_SIDE,
@@ -31,6 +32,7 @@ ROWS = 4  # of examples in a column, shared by its classes: each has one at leas
 SHEET_CLASSES = 200  # the rarest of more: a sheet has to open
 COLUMN_WIDTH = 1440  # pixels, of all columns together
 TITLE_HEIGHT = 30  # pixels
+TITLE_SIZE = 16  # pixels, of its letters
 GAP = 6  # pixels between examples
 SURROUNDINGS = 4  # sides of an object that its example shows
 MIN_CUT = 96  # pixels of the image that an example shows at least
@@ -58,12 +60,12 @@ def class_sheet(split: CocoSplit, remark: str = "") -> Image.Image:
     title_colours = class_colours(split.class_names)
     colours = picture_colours(split.class_names)
     names_on_objects = split.class_names if len(split.class_names) > 1 else [""]
-    font = ImageFont.load_default(size=16)
     for position, label in enumerate(labels):
         x = position // classes_in_column * examples * side
         y = position % classes_in_column * class_height
         name = split.class_names[label]
         title = f"{one_line(name)}: {split.objects_per_class[label]}{remark}"
+        font, title = font_for(title, TITLE_SIZE)
         pen.text((x + GAP, y + TITLE_HEIGHT / 2), title, title_colours[name], font, "lm")
         drawn = 0
         for image, index in _spread_examples(split, label, rows * examples):
@@ -122,12 +124,18 @@ def _cut_out(
     boxes = (image.boxes - [left, top, left, top]) * scale
     begins_inside = (boxes[:, :2] < cut.size).all(axis=1)
     ends_inside = (boxes[:, 2:] > 0).all(axis=1)
-    inside = np.flatnonzero(begins_inside & ends_inside)
-    masks = [_cut_mask(image, i, window, size) for i in inside]
+    seen = []
+    masks = []
+    for i in np.flatnonzero(begins_inside & ends_inside):
+        mask = _cut_mask(image, i, window)
+        if mask is not None and not mask.any():  # only an empty corner of its box is in the cut
+            continue
+        seen.append(i)
+        masks.append(None if mask is None else _resized_rle(mask, size))
     picture = draw(
         np.asarray(cut),
-        boxes[inside],
-        [names[image.labels[i]] for i in inside],
+        boxes[seen],
+        [names[image.labels[i]] for i in seen],
         masks=masks if any(masks) else None,
         colours=colours,
         min_side=MIN_SIDE,
@@ -143,14 +151,18 @@ def _start_of_cut(centre: float, side: int, image_side: int) -> int:
     return int(np.clip(centre - side / 2, 0, max(0, image_side - side)))
 
 
-def _cut_mask(image: ImageRecord, index: int, window: tuple, size: list[int]) -> dict | None:
-    """An object's mask in a window of its image, as RLE at the window's (width, height) `size`."""
+def _cut_mask(image: ImageRecord, index: int, window: tuple) -> np.ndarray | None:
+    """An object's mask (h, w) in a window of its image; None where it has none."""
     segmentation = image.segmentations[index]
     if not segmentation:
         return None
     rows, columns = window
     right = min(columns.stop, image.width)
     rle = to_rle(segmentation, image.height, image.width)
-    mask = columns_of(rle, columns.start, right)[rows].astype(np.uint8)
+    return columns_of(rle, columns.start, right)[rows].astype(np.uint8)
+
+
+def _resized_rle(mask: np.ndarray, size: list[int]) -> dict:
+    """A mask (h, w) as RLE at another (width, height)."""
     resized = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
     return mask_api.encode(np.asfortranarray(resized))

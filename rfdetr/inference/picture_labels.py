@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from rfdetr.data.rle import outermost_pixels
+from rfdetr.inference.fonts import font_for
+
 if TYPE_CHECKING:
     from rfdetr.inference.visualise import Colour, DrawnObject
 
@@ -29,19 +32,19 @@ class Label:
     pad: int
 
 
-def place_labels(objects: list[DrawnObject], size: tuple[int, int]) -> list[Label]:
-    """Names and scores where they hide no other label and little of the objects.
+def place_labels(objects: list[DrawnObject], size: tuple[int, int], scale: float) -> list[Label]:
+    """Names and scores at their objects, where they hide no other label and little of the objects.
 
     The best object comes first. Where its name finds no room, its score is tried alone.
-    size: (width, height) of the picture.
+    size: (width, height) of the picture, which is `scale` times the image.
     """
     if not objects:
         return []
     is_one_class = len({one.name for one in objects}) == 1
     crowded = len(objects) > MANY or is_one_class
-    font = ImageFont.load_default(size=max(10, max(size) / (52 if crowded else 44)))
-    pad = round(font.size / 4)
-    height = font.size * 1.1 + pad
+    font_size = max(10, max(size) / (52 if crowded else 44))
+    pad = round(font_size / 4)
+    height = font_size * 1.1 + pad
     boxes = np.array([one.box for one in objects])
     taken = np.zeros((0, 4))  # by labels so far, xyxy
     labels = []
@@ -50,11 +53,13 @@ def place_labels(objects: list[DrawnObject], size: tuple[int, int]) -> list[Labe
         box_width = one.box[2] - one.box[0]
         is_repeated = crowded and one.name in named
         texts = one.labels[1:] if is_repeated and is_one_class else one.labels
-        for text in texts:
+        for wanted in texts:
+            font, text = font_for(wanted, font_size)
             width = font.getlength(text, "L") + 2 * pad
             if not text or (is_repeated and not is_one_class and width > 1.5 * box_width):
                 continue
-            rectangle = _free_rectangle(one.box, width, height, size, taken, boxes)
+            places = _places_at(one, width, height, size, scale)
+            rectangle = _free_rectangle(places, size, taken, boxes)
             if rectangle is None:
                 continue
             labels.append(Label(tuple(rectangle), text, one.colour, font, pad))
@@ -92,33 +97,48 @@ def _is_light(colour: Colour) -> bool:
     return np.dot(colour, (0.299, 0.587, 0.114)) > 140
 
 
-def _free_rectangle(
-    box: np.ndarray,
-    width: float,
-    height: float,
-    picture_size: tuple[int, int],
-    labels: np.ndarray,
-    boxes: np.ndarray,
-) -> np.ndarray | None:
-    """Room for a label of width x height at an object's box (4,): xyxy, or None.
+def _places_at(
+    one: DrawnObject, width: float, height: float, size: tuple[int, int], scale: float
+) -> np.ndarray:
+    """Rectangles (5, 4) xyxy of width x height at an object's visible box or, where it has one, its
+    mask: above it, at its top, at its bottom, below and beside it.
 
-    It lies in the picture, over none of the labels (m, 4) and over at most MAX_HIDDEN of each of
-    the boxes (n, 4); all of them xyxy in pixels of the picture.
+    size, scale: as in place_labels.
     """
-    x1, y1, x2, y2 = box
-    x = min(max(0, x1), picture_size[0] - width)
-    above = (x, y1 - height)
-    at_the_top = (x, y1)
-    at_the_bottom = (x, y2 - height)
-    below = (x, y2)
-    beside = (x2, y1)
+    x1, y1, x2, y2 = one.box.clip(0, np.tile(size, 2))
+    x_above = x_below = x1
+    y_beside = y1
+    if one.has_mask:
+        highest, lowest, rightmost = np.array(outermost_pixels(one.mask)) * scale
+        x_above = highest[0] - width / 2
+        y1 = highest[1]
+        x_below = lowest[0] - width / 2
+        y2 = lowest[1] + scale
+        x2 = rightmost[0] + scale
+        y_beside = rightmost[1] - height / 2
+    x_above, x_below = np.clip((x_above, x_below), 0, max(0, size[0] - width))
+    above = (x_above, y1 - height)
+    at_the_top = (x_above, y1)
+    at_the_bottom = (x_below, y2 - height)
+    below = (x_below, y2)
+    beside = (x2, y_beside)
     corners = np.array([above, at_the_top, at_the_bottom, below, beside])
-    rectangles = np.hstack([corners, corners + (width, height)])
-    inside = (rectangles >= 0).all(axis=1) & (rectangles[:, 2:] <= picture_size).all(axis=1)
-    over_no_label = _largest_share_hidden(labels, rectangles) == 0
-    hides_little = _largest_share_hidden(boxes, rectangles) < MAX_HIDDEN
+    return np.hstack([corners, corners + (width, height)])
+
+
+def _free_rectangle(
+    places: np.ndarray, size: tuple[int, int], labels: np.ndarray, boxes: np.ndarray
+) -> np.ndarray | None:
+    """The first of the places (n, 4) that lies in the picture, over none of the labels (m, 4) and
+    over at most MAX_HIDDEN of each of the boxes (k, 4), or None.
+
+    All of them xyxy in pixels of the picture, whose (width, height) is `size`.
+    """
+    inside = (places >= 0).all(axis=1) & (places[:, 2:] <= size).all(axis=1)
+    over_no_label = _largest_share_hidden(labels, places) == 0
+    hides_little = _largest_share_hidden(boxes, places) < MAX_HIDDEN
     free = np.flatnonzero(inside & over_no_label & hides_little)
-    return rectangles[free[0]] if len(free) else None
+    return places[free[0]] if len(free) else None
 
 
 def _largest_share_hidden(boxes: np.ndarray, rectangles: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from rfdetr.inference.picture_files import JPEG_STEP, write_jpeg, write_png
 from rfdetr.inference.tracking import Tracker
 from rfdetr.inference.visualise import draw, draw_in_bands, picture_colours
 from rfdetr.masks import to_polygons
+from rfdetr.text import counted
 from rfdetr.tool_settings import PredictionSettings
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class Prediction:
         named = ", ".join(f"{count} {name}" for name, count in counts[:NAMED_CLASSES])
         if len(counts) > NAMED_CLASSES:
             named += f", {len(counts) - NAMED_CLASSES} more classes"
-        objects = "1 object" if len(self) == 1 else f"{len(self)} objects"
+        objects = counted(len(self), "object")
         parts = [f"{objects}: {named}" if named else objects]
         parts.append(f"{self.original.width}x{self.original.height}")
         if self.rles is not None:

@@ -23,6 +23,12 @@ from rfdetr.progress import ProgressBar
 from rfdetr.text import command_line
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
+# where in a file, and what, tells a container of videos: MP4 and MOV, AVI, Matroska and WebM, MPEG,
+# Ogg, ASF, Flash
+VIDEO_SIGNS = [(4, name) for name in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")]
+VIDEO_SIGNS += [(0, b"RIFF"), (0, b"\x1a\x45\xdf\xa3"), (0, b"\x00\x00\x01")]
+VIDEO_SIGNS += [(0, b"OggS"), (0, b"\x30\x26\xb2\x75"), (0, b"FLV")]
+LONGEST_SIGN = 8  # bytes, from the file's begin
 WHOLE = 0.95  # of a video's announced frames: a video with fewer is damaged
 UNKNOWN_RATE = 25.0  # frames a second, where a video does not tell
 Predict = Callable[[list[np.ndarray]], list[Prediction]]  # of images (H, W, 3) uint8 RGB
@@ -61,7 +67,7 @@ def predict_video(
     else:
         result = write_video(predict, batch, path, output / name, tracker)
     if result.frames == 0:
-        warn(f"{path} cannot be read as a video: it has no frames. {advice_on_video(path)}")
+        warn(f"{path} cannot be read as a video: {why_without_frames(path)}")
     elif result.frames < result.announced:
         warn(
             f"{path} is damaged: {result.frames} of the {result.announced} frames that it "
@@ -90,9 +96,20 @@ def write_video(
     return result
 
 
+def why_without_frames(path: Path) -> str:
+    """What to say, and to do, of a file of which no frame could be decoded."""
+    with open(path, "rb") as file:
+        begin = file.read(LONGEST_SIGN)
+    if not begin:
+        return "the file is empty. Copy or download it again"
+    if not any(begin[place : place + len(sign)] == sign for place, sign in VIDEO_SIGNS):
+        return "by its content it is no video, whatever its name says"
+    return f"it has no frames. {advice_on_video(path)}"
+
+
 def advice_on_video(path: Path) -> str:
     if path.suffix.lower() == ".mp4":
-        words = ["ffmpeg", "-i", path, "-c:v", "libx264", path.with_stem(path.stem + "_new")]
+        words = ["ffmpeg", "-i", path, "-vcodec", "libx264", path.with_stem(path.stem + "_new")]
         return f"Copy or download it again, or write it anew: {command_line(*words)}"
     return "Convert it to .mp4 and try again"
 
@@ -104,6 +121,7 @@ def predict_frames(
 
     file: None: they are not drawn. Frames are read, and drawn, in threads while the model works.
     """
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what it would print is said here
     video = cv2.VideoCapture(str(path))
     announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     rate = video.get(cv2.CAP_PROP_FPS) or UNKNOWN_RATE

@@ -62,9 +62,13 @@ class DrawnObject:
         return [f"{one_line(self.name)} {score}".strip(), score]
 
     @property
+    def has_mask(self) -> bool:
+        return bool(self.mask) and mask_api.area(self.mask) > 0
+
+    @property
     def rows(self) -> tuple[float, float]:
         """From where to where it is drawn, on a picture of the original's size."""
-        if _has_mask(self):
+        if self.has_mask:
             _, top, _, height = mask_api.toBbox(self.mask)
             bottom = top + height
         else:
@@ -138,7 +142,7 @@ def draw(
     picture = Image.fromarray(np.ascontiguousarray(image))
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     objects = _objects(boxes, names, scores, masks, colours, tracks, scale)
-    labels = place_labels(objects, picture.size)
+    labels = place_labels(objects, picture.size, scale)
     return _draw_on(picture, 0, picture.size, objects, labels, scale)
 
 
@@ -159,7 +163,7 @@ def draw_in_bands(
     objects = _objects(boxes, names, scores, masks, colours, tracks, scale=1)
     objects.sort(key=lambda one: -_area(one.box))
     spans = np.array([one.rows for one in objects]).reshape(-1, 2)
-    labels = place_labels(objects, (width, height))
+    labels = place_labels(objects, (width, height), scale=1)
     rows = max(BAND_PIXELS // width // step, 1) * step
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -258,18 +262,14 @@ def _draw_shapes(
     last_pixel = np.tile(whole, 2) * smooth - 1
     for one in large_first:
         x1, y1, x2, y2 = np.clip(one.box * smooth, 0, last_pixel)
-        if x2 > x1 and y2 > y1 and not _has_mask(one):
+        if x2 > x1 and y2 > y1 and not one.has_mask:
             box = (x1, y1 - top * smooth, x2, y2 - top * smooth)
             _outline(pen, box, line, (*one.colour, 255))
     pixels = np.array(canvas)
     for one in large_first:
-        if _has_mask(one):
+        if one.has_mask:
             _paint_mask(pixels, one.mask, one.colour, scale * smooth, line, top * smooth)
     return Image.fromarray(pixels).reduce(smooth)
-
-
-def _has_mask(one: DrawnObject) -> bool:
-    return bool(one.mask) and mask_api.area(one.mask) > 0
 
 
 def _area(box: np.ndarray) -> float:

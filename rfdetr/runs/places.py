@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from rfdetr.commands import TRAIN_DETECTOR
 from rfdetr.console import UserError
 from rfdetr.files import is_special_file
 from rfdetr.runs.log import start_command
@@ -45,14 +46,17 @@ def require_file(path: Path) -> None:
     raise UserError(message)
 
 
-def detector_of_run(run: Path) -> Path:
-    """The best.pt of a stage-1 run, else its last.pt.  Raises UserError."""
+def detector_of_run(run: Path, train: str = f"python {TRAIN_DETECTOR}") -> Path:
+    """The best.pt of a stage-1 run, else its last.pt; train: the command that makes such a run.
+
+    Raises UserError.
+    """
     found = first_file(run, WEIGHTS)
     if found:
         return found
     raise UserError(
         f"No checkpoint found in Stage-1 directory {run}: {what_is_there(run, WEIGHTS)} "
-        "Run python train_detector_stage1.py, or name a file with --checkpoint"
+        f"Name another run, or a file with --checkpoint, or train one: {train}"
     )
 
 
@@ -94,7 +98,7 @@ def what_is_there(path: Path, files: tuple[str, ...] = ()) -> str:
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
         more = ", ..." if len(names) > MOST_NAMES else ""
-        there = f"it holds: {', '.join(names[:MOST_NAMES])}{more}" if names else "it is empty"
+        there = f"it holds {', '.join(names[:MOST_NAMES])}{more}" if names else "it is empty"
     elif path.exists():
         there = "it is a file"
     else:

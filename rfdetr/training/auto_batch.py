@@ -18,6 +18,7 @@ from rfdetr.device import (
     release_memory,
     unless_out_of_memory,
 )
+from rfdetr.text import counted
 from rfdetr.training.engine import random_states, set_random_states
 
 OBJECTS = 30  # an image full of objects: the worst case that is tried
@@ -66,10 +67,9 @@ def find_micro_batch(
         largest = _largest_by_one_image(model, losses, divisors, side, ema)
     set_random_states(random_state)
     forget_peak_memory(device)  # the run's own is what is shown
-    tick(
-        f"--batch auto: {largest} images at a time, accumulated {effective // largest} times "
-        f"(effective {effective})"
-    )
+    at_a_time = counted(largest, "image")
+    times = counted(effective // largest, "time")
+    tick(f"--batch auto: {at_a_time} at a time, accumulated {times} (effective {effective})")
     return largest
 
 

@@ -142,7 +142,8 @@ def train_one_epoch(
     data_s = 0.0
     compute_s = 0.0
     images = 0
-    bar = ProgressBar(loader, f"epoch {progress.epoch + 1}", "steps", at_once=True)
+    title = f"epoch {progress.epoch + 1}"
+    bar = ProgressBar(loader, title, "steps", at_once=True, before=progress.step_in_epoch)
     begin = time.perf_counter()
     mark = begin
     for batch in bar:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rfdetr.classes import COCO_NAMES, ClassTable
+from rfdetr.commands import DATA_FLAGS, TRAIN_DETECTOR, flags_of, training_command
 from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
 from rfdetr.resolve import plain
 from rfdetr.runs.places import detector_of_run
 from rfdetr.settings import SegmentationSettings
-from rfdetr.text import command_line, keep_flags
-from rfdetr.training.next_commands import DATA_FLAGS, flags_of
+from rfdetr.text import command_line, counted, keep_flags
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
 
@@ -29,7 +29,7 @@ def detector_file(settings: SegmentationSettings) -> Path:
             "name the detector to freeze, a run of stage 1 or a file: --stage1_run DIR or "
             "--checkpoint FILE"
         )
-    return detector_of_run(run)
+    return detector_of_run(run, training_command(plain(settings)))
 
 
 def warn_of_other_exif(content: dict, train: CocoSplit, path: Path) -> None:
@@ -70,7 +70,7 @@ def frozen_detector(session: Session, content: dict, path: Path) -> tuple[Detect
         if is_official_coco and not set(names) <= set(table.names):
             raise UserError(not_coco_message(table.rows_total, session, path))
         if not set(names) <= set(table.names):
-            raise UserError(lacking_message(table, names, path))
+            raise UserError(lacking_message(table, session, path))
         if not (is_official_coco or settings.auto_shrink):
             raise UserError(unshrunk_message(table.rows_total, names, path))
         content = checkpoint.shrink(content, names)
@@ -83,7 +83,8 @@ def frozen_detector(session: Session, content: dict, path: Path) -> tuple[Detect
     )
     detector.to(session.device).requires_grad_(False)
     where = f"{settings.dataset} (train)"
-    return detector, table.in_order_of(names, session.train.category_ids, where)
+    again = training_command(plain(settings))
+    return detector, table.in_order_of(names, session.train.category_ids, where, again)
 
 
 def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
@@ -91,21 +92,22 @@ def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
     words = command_line("python", "shrink_head.py", "--in_ckpt", path, "--out_ckpt", shrunk)
     return (
         f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
-        f"{path} has a {rows}-row class head, the dataset has {len(names)} classes "
+        f"{path} has a {rows}-row class head, the dataset has {counted(len(names), 'class')} "
         f"({', '.join(names)}). Run:\n"
         f"  {words} {keep_flags(names)}\n"
         "and pass the new file with --checkpoint, or add --auto_shrink 1."
     )
 
 
-def lacking_message(table: ClassTable, names: list[str], path: Path) -> str:
+def lacking_message(table: ClassTable, session: Session, path: Path) -> str:
     """Of a detector that does not know all of the dataset's classes: no shrink gives it them."""
+    names = session.train.class_names
     lacking = [name for name in names if name not in table.names]
     return (
         f"Frozen detector head out_dim ({table.rows_total}) != requested ({len(names) + 1})\n"
         f"{path} does not know {', '.join(lacking)}: its classes are {', '.join(table.names)}. If "
         "it was cut by shrink_head.py, cut its detector again and keep these classes too; else "
-        "train stage 1 on this dataset: python train_detector_stage1.py"
+        f"train stage 1 on this dataset: {training_command(plain(session.settings))}"
     )
 
 
@@ -115,7 +117,7 @@ def not_coco_message(rows: int, session: Session, path: Path) -> str:
     others = [name for name in names if name not in COCO_NAMES.values()]
     words = flags_of(plain(settings), "size", *DATA_FLAGS, "device")
     run = f"runs/detector_{settings.size}_{session.resolution}_N"
-    teach = ["python", "train_detector_stage1.py", *words, "--pretrain_weights", path]
+    teach = ["python", TRAIN_DETECTOR, *words, "--pretrain_weights", path]
     mask = ["python", "train_seg_stage2.py", *words, "--stage1_run", run, "--auto_shrink", 1]
     return (
         f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rfdetr import distributed
 from rfdetr.classes import ClassTable
+from rfdetr.commands import DATA_FLAGS, flags_of, size_flags
 from rfdetr.console import UserError
 from rfdetr.data.layout import find_splits
 from rfdetr.resolve import plain
 from rfdetr.runs.places import WEIGHTS, first_file
-from rfdetr.sizes import SIZES
-from rfdetr.text import command_line, keep_flags
+from rfdetr.text import command_line, counted, keep_flags
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
-
-DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename", "tile")
-USUAL_DEVICE = "auto"
-
-
-def flags_of(args: dict, *names: str) -> list[str]:
-    """--NAME VALUE for those of a run's settings (as in config.yaml) that have a value."""
-    words = []
-    for name in names:
-        value = args.get(name)
-        if isinstance(value, (list, tuple)):
-            words += [f"--{name}={one}" for one in value]
-        elif value is not None and (name, value) != ("device", USUAL_DEVICE):
-            words += [f"--{name}", str(value)]
-    return words
-
 
 # ---------------------------------------------------------------- after a training
 
@@ -43,11 +28,40 @@ def after_detector(session: Session, table: ClassTable, best: dict) -> str:
     return f"{words} {keep_flags(table.names)}"
 
 
-def predict_with(session: Session) -> str:
-    """What to type to see the valid images with everything drawn in."""
+def predict_with(session: Session) -> tuple[str, str]:
+    """What to type to see the valid images with everything drawn in, and before it what to say of
+    them, which may be nothing.
+    """
     images = session.splits["valid"].images or session.train.images
     folder = images[0].path.parent
-    return prediction(session.folder / "best.pt", folder, plain(session.settings))
+    command = prediction(session.folder / "best.pt", folder, plain(session.settings))
+    remark = ""
+    if folder == session.train.images[0].path.parent:
+        remark = f"{folder} holds the images that were trained on, too: finding them proves little"
+    return remark, command
+
+
+def after_trial(session: Session, argv: list[str]) -> tuple[str, str]:
+    """What to say of a run of a few steps, and the command of the run that it was a trial of."""
+    settings = session.settings
+    remark = f"A trial of {counted(settings.fast_dev_run, 'step')}: it has learnt nothing."
+    if settings.output_dir and not session.resumed:
+        remark += f" Delete {session.folder} before you start the run itself"
+    elif not session.resumed:
+        remark += f" {session.folder} can be deleted"
+    return remark, without_trial(argv)
+
+
+def without_trial(argv: list[str]) -> str:
+    """A command without --fast_dev_run."""
+    words = []
+    after_flag = False
+    for word in argv:
+        is_value = after_flag and word.isdigit()
+        after_flag = word == "--fast_dev_run"
+        if not (after_flag or is_value or word.startswith("--fast_dev_run=")):
+            words.append(word)
+    return command_line(*distributed.launcher(), *words)
 
 
 def prediction(weights: Path, images: Path, args: dict) -> str:
@@ -60,10 +74,8 @@ def mask_training(args: dict, resolution: int, weights: Path) -> str:
 
     args: the settings of its training; {} where they are unknown, as for an official file.
     """
-    words = flags_of(args, "size", *DATA_FLAGS)
-    if resolution != SIZES[args["size"]].resolution:
-        words += ["--resolution", str(resolution)]
-    words += flags_of(args, "device")
+    args = args | {"resolution": resolution}
+    words = [*size_flags(args), *flags_of(args, *DATA_FLAGS, "device")]
     if first_file(weights.parent, WEIGHTS):
         words += ["--stage1_run", str(weights.parent)]
     return command_line("python", "train_seg_stage2.py", *words, "--checkpoint", weights)

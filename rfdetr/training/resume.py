@@ -13,7 +13,7 @@ from rfdetr.runs.log import start_command
 from rfdetr.runs.metrics_file import has_test_scores
 from rfdetr.runs.places import STATES, require_state
 from rfdetr.settings import STAGES, TrainingSettings
-from rfdetr.text import command_line
+from rfdetr.text import command_line, counted
 from rfdetr.training.engine import Progress
 from rfdetr.weights import checkpoint
 
@@ -116,7 +116,7 @@ def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test
         return
     if has_test and not has_test_scores(settings.output_dir):
         return
-    epochs = "1 epoch" if progress.epoch == 1 else f"{progress.epoch} epochs"
+    epochs = counted(progress.epoch, "epoch")
     words = ["--resume", settings.output_dir, "--epochs", progress.epoch + 20]
     raise UserError(
         f"{settings.output_dir} has finished its {epochs}. To train longer, give "

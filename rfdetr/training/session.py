@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable, assign_rows
+from rfdetr.commands import training_command
 from rfdetr.console import UserError, tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.dataset import SplitDataset
@@ -24,6 +25,7 @@ from rfdetr.data.tiles import places_of_tiles, tile_problems, training_tiling
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
+from rfdetr.resolve import plain
 from rfdetr.runs.folder import given_run, new_run
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
@@ -84,7 +86,8 @@ def class_table(session: Session, head: str) -> ClassTable:
         return assign_rows(train.class_names, train.category_ids, head)
     table = checkpoint.table_of(session.resumed)
     where = f"{session.settings.dataset} (train)"
-    return table.in_order_of(train.class_names, train.category_ids, where)
+    again = training_command(plain(session.settings), session.settings.script)
+    return table.in_order_of(train.class_names, train.category_ids, where, again)
 
 
 def choose_tiles(session: Session, content: dict | None = None) -> None:

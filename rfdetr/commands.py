@@ -1,0 +1,39 @@
+"""Commands that messages advise, with the flags that the settings at hand ask for; standard library
+only.
+"""
+
+from __future__ import annotations
+
+from rfdetr.sizes import SIZES
+from rfdetr.text import command_line
+
+TRAIN_DETECTOR = "train_detector_stage1.py"
+DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename", "tile")
+USUAL_DEVICE = "auto"
+
+
+def flags_of(args: dict, *names: str) -> list[str]:
+    """--NAME VALUE for those of a run's settings (as in config.yaml) that have a value."""
+    words = []
+    for name in names:
+        value = args.get(name)
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}={one}" for one in value]
+        elif value is not None and (name, value) != ("device", USUAL_DEVICE):
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def size_flags(args: dict) -> list[str]:
+    """--size, and --resolution where it is not the size's own."""
+    words = flags_of(args, "size")
+    own = SIZES.get(args.get("size"))
+    if own is None or args.get("resolution") != own.resolution:
+        words += flags_of(args, "resolution")
+    return words
+
+
+def training_command(args: dict, script: str = TRAIN_DETECTOR) -> str:
+    """A training from the start, on the dataset and in the size of these settings."""
+    words = [*size_flags(args), *flags_of(args, *DATA_FLAGS, "gray", "device")]
+    return command_line("python", script, *words)
