@@ -19,7 +19,7 @@ from rfdetr.data.loaders import training_loader
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
-from rfdetr.models.segmentation import STRIDE
+from rfdetr.models.segmentation import default_stride
 from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
@@ -98,7 +98,7 @@ def stride_of_head(size: ModelSize, content: dict | None) -> int:
     """The stride of the mask head in the checkpoint that the run begins with; else a new head's."""
     if content and content["mask_head"] == size.mask_head:
         return checkpoint.mask_stride(content)
-    return STRIDE
+    return default_stride(size.hidden)
 
 
 if __name__ == "__main__":

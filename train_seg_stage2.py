@@ -29,7 +29,7 @@ from rfdetr.data.mask_source import choose_masks
 from rfdetr.files import file_sha256, write_json
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
-from rfdetr.models.segmentation import MASK_HEADS, STRIDE
+from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache
 from rfdetr.training.feature_room import choose_cache, fits_in_memory
 from rfdetr.training.frozen import MaskObjective
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     head_name = mask_head_name(settings, content, path)
     detector, table = frozen_detector(session, content, path)
 
-    stride = checkpoint.mask_stride(resumed) if resumed else STRIDE
+    stride = checkpoint.mask_stride(resumed) if resumed else None
     head = MASK_HEADS[head_name](detector.size.hidden, stride).to(session.device)
     losses = MaskObjective(
         detector=detector,
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluator.keep_detections = fits_in_memory(evaluator.split, detector.size, session.resolution)
     cache = feature_cache(session, losses)
     choice = distributed.from_main(choose_cache(settings.cache, cache, settings.multi_scale))
-    pack = packer(session, detector, table, head_name, stride)
+    pack = packer(session, detector, table, head_name, head.stride)
 
     with open_run(session, detector):
         if not resumed:

@@ -338,15 +338,15 @@ def test_mask_heads_of_earlier_versions_are_built_as_they_were(small_size, conte
         assert torch.equal(pixels, old.mask_head.pixels(features, images))
     shrunk = checkpoint.shrink(checkpoint.load(tmp_path / "old.pt"), ["a", "b"])
     assert checkpoint.mask_stride(shrunk) == 4
-    assert checkpoint.mask_stride(content) == 2
+    assert checkpoint.mask_stride(content) == 1
 
 
 def test_a_single_stage_keeps_the_mask_head_that_it_starts_from(content):
     size = SIZES["tiny"]
     assert stride_of_head(size, content | {"mask_stride": 4}) == 4
-    assert stride_of_head(size, content) == 2
-    assert stride_of_head(size, None) == 2
-    assert stride_of_head(size, content | {"mask_stride": 4, "mask_head": "official"}) == 2
+    assert stride_of_head(size, content | {"mask_stride": 2}) == 2
+    assert stride_of_head(size, None) == 1
+    assert stride_of_head(size, content | {"mask_stride": 4, "mask_head": "official"}) == 1
 
 
 def test_a_mask_head_of_an_unknown_stride_is_refused(content, tmp_path):

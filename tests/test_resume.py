@@ -25,6 +25,7 @@ from rfdetr.console import Stopped, UserError
 from rfdetr.console import run_script as as_a_script
 from rfdetr.data.demo import make_demo
 from rfdetr.device import Precision
+from rfdetr.models import segmentation
 from rfdetr.runs.metrics_file import earlier_commands
 from rfdetr.training.engine import Progress
 from rfdetr.training.keeper import check_history
@@ -604,7 +605,7 @@ def test_a_run_of_an_earlier_version_keeps_its_masks_stride(few, call, monkeypat
     flags = [*quick_flags(few), "--output_dir", "masks"]
     monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0)  # two steps find no object
     with monkeypatch.context() as earlier:
-        earlier.setattr(train_seg_stage2, "STRIDE", 4)
+        earlier.setattr(segmentation, "default_stride", lambda hidden: 4)
         call(train_seg_stage2.main, *flags, "--stage1_run", "detector", "--auto_shrink", 1)
     for file in Path("masks").glob("*.pt"):
         content = checkpoint.load(file)

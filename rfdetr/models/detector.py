@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rfdetr.models.decoder import MLP, Transformer, move_boxes
 from rfdetr.models.parts import ModelPart, trainable
 from rfdetr.models.projector import Projector
-from rfdetr.models.segmentation import MASK_HEADS, STRIDE, MaskHead, OfficialMaskHead
+from rfdetr.models.segmentation import MASK_HEADS, MaskHead, OfficialMaskHead
 from rfdetr.models.windowed_vit import WindowedViT, standardise
 from rfdetr.sizes import ModelSize
 
@@ -42,7 +42,7 @@ class Detector(nn.Module):
     `mask_head`: None, "nano", "standard", or "official" for the head of the official mask models.
     Masks are computed from the outputs, for chosen queries only.
     `groups`: query groups; None is the size's own number.
-    `mask_stride`: of a "nano" or "standard" head, 2 or 4.
+    `mask_stride`: of a "nano" or "standard" head; None is that of new heads.
 
     Parameter names are the official ones, except that class_embed and bbox_embed are lists and that
     the encoder's blocks carry timm's names (weights/official.py maps both ways).
@@ -57,7 +57,7 @@ class Detector(nn.Module):
         groups: int | None = None,
         drop_path: float = 0.0,
         grad_checkpoint: bool = False,
-        mask_stride: int = STRIDE,
+        mask_stride: int | None = None,
     ):
         super().__init__()
         self.size = size

@@ -28,8 +28,15 @@ GRID = 28  # samples per side inside a box
 ENLARGE = 1.15  # masks may reach a little over the predicted box
 AT_ONCE = 64  # masks whose logits are computed together: it bounds the memory of many masks
 WIDE = 128  # hidden channels from which on a head has its full width
-FINE = 8  # channels of the pixel embeddings at stride 2
-STRIDE = 2  # pixels a side of a cell of the mask logits; heads of earlier versions have 4
+STRIDES = (1, 2, 4)  # pixels a side of a cell of the mask logits; heads of earlier versions have 4
+FINE = {1: 4, 2: 8}  # stride -> channels of the pixel embeddings, where the convolutions' are split
+
+
+def default_stride(hidden: int) -> int:
+    """The stride of a new head: inputs of the smallest models, which are 160 pixels wide, have no
+    pixel to lose.
+    """
+    return 2 if hidden >= WIDE else 1
 
 
 def enlarged(boxes: Tensor) -> Tensor:
@@ -133,47 +140,59 @@ def expected_iou(logits: Tensor) -> Tensor:
 class MaskHead(nn.Module):
     """Pixel embeddings from features and image, and a kernel for each chosen query.
 
-    Convolutions work at stride 4, where a cell still knows all of its 4x4 pixels; at the end each
-    gives the embeddings of its four cells at stride 2 (sub-pixel convolution, arXiv:1609.05158).
+    Convolutions work on cells of 4x4 pixels, which still know all of them; at the end each gives
+    the embeddings of its four cells at stride 2 (sub-pixel convolution, arXiv:1609.05158). At
+    stride 1 their cells are 2x2 pixels, at stride 4 none is split.
 
-    Measured with the nano head on frozen detectors of size tiny, mask mAP at stride 4 and 2: cell
-    nuclei .431 and .457, demo .842 and .859, rods and blobs (demo.py --kind thin) .671 and .694; a
-    training step takes 1.1 times as long. 16 channels instead of FINE (.444, .847) and 4 (.454,
-    .838) were worse, and so was a stem of two convolutions on the image at stride 2 (demo .831).
+    docs/results.md ("Mask heads") has what was measured.
     """
 
     def __init__(
-        self, hidden: int, trunk: int, fuse: int, pixel: int, context: int, query: int, stride: int
+        self,
+        hidden: int,
+        trunk: int,
+        fuse: int,
+        stem: int,
+        pixel: int,
+        context: int,
+        query: int,
+        stride: int,
     ):
         """`hidden`: channels of the features and of the queries.
         `trunk`: 3x3 convolutions on the features, at `context` channels.
-        `fuse`: 3x3 convolutions on the sum with the image's own 4x4 patches.
-        `pixel`: channels at stride 4.
+        `fuse`: 3x3 convolutions on the sum with the image's own cells.
+        `stem`: channels that a cell's pixels become first.
+        `pixel`: channels of the cells.
         `query`: width of the perceptron that makes a kernel.
-        `stride`: of the pixel embeddings, 2 or 4.
+        `stride`: of the pixel embeddings, one of STRIDES.
         """
         super().__init__()
+        self.stride = stride
+        cell = 2 if stride == 1 else 4
         layers: list[nn.Module] = [conv_norm_act(hidden, context, kernel=1)]
         layers += [conv_norm_act(context, context) for _ in range(trunk)]
         self.context = nn.Sequential(*layers, nn.Conv2d(context, pixel, kernel_size=1))
         self.detail = nn.Sequential(
-            conv_norm_act(3, 48, kernel=4, stride=4), nn.Conv2d(48, pixel, kernel_size=1)
+            conv_norm_act(3, stem, kernel=cell, stride=cell), nn.Conv2d(stem, pixel, kernel_size=1)
         )
         self.fuse = nn.Sequential(*(conv_norm_act(pixel, pixel) for _ in range(fuse)))
         self.finer = nn.Identity()
         embedding = pixel
-        if stride == 2:
+        if stride < cell:
+            embedding = FINE[stride]
             self.finer = nn.Sequential(
-                nn.Conv2d(pixel, 4 * FINE, kernel_size=1), nn.PixelShuffle(2)
+                nn.Conv2d(pixel, 4 * embedding, kernel_size=1), nn.PixelShuffle(2)
             )
-            embedding = FINE
         self.query = nn.Sequential(
             nn.Linear(hidden + 4, query), nn.SiLU(), nn.Linear(query, embedding + 6)
         )
 
     def pixels(self, features: Tensor, images: Tensor) -> Tensor:
         """features (B, C, h, w), images (B, 3, H, W) normalised -> (B, P, H/stride, W/stride)."""
-        detail = self.detail(images)  # (B, pixel, H/4, W/4)
+        # a CPU's convolutions are faster with an input whose channels lie together
+        images = images.contiguous(memory_format=torch.channels_last)
+        features = features.contiguous(memory_format=torch.channels_last)
+        detail = self.detail(images)  # (B, pixel, H/cell, W/cell)
         context = self.context(features)  # (B, pixel, h, w)
         context = F.interpolate(
             context, size=detail.shape[-2:], mode="bilinear", align_corners=False
@@ -240,20 +259,34 @@ class MaskHead(nn.Module):
 class MaskHeadNano(MaskHead):
     """The light head of the family, at most a quarter of the standard one."""
 
-    def __init__(self, hidden: int, stride: int = STRIDE):
+    def __init__(self, hidden: int, stride: int | None = None):
+        stride = stride or default_stride(hidden)
         query = 128 if hidden >= WIDE else 40
-        super().__init__(hidden, trunk=0, fuse=1, pixel=32, context=32, query=query, stride=stride)
+        stem, pixel = (24, 16) if stride == 1 else (48, 32)
+        super().__init__(
+            hidden,
+            trunk=0,
+            fuse=1,
+            stem=stem,
+            pixel=pixel,
+            context=32,
+            query=query,
+            stride=stride,
+        )
 
 
 class MaskHeadStandard(MaskHead):
     """The larger head: convolutions on the features, wider pixel embeddings and kernels."""
 
-    def __init__(self, hidden: int, stride: int = STRIDE):
+    def __init__(self, hidden: int, stride: int | None = None):
+        stride = stride or default_stride(hidden)
         if hidden >= WIDE:
-            widths = {"trunk": 2, "fuse": 2, "pixel": 64, "context": 128, "query": 256}
+            widths = {"trunk": 2, "pixel": 64, "context": 128, "query": 256}
         else:
-            widths = {"trunk": 1, "fuse": 2, "pixel": 48, "context": 56, "query": 104}
-        super().__init__(hidden, **widths, stride=stride)
+            widths = {"trunk": 1, "pixel": 48, "context": 56, "query": 104}
+        if stride == 1:
+            widths["pixel"] //= 2
+        super().__init__(hidden, fuse=2, stem=48, **widths, stride=stride)
 
 
 MASK_HEADS = {"nano": MaskHeadNano, "standard": MaskHeadStandard}

@@ -39,7 +39,6 @@ from rfdetr.weights.package import from_lightning, from_package
 
 FORMAT = 1
 MASK_HEADS = (None, *segmentation.MASK_HEADS, "official")
-MASK_STRIDES = (2, 4)
 EARLIER_STRIDE = 4  # of mask heads whose file does not name theirs
 MOST_IMAGE_SIDE = 10**6  # pixels
 MOST_QUERIES = 200_000  # of all groups: more would cost all memory
@@ -119,7 +118,7 @@ def _check(content: dict) -> None:
     gray_of(content)
     if content["stage"] not in STAGES or content.get("mask_head") not in MASK_HEADS:
         raise ValueError("its stage or mask head is unknown")
-    if mask_stride(content) not in MASK_STRIDES:
+    if mask_stride(content) not in segmentation.STRIDES:
         raise ValueError("its mask head's stride is unknown")
     size = size_from_dict(content["size"])
     too_many_layers = size.depth + size.decoder_layers > len(model)
@@ -264,9 +263,12 @@ def make_content(
     table: ClassTable,
     mask_head: str | None,
     state: dict,
-    mask_stride: int = segmentation.STRIDE,
+    mask_stride: int | None = None,
 ) -> dict:
-    """What every checkpoint of ours holds; a run adds its args."""
+    """What every checkpoint of ours holds; a run adds its args.
+
+    mask_stride: None is that of new heads.
+    """
     content = {
         "format": FORMAT,
         "stage": stage,
@@ -277,7 +279,7 @@ def make_content(
         "model": state,
     }
     if mask_head in segmentation.MASK_HEADS:
-        content["mask_stride"] = mask_stride
+        content["mask_stride"] = mask_stride or segmentation.default_stride(size.hidden)
     return content
 
 
