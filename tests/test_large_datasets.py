@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rfdetr.data import checked_annotations, index
+from rfdetr.data import checked_annotations, checks, index, json_stream
 from rfdetr.data import dataset as dataset_module
 from rfdetr.data.checks import check_file
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.flat import FlatAnnotations
+from rfdetr.data.image_files import ImageEntry
 from rfdetr.data.images import ORIENTATION
 from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.layout import read_json
@@ -221,6 +222,66 @@ def test_what_is_checked_at_once_is_what_is_checked_one_by_one(demo, monkeypatch
 
     monkeypatch.setattr(checked_annotations, "is_doubtful", all_of_them)
     assert repr(checked()) == repr(at_once)  # as text: NaN is not equal to itself
+
+
+RAW = ["NaN", "-Infinity", "1e400", "-0", "-0.0", "1E2", "18446744073709551616", "9" * 400]
+RAW += ["1.", "01", "tru", "", '"\\ud800"', '"\\udc00\\ud800"', '"\\ud83d\\ude00"', '"\t"']
+RAW += ['"}, {"', '[{"a": 1}, {"b": []}]', '{"id": 1, "id": 2}', "é\ufeff"]
+RAW += ["[" * 1000 + "]" * 1000, "[" * 5000]
+WRITTEN = [{}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 0, "ensure_ascii": False}]
+
+
+def odd_text(document: dict, seed: int) -> str:
+    """The text of a COCO document with a few words that few writers write, or none may."""
+    rng = random.Random(seed)
+    data = json.loads(json.dumps(document))
+    data["annotations"] = rng.sample(data["annotations"], 8)
+    data["annotations"][0]["note"] = "é}, {\ud800"
+    for word in rng.sample(range(len(RAW)), rng.choice([0, 1, 1, 3])):
+        entry = rng.choice(data["annotations"])
+        entry[rng.choice([*FIELDS, "note"])] = rng.choice([f"word {word}", [f"word {word}"] * 6])
+    text = json.dumps(data, **rng.choice(WRITTEN))
+    for word, raw in enumerate(RAW):
+        text = text.replace(f'"word {word}"', raw)
+    at = rng.randrange(len(text))
+    broken = text[:at] + rng.choice(',:"{}[]0 x') + text[at + 1 :]
+    return broken if rng.random() < 0.3 else text.replace("}, {", "} ,{", rng.choice([0, 2]))
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_the_faster_parser_changes_nothing(demo, tmp_path, monkeypatch, seed):
+    assert json_stream.orjson
+    document = json.loads((demo / "train" / FILE).read_text(encoding="utf-8"))
+    file = tmp_path / "a.json"
+    file.write_bytes(odd_text(document, seed).encode("utf-8", "surrogatepass"))
+    monkeypatch.setattr(json_stream, "BLOCK", random.Random(seed).choice([100, 1 << 20]))
+
+    def checked() -> str:
+        try:
+            split = check_file(file, data=stream_json(file)[0])
+        except NotStreamable:
+            return "another reader's"
+        columns = split.columns
+        entries = [columns.entry(i, 0, 64, 64) for i in range(len(columns.ids))]
+        known = [split.faults.problems(), split.listed, split.categories, entries]
+        return repr([*known, columns.clipped.tolist(), columns.first.tolist()])
+
+    with_it = checked()
+    monkeypatch.setattr(json_stream, "orjson", None)
+    assert checked() == with_it
+
+
+@pytest.mark.parametrize("wait", [-1, math.inf])  # a disk that is always slow, or never
+def test_image_files_are_told_in_order_from_any_disk(demo, tmp_path, monkeypatch, wait):
+    monkeypatch.setenv("RFDETR_CACHE", str(tmp_path))
+    monkeypatch.setattr(checks, "MANY_HEADERS", 1)
+    monkeypatch.setattr(checks, "UNTIL_NEXT_LOOK", 2)
+    monkeypatch.setattr(checks, "LONG_WAIT", wait)
+    names = sorted(file.name for file in (demo / "train").glob("*.png"))
+    entries = {name: ImageEntry(name, name, 64, 64) for name in names}
+    files = checks.inspect_images(entries, demo / "train", decode=False)
+    assert [*files] == names
+    assert [file.path.name for file in files.values()] == names
 
 
 def test_guesses_beyond_what_memory_is_for_are_not_kept(demo, monkeypatch):

@@ -123,11 +123,12 @@ def content_hash(path: Path) -> int:
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        hashed = [size.to_bytes(8, "little")]
         for part in range(HASHED_PARTS):
             file.seek(max(size - HASHED_PART, 0) * part // (HASHED_PARTS - 1))
-            digest.update(file.read(HASHED_PART))
-    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+            hashed.append(file.read(HASHED_PART))
+    digest = hashlib.sha256(b"".join(hashed)).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def inspect_image_file(

@@ -10,9 +10,10 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import stat
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json.decoder import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +21,15 @@ from typing import BinaryIO
 from rfdetr.data.flat import FlatAnnotations
 from rfdetr.progress import ProgressBar
 
+try:
+    import orjson
+except ImportError:
+    orjson = None
+
 BLOCK = 1 << 22  # bytes that are read at once
+FAR = 1 << 16  # characters: the end of a longer entry is not looked for
+MOST_BRACKETS = 500  # Python's json refuses deeper ones, orjson reads some of them
+GAP = re.compile(r"[ \t\n\r]*,[ \t\n\r]*\{")  # between an entry and the inside of the next one
 IMAGE_FIELDS = ("id", "file_name", "width", "height")
 BLANKS = " \t\n\r"
 
@@ -41,6 +50,7 @@ class Window:
         self._decode_value = JSONDecoder().raw_decode
         self._is_done = False  # the file is read
         self._known = (0, 0)  # a character of `text`, and the byte of the file where it begins
+        self._border = "}, {"  # of two entries, as the file has it
 
     @property
     def byte(self) -> int:
@@ -107,8 +117,33 @@ class Window:
             self.at += 1
         return json.loads(word)
 
-    def objects(self) -> Iterator[dict]:
-        """The entries of a list of objects; where the next one begins is `byte` before it."""
+    def entry(self) -> dict:
+        """The next value, an object of a list: as closed_value, at a third of its time.
+
+        Up to where the next object seems to begin, orjson reads it. If that is a whole object, it
+        is this one; if not, or if it has NaN or other things that only Python's json takes, that
+        reads it.
+        """
+        end = self.text.find(self._border, self.at, self.at + FAR) + 1
+        text = self.text[self.at : end]
+        if orjson and text and text.count("[") + text.count("{") <= MOST_BRACKETS:
+            try:
+                value = orjson.loads(text)
+                self.at = end
+                return value
+            except orjson.JSONDecodeError:
+                pass
+        value = self.closed_value()
+        gap = GAP.match(self.text, self.at)
+        if gap:
+            self._border = "}" + gap[0]
+        return value
+
+    def objects(self, read: Callable[[], dict]) -> Iterator[dict]:
+        """The entries of a list of objects; where the next one begins is `byte` before it.
+
+        read: `entry` or closed_value.
+        """
         self.expect("[")
         if self.character() == "]":
             self.at += 1
@@ -116,7 +151,7 @@ class Window:
         while True:
             if self.character() != "{":
                 raise NotStreamable
-            yield self.closed_value()
+            yield read()
             if self.expect(",]") == "]":
                 return
 
@@ -185,7 +220,8 @@ def read_table(window: Window, key: str, path: Path) -> object:
     if key == "annotations":
         return read_annotations(window, path)
     return [
-        {name: entry[name] for name in IMAGE_FIELDS if name in entry} for entry in window.objects()
+        {name: entry[name] for name in IMAGE_FIELDS if name in entry}
+        for entry in window.objects(window.closed_value)
     ]
 
 
@@ -195,7 +231,7 @@ def read_annotations(window: Window, path: Path) -> FlatAnnotations:
 
     def noting_begins() -> Iterator[dict]:
         last = window.byte
-        for entry in window.objects():
+        for entry in window.objects(window.entry):
             begins.append(last)
             yield entry
             last = window.byte
