@@ -115,6 +115,7 @@ def list_split(
     annotations = flat_annotations(data, faults)
     sound_categories = check_categories(categories, annotations.used_categories, faults)
     entries = check_image_entries(images, faults)
+    del data, images  # of large files, as much memory as all that is found of them
     files = None
     if folder is not None:
         files = inspect_images(entries, folder, decode)

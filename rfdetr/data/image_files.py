@@ -34,7 +34,7 @@ REFUSED = {getattr(errno, name) for name in REFUSALS if hasattr(errno, name)}
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageEntry:
     """An entry of "images" with a sound id.  Width and height are infinite until the file tells."""
 
@@ -52,11 +52,11 @@ class ImageEntry:
         return self.width < inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """What the file of an entry tells, whatever the annotations say."""
 
-    path: Path = Path()
+    path: str = "."  # a Path takes four times the memory
     faults: dict[str, str] = field(default_factory=dict)  # code -> what to add to the path
     orientation: int = 1  # the EXIF tag, 1..8
     stored_size: tuple[int, int] | None = None  # (width, height); None where it is not known
@@ -154,7 +154,7 @@ def inspect_image_file(
     if is_behind_link(path, folder):
         faults = {"IMG_LINK": ""} | faults
     return ImageFile(
-        path=path,
+        path=str(path),
         faults=faults,
         orientation=orientation,
         stored_size=tuple(stored_size) if stored_size else None,

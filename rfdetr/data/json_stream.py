@@ -26,7 +26,7 @@ try:
 except ImportError:
     orjson = None
 
-BLOCK = 1 << 22  # bytes that are read at once
+BLOCK = 1 << 20  # bytes that are read at once
 FAR = 1 << 16  # characters: the end of a longer entry is not looked for
 MOST_BRACKETS = 500  # Python's json refuses deeper ones, orjson reads some of them
 GAP = re.compile(r"[ \t\n\r]*,[ \t\n\r]*\{")  # between an entry and the inside of the next one
