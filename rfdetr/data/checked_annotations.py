@@ -79,6 +79,8 @@ def check_annotations(
     usual = np.ones(len(flat), dtype=bool)
     usual[judged] = False
     sound.is_sound[:] = usual
+    shorter_sides = sizes.min(axis=1)
+    del sizes
     lacks_mask = usual & (sound.mask_kinds == NO_MASK) & ~sound.is_crowd
     entries = EntryCheck(sound, extents, images, category_ids)
     notes = [entries.judge(judged), entries.without_mask(lacks_mask)]
@@ -86,7 +88,7 @@ def check_annotations(
         faults.note(code, place, entry)
     with np.errstate(invalid="ignore", over="ignore"):
         extents[~sound.is_sound | sound.is_crowd] = np.nan
-        found = coordinate_faults(sound.boxes, extents, sizes.min(axis=1), sound.is_sound)
+        found = coordinate_faults(sound.boxes, extents, shorter_sides, sound.is_sound)
         for code, severity, indices in found:
             for index in indices.tolist():
                 faults.note(code, entries.place(index))
@@ -125,7 +127,7 @@ def image_sizes(flat: FlatAnnotations, images: dict[int | str, SizedImage]) -> n
         image = images.get(image_id)
         if image is not None:
             sizes[number] = image.width, image.height
-    return sizes[as_array(flat.image_numbers, np.int64)]  # -1 is the last row
+    return sizes[as_array(flat.image_numbers, np.int32)]  # -1 is the last row
 
 
 def mask_extents(sound: SoundAnnotations) -> np.ndarray:

@@ -126,11 +126,11 @@ def build_columns(
     They take the memory of the columns of `sound`, which mean nothing afterwards.
     """
     flat = sound.flat
-    row_of_number = np.full(len(flat.image_ids) + 1, -1)
+    row_of_number = np.full(len(flat.image_ids) + 1, -1, np.int32)
     for row, image in enumerate(images):
         if image.id in flat.image_ids:
             row_of_number[flat.image_ids[image.id]] = row
-    rows = row_of_number[as_array(flat.image_numbers, np.int64)]
+    rows = row_of_number[as_array(flat.image_numbers, np.int32)]
     kept = np.flatnonzero(sound.is_sound & (rows >= 0))
     kept = kept[np.argsort(rows[kept], kind="stable")]
     is_crowd = ordered(sound.is_crowd, kept)
@@ -155,7 +155,8 @@ def build_columns(
 
 def ordered(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """These rows of a column, in this order, written over what it was."""
-    column[: len(rows)] = column[rows]
+    for values in np.atleast_2d(column.T):  # one by one: little memory is taken for the moment
+        values[: len(rows)] = values[rows]
     return column[: len(rows)]
 
 

@@ -60,7 +60,7 @@ class FlatAnnotations:
         self.entries: Entries = ListedEntries([])
         self.odd = array("b")
         self.ids = array("q")
-        self.image_numbers = array("q")  # of image_ids
+        self.image_numbers = array("i")  # of image_ids
         self.image_ids: dict[int | str, int] = {}  # id -> its number
         self.categories = array("q")
         self.crowd = array("b")

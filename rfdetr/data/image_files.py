@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -65,6 +66,7 @@ class ImageFile:
 
 
 NOT_INSPECTED = ImageFile()
+NO_FAULTS: dict[str, str] = {}  # one for all files without any
 
 
 class ImageHeader(NamedTuple):
@@ -155,21 +157,27 @@ def inspect_image_file(
         faults = {"IMG_LINK": ""} | faults
     return ImageFile(
         path=str(path),
-        faults=faults,
+        faults=faults or NO_FAULTS,
         orientation=orientation,
-        stored_size=tuple(stored_size) if stored_size else None,
+        stored_size=shared(tuple(stored_size)) if stored_size else None,
         file_sha256=bytes.fromhex(whole_sha256),
         content_hash=hashed,
     )
 
 
+@functools.lru_cache(maxsize=1000)
+def shared(size: tuple[int, int]) -> tuple[int, int]:
+    """The same object for equal sizes: of many images, most have one of a few sizes."""
+    return size
+
+
 def is_behind_link(path: Path, folder: Path) -> bool:
     """Whether a file, or a folder on the way to it from `folder` on, is a symbolic link."""
-    part = path
+    part = str(path)
     while not os.path.islink(part):
-        if part == folder:
+        if part == str(folder):
             return False
-        part = part.parent
+        part = os.path.dirname(part) or "."
     return True
 
 
