@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -77,6 +77,14 @@ class Columns:
         ends = getattr(self, f"{name}_ends")
         begin = ends[index - 1] if index else 0
         return data[begin : ends[index]].tobytes().decode("utf-8", "surrogatepass")
+
+    def all_texts(self, name: str) -> Iterator[str]:
+        """All texts of the text column of this name."""
+        data = getattr(self, f"{name}_data").tobytes()
+        begin = 0
+        for end in getattr(self, f"{name}_ends").tolist():
+            yield data[begin:end].decode("utf-8", "surrogatepass")
+            begin = end
 
     def mask(self, index: int, height: int, width: int) -> list | dict | None:
         """The usable segmentation of an annotation in a (height, width) image."""
