@@ -225,10 +225,15 @@ def test_what_is_checked_at_once_is_what_is_checked_one_by_one(demo, monkeypatch
     assert repr(checked()) == repr(at_once)  # as text: NaN is not equal to itself
 
 
-RAW = ["NaN", "-Infinity", "1e400", "-0", "-0.0", "1E2", "18446744073709551616", "9" * 400]
-RAW += ["1.", "01", "tru", "", '"\\ud800"', '"\\udc00\\ud800"', '"\\ud83d\\ude00"', '"\t"']
-RAW += ['"}, {"', '[{"a": 1}, {"b": []}]', '{"id": 1, "id": 2}', "é\ufeff"]
-RAW += ["[" * 1000 + "]" * 1000, "[" * 5000]
+RAW = ["NaN", "-Infinity", "1e400", "-1E400", "1e99999999999", "1e-400", "5e-324", "-0", "-0.0"]
+RAW += ["9" * 400, "9" * 5000]
+RAW += ["1E2", "1.", "01", "-", "+1", "tru", "", "0.30000000000000004", "123456789012345678.5e-17"]
+RAW += ["9223372036854775808", "-9223372036854775809", "18446744073709551616"]
+RAW += ['"\\ud800"', '"\\udc00\\ud800"', '"\\ud83d\\ude00"', '"\\ud83dx"', '"\\u0000"']
+RAW += ['"\\u12"', '"\ud800"', '"\t"', '"\0"', '"\x7f"', '"\\/"', '"\\x"', "é\ufeff", "\xa01"]
+RAW += ["1\f", "/**/1", "[1,]"]
+RAW += ['"}, {"', '[{"a": 1}, {"b": []}]', '{"id": 1, "id": 2}', '1, "id": 7, "\\u0069d": 9']
+RAW += [*("[" * deep + "]" * deep for deep in (450, 498, 499, 500, 501, 1000)), "[" * 5000]
 WRITTEN = [{}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 0, "ensure_ascii": False}]
 
 
@@ -246,30 +251,48 @@ def odd_text(document: dict, seed: int) -> str:
         text = text.replace(f'"word {word}"', raw)
     at = rng.randrange(len(text))
     broken = text[:at] + rng.choice(',:"{}[]0 x') + text[at + 1 :]
-    return broken if rng.random() < 0.3 else text.replace("}, {", "} ,{", rng.choice([0, 2]))
+    text = broken if rng.random() < 0.3 else text.replace("}, {", "} ,{", rng.choice([0, 2]))
+    return text if rng.random() < 0.95 else "\ufeff" + text
 
 
 @pytest.mark.parametrize("seed", range(150))
 def test_the_faster_parser_changes_nothing(demo, tmp_path, monkeypatch, seed):
-    assert json_stream.orjson
     document = json.loads((demo / "train" / FILE).read_text(encoding="utf-8"))
     file = tmp_path / "a.json"
     file.write_bytes(odd_text(document, seed).encode("utf-8", "surrogatepass"))
     monkeypatch.setattr(json_stream, "BLOCK", random.Random(seed).choice([100, 1 << 20]))
 
-    def checked() -> str:
+    seen = []
+    add = FlatAnnotations.add
+    monkeypatch.setattr(
+        FlatAnnotations, "add", lambda flat, entry: seen.append(repr(entry)) or add(flat, entry)
+    )
+
+    def checked() -> tuple[str, list[str]]:
+        seen.clear()
         try:
             split = check_file(file, data=stream_json(file)[0])
         except NotStreamable:
-            return "another reader's"
+            return "another reader's", seen.copy()
         columns = split.columns
         entries = [columns.entry(i, 0, 64, 64) for i in range(len(columns.ids))]
         known = [split.faults.problems(), split.listed, split.categories, entries]
-        return repr([*known, columns.clipped.tolist(), columns.first.tolist()])
+        return repr([*known, columns.clipped.tolist(), columns.first.tolist()]), seen.copy()
 
     with_it = checked()
-    monkeypatch.setattr(json_stream, "orjson", None)
+    monkeypatch.setattr(json_stream, "MOST_BRACKETS", -1)
     assert checked() == with_it
+
+
+def test_most_entries_are_left_to_the_faster_parser(demo, monkeypatch):
+    slow = []
+    closed_value = json_stream.Window.closed_value
+    monkeypatch.setattr(
+        json_stream.Window, "closed_value", lambda window: slow.append(1) or closed_value(window)
+    )
+    data, _ = stream_json(demo / "train" / FILE)
+    others = len(data["images"]) + 20  # keys, categories, the first and the last annotation
+    assert len(data["annotations"]) > 50 and len(slow) < others
 
 
 @pytest.mark.parametrize("wait", [-1, math.inf])  # a disk that is always slow, or never

@@ -18,17 +18,14 @@ from json.decoder import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 from rfdetr.data.flat import FlatAnnotations
 from rfdetr.progress import ProgressBar
 
-try:
-    import orjson
-except ImportError:
-    orjson = None
-
 BLOCK = 1 << 20  # bytes that are read at once
 FAR = 1 << 16  # characters: the end of a longer entry is not looked for
-MOST_BRACKETS = 500  # Python's json refuses deeper ones, orjson reads some of them
+MOST_BRACKETS = 500  # of an entry that is not left to Python's json: that bounds the nesting
 GAP = re.compile(r"[ \t\n\r]*,[ \t\n\r]*\{")  # between an entry and the inside of the next one
 IMAGE_FIELDS = ("id", "file_name", "width", "height")
 BLANKS = " \t\n\r"
@@ -48,6 +45,7 @@ class Window:
         self.at = 0  # the place, a character of `text`
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
         self._decode_value = JSONDecoder().raw_decode
+        self._decode_entry = msgspec.json.Decoder().decode
         self._is_done = False  # the file is read
         self._known = (0, 0)  # a character of `text`, and the byte of the file where it begins
         self._border = "}, {"  # of two entries, as the file has it
@@ -120,18 +118,18 @@ class Window:
     def entry(self) -> dict:
         """The next value, an object of a list: as closed_value, at a third of its time.
 
-        Up to where the next object seems to begin, orjson reads it. If that is a whole object, it
+        Up to where the next object seems to begin, msgspec reads it. If that is a whole object, it
         is this one; if not, or if it has NaN or other things that only Python's json takes, that
         reads it.
         """
         end = self.text.find(self._border, self.at, self.at + FAR) + 1
         text = self.text[self.at : end]
-        if orjson and text and text.count("[") + text.count("{") <= MOST_BRACKETS:
+        if text and text.count("[") + text.count("{") <= MOST_BRACKETS:
             try:
-                value = orjson.loads(text)
+                value = self._decode_entry(text)
                 self.at = end
                 return value
-            except orjson.JSONDecodeError:
+            except (msgspec.DecodeError, UnicodeEncodeError):
                 pass
         value = self.closed_value()
         gap = GAP.match(self.text, self.at)
