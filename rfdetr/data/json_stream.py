@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from json.decoder import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import BinaryIO
@@ -137,11 +137,8 @@ class Window:
             self._border = "}" + gap[0]
         return value
 
-    def objects(self, read: Callable[[], dict]) -> Iterator[dict]:
-        """The entries of a list of objects; where the next one begins is `byte` before it.
-
-        read: `entry` or closed_value.
-        """
+    def objects(self) -> Iterator[dict]:
+        """The entries of a list of objects; where the next one begins is `byte` before it."""
         self.expect("[")
         if self.character() == "]":
             self.at += 1
@@ -149,7 +146,7 @@ class Window:
         while True:
             if self.character() != "{":
                 raise NotStreamable
-            yield read()
+            yield self.entry()
             if self.expect(",]") == "]":
                 return
 
@@ -219,7 +216,7 @@ def read_table(window: Window, key: str, path: Path) -> object:
         return read_annotations(window, path)
     return [
         {name: entry[name] for name in IMAGE_FIELDS if name in entry}
-        for entry in window.objects(window.closed_value)
+        for entry in window.objects()
     ]
 
 
@@ -229,7 +226,7 @@ def read_annotations(window: Window, path: Path) -> FlatAnnotations:
 
     def noting_begins() -> Iterator[dict]:
         last = window.byte
-        for entry in window.objects(window.entry):
+        for entry in window.objects():
             begins.append(last)
             yield entry
             last = window.byte
