@@ -245,7 +245,8 @@ def odd_text(document: dict, seed: int) -> str:
     data["annotations"][0]["note"] = "é}, {\ud800"
     for word in rng.sample(range(len(RAW)), rng.choice([0, 1, 1, 3])):
         entry = rng.choice(data[rng.choice(["annotations", "annotations", "images"])])
-        entry[rng.choice([*FIELDS, "file_name", "width", "note"])] = rng.choice([f"word {word}", [f"word {word}"] * 6])
+        field = rng.choice([*FIELDS, "file_name", "width", "note"])
+        entry[field] = rng.choice([f"word {word}", [f"word {word}"] * 6])
     text = json.dumps(data, **rng.choice(WRITTEN))
     for word, raw in enumerate(RAW):
         text = text.replace(f'"word {word}"', raw)
