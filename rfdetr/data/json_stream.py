@@ -215,8 +215,7 @@ def read_table(window: Window, key: str, path: Path) -> object:
     if key == "annotations":
         return read_annotations(window, path)
     return [
-        {name: entry[name] for name in IMAGE_FIELDS if name in entry}
-        for entry in window.objects()
+        {name: entry[name] for name in IMAGE_FIELDS if name in entry} for entry in window.objects()
     ]
 
 
