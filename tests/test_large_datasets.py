@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rfdetr.data import checked_annotations, index
+from rfdetr.data import checked_annotations, checks, flat, index, json_stream
 from rfdetr.data import dataset as dataset_module
 from rfdetr.data.checks import check_file
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.flat import FlatAnnotations
+from rfdetr.data.image_files import ImageEntry
 from rfdetr.data.images import ORIENTATION
 from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.layout import read_json
@@ -163,10 +164,10 @@ def test_a_file_read_in_pieces_is_what_json_reads(tmp_path, monkeypatch, text, b
     data, sha256 = stream_json(file)
     whole = read_json(file)
     assert sha256 == index.file_sha256(file) and data.keys() == whole.keys()
-    flat = data.pop("annotations")
+    annotations = data.pop("annotations")
     entries = whole.pop("annotations")
-    assert flat.entries.read(range(len(flat))) == entries
-    assert np.array_equal(flat.ids, FlatAnnotations.of(entries).ids)
+    assert annotations.entries.read(range(len(annotations))) == entries
+    assert np.array_equal(annotations.ids, FlatAnnotations.of(entries).ids)
     for entry in whole.get("images", []):
         entry.pop("more", None)
     assert data == whole
@@ -206,6 +207,7 @@ def odd_document(document: dict, seed: int) -> dict:
 @pytest.mark.parametrize("seed", range(60))
 def test_what_is_checked_at_once_is_what_is_checked_one_by_one(demo, monkeypatch, seed):
     document = json.loads((demo / "train" / FILE).read_text(encoding="utf-8"))
+    monkeypatch.setattr(flat, "ROWS", random.Random(seed).choice([1, 3, 1 << 16]))
 
     def checked() -> tuple[list, list]:
         split = check_file("x.json", data=odd_document(document, seed))
@@ -216,11 +218,95 @@ def test_what_is_checked_at_once_is_what_is_checked_one_by_one(demo, monkeypatch
 
     at_once = checked()
 
-    def all_of_them(sound, sizes, category_ids):
+    def all_of_them(sound, extents, sizes, category_ids):
         return np.ones(len(sound.ids), dtype=bool)
 
     monkeypatch.setattr(checked_annotations, "is_doubtful", all_of_them)
     assert repr(checked()) == repr(at_once)  # as text: NaN is not equal to itself
+
+
+RAW = ["NaN", "-Infinity", "1e400", "-1E400", "1e99999999999", "1e-400", "5e-324", "-0", "-0.0"]
+RAW += ["9" * 400, "9" * 5000]
+RAW += ["1E2", "1.", "01", "-", "+1", "tru", "", "0.30000000000000004", "123456789012345678.5e-17"]
+RAW += ["9223372036854775808", "-9223372036854775809", "18446744073709551616"]
+RAW += ['"\\ud800"', '"\\udc00\\ud800"', '"\\ud83d\\ude00"', '"\\ud83dx"', '"\\u0000"']
+RAW += ['"\\u12"', '"\ud800"', '"\t"', '"\0"', '"\x7f"', '"\\/"', '"\\x"', "é\ufeff", "\xa01"]
+RAW += ["1\f", "/**/1", "[1,]"]
+RAW += ['"}, {"', '[{"a": 1}, {"b": []}]', '{"id": 1, "id": 2}', '1, "id": 7, "\\u0069d": 9']
+RAW += [*("[" * deep + "]" * deep for deep in (450, 498, 499, 500, 501, 1000)), "[" * 5000]
+WRITTEN = [{}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 0, "ensure_ascii": False}]
+
+
+def odd_text(document: dict, seed: int) -> str:
+    """The text of a COCO document with a few words that few writers write, or none may."""
+    rng = random.Random(seed)
+    data = json.loads(json.dumps(document))
+    data["annotations"] = rng.sample(data["annotations"], 8)
+    data["annotations"][0]["note"] = "é}, {\ud800"
+    for word in rng.sample(range(len(RAW)), rng.choice([0, 1, 1, 3])):
+        entry = rng.choice(data[rng.choice(["annotations", "annotations", "images"])])
+        field = rng.choice([*FIELDS, "file_name", "width", "note"])
+        entry[field] = rng.choice([f"word {word}", [f"word {word}"] * 6])
+    text = json.dumps(data, **rng.choice(WRITTEN))
+    for word, raw in enumerate(RAW):
+        text = text.replace(f'"word {word}"', raw)
+    at = rng.randrange(len(text))
+    broken = text[:at] + rng.choice(',:"{}[]0 x') + text[at + 1 :]
+    text = broken if rng.random() < 0.3 else text.replace("}, {", "} ,{", rng.choice([0, 2]))
+    return text if rng.random() < 0.95 else "\ufeff" + text
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_the_faster_parser_changes_nothing(demo, tmp_path, monkeypatch, seed):
+    document = json.loads((demo / "train" / FILE).read_text(encoding="utf-8"))
+    file = tmp_path / "a.json"
+    file.write_bytes(odd_text(document, seed).encode("utf-8", "surrogatepass"))
+    monkeypatch.setattr(json_stream, "BLOCK", random.Random(seed).choice([100, 1 << 20]))
+
+    seen = []
+    add = FlatAnnotations.add
+    monkeypatch.setattr(
+        FlatAnnotations, "add", lambda flat, entry: seen.append(repr(entry)) or add(flat, entry)
+    )
+
+    def checked() -> tuple[str, list[str]]:
+        seen.clear()
+        try:
+            split = check_file(file, data=stream_json(file)[0])
+        except NotStreamable:
+            return "another reader's", seen.copy()
+        columns = split.columns
+        entries = [columns.entry(i, 0, 64, 64) for i in range(len(columns.ids))]
+        known = [split.faults.problems(), split.listed, split.categories, entries]
+        return repr([*known, columns.clipped.tolist(), columns.first.tolist()]), seen.copy()
+
+    with_it = checked()
+    monkeypatch.setattr(json_stream, "MOST_BRACKETS", -1)
+    assert checked() == with_it
+
+
+def test_most_entries_are_left_to_the_faster_parser(demo, monkeypatch):
+    slow = []
+    closed_value = json_stream.Window.closed_value
+    monkeypatch.setattr(
+        json_stream.Window, "closed_value", lambda window: slow.append(1) or closed_value(window)
+    )
+    data, _ = stream_json(demo / "train" / FILE)
+    others = len(data["images"]) + 20  # keys, categories, the first and the last annotation
+    assert len(data["annotations"]) > 50 and len(slow) < others
+
+
+@pytest.mark.parametrize("wait", [-1, math.inf])  # a disk that is always slow, or never
+def test_image_files_are_told_in_order_from_any_disk(demo, tmp_path, monkeypatch, wait):
+    monkeypatch.setenv("RFDETR_CACHE", str(tmp_path))
+    monkeypatch.setattr(checks, "MANY_HEADERS", 1)
+    monkeypatch.setattr(checks, "UNTIL_NEXT_LOOK", 2)
+    monkeypatch.setattr(checks, "LONG_WAIT", wait)
+    names = sorted(file.name for file in (demo / "train").glob("*.png"))
+    entries = {name: ImageEntry(name, name, 64, 64) for name in names}
+    files = checks.inspect_images(entries, demo / "train", decode=False)
+    assert [*files] == names
+    assert [Path(file.path).name for file in files.values()] == names
 
 
 def test_guesses_beyond_what_memory_is_for_are_not_kept(demo, monkeypatch):

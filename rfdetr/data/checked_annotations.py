@@ -30,6 +30,8 @@ from rfdetr.data.flat import (
     RLE_RUNS,
     RLE_TEXT,
     FlatAnnotations,
+    as_array,
+    row_slices,
 )
 from rfdetr.data.rle import rle_extents, run_sums
 
@@ -43,7 +45,8 @@ NOT_LISTED = SizedImage("", "not listed", inf, inf)
 class SoundAnnotations:
     """The n annotations of a file: which are sound, and what of them is to be learnt.
 
-    Columns in the order of the file; those of unsound ones mean nothing.
+    Columns in the order of the file, most of them in the memory of `flat`; those of unsound ones
+    mean nothing.
     """
 
     flat: FlatAnnotations
@@ -53,10 +56,9 @@ class SoundAnnotations:
     is_crowd: np.ndarray  # (n,) bool
     areas: np.ndarray  # (n,) float64; NaN where they are to be computed
     boxes: np.ndarray  # (n, 4) float64 x, y, width, height as in the file
-    clipped: np.ndarray  # (n, 4) float64 xyxy inside the image; NaN where the entry is dropped
+    clipped: np.ndarray  # (n, 4) float32 xyxy inside the image; NaN where the entry is dropped
     mask_kinds: np.ndarray  # (n,) uint8, as in FlatAnnotations; NO_MASK where none is usable
     spans: np.ndarray  # (n, 2) int64
-    extents: np.ndarray  # (n, 4) float64 xyxy of the masks; NaN where there is none
 
 
 def check_annotations(
@@ -72,20 +74,21 @@ def check_annotations(
     """
     sizes = image_sizes(flat, images)
     sound = columns_of(flat)
-    measure_polygons(sound)
-    judged = np.flatnonzero(is_doubtful(sound, sizes, category_ids))
+    extents = mask_extents(sound)
+    judged = np.flatnonzero(is_doubtful(sound, extents, sizes, category_ids))
     usual = np.ones(len(flat), dtype=bool)
     usual[judged] = False
     sound.is_sound[:] = usual
+    shorter_sides = sizes.min(axis=1)
+    del sizes
     lacks_mask = usual & (sound.mask_kinds == NO_MASK) & ~sound.is_crowd
-    entries = EntryCheck(sound, images, category_ids)
+    entries = EntryCheck(sound, extents, images, category_ids)
     notes = [entries.judge(judged), entries.without_mask(lacks_mask)]
     for _, code, place, entry in merge(*notes, key=lambda note: note[0]):
         faults.note(code, place, entry)
     with np.errstate(invalid="ignore", over="ignore"):
-        found = coordinate_faults(
-            sound.boxes, entries.measured_extents(), sizes.min(axis=1), sound.is_sound
-        )
+        extents[~sound.is_sound | sound.is_crowd] = np.nan
+        found = coordinate_faults(sound.boxes, extents, shorter_sides, sound.is_sound)
         for code, severity, indices in found:
             for index in indices.tolist():
                 faults.note(code, entries.place(index))
@@ -98,20 +101,19 @@ def check_annotations(
 
 
 def columns_of(flat: FlatAnnotations) -> SoundAnnotations:
-    """The columns as the file has them: copies, so that `flat` may grow."""
+    """The columns as the file has them: views, but of what `flat` lacks."""
     count = len(flat)
     return SoundAnnotations(
         flat=flat,
         is_sound=np.zeros(count, dtype=bool),
-        ids=np.array(flat.ids, np.int64),
-        categories=np.array(flat.categories, np.int64),
-        is_crowd=np.array(flat.crowd, bool),
-        areas=np.array(flat.areas, np.float64),
-        boxes=np.array(flat.boxes, np.float64).reshape(-1, 4),
-        clipped=np.full((count, 4), np.nan),
-        mask_kinds=np.array(flat.mask_kinds, np.uint8),
-        spans=np.array(flat.spans, np.int64).reshape(-1, 2),
-        extents=np.full((count, 4), np.nan),
+        ids=as_array(flat.ids, np.int64),
+        categories=as_array(flat.categories, np.int64),
+        is_crowd=as_array(flat.crowd, bool),
+        areas=as_array(flat.areas, np.float64),
+        boxes=as_array(flat.boxes, np.float64).reshape(-1, 4),
+        clipped=np.full((count, 4), np.nan, np.float32),
+        mask_kinds=as_array(flat.mask_kinds, np.uint8),
+        spans=as_array(flat.spans, np.int64).reshape(-1, 2),
     )
 
 
@@ -125,87 +127,118 @@ def image_sizes(flat: FlatAnnotations, images: dict[int | str, SizedImage]) -> n
         image = images.get(image_id)
         if image is not None:
             sizes[number] = image.width, image.height
-    return sizes[np.array(flat.image_numbers, np.int64)]  # -1 is the last row
+    return sizes[as_array(flat.image_numbers, np.int32)]  # -1 is the last row
 
 
-def measure_polygons(sound: SoundAnnotations) -> None:
-    """Set the extents of polygons and compressed RLEs."""
+def mask_extents(sound: SoundAnnotations) -> np.ndarray:
+    """(n, 4) float64 xyxy of polygons and compressed RLEs; NaN for other annotations."""
     flat = sound.flat
-    if len(flat.parts):
-        begins = np.array(flat.parts, np.int64)[0::2]
-        numbers = np.frombuffer(flat.numbers, np.float64)
-        pairs = begins // 2  # all have an even number of coordinates
-        extents = np.empty((len(begins), 4))
-        for axis in (0, 1):
-            values = numbers[axis::2]
-            np.minimum.reduceat(values, pairs, out=extents[:, axis])
-            np.maximum.reduceat(values, pairs, out=extents[:, 2 + axis])
-        has_parts = (sound.mask_kinds == POLYGONS) & (sound.spans[:, 1] > sound.spans[:, 0])
-        first = sound.spans[has_parts, 0]
-        low = np.minimum.reduceat(extents[:, :2], first)
-        high = np.maximum.reduceat(extents[:, 2:], first)
-        sound.extents[has_parts] = np.hstack([low, high])
+    parts = as_array(flat.parts, np.int64).reshape(-1, 2)
+    numbers = as_array(flat.numbers, np.float64)
+    extents = np.full((len(flat), 4), np.nan)
+    for rows in row_slices(len(flat)):
+        spans = sound.spans[rows]
+        has_parts = (sound.mask_kinds[rows] == POLYGONS) & (spans[:, 1] > spans[:, 0])
+        spans = spans[has_parts]
+        if len(spans):
+            begin = spans[0, 0]
+            extents[rows][has_parts] = polygon_extents(
+                numbers, parts[begin : spans[-1, 1]], spans[:, 0] - begin
+            )
     if len(flat.rle_indices):
-        rle_extents = np.array(flat.rle_extents, np.float64).reshape(-1, 4)
-        sound.extents[np.array(flat.rle_indices, np.int64)] = rle_extents
+        rle_extents = as_array(flat.rle_extents, np.float64).reshape(-1, 4)
+        extents[as_array(flat.rle_indices, np.int64)] = rle_extents
+    return extents
 
 
-def is_doubtful(sound: SoundAnnotations, sizes: np.ndarray, category_ids: set[int]) -> np.ndarray:
+def polygon_extents(numbers: np.ndarray, parts: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """(k, 4) xyxy of k masks whose polygons lie one after another.
+
+    parts: the polygons' ranges of `numbers`; first (k,): where the parts of each mask begin.
+    """
+    coordinates = numbers[parts[0, 0] : parts[-1, 1]]
+    begins = (parts[:, 0] - parts[0, 0]) // 2  # all have an even number of coordinates
+    extents = np.empty((len(first), 4))
+    for axis in (0, 1):
+        values = coordinates[axis::2]
+        extents[:, axis] = np.minimum.reduceat(np.minimum.reduceat(values, begins), first)
+        extents[:, 2 + axis] = np.maximum.reduceat(np.maximum.reduceat(values, begins), first)
+    return extents
+
+
+def is_doubtful(
+    sound: SoundAnnotations, extents: np.ndarray, sizes: np.ndarray, category_ids: set[int]
+) -> np.ndarray:
     """(n,) which annotations may have a fault; the boxes of the others are clipped.
 
-    sizes (n, 2): of their images.  A mask that is missing is no doubt.
+    extents (n, 4): of their masks; sizes (n, 2): of their images.  A mask that is missing is no
+    doubt.
     """
     flat = sound.flat
     doubtful = np.array(flat.odd, bool)
-    doubtful |= ~np.isin(sound.categories, list(category_ids))
-    with np.errstate(invalid="ignore", over="ignore"):
-        x, y, width, height = sound.boxes.T
-        low = np.maximum(sound.boxes[:, :2], 0)
-        far_corner = sound.boxes[:, :2] + sound.boxes[:, 2:]
-        high = np.minimum(far_corner, sizes)
-        out = np.stack([-x, -y, *(far_corner - sizes).T])
-        fits = (width >= THINNEST) & (height >= THINNEST) & (high - low >= THINNEST).all(1)
-        doubtful |= ~(fits & (out.max(axis=0, initial=-inf) <= SLACK))
-        sound.clipped[:, :2] = low
-        sound.clipped[:, 2:] = high
-        left, top, right, bottom = sound.extents.T
-        is_polygon = sound.mask_kinds == POLYGONS
-        far = 2 * sizes.max(axis=1)
-        near = (np.minimum(left, top) >= -far) & (np.maximum(right, bottom) <= far)
-        near &= (np.minimum(left, top) >= -LIMIT) & (np.maximum(right, bottom) <= LIMIT)
-        doubtful |= is_polygon & ~near
-        most = (width + 1) * (height + 1)
-        around = (right - left + 1) * (bottom - top + 1)
-        most = np.where(is_polygon, np.maximum(most, around), most)
-        if len(flat.rle_indices):
-            indices = np.array(flat.rle_indices, np.int64)
-            rows, columns = np.array(flat.rle_sizes, np.int64).reshape(-1, 2).T
-            pixels = rows * columns
-            fits = np.isin(sizes[indices, 0] - columns, (0, inf))
-            fits &= np.isin(sizes[indices, 1] - rows, (0, inf))
-            fits &= np.array(flat.rle_sums, np.int64) == pixels
-            doubtful[indices] |= ~fits
-            most[indices] = np.maximum(most[indices], pixels)
-        is_share = (sound.areas < 1) & (width * height > FEW_PIXELS)
-        doubtful |= is_share | (sound.areas > MOST_AREA * most)
+    pixels = np.zeros(len(flat))  # of compressed RLEs
+    if len(flat.rle_indices):
+        indices = as_array(flat.rle_indices, np.int64)
+        heights, widths = as_array(flat.rle_sizes, np.int64).reshape(-1, 2).T
+        pixels[indices] = heights * widths
+        with np.errstate(invalid="ignore"):
+            fits = np.isin(sizes[indices, 0] - widths, (0, inf))
+            fits &= np.isin(sizes[indices, 1] - heights, (0, inf))
+        fits &= as_array(flat.rle_sums, np.int64) == heights * widths
+        doubtful[indices] |= ~fits
+    known = list(category_ids)
+    for rows in row_slices(len(flat)):
+        doubtful[rows] |= ~np.isin(sound.categories[rows], known)
+        with np.errstate(invalid="ignore", over="ignore"):
+            doubtful[rows] |= clip_usual(sound, rows, extents[rows], sizes[rows], pixels[rows])
     return doubtful | is_repeated(sound.ids) | is_repeated(twin_keys(sound))
+
+
+def clip_usual(
+    sound: SoundAnnotations, rows: slice, extents: np.ndarray, sizes: np.ndarray, pixels: np.ndarray
+) -> np.ndarray:
+    """Clip the boxes of these rows; returns which of their boxes, polygons or areas are doubtful.
+
+    extents, sizes, pixels: of the rows, as in is_doubtful.
+    """
+    boxes = sound.boxes[rows]
+    _, _, width, height = boxes.T
+    low = np.maximum(boxes[:, :2], 0)
+    far_corner = boxes[:, :2] + boxes[:, 2:]
+    high = np.minimum(far_corner, sizes)
+    sound.clipped[rows] = np.hstack([low, high])
+    out = np.hstack([-boxes[:, :2], far_corner - sizes])
+    fits = (width >= THINNEST) & (height >= THINNEST) & (high - low >= THINNEST).all(1)
+    fits &= out.max(axis=1, initial=-inf) <= SLACK
+    left, top, right, bottom = extents.T
+    is_polygon = sound.mask_kinds[rows] == POLYGONS
+    far = np.minimum(2 * sizes.max(axis=1), LIMIT)
+    near = (np.minimum(left, top) >= -far) & (np.maximum(right, bottom) <= far)
+    most = (width + 1) * (height + 1)
+    around = (right - left + 1) * (bottom - top + 1)
+    most = np.where(is_polygon, np.maximum(most, around), np.maximum(most, pixels))
+    areas = sound.areas[rows]
+    is_share = (areas < 1) & (width * height > FEW_PIXELS)
+    return ~fits | (is_polygon & ~near) | is_share | (areas > MOST_AREA * most)
 
 
 def is_repeated(values: np.ndarray) -> np.ndarray:
     """(n,) which of some whole numbers occur more than once."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return counts[inverse] > 1
+    in_order = np.sort(values)
+    return np.isin(values, in_order[1:][in_order[1:] == in_order[:-1]])
 
 
 def twin_keys(sound: SoundAnnotations) -> np.ndarray:
     """(n,) uint64, equal for annotations of the same image, category and box; seldom for others."""
-    key = np.array(sound.flat.image_numbers, np.int64).view(np.uint64)
-    boxes = sound.boxes + 0.0  # -0.0 equals 0.0
-    columns = [sound.categories, *boxes.T]
-    for column in columns:
-        key = (key ^ key >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
-        key ^= np.ascontiguousarray(column).view(np.uint64)
-    return key
+    keys = np.array(sound.flat.image_numbers, np.int64).view(np.uint64)
+    for rows in row_slices(len(keys)):
+        boxes = sound.boxes[rows] + 0.0  # -0.0 equals 0.0
+        key = keys[rows]
+        for column in (sound.categories[rows], *boxes.T):
+            key = (key ^ key >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+            key ^= np.ascontiguousarray(column).view(np.uint64)
+        keys[rows] = key
+    return keys
 
 
 # ---------------------------------------------------------------- one by one
@@ -215,9 +248,15 @@ class EntryCheck:
     """Judges entries that are not plainly sound, in the order of the file."""
 
     def __init__(
-        self, sound: SoundAnnotations, images: dict[int | str, SizedImage], category_ids: set[int]
+        self,
+        sound: SoundAnnotations,
+        extents: np.ndarray,
+        images: dict[int | str, SizedImage],
+        category_ids: set[int],
     ):
+        """extents: of the masks, (n, 4) xyxy; rows of what is judged are set."""
         self.sound = sound
+        self.extents = extents
         self.images = images
         self.category_ids = category_ids
         self.first_with_id: dict[int, dict] = {}
@@ -267,14 +306,14 @@ class EntryCheck:
             codes.append("ANN_AREA_INVALID")
         shape_faults = mask.faults | {box_fault} if box_fault else mask.faults
         codes += sorted(shape_faults)
-        sound.extents[index] = np.nan
+        self.extents[index] = np.nan
         if any(CODES[code].severity == "error" for code in codes):
             return place, codes
         self.places[index] = place
         is_crowd = int(entry.get("iscrowd") or 0)
         if box and not is_crowd and mask.usable:
             if mask.extent:
-                sound.extents[index] = mask.extent
+                self.extents[index] = mask.extent
             else:
                 self.rles[index] = mask.usable
         key = (image_id, entry["category_id"], *entry["bbox"])
@@ -295,7 +334,7 @@ class EntryCheck:
     def _measure_rles(self) -> None:
         extents = rle_extents(list(self.rles.values()))
         for index, extent in zip(self.rles, extents):
-            self.sound.extents[index] = extent or NO_EXTENT
+            self.extents[index] = extent or NO_EXTENT
         self.rles = {}
 
     def _set_mask(self, index: int, usable: list | dict | None) -> None:
@@ -317,11 +356,6 @@ class EntryCheck:
             span = flat.add_runs(usable["counts"])
         self.sound.mask_kinds[index] = kind
         self.sound.spans[index] = span
-
-    def measured_extents(self) -> np.ndarray:
-        """(n, 4) extents of the masks that are compared with their boxes; NaN for the others."""
-        counts = self.sound.is_sound & ~self.sound.is_crowd
-        return np.where(counts[:, None], self.sound.extents, np.nan)
 
 
 def compressed_counts(entries: list[dict]) -> list[str]:

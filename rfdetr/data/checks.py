@@ -6,10 +6,12 @@ whole dataset; then its images and annotations are checked (`check_split`).
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from math import inf
 from pathlib import Path
 
@@ -35,6 +37,8 @@ NOT_USABLE = {"IMG_MISSING", "IMG_TYPE", "IMG_BOMB"}  # images with these are le
 SKIPPED = ("IMG_CORRUPT", "IMG_UNREADABLE")  # training goes on without a few of these
 MANY_HEADERS = 64  # images that a thread looks at in one go,
 FEW_DECODED = 4  # and that it reads as a whole
+LONG_WAIT = 1e-3  # seconds for an image's header: the disk is slow
+UNTIL_NEXT_LOOK = 100  # parts that threads read before it is clocked again
 FEW_SKIPPED = 3  # images, or 1 % of the split; more are an error
 
 
@@ -111,6 +115,7 @@ def list_split(
     annotations = flat_annotations(data, faults)
     sound_categories = check_categories(categories, annotations.used_categories, faults)
     entries = check_image_entries(images, faults)
+    del data, images  # of large files, as much memory as all that is found of them
     files = None
     if folder is not None:
         files = inspect_images(entries, folder, decode)
@@ -256,17 +261,41 @@ def inspect_images(
 ) -> dict[int | str, ImageFile]:
     """Read the images' files, several at once; those without a sound file_name are left out."""
     named = [entry for entry in entries.values() if entry.file_name]
-    with ImageCache(folder) as cache, ThreadPoolExecutor() as threads:
+    with ImageCache(folder) as cache:
 
         def inspect(part: list[ImageEntry]) -> list[ImageFile]:
             return [inspect_image_file(entry, folder, decode, cache) for entry in part]
 
-        # several at once: to hand a thread each image by itself costs a third of reading it
-        parts = threads.map(inspect, chunks(named, FEW_DECODED if decode else MANY_HEADERS))
+        if decode:
+            parts = in_threads(inspect, chunks(named, FEW_DECODED))
+        else:
+            parts = in_threads_if_slow(inspect, chunks(named, MANY_HEADERS))
         files = (file for part in parts for file in part)
         title = f"reading the images of {folder}"
         shown = ProgressBar(files, title, total=len(named))
         return {entry.id: file for file, entry in zip(shown, named)}
+
+
+def in_threads(work: Callable[[list], list], parts: Iterable[list]) -> Iterator[list]:
+    """The results of `parts` in their order, several being worked on at once."""
+    with ThreadPoolExecutor() as threads:
+        yield from threads.map(work, parts)
+
+
+def in_threads_if_slow(work: Callable[[list], list], parts: Iterator[list]) -> Iterator[list]:
+    """As in_threads, but one by one where none of them has to wait for its disk.
+
+    Headers that memory holds are read in so little time that threads, which take turns in Python,
+    would make them cost two to three times as much.
+    """
+    for part in parts:
+        began = time.perf_counter()
+        cpu_began = time.thread_time()
+        results = work(part)
+        waited = time.perf_counter() - began - (time.thread_time() - cpu_began)
+        yield results
+        if waited > LONG_WAIT * len(part):
+            yield from in_threads(work, islice(parts, UNTIL_NEXT_LOOK))
 
 
 def check_image_files(split: ListedSplit, listed: dict[int | str, SizedImage]) -> list[SizedImage]:

@@ -146,8 +146,9 @@ def list_files(
         for data, _ in contents.values():
             rename_classes(data, renames)
     for name in list(contents):
-        data, sha256 = contents.pop(name)
-        listed[name] = list_split(*files[name], decode, data, "" if decode else sha256)
+        file, folder = files[name]
+        sha256 = "" if decode else contents[name][1]
+        listed[name] = list_split(file, folder, decode, contents.pop(name)[0], sha256)
     return {name: listed[name] for name in files if name in listed}, problems
 
 

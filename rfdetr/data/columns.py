@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rfdetr.console import UserError
 from rfdetr.data.array_file import map_arrays, read_header
 from rfdetr.data.checked_annotations import SoundAnnotations
 from rfdetr.data.exif import SizedImage
-from rfdetr.data.flat import NO_MASK, POLYGONS, RLE_TEXT
+from rfdetr.data.flat import NO_MASK, POLYGONS, RLE_TEXT, as_array
 from rfdetr.data.image_files import NOT_INSPECTED, ImageFile
 
 PROOFS = {None: -1, False: 0, True: 1}
@@ -78,6 +78,14 @@ class Columns:
         begin = ends[index - 1] if index else 0
         return data[begin : ends[index]].tobytes().decode("utf-8", "surrogatepass")
 
+    def all_texts(self, name: str) -> Iterator[str]:
+        """All texts of the text column of this name."""
+        data = getattr(self, f"{name}_data").tobytes()
+        begin = 0
+        for end in getattr(self, f"{name}_ends").tolist():
+            yield data[begin:end].decode("utf-8", "surrogatepass")
+            begin = end
+
     def mask(self, index: int, height: int, width: int) -> list | dict | None:
         """The usable segmentation of an annotation in a (height, width) image."""
         kind = self.mask_kinds[index]
@@ -121,37 +129,43 @@ def map_columns(path: str, token: str | None = None) -> Columns:
 def build_columns(
     images: Sequence[SizedImage], files: dict[int | str, ImageFile], sound: SoundAnnotations
 ) -> Columns:
-    """The columns of these images, whose sizes are known; files: by id, of those looked for."""
+    """The columns of these images, whose sizes are known; files: by id, of those looked for.
+
+    They take the memory of the columns of `sound`, which mean nothing afterwards.
+    """
     flat = sound.flat
-    row_of_number = np.full(len(flat.image_ids) + 1, -1)
+    row_of_number = np.full(len(flat.image_ids) + 1, -1, np.int32)
     for row, image in enumerate(images):
         if image.id in flat.image_ids:
             row_of_number[flat.image_ids[image.id]] = row
-    rows = row_of_number[np.array(flat.image_numbers, np.int64)]
+    rows = row_of_number[as_array(flat.image_numbers, np.int32)]
     kept = np.flatnonzero(sound.is_sound & (rows >= 0))
     kept = kept[np.argsort(rows[kept], kind="stable")]
-    clipped = sound.clipped[kept]
+    is_crowd = ordered(sound.is_crowd, kept)
+    clipped = ordered(sound.clipped, kept)
     return Columns(
         **image_columns(images, [files.get(image.id, NOT_INSPECTED) for image in images]),
         first=np.searchsorted(rows[kept], np.arange(len(images) + 1)),
-        ids=sound.ids[kept],
-        categories=sound.categories[kept],
-        is_crowd=sound.is_crowd[kept],
-        is_learnt=~sound.is_crowd[kept] & np.isfinite(clipped[:, 0]),
-        areas=sound.areas[kept],
-        boxes=sound.boxes[kept],
-        clipped=clipped.astype(np.float32),
-        mask_kinds=sound.mask_kinds[kept],
-        spans=sound.spans[kept],
-        parts=np.array(flat.parts, np.int64).reshape(-1, 2),
+        ids=ordered(sound.ids, kept),
+        categories=ordered(sound.categories, kept),
+        is_crowd=is_crowd,
+        is_learnt=~is_crowd & np.isfinite(clipped[:, 0]),
+        areas=ordered(sound.areas, kept),
+        boxes=ordered(sound.boxes, kept),
+        clipped=clipped,
+        mask_kinds=ordered(sound.mask_kinds, kept),
+        spans=ordered(sound.spans, kept),
+        parts=as_array(flat.parts, np.int64).reshape(-1, 2),
         numbers=as_array(flat.numbers, np.float64),
         texts=as_array(flat.texts, np.uint8),
     )
 
 
-def as_array(values: object, dtype: type) -> np.ndarray:
-    """A view of the memory of an array.array or bytearray."""
-    return np.frombuffer(values, dtype) if len(values) else np.zeros(0, dtype)
+def ordered(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """These rows of a column, in this order, written over what it was."""
+    for values in np.atleast_2d(column.T):  # one by one: little memory is taken for the moment
+        values[: len(rows)] = values[rows]
+    return column[: len(rows)]
 
 
 def image_columns(images: Sequence[SizedImage], files: list[ImageFile]) -> dict[str, np.ndarray]:
@@ -170,7 +184,7 @@ def image_columns(images: Sequence[SizedImage], files: list[ImageFile]) -> dict[
     columns["sizes"] = columns["sizes"].reshape(-1, 2)
     columns |= text_column("id", (json.dumps(image.id) for image in images))
     columns |= text_column("name", (image.file_name for image in images))
-    columns |= text_column("path", (str(file.path) for file in files))
+    columns |= text_column("path", (file.path for file in files))
     return columns
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rfdetr.data.flat import row_slices
+
 SEVERAL = 3  # annotations; fewer prove nothing about their unit or about where masks lie
 MOST = 0.9  # of a split's boxes or polygons in 0..1: then it is not in pixels
 ONE = 1.001  # the largest coordinate of what is in 0..1, with what rounding adds
@@ -38,7 +40,10 @@ def coordinate_faults(
     if len(tiny_masks) >= max(SEVERAL, MOST * is_mask.sum()):
         wrong_unit = True
         yield "ANN_POLYGON_NORMALISED", "error", tiny_masks
-    off_box = np.flatnonzero(is_mask & lies_off(boxes, extents))
+    is_off = is_mask.copy()
+    for rows in row_slices(len(is_off)):
+        is_off[rows] &= lies_off(boxes[rows], extents[rows])
+    off_box = np.flatnonzero(is_off)
     off = len(off_box)
     if not wrong_unit and off >= SEVERAL and off > OFF_WARNING * is_mask.sum():
         severity = "error" if off > OFF_ERROR * is_mask.sum() else "warning"

@@ -29,7 +29,7 @@ class ExifDecision:
         return "apply" if self.apply else "ignore"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SizedImage:
     """An image that the annotations list, with the size in pixels that they mean.
 

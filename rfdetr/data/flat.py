@@ -8,7 +8,7 @@ judged one by one.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,8 @@ WHOLE = 2**53  # below it, float64 holds all whole numbers
 NO_CATEGORY = WHOLE
 NO_BOX = [np.nan] * 4
 NO_EXTENT = (np.nan,) * 4
+
+ROWS = 1 << 16  # of columns that are worked on at once: what that needs is small beside them
 
 NO_MASK, POLYGONS, RLE_TEXT, RLE_RUNS = range(4)  # kinds of masks
 
@@ -58,7 +60,7 @@ class FlatAnnotations:
         self.entries: Entries = ListedEntries([])
         self.odd = array("b")
         self.ids = array("q")
-        self.image_numbers = array("q")  # of image_ids
+        self.image_numbers = array("i")  # of image_ids
         self.image_ids: dict[int | str, int] = {}  # id -> its number
         self.categories = array("q")
         self.crowd = array("b")
@@ -202,6 +204,17 @@ class FlatAnnotations:
             extent = next(extents) if sums[rle["counts"]] == height * width else None
             self.rle_extents.extend(extent or NO_EXTENT)
         self._rles = []
+
+
+def as_array(values: array | bytearray, dtype: type) -> np.ndarray:
+    """A view of the memory of `values`, which cannot grow while there is one."""
+    return np.frombuffer(values, dtype) if len(values) else np.zeros(0, dtype)
+
+
+def row_slices(count: int) -> Iterator[slice]:
+    """So many rows, ROWS at a time."""
+    for begin in range(0, count, ROWS):
+        yield slice(begin, begin + ROWS)
 
 
 def is_whole(value: object) -> bool:

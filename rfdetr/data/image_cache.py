@@ -42,9 +42,9 @@ class ImageCache(contextlib.AbstractContextManager):
     def __init__(self, folder: Path):
         name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
         self.file = cache_folder() / "checks" / f"{name}_{FORMAT}.json"
-        # both: name -> (stamp, finding), where a finding is anything that JSON holds
+        # name -> (stamp, finding), where a finding is anything that JSON holds
         self.known = read_checked(self.file)
-        self.new: dict[str, tuple[Stamp, list]] = {}
+        self.new: dict[str, str] = {}  # the same; as JSON, a third of the memory
 
     def get(self, name: str, stamp: Stamp) -> list | None:
         """What was found under this name in a file of the same stamp."""
@@ -56,11 +56,12 @@ class ImageCache(contextlib.AbstractContextManager):
     def put(self, name: str, stamp: Stamp, finding: list) -> None:
         """Keep a finding, unless the file is so young that its stamp may not tell a change."""
         if stamp and time.time_ns() - stamp[1] > SETTLED:
-            self.new[name] = (stamp, finding)
+            self.new[name] = json.dumps((stamp, finding))
 
     def __exit__(self, *error: object) -> None:
         if self.new:
-            write_checked(self.file, self.known | self.new)
+            known = {name: json.dumps(value) for name, value in self.known.items()}
+            write_checked(self.file, known | self.new)
 
 
 def cache_folder() -> Path:
@@ -80,9 +81,13 @@ def read_checked(file: Path) -> dict:
     return {}
 
 
-def write_checked(file: Path, content: dict) -> None:
-    """Write what read_checked reads, whole or not at all; a disk that refuses is no error."""
-    body = json.dumps(content).encode()
+def write_checked(file: Path, content: dict[str, str]) -> None:
+    """Write what read_checked reads, whole or not at all; a disk that refuses is no error.
+
+    content: values as JSON.
+    """
+    lines = (f"{json.dumps(name)}: {value}" for name, value in content.items())
+    body = f"{{{', '.join(lines)}}}".encode()
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent)

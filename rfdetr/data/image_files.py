@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -34,7 +35,7 @@ REFUSED = {getattr(errno, name) for name in REFUSALS if hasattr(errno, name)}
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageEntry:
     """An entry of "images" with a sound id.  Width and height are infinite until the file tells."""
 
@@ -52,11 +53,11 @@ class ImageEntry:
         return self.width < inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """What the file of an entry tells, whatever the annotations say."""
 
-    path: Path = Path()
+    path: str = "."  # a Path takes four times the memory
     faults: dict[str, str] = field(default_factory=dict)  # code -> what to add to the path
     orientation: int = 1  # the EXIF tag, 1..8
     stored_size: tuple[int, int] | None = None  # (width, height); None where it is not known
@@ -65,6 +66,7 @@ class ImageFile:
 
 
 NOT_INSPECTED = ImageFile()
+NO_FAULTS: dict[str, str] = {}  # one for all files without any
 
 
 class ImageHeader(NamedTuple):
@@ -123,11 +125,12 @@ def content_hash(path: Path) -> int:
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        hashed = [size.to_bytes(8, "little")]
         for part in range(HASHED_PARTS):
             file.seek(max(size - HASHED_PART, 0) * part // (HASHED_PARTS - 1))
-            digest.update(file.read(HASHED_PART))
-    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+            hashed.append(file.read(HASHED_PART))
+    digest = hashlib.sha256(b"".join(hashed)).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def inspect_image_file(
@@ -153,22 +156,28 @@ def inspect_image_file(
     if is_behind_link(path, folder):
         faults = {"IMG_LINK": ""} | faults
     return ImageFile(
-        path=path,
-        faults=faults,
+        path=str(path),
+        faults=faults or NO_FAULTS,
         orientation=orientation,
-        stored_size=tuple(stored_size) if stored_size else None,
+        stored_size=shared(tuple(stored_size)) if stored_size else None,
         file_sha256=bytes.fromhex(whole_sha256),
         content_hash=hashed,
     )
 
 
+@functools.lru_cache(maxsize=1000)
+def shared(size: tuple[int, int]) -> tuple[int, int]:
+    """The same object for equal sizes: of many images, most have one of a few sizes."""
+    return size
+
+
 def is_behind_link(path: Path, folder: Path) -> bool:
     """Whether a file, or a folder on the way to it from `folder` on, is a symbolic link."""
-    part = path
+    part = str(path)
     while not os.path.islink(part):
-        if part == folder:
+        if part == str(folder):
             return False
-        part = part.parent
+        part = os.path.dirname(part) or "."
     return True
 
 

@@ -114,7 +114,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
 def require_no_bomb(image: Image.Image, path: str | Path) -> None:
     """DecompressionBombError for very many pixels in a small file."""
     pixels = image.width * image.height
-    if pixels > max(SUSPECT_PIXELS, PIXELS_A_BYTE * os.path.getsize(path)):
+    if pixels > SUSPECT_PIXELS and pixels > PIXELS_A_BYTE * os.path.getsize(path):
         raise Image.DecompressionBombError(f"{pixels:,} pixels in a file of a few bytes")
 
 

@@ -78,8 +78,8 @@ def read_index(annotation_file: Path, folder: Path) -> CheckedSplit | None:
 
 def is_unchanged(columns: Columns, stamps: np.ndarray) -> bool:
     """Whether the image files have the sizes and times that they had."""
-    for row, stamp in enumerate(stamps.tolist()):
-        if stamp_of(columns.text("path", row)) != tuple(stamp):
+    for path, stamp in zip(columns.all_texts("path"), stamps.tolist()):
+        if stamp_of(path) != tuple(stamp):
             return False
     return True
 
@@ -131,7 +131,7 @@ def stamps_of(columns: Columns) -> np.ndarray | None:
 
     Such a file may change again within one tick of its disk's clock, unnoticed.
     """
-    stamps = [stamp_of(columns.text("path", row)) for row in range(len(columns.sizes))]
+    stamps = [stamp_of(path) for path in columns.all_texts("path")]
     if None in stamps:
         return None
     array = np.array(stamps, np.int64).reshape(-1, 2)

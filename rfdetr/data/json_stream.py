@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import stat
 from array import array
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,15 @@ from json.decoder import JSONDecodeError, JSONDecoder
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 from rfdetr.data.flat import FlatAnnotations
 from rfdetr.progress import ProgressBar
 
-BLOCK = 1 << 22  # bytes that are read at once
+BLOCK = 1 << 20  # bytes that are read at once
+FAR = 1 << 16  # characters: the end of a longer entry is not looked for
+MOST_BRACKETS = 500  # of an entry that is not left to Python's json: that bounds the nesting
+GAP = re.compile(r"[ \t\n\r]*,[ \t\n\r]*\{")  # between an entry and the inside of the next one
 IMAGE_FIELDS = ("id", "file_name", "width", "height")
 BLANKS = " \t\n\r"
 
@@ -39,8 +45,10 @@ class Window:
         self.at = 0  # the place, a character of `text`
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
         self._decode_value = JSONDecoder().raw_decode
+        self._decode_entry = msgspec.json.Decoder().decode
         self._is_done = False  # the file is read
         self._known = (0, 0)  # a character of `text`, and the byte of the file where it begins
+        self._border = "}, {"  # of two entries, as the file has it
 
     @property
     def byte(self) -> int:
@@ -107,6 +115,28 @@ class Window:
             self.at += 1
         return json.loads(word)
 
+    def entry(self) -> dict:
+        """The next value, an object of a list: as closed_value, at a third of its time.
+
+        Up to where the next object seems to begin, msgspec reads it. If that is a whole object, it
+        is this one; if not, or if it has NaN or other things that only Python's json takes, that
+        reads it.
+        """
+        end = self.text.find(self._border, self.at, self.at + FAR) + 1
+        text = self.text[self.at : end]
+        if text and text.count("[") + text.count("{") <= MOST_BRACKETS:
+            try:
+                value = self._decode_entry(text)
+                self.at = end
+                return value
+            except (msgspec.DecodeError, UnicodeEncodeError):
+                pass
+        value = self.closed_value()
+        gap = GAP.match(self.text, self.at)
+        if gap:
+            self._border = "}" + gap[0]
+        return value
+
     def objects(self) -> Iterator[dict]:
         """The entries of a list of objects; where the next one begins is `byte` before it."""
         self.expect("[")
@@ -116,7 +146,7 @@ class Window:
         while True:
             if self.character() != "{":
                 raise NotStreamable
-            yield self.closed_value()
+            yield self.entry()
             if self.expect(",]") == "]":
                 return
 

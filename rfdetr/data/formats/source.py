@@ -202,7 +202,7 @@ def read_image(path: Path) -> ImageFile:
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         ((code, detail),) = fault_of(error).items()
         raise Unusable(what, detail.removeprefix(": ") or code) from error
-    return ImageFile(path, orientation=orientation, stored_size=stored_size)
+    return ImageFile(str(path), orientation=orientation, stored_size=stored_size)
 
 
 def agreed_size(file: ImageFile, width: int, height: int) -> tuple[int, int]:
