@@ -21,6 +21,7 @@ import validate_setup
 from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.large_images import load_for_tiles
 from rfdetr.data.loaders import evaluation_loader
 from rfdetr.data.records import CocoSplit, ImageList
 from rfdetr.data.sampling import Pool, make_mix
@@ -270,3 +271,25 @@ def test_the_box_of_a_cut_object_is_that_of_what_is_seen_of_it(tmp_path, as_rle,
     target = dataset._target(0, moved, matrix, masks)
     stroke_box = (box_convert(target["boxes"][:1], "cxcywh", "xyxy") * 44)[0].tolist()
     assert stroke_box == pytest.approx([0, 6, 38, 44], abs=1.5)
+
+
+@pytest.mark.parametrize("room", [1 << 31, 0])
+def test_moved_tiles_are_cut_from_images_that_are_decoded_once_where_they_fit(
+    demo, monkeypatch, room
+):
+    split = read_dataset(demo)["train"]
+    decoded = []
+
+    def load(record, window):
+        decoded.append(record.path)
+        return load_for_tiles(record, window)
+
+    monkeypatch.setattr("rfdetr.data.dataset.load_for_tiles", load)
+    monkeypatch.setattr("rfdetr.data.dataset.RAM_CACHE_BYTES", room)
+    dataset = SplitDataset(split, 32, "flips", False, tiling=Tiling(40))
+    keys = [(0, 1), (len(dataset) - 1, 2), (0, 3)]
+    samples = [dataset[key] for key in keys]
+    assert len(decoded) == (2 if room else 3)
+    dataset.prepare_for_workers(2)
+    for key, sample in zip(keys, samples):
+        assert torch.equal(dataset[key]["image"], sample["image"])
