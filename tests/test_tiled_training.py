@@ -295,6 +295,9 @@ def test_moved_tiles_are_cut_from_images_that_are_decoded_once_where_they_fit(
     dataset.prepare_for_workers(2)
     for key, sample in zip(keys, samples):
         assert torch.equal(dataset[key]["image"], sample["image"])
+    dataset.prepare_for_workers(1)
+    dataset[0, None]  # kept itself
+    assert not dataset.cut_images
 
 
 def test_a_mosaic_shows_every_object_of_its_images_once(demo, tmp_path, monkeypatch):

@@ -244,7 +244,10 @@ class SplitDataset(Dataset):
             self._note_in_work(position)
             try:
                 record = self.record(position, seed)
-                pixels = self._read(record) if whole else self._resized(position, record, seed)
+                if whole:
+                    pixels = self._read(record, seed is not None)
+                else:
+                    pixels = self._resized(position, record, seed)
                 return position, pixels, unread, record
             except UserError as error:
                 unread[number] = str(error)
@@ -348,27 +351,31 @@ class SplitDataset(Dataset):
         is_kept = self.cache is not None and seed is None
         if is_kept and index in self.cache:
             return self.cache[index]
-        image = as_input(self._read(record), self.resolution, self.letterbox).contiguous()
+        pixels = self._read(record, seed is not None)
+        image = as_input(pixels, self.resolution, self.letterbox).contiguous()
         if is_kept:
             self.cache[index] = image
         return image
 
-    def _read(self, record: ImageRecord) -> Tensor:
-        """(3, H, W) of an image or a tile."""
+    def _read(self, record: ImageRecord, moved: bool) -> Tensor:
+        """(3, H, W) of an image or a tile, which was `moved` or lies where the split has it."""
         if record.window is None:
             return torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
         if self.last_read[0] != record.path:
             self.last_read = (None, None)  # first: two of them would take twice the memory
-            self.last_read = (record.path, self._to_cut(record))
+            self.last_read = (record.path, self._to_cut(record, moved))
         return torch.from_numpy(crop(self.last_read[1], record.window)).permute(2, 0, 1)
 
-    def _to_cut(self, record: ImageRecord) -> Pixels:
-        """The whole image (H, W, 3) that a tile is cut from."""
-        if self.cut_images is None:
-            return load_for_tiles(record, window_of(self.split.gray))
-        if record.path not in self.cut_images:
-            self.cut_images[record.path] = load_for_tiles(record, window_of(self.split.gray))
-        return self.cut_images[record.path]
+    def _to_cut(self, record: ImageRecord, moved: bool) -> Pixels:
+        """The whole image (H, W, 3) that a tile is cut from; kept for tiles that are moved, since
+        of others the tile itself is.
+        """
+        if moved and self.cut_images is not None and record.path in self.cut_images:
+            return self.cut_images[record.path]
+        pixels = load_for_tiles(record, window_of(self.split.gray))
+        if moved and self.cut_images is not None:
+            self.cut_images[record.path] = pixels
+        return pixels
 
     def _pixels_of(self, record: ImageRecord) -> np.ndarray:
         """The whole image, (H, W, 3) uint8."""
