@@ -370,12 +370,10 @@ class SplitDataset(Dataset):
         """The whole image (H, W, 3) that a tile is cut from; kept for tiles that are moved, since
         of others the tile itself is.
         """
-        if moved and self.cut_images is not None and record.path in self.cut_images:
-            return self.cut_images[record.path]
-        pixels = load_for_tiles(record, window_of(self.split.gray))
-        if moved and self.cut_images is not None:
-            self.cut_images[record.path] = pixels
-        return pixels
+        kept = self.cut_images if moved and self.cut_images is not None else {}
+        if record.path not in kept:
+            kept[record.path] = load_for_tiles(record, window_of(self.split.gray))
+        return kept[record.path]
 
     def _pixels_of(self, record: ImageRecord) -> np.ndarray:
         """The whole image, (H, W, 3) uint8."""
