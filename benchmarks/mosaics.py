@@ -1,9 +1,11 @@
 """A dataset's images laid side by side into large ones, to try tiles on: every object once.
 
-python benchmarks/mosaics.py --dataset nuclei --out nuclei_1024 --side 1024 [--alike]
+python benchmarks/mosaics.py --dataset nuclei --out nuclei_1024 --side 1024 [--alike] [--only 256]
 
 In the dataset's order pictures of all kinds lie side by side, as no large image has them; with
-`--alike` they are ordered by their mean brightness.
+`--alike` they are ordered by their mean brightness. With `--only 256` those of 256 x 256 pixels are
+taken alone, so that a tile of 256 shows objects as large as an original does; `--side 256` then
+writes these originals, one a picture. A picture ends where its images do.
 """
 
 from __future__ import annotations
@@ -53,20 +55,21 @@ def rows_of(sizes: list[tuple[int, int]], side: int) -> list[tuple[int, int, int
     return places
 
 
-def moved(annotation: dict, left: int, top: int, side: int) -> dict:
-    """The annotation as it lies in a picture of side x side pixels."""
-    x, y, width, height = annotation["bbox"]
+def moved(annotation: dict, left: int, top: int, height: int, width: int) -> dict:
+    """The annotation as it lies in a picture of height x width pixels."""
+    x, y, box_width, box_height = annotation["bbox"]
     shape = annotation["segmentation"]
     if isinstance(shape, list):
         shift = np.array([left, top])
         shape = [(np.reshape(one, (-1, 2)) + shift).ravel().tolist() for one in shape]
     elif shape:
         small = mask_api.decode(to_rle(shape, *shape["size"]))
-        canvas = np.zeros((side, side), dtype=np.uint8, order="F")
+        canvas = np.zeros((height, width), dtype=np.uint8, order="F")
         canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
         shape = mask_api.encode(canvas)
         shape["counts"] = shape["counts"].decode()
-    return annotation | {"bbox": [x + left, y + top, width, height], "segmentation": shape}
+    box = [x + left, y + top, box_width, box_height]
+    return annotation | {"bbox": box, "segmentation": shape}
 
 
 def read_pixels(folder: Path, image: dict) -> np.ndarray:
@@ -74,9 +77,15 @@ def read_pixels(folder: Path, image: dict) -> np.ndarray:
     return np.asarray(Image.open(folder / image["file_name"]).convert("RGB"))
 
 
-def make_mosaics(source: Path, target: Path, side: int, alike: bool = False) -> None:
-    """Write the mosaics of one split's folder; alike: as --alike."""
+def make_mosaics(
+    source: Path, target: Path, side: int, alike: bool = False, only: int | None = None
+) -> None:
+    """Write the mosaics of one split's folder; alike, only: as the flags."""
     data = json.loads((source / ANNOTATIONS).read_text(encoding="utf-8"))
+    if only:
+        data["images"] = [
+            image for image in data["images"] if image["width"] == image["height"] == only
+        ]
     if alike:
         data["images"].sort(key=lambda image: read_pixels(source, image).mean())
     target.mkdir(parents=True)
@@ -87,18 +96,19 @@ def make_mosaics(source: Path, target: Path, side: int, alike: bool = False) -> 
     images = []
     annotations = []
     for picture in range(places[-1][0] + 1 if places else 0):
-        canvas = np.full((side, side, 3), GROUND, dtype=np.uint8)
-        for _, index, left, top in [place for place in places if place[0] == picture]:
-            image = data["images"][index]
-            pixels = read_pixels(source, image)
-            height, width = pixels.shape[:2]
-            canvas[top : top + height, left : left + width] = pixels
+        parts = [(data["images"][index], *at) for number, index, *at in places if number == picture]
+        height = max(top + image["height"] for image, _, top in parts)
+        width = max(left + image["width"] for image, left, _ in parts)
+        canvas = np.full((height, width, 3), GROUND, dtype=np.uint8)
+        for image, left, top in parts:
+            bottom = top + image["height"]
+            canvas[top:bottom, left : left + image["width"]] = read_pixels(source, image)
             for annotation in of_image.get(image["id"], []):
-                new = moved(annotation, left, top, side)
+                new = moved(annotation, left, top, height, width)
                 annotations.append(new | {"id": len(annotations) + 1, "image_id": picture + 1})
         name = f"mosaic_{picture:03d}.png"
         Image.fromarray(canvas).save(target / name)
-        images.append({"id": picture + 1, "file_name": name, "width": side, "height": side})
+        images.append({"id": picture + 1, "file_name": name, "width": width, "height": height})
     content = {"images": images, "annotations": annotations, "categories": data["categories"]}
     (target / ANNOTATIONS).write_text(json.dumps(content), encoding="utf-8")
 
@@ -111,10 +121,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--alike", action="store_true", help="like beside like, by brightness")
+    parser.add_argument("--only", type=int, help="images with this side alone")
     args = parser.parse_args()
     for split in ("train", "valid", "test"):
         if (args.dataset / split / ANNOTATIONS).is_file():
-            make_mosaics(args.dataset / split, args.out / split, args.side, args.alike)
+            make_mosaics(args.dataset / split, args.out / split, args.side, args.alike, args.only)
     print(f"Next: python train_detector_stage1.py --dataset {args.out} --size tiny --tile auto")
 
 

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import quick_flags
+from conftest import ROOT, quick_flags
+from pycocotools import mask as mask_api
 from torchvision.ops import box_convert
 
 import evaluate
@@ -21,13 +22,15 @@ import validate_setup
 from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.images import load_image
+from rfdetr.data.large_images import load_for_tiles
 from rfdetr.data.loaders import evaluation_loader
 from rfdetr.data.records import CocoSplit, ImageList
 from rfdetr.data.sampling import Pool, make_mix
 from rfdetr.data.tiles import in_tiles, objects_in_no_tile, part_of, visible_objects
 from rfdetr.detr import RFDETR
 from rfdetr.masks import to_rle
-from rfdetr.tiling import Tiling, Window, tiling_of
+from rfdetr.tiling import Tiling, Window, crop, tiling_of
 from rfdetr.training.resume import resumed_progress
 from rfdetr.training.session import choose_tiles
 from rfdetr.weights import checkpoint
@@ -270,3 +273,58 @@ def test_the_box_of_a_cut_object_is_that_of_what_is_seen_of_it(tmp_path, as_rle,
     target = dataset._target(0, moved, matrix, masks)
     stroke_box = (box_convert(target["boxes"][:1], "cxcywh", "xyxy") * 44)[0].tolist()
     assert stroke_box == pytest.approx([0, 6, 38, 44], abs=1.5)
+
+
+@pytest.mark.parametrize("room", [1 << 31, 0])
+def test_moved_tiles_are_cut_from_images_that_are_decoded_once_where_they_fit(
+    demo, monkeypatch, room
+):
+    split = read_dataset(demo)["train"]
+    decoded = []
+
+    def load(record, window):
+        decoded.append(record.path)
+        return load_for_tiles(record, window)
+
+    monkeypatch.setattr("rfdetr.data.dataset.load_for_tiles", load)
+    monkeypatch.setattr("rfdetr.data.dataset.RAM_CACHE_BYTES", room)
+    dataset = SplitDataset(split, 32, "flips", False, tiling=Tiling(40))
+    keys = [(0, 1), (len(dataset) - 1, 2), (0, 3)]
+    samples = [dataset[key] for key in keys]
+    assert len(decoded) == (2 if room else 3)
+    dataset.prepare_for_workers(2)
+    for key, sample in zip(keys, samples):
+        assert torch.equal(dataset[key]["image"], sample["image"])
+    dataset.prepare_for_workers(1)
+    dataset[0, None]  # kept itself
+    assert not dataset.cut_images
+
+
+def test_a_mosaic_shows_every_object_of_its_images_once(demo, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import mosaics
+
+    mosaics.make_mosaics(demo / "train", tmp_path / "train", side=200, only=96)
+    mosaics.make_mosaics(demo / "valid", tmp_path / "valid", side=96, only=96)
+    mosaics.make_mosaics(demo / "test", tmp_path / "test", side=200, only=95)
+    drawn = read_dataset(demo)
+    laid = read_dataset(tmp_path)
+    assert [(image.width, image.height) for image in laid["train"].images] == [(192, 192)] * 3
+    assert not laid["train"].problems and not len(laid["test"].images)
+    image = laid["train"].images[0]
+    number = 0
+    for i, (left, top) in enumerate(((0, 0), (96, 0), (0, 96), (96, 96))):
+        own = drawn["train"].images[i]
+        window = Window(left, top, left + 96, top + 96)
+        assert (crop(load_image(image), window) == load_image(own)).all()
+        for box, shape in zip(own.boxes, own.segmentations):
+            assert image.boxes[number] == pytest.approx(box + [left, top, left, top], abs=0.01)
+            there = mask_api.decode(to_rle(image.segmentations[number], 192, 192))
+            assert (crop(there, window) == mask_api.decode(to_rle(shape, 96, 96))).all()
+            number += 1
+    assert number == len(image.labels)
+    # a mosaic of one image is that image
+    for one, own in zip(laid["valid"].images, drawn["valid"].images):
+        assert (
+            load_image(one) == load_image(own)
+        ).all() and one.boxes.tolist() == own.boxes.tolist()

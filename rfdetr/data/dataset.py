@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from rfdetr.data.augment import LEAST_SIDE, PRESETS, Preset, move_boxes, random_
 from rfdetr.data.copy_paste import hidden, paste
 from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
-from rfdetr.data.images import load_image
+from rfdetr.data.images import LARGE, load_image
 from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.letterbox import as_input
 from rfdetr.data.mask_source import images_with_masks
@@ -107,6 +108,9 @@ class SplitDataset(Dataset):
         self.cache: dict[int, Tensor] | None = None  # index -> the resized image
         if self.bytes_of_images <= RAM_CACHE_BYTES:
             self.cache = {}
+        self.cut_images: dict[Path, Pixels] | None = None  # those that moved tiles are cut from
+        if tiling is not None and self.preset is not None and self.bytes_to_cut <= RAM_CACHE_BYTES:
+            self.cut_images = {}
         # of each worker: its process id, and the index of the image that it took last
         self.in_work: Tensor | None = None
 
@@ -135,6 +139,12 @@ class SplitDataset(Dataset):
     @property
     def bytes_of_images(self) -> int:
         return len(self) * 3 * self.resolution**2
+
+    @property
+    def bytes_to_cut(self) -> float:
+        """Of all whole images; infinite where one is kept on disk."""
+        pixels = self.whole_split.images.sizes.prod(axis=1)
+        return math.inf if pixels.max(initial=0) > LARGE else 3 * float(pixels.sum())
 
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, seed = key
@@ -234,7 +244,10 @@ class SplitDataset(Dataset):
             self._note_in_work(position)
             try:
                 record = self.record(position, seed)
-                pixels = self._read(record) if whole else self._resized(position, record, seed)
+                if whole:
+                    pixels = self._read(record, seed is not None)
+                else:
+                    pixels = self._resized(position, record, seed)
                 return position, pixels, unread, record
             except UserError as error:
                 unread[number] = str(error)
@@ -244,12 +257,14 @@ class SplitDataset(Dataset):
     def prepare_for_workers(self, workers: int) -> None:
         """Before a loader's processes start: share which image each one reads.
 
-        The cache is dropped where memory does not hold one for each.
+        The caches are dropped where memory does not hold one for each.
         """
         self.in_work = torch.full((workers, 2), -1).share_memory_()
         self.last_read = (None, None)  # its file is this process's own
         if self.bytes_of_images * workers > RAM_CACHE_BYTES:
             self.cache = None
+        if self.cut_images is not None:
+            self.cut_images = {} if self.bytes_to_cut * workers <= RAM_CACHE_BYTES else None
 
     def images_in_work(self, processes: set[int]) -> list[str]:
         """The files that the workers with these process ids took last."""
@@ -336,19 +351,29 @@ class SplitDataset(Dataset):
         is_kept = self.cache is not None and seed is None
         if is_kept and index in self.cache:
             return self.cache[index]
-        image = as_input(self._read(record), self.resolution, self.letterbox).contiguous()
+        pixels = self._read(record, seed is not None)
+        image = as_input(pixels, self.resolution, self.letterbox).contiguous()
         if is_kept:
             self.cache[index] = image
         return image
 
-    def _read(self, record: ImageRecord) -> Tensor:
-        """(3, H, W) of an image or a tile."""
+    def _read(self, record: ImageRecord, moved: bool) -> Tensor:
+        """(3, H, W) of an image or a tile, which was `moved` or lies where the split has it."""
         if record.window is None:
             return torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
         if self.last_read[0] != record.path:
             self.last_read = (None, None)  # first: two of them would take twice the memory
-            self.last_read = (record.path, load_for_tiles(record, window_of(self.split.gray)))
+            self.last_read = (record.path, self._to_cut(record, moved))
         return torch.from_numpy(crop(self.last_read[1], record.window)).permute(2, 0, 1)
+
+    def _to_cut(self, record: ImageRecord, moved: bool) -> Pixels:
+        """The whole image (H, W, 3) that a tile is cut from; kept for tiles that are moved, since
+        of others the tile itself is.
+        """
+        kept = self.cut_images if moved and self.cut_images is not None else {}
+        if record.path not in kept:
+            kept[record.path] = load_for_tiles(record, window_of(self.split.gray))
+        return kept[record.path]
 
     def _pixels_of(self, record: ImageRecord) -> np.ndarray:
         """The whole image, (H, W, 3) uint8."""
