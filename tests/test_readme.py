@@ -43,7 +43,7 @@ EVERY_SCRIPT = {"help", "debug", "config", "no_amp"}
 OTHERS = {  # of torchrun, tensorboard, benchmarks and the demo generator
     "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown_timeout",
     "logdir", "samples_per_plugin", "side", "kinds", "kind", "seeds", "busy", "train", "valid",
-    "steps",
+    "steps", "alike", "minutes", "only",
 }  # fmt: skip
 
 # What makes the README's commands small; a later flag wins. quickstart.py is run by
