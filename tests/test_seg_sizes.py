@@ -210,7 +210,7 @@ def test_a_file_without_masks_is_a_detector(official_file, seg_model):
 
 
 def test_the_python_door_names_the_size_that_fits(official_file):
-    with pytest.raises(UserError, match="seg-test checkpoint, --size is seg-nano"):
+    with pytest.raises(UserError, match="a seg-test checkpoint, and RFDETRSegNano is for seg-nano"):
         RFDETRSegNano(checkpoint=official_file)
 
 
