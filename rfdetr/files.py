@@ -18,6 +18,7 @@ from typing import BinaryIO
 from rfdetr.console import UserError
 
 BLOCK = 1 << 22  # bytes of a file that are read at once
+MOST_NAMED = 10  # entries of a folder, in a message
 
 
 @contextlib.contextmanager
@@ -63,6 +64,13 @@ def require_free(out: Path, flag: str) -> None:
         raise UserError(
             f"{flag} {out}: it exists already and is never written over: name a new or empty folder"
         )
+
+
+def what_it_holds(folder: Path) -> str:
+    """The first entries of a folder, for a message."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"it holds {', '.join(names[:MOST_NAMED])}{more}" if names else "it is empty"
 
 
 def file_sha256(path: Path) -> str:

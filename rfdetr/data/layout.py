@@ -10,13 +10,13 @@ from pathlib import Path
 from rfdetr.console import UserError
 from rfdetr.data.formats.detect import conversion_of, find_form
 from rfdetr.data.image_files import kind_of_file
+from rfdetr.files import what_it_holds
 from rfdetr.text import command_line
 from rfdetr.tool_settings import FORMS
 
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
 FEW = 3  # datasets that a message names
-MOST_NAMED = 10  # entries of a folder
 COCO_NAMES = {"train": "train", "valid": "val", "test": "test"}  # in instances_val2017.json
 
 
@@ -88,9 +88,7 @@ def find_coco_splits(root: Path) -> dict[str, tuple[Path, Path]]:
 def describe_folder(folder: Path) -> str:
     if not folder.is_dir():
         return "not a folder" if folder.exists() else "there is no such folder"
-    names = sorted(entry.name for entry in folder.iterdir())
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"it holds {', '.join(names[:MOST_NAMED])}{more}" if names else "it is empty"
+    return what_it_holds(folder)
 
 
 def read_json(path: str | Path) -> dict:

@@ -28,6 +28,8 @@ def font_for(text: str, size: float) -> tuple[ImageFont.FreeTypeFont, str]:
     """The installed font that has most letters of a text, `size` pixels high, and what to write
     with it: those that it lacks become the nearest plain letters, or "?".
     """
+    if text.isascii():
+        return _load(None, size), text
     names = (None, *SYSTEM_FONTS)
     name = max(names, key=lambda name: sum(_has(name, letter) for letter in text))
     return _load(name, size), "".join(_nearest(name, letter) for letter in text)
@@ -45,8 +47,6 @@ def _nearest(name: str | None, letter: str) -> str:
 @lru_cache(maxsize=4096)
 def _has(name: str | None, letter: str) -> bool:
     """Whether a font is installed and has a letter; None: Pillow's own font."""
-    if name is None and letter.isascii():
-        return True
     font = _load(name, ANY_SIZE)
     return font is not None and _drawn(font, letter) != _drawn(font, NO_LETTER)
 

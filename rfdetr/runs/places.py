@@ -9,13 +9,12 @@ from pathlib import Path
 
 from rfdetr.commands import TRAIN_DETECTOR
 from rfdetr.console import UserError
-from rfdetr.files import is_special_file
+from rfdetr.files import is_special_file, what_it_holds
 from rfdetr.runs.log import start_command
 from rfdetr.text import DOWNLOAD_FIRST, is_url
 
 WEIGHTS = ("best.pt", "last.pt")  # what a run's folder means where a checkpoint is asked for
 STATES = ("last.pt", "checkpoint.pt")  # what a run can go on from
-MOST_NAMES = 10  # of a folder, in a message
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -96,9 +95,7 @@ def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
 def what_is_there(path: Path, files: tuple[str, ...] = ()) -> str:
     """What is at a path instead of `files`, and which other path may be meant, in sentences."""
     if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir())
-        more = ", ..." if len(names) > MOST_NAMES else ""
-        there = f"it holds {', '.join(names[:MOST_NAMES])}{more}" if names else "it is empty"
+        there = what_it_holds(path)
     elif path.exists():
         there = "it is a file"
     else:
