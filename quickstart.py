@@ -11,6 +11,7 @@ import argparse
 import glob
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,8 +71,8 @@ def install_requirements():
     if code:
         raise Stop(
             130 if code == 130 else 2,
-            "pip could not install requirements.txt: see above; mostly the network, a full disk or "
-            "a Python too new for PyTorch. Mend that and start this again.",
+            "pip could not install requirements.txt: see above; mostly the network, a full disk "
+            "(%s) or a Python too new for PyTorch. Mend that and start this again." % free_disk(),
         )
 
 
@@ -102,8 +103,17 @@ def make_venv(python):
         command.append("--clear")  # its Python has gone: nothing in it can be used any more
     code = run(command)
     if code:
-        message = "Making %s failed: see above. Mend that and start this again."
-        raise Stop(130 if code == 130 else 2, message % VENV)
+        message = (
+            "Making %s failed: see above; perhaps a full disk (%s). "
+            "Mend that and start this again."
+        )
+        raise Stop(130 if code == 130 else 2, message % (VENV, free_disk()))
+
+
+def free_disk():
+    """The free disk where .venv lies, beside what PyTorch takes, in words."""
+    free = shutil.disk_usage(HERE).free / 1e9
+    return "%.1f GB free; PyTorch for CUDA takes 6" % free
 
 
 # ---------------------------------------------------------------- commands

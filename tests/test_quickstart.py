@@ -185,7 +185,8 @@ def test_what_is_missing_inside_the_venv_is_installed_there(bare, inside):
 def test_a_failed_pip_is_one_paragraph_and_tried_again_the_next_time(bare, inside, capsys):
     bare.codes["pip"] = 1
     assert quickstart.main([]) == 2
-    assert "pip could not install requirements.txt" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "pip could not install requirements.txt" in said and "GB free" in said
     bare.codes["pip"] = 0
     assert quickstart.set_up([]) is None
 
