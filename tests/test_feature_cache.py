@@ -539,7 +539,7 @@ def test_a_cache_of_an_earlier_form_is_named_and_left(cache_of, capsys):
     capsys.readouterr()
     cache_of(on_disk=True)
     said = capsys.readouterr().out
-    assert said.count(f"{folder} has an earlier form (1, now 2") == 1
+    assert said.count(f"{folder} has an earlier form (1, now 3") == 1
     assert (folder / "views.bin").read_bytes() == b"views"
 
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.device import to_device
@@ -49,18 +48,27 @@ def enlarged(boxes: Tensor) -> Tensor:
     return cxcywh_to_xyxy(torch.cat((centre, size), dim=-1))
 
 
-def sample_in_boxes(maps: Tensor, boxes: Tensor, image_index: Tensor) -> Tensor:
-    """Bilinear samples on a GRID x GRID grid of each enlarged box.
+def points_in_boxes(boxes: Tensor, h: int, w: int) -> Tensor:
+    """The centres of the GRID x GRID grid of each enlarged box, for maps of h x w cells.
 
-    maps (B, P, h, w), boxes (M, 4) cxcywh 0..1, image_index (M,) -> (M, P, GRID, GRID) fp32.
+    boxes (M, 4) cxcywh 0..1 -> (M, GRID, GRID, 2) x and y in grid_sample's -1..1. A point outside
+    the image moves to the nearest cell's centre, as boxes of a diverged model do, NaN included.
     """
-    h, w = maps.shape[-2:]
-    regions = enlarged(boxes.float()).unflatten(1, (2, 2))  # (M, 2, 2)
-    regions = torch.stack((regions[..., 0] * w, regions[..., 1] * h), dim=-1).flatten(1)  # (M, 4)
-    # boxes of a diverged model: roi_align reads beyond its maps for what is not finite
-    regions = regions.nan_to_num(0, 0, 0)
-    regions = torch.cat((image_index[:, None].to(regions.dtype), regions), dim=1)  # (M, 5)
-    return roi_align(maps.float(), regions, output_size=GRID, sampling_ratio=1, aligned=True)
+    x0, y0, x1, y1 = enlarged(boxes.float()).nan_to_num()[..., None].unbind(1)  # (M, 1) each
+    share = (torch.arange(GRID, device=boxes.device) + 0.5) / GRID
+    x = (x0 + (x1 - x0) * share).clamp(0.5 / w, 1 - 0.5 / w)  # (M, GRID)
+    y = (y0 + (y1 - y0) * share).clamp(0.5 / h, 1 - 0.5 / h)
+    x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])
+    return torch.stack((x, y), dim=-1) * 2 - 1
+
+
+def sample_in_boxes(maps: Tensor, boxes: Tensor) -> Tensor:
+    """Bilinear samples of each map on the GRID x GRID grid of its own enlarged box.
+
+    maps (M, h, w), boxes (M, 4) cxcywh 0..1 -> (M, GRID, GRID) fp32.
+    """
+    points = points_in_boxes(boxes, *maps.shape[-2:])
+    return F.grid_sample(maps[:, None].float(), points, align_corners=False)[:, 0]
 
 
 def between(places: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,14 +225,15 @@ class MaskHead(nn.Module):
         """
         kernels = self.kernels(queries, boxes)  # (M, P + 6)
         counts = torch.bincount(image_index, minlength=len(pixels)).tolist()
-        kernels_of_images = kernels[:, :-6].split(counts)
-        flat_pixels = pixels.float().flatten(2)  # (B, P, h*w)
-        # the product first: sampling its one channel gives the same as the product of P sampled
-        # channels, and costs a tenth
-        maps = [own @ image for own, image in zip(kernels_of_images, flat_pixels)]
-        maps = torch.cat(maps).view(-1, 1, *pixels.shape[-2:])  # (M, 1, h, w)
-        map_index = torch.arange(len(maps), device=boxes.device)
-        samples = sample_in_boxes(maps, boxes, map_index)[:, 0]  # (M, GRID, GRID)
+        points = points_in_boxes(boxes, *pixels.shape[-2:]).flatten(1, 2)  # (M, GRID * GRID, 2)
+        samples = []
+        # the few channels are sampled first: a whole map for each query would be far larger
+        for image, own_points, own_kernels in zip(
+            pixels.float(), points.split(counts), kernels[:, :-6].split(counts)
+        ):
+            inside = F.grid_sample(image[None], own_points[None], align_corners=False)[0]
+            samples.append(torch.einsum("mp,pmg->mg", own_kernels, inside))  # (m, GRID * GRID)
+        samples = torch.cat(samples).unflatten(1, (GRID, GRID))
         axis = (torch.arange(GRID, device=boxes.device) + 0.5) / GRID * 2 - 1  # -1..1
         quadratic = box_quadratic(kernels[:, -6:], axis[None, None, :], axis[None, :, None])
         return samples + quadratic

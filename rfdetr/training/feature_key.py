@@ -20,7 +20,7 @@ from rfdetr.training import frozen
 from rfdetr.training.frozen import MaskObjective
 from rfdetr.weights import checkpoint
 
-FORMAT = 2  # of the cache's file, and of how its content is computed; 1 kept no pictures
+FORMAT = 3  # of the cache's file, and of how its content is computed
 SAMPLES = 8  # blocks that are read of an image's file to know it again
 BLOCK = 8 << 10  # bytes
 

@@ -95,7 +95,7 @@ def freeze(
     per_image = torch.bincount(kept.image, minlength=len(batch)).tolist()
     (there,) = on_device([kept], device)
     boxes = predicted[there.image, there.query]
-    grids = sample_in_boxes(masks[:, None], boxes, there.object)[:, 0] > 0.5  # (m, GRID, GRID)
+    grids = sample_in_boxes(masks[there.object], boxes) > 0.5  # (m, GRID, GRID)
     queries = outputs["queries"].float()[there.image, there.query]
     return FrozenBatch(
         images=batch.images,

@@ -77,7 +77,7 @@ class DetectorObjective:
         (there,) = on_device([labelled], images.device)
         masks = torch.cat([target["masks"] for target in targets])
         boxes = outputs["pred_boxes"].detach()[there.image, there.query]
-        truth = sample_in_boxes(masks[:, None], boxes, there.object)[:, 0]
+        truth = sample_in_boxes(masks[there.object], boxes)
         with self.precision.autocast():
             pixels = model.mask_head.pixels(outputs["features"], images)
             queries = outputs["queries"][there.image, there.query]
