@@ -13,13 +13,12 @@ from torch import nn
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
-from rfdetr.console import say, tick, warn
+from rfdetr.console import say, tick
 from rfdetr.data.statistics import typical_side
 from rfdetr.data.workers import naming_workers
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.table import format_table
-from rfdetr.models.projector import count_places
 from rfdetr.resolve import plain
 from rfdetr.runs.curves import StepCurves
 from rfdetr.runs.environment import environment
@@ -45,13 +44,13 @@ from rfdetr.training.report import (
     stopped_early,
     write_config,
 )
-from rfdetr.training.resume import (
-    changed_settings,
-    data_digest,
-    refuse_finished_run,
-    resumed_progress,
+from rfdetr.training.resume import data_digest, go_on, refuse_finished_run, resumed_progress
+from rfdetr.training.session import (
+    Session,
+    run_folder,
+    split_evaluator,
+    warn_of_queries_without_a_place,
 )
-from rfdetr.training.session import Session, run_folder, split_evaluator
 from rfdetr.training.signals import StopSignals, WatchedLoader
 from rfdetr.training.splits import read_splits, with_gray
 from rfdetr.weights import checkpoint
@@ -96,17 +95,6 @@ def begin(settings: TrainingSettings, resumed: dict | None, frozen: dict | None 
         resolution=settings.resolution,
         trained_on=checkpoint.trained_on(resumed) if resumed else None,
     )
-
-
-def warn_of_queries_without_a_place(settings: TrainingSettings) -> None:
-    """Queries begin at the best places of the feature maps; more than these start from nowhere."""
-    wanted = getattr(settings, "num_queries", None)
-    places = count_places(settings.model_size, settings.resolution) if wanted else 0
-    if wanted and wanted > places:
-        warn(
-            f"--num_queries {wanted}: at {settings.resolution} px there are {places} places that "
-            "queries can begin at; the others find little. Give a larger --resolution"
-        )
 
 
 # ---------------------------------------------------------------- open the run
@@ -240,22 +228,6 @@ def make_keeper(
     if session.resumed:
         go_on(session, keeper)
     return keeper
-
-
-def go_on(session: Session, keeper: CheckpointKeeper) -> None:
-    """Restore a resumed run."""
-    keeper.restore(session.resumed)
-    keeper.adopt_newer_best()
-    if session.run:
-        session.run.set(best=keeper.best)
-    progress = session.progress
-    tick(
-        f"Going on with {session.folder} in epoch {progress.epoch + 1}, "
-        f"after {progress.step_in_epoch} steps"
-    )
-    changed = changed_settings(session.settings, session.resumed["args"])
-    for name, (before, now) in changed.items():
-        tick(f"--{name}: {before} before, {now} from epoch {progress.epoch + 1} on")
 
 
 def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:

@@ -37,7 +37,7 @@ from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import Detections, draw_masks, make_predictions, sure_detections
 from rfdetr.inference.originals import Original
 from rfdetr.models.detector import Detector
-from rfdetr.models.segmentation import OfficialMaskHead
+from rfdetr.models.official_masks import OfficialMaskHead
 from rfdetr.placement import Placement, letterbox_borders
 from rfdetr.sizes import SIZES
 from rfdetr.tiling import Tiling, Window

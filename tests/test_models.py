@@ -13,14 +13,8 @@ from rfdetr.console import UserError
 from rfdetr.models.decoder import move_boxes
 from rfdetr.models.deformable_attention import DeformableAttention
 from rfdetr.models.detector import Detector, select_detections
-from rfdetr.models.segmentation import (
-    GRID,
-    MASK_HEADS,
-    OfficialMaskHead,
-    enlarged,
-    expected_iou,
-    sample_in_boxes,
-)
+from rfdetr.models.official_masks import OfficialMaskHead
+from rfdetr.models.segmentation import GRID, MASK_HEADS, enlarged, expected_iou, sample_in_boxes
 from rfdetr.placement import Placement
 from rfdetr.sizes import SIZES, Recipe, check_resolution, size_from_dict
 from rfdetr.training.optim import parameter_groups

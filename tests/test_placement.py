@@ -12,7 +12,8 @@ from rfdetr.classes import assign_rows
 from rfdetr.device import pick_device, pick_precision
 from rfdetr.inference.detections import Detections, draw_masks, make_predictions
 from rfdetr.inference.originals import Original
-from rfdetr.models.segmentation import MASK_HEADS, OfficialMaskHead
+from rfdetr.models.official_masks import OfficialMaskHead
+from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.placement import Placement
 
 # pycocotools.mask.decode under numpy 2

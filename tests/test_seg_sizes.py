@@ -23,7 +23,7 @@ from rfdetr.losses.criterion import detection_losses
 from rfdetr.losses.matcher import Matches
 from rfdetr.losses.points import mask_costs, sample_matched_masks, true_at, uncertain_points
 from rfdetr.models.detector import Detector
-from rfdetr.models.segmentation import OfficialMaskHead
+from rfdetr.models.official_masks import OfficialMaskHead
 from rfdetr.placement import Placement
 from rfdetr.sizes import SIZES, LossWeights, ModelSize
 from rfdetr.weights import checkpoint

@@ -20,7 +20,8 @@ from rfdetr.inference.prediction import Prediction, without_overlaps
 from rfdetr.masks import encode_window
 from rfdetr.models.cast_once import CastWeights
 from rfdetr.models.detector import Detector, select_detections
-from rfdetr.models.segmentation import MaskHead, OfficialMaskHead, PastedMask
+from rfdetr.models.official_masks import OfficialMaskHead
+from rfdetr.models.segmentation import MaskHead, PastedMask
 from rfdetr.placement import Placement
 
 PIXELS_AT_ONCE = 1 << 26  # of masks on their way from a GPU to the CPU

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rfdetr.models.decoder import MLP, Transformer, move_boxes
+from rfdetr.models.official_masks import OfficialMaskHead
 from rfdetr.models.parts import ModelPart, trainable
 from rfdetr.models.projector import Projector
-from rfdetr.models.segmentation import MASK_HEADS, MaskHead, OfficialMaskHead
+from rfdetr.models.segmentation import MASK_HEADS, MaskHead
 from rfdetr.models.windowed_vit import WindowedViT, standardise
 from rfdetr.sizes import ModelSize
 

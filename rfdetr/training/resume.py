@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from rfdetr.console import UserError, warn
+from rfdetr.console import UserError, tick, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.files import file_sha256
 from rfdetr.resolve import plain
@@ -15,6 +15,8 @@ from rfdetr.runs.places import STATES, require_state
 from rfdetr.settings import STAGES, TrainingSettings
 from rfdetr.text import command_line, counted
 from rfdetr.training.engine import Progress
+from rfdetr.training.keeper import CheckpointKeeper
+from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
 
 
@@ -122,3 +124,19 @@ def refuse_finished_run(settings: TrainingSettings, progress: Progress, has_test
         f"{settings.output_dir} has finished its {epochs}. To train longer, give "
         f"more: {command_line('python', settings.script, *words)}"
     )
+
+
+def go_on(session: Session, keeper: CheckpointKeeper) -> None:
+    """Restore a resumed run."""
+    keeper.restore(session.resumed)
+    keeper.adopt_newer_best()
+    if session.run:
+        session.run.set(best=keeper.best)
+    progress = session.progress
+    tick(
+        f"Going on with {session.folder} in epoch {progress.epoch + 1}, "
+        f"after {progress.step_in_epoch} steps"
+    )
+    changed = changed_settings(session.settings, session.resumed["args"])
+    for name, (before, now) in changed.items():
+        tick(f"--{name}: {before} before, {now} from epoch {progress.epoch + 1} on")

@@ -25,6 +25,7 @@ from rfdetr.data.tiles import places_of_tiles, tile_problems, training_tiling
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
+from rfdetr.models.projector import count_places
 from rfdetr.resolve import plain
 from rfdetr.runs.folder import given_run, new_run
 from rfdetr.runs.record import Run
@@ -73,6 +74,17 @@ class Session:
     @property
     def train(self) -> CocoSplit:
         return self.splits["train"]
+
+
+def warn_of_queries_without_a_place(settings: TrainingSettings) -> None:
+    """Queries begin at the best places of the feature maps; more than these start from nowhere."""
+    wanted = getattr(settings, "num_queries", None)
+    places = count_places(settings.model_size, settings.resolution) if wanted else 0
+    if wanted and wanted > places:
+        warn(
+            f"--num_queries {wanted}: at {settings.resolution} px there are {places} places that "
+            "queries can begin at; the others find little. Give a larger --resolution"
+        )
 
 
 def class_table(session: Session, head: str) -> ClassTable:
