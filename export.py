@@ -12,7 +12,7 @@ from rfdetr.tool_settings import ExportSettings
 check_command(ExportSettings, __doc__, __name__)
 
 from rfdetr.console import UserError, run_script, tick, warn
-from rfdetr.files import make_place, refuse_same_file
+from rfdetr.files import make_place, note_of_earlier, refuse_same_file
 from rfdetr.text import counted
 from rfdetr.weights import checkpoint
 from rfdetr.weights.package import left_to_user, to_package
@@ -39,14 +39,13 @@ def main(argv: list[str] | None = None) -> None:
         warn(note)
     exported = to_package(content)
     make_place(target, "--out")
-    is_replaced = target.exists()
+    replaced = note_of_earlier(target)
     checkpoint.save(target, exported)
 
     names = exported["args"].get("class_names")
     classes = "COCO's classes"
     if names:
         classes = f"{counted(len(names), 'class')} ({', '.join(names)})"
-    replaced = ", in place of an earlier file" if is_replaced else ""
     tick(
         f"Written: {target}, {len(exported['model'])} tensors, {size}, "
         f"{content['resolution']} px, {classes}{replaced}"

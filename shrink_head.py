@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rfdetr.classes import ClassTable, background_row, is_class_head
 from rfdetr.console import run_script, tick, warn
-from rfdetr.files import make_place, refuse_same_file
+from rfdetr.files import make_place, note_of_earlier, refuse_same_file
 from rfdetr.runs.metrics_file import highest_box_map
 from rfdetr.training.next_commands import after_shrink
 from rfdetr.weights import checkpoint
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         keep = without_placeholders(settings.keep, content, table)
     shrunk = checkpoint.shrink(content, keep)
     make_place(target, "--out_ckpt")
-    is_replaced = target.exists()
+    replaced = note_of_earlier(target)
     checkpoint.save(target, shrunk)
 
     new_table = checkpoint.table_of(shrunk)
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             "scores may then move a little."
         )
     say_which_weights_are_better(source)
-    tick(f"Written: {target}" + (", in place of an earlier file" if is_replaced else ""))
+    tick(f"Written: {target}{replaced}")
     print(f"Output dim: {new_table.rows_total}")
     remark, command = after_shrink(content, shrunk, target)
     if remark:

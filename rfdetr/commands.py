@@ -9,17 +9,24 @@ from rfdetr.text import command_line
 
 TRAIN_DETECTOR = "train_detector_stage1.py"
 DATA_FLAGS = ("dataset", "val_fraction", "exif", "rename", "tile")
+VIEW_FLAGS = ("tile_overlap", "tile_full", "letterbox", "gray")  # stage 2 takes its detector's
 USUAL_DEVICE = "auto"
 
 
 def flags_of(args: dict, *names: str) -> list[str]:
-    """--NAME VALUE for those of a run's settings (as in config.yaml) that have a value."""
+    """--NAME VALUE for those of a run's settings (as in config.yaml) that have a value; a switch
+    that is off has none.
+    """
     words = []
     for name in names:
         value = args.get(name)
         if isinstance(value, (list, tuple)):
             words += [f"--{name}={one}" for one in value]
-        elif value is not None and (name, value) != ("device", USUAL_DEVICE):
+        elif value is True:
+            words += [f"--{name}", "1"]
+        elif value is None or value is False or (name, value) == ("device", USUAL_DEVICE):
+            continue
+        else:
             words += [f"--{name}", str(value)]
     return words
 
@@ -34,6 +41,8 @@ def size_flags(args: dict) -> list[str]:
 
 
 def training_command(args: dict, script: str = TRAIN_DETECTOR) -> str:
-    """A training from the start, on the dataset and in the size of these settings."""
-    words = [*size_flags(args), *flags_of(args, *DATA_FLAGS, "gray", "device")]
+    """A training from the start, or another script, on the dataset and in the size of these
+    settings.
+    """
+    words = [*size_flags(args), *flags_of(args, *DATA_FLAGS, *VIEW_FLAGS, "device")]
     return command_line("python", script, *words)

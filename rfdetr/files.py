@@ -33,6 +33,11 @@ def writing_to(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         ) from error
 
 
+def note_of_earlier(path: Path) -> str:
+    """For the message on a file to be written: that one of this name is replaced, if there is."""
+    return ", in place of an earlier file" if path.exists() else ""
+
+
 def make_folder(folder: Path, flag: str = "--output_dir") -> None:
     """Make a folder, if missing, and try to write a file there.  UserError as writing_to."""
     with writing_to(folder, flag):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfdetr.commands import TRAIN_DETECTOR
+from rfdetr.commands import training_command
 from rfdetr.console import UserError, banner, tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.coco import inspect_dataset
@@ -27,11 +27,11 @@ from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precis
 from rfdetr.files import make_place, write_json, writing_to
 from rfdetr.inference.augment_sheet import augment_sheet
 from rfdetr.inference.class_sheet import class_sheet
-from rfdetr.renaming import rename_flags
+from rfdetr.resolve import plain
 from rfdetr.runs.environment import environment
 from rfdetr.settings import VAL_FRACTION
 from rfdetr.sizes import SIZES, check_resolution, usual_size
-from rfdetr.text import command_line, counted, printable
+from rfdetr.text import counted, printable
 from rfdetr.tiling import Tiling
 from rfdetr.tool_settings import ValidationSettings
 from rfdetr.training.auto_batch import HEADROOM
@@ -280,7 +280,9 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
     if errors[0].code == "DATASET_LAYOUT":
         return errors[0].message
     if {problem.code for problem in errors} == {"SPLIT_VALID_MISSING"}:
-        command = own_command("validate_setup.py", replace(settings, val_fraction=VAL_FRACTION))
+        command = training_command(
+            plain(settings) | {"val_fraction": VAL_FRACTION}, "validate_setup.py"
+        )
         return f"there is no valid split. To check with a tenth of train/ as one: {command}"
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
     then = "Correct them and run this again; --fix NEW_DIR repairs what it can in a copy"
@@ -304,17 +306,4 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
             "Stage 2 and single stage (masks) will guess masks from the boxes: the annotations "
             "have none"
         )
-    print(f"Next: {own_command(TRAIN_DETECTOR, settings)}")
-
-
-def own_command(script: str, settings: ValidationSettings) -> str:
-    """A script on this dataset, with what the check was told of how it is to be trained."""
-    words = ["python", script, "--dataset", settings.dataset]
-    usual = ValidationSettings()
-    names = ("val_fraction", "exif", "gray", "size", "resolution", "device", "letterbox")
-    names += ("tile", "tile_overlap", "tile_full")
-    for name in names:
-        value = getattr(settings, name)
-        if value != getattr(usual, name):
-            words += [f"--{name}", int(value) if isinstance(value, bool) else value]
-    return f"{command_line(*words)} {rename_flags(settings.rename)}".rstrip()
+    print(f"Next: {training_command(plain(settings))}")

@@ -410,7 +410,7 @@ def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypa
                  "Annotations of dropped images: dropped",
                  "ANN_CROWD_INVALID: written as a number"):  # fmt: skip
         assert f"        1  {what}" in said
-    assert "Next: python train_detector_stage1.py --dataset 'my copy' --size tiny" in said
+    assert "Next: python train_detector_stage1.py --size tiny --dataset 'my copy'" in said
     data = json.loads(Path("my copy/train", FILE).read_text(encoding="utf-8"))
     assert {key: data[key] for key in extra} == extra and len(data["images"]) == 3
     first = data["annotations"][0]
