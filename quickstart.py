@@ -23,7 +23,8 @@ VENV = os.path.join(HERE, ".venv")
 
 # Optimizer steps of stage 1 and of stage 2, whatever the number of images; the epochs follow from
 # them. The tiny size starts from nothing; the demo data are easier than what microscopes see.
-STEPS = {"demo": (800, 300), "tiny": (4000, 300), "others": (1500, 1500)}
+STEPS = {"demo": (800, 300), "tiny": (3600, 900), "others": (1500, 1500)}
+SEG_EVALUATIONS = 5  # of stage 2, whose epochs are short
 FEWEST_EPOCHS = 2
 MOST_EPOCHS = 100
 
@@ -276,13 +277,14 @@ class Job(object):
 
     def train_masks(self, detector, checkpoint):
         """Stage 2; returns the run's folder."""
+        own = self.flags("seed") + ("--stage1_run", detector, "--checkpoint", checkpoint)
         epochs = self.args.seg_epochs
         if not epochs:
             batch = self.recipe.seg_batch * self.recipe.seg_accum
             epochs = epochs_for(
                 "Stage 2", self.steps[1], self.images, batch, self.recipe.seg_min_steps
             )
-        own = self.flags("seed") + ("--stage1_run", detector, "--checkpoint", checkpoint)
+            own += ("--eval_every", str(max(epochs // SEG_EVALUATIONS, 1)))
         own += ("--epochs", str(epochs))
         return self.train("train_seg_stage2.py", "segmentation", "the masks are", own)[0]
 

@@ -27,10 +27,10 @@ STAGE1, STAGE2, JOINT = (
     "train_seg_stage2.py",
     "train_seg_single_stage.py",
 )
-QUICKSTART_STEPS = (4000, 300)  # of stage 1 and stage 2, for tiny: quickstart.STEPS
+QUICKSTART_STEPS = (3600, 900)  # of stage 1 and stage 2, for tiny: quickstart.STEPS
 BATCH = {STAGE1: 4, STAGE2: 16, JOINT: 4}  # tiny's: rfdetr/sizes.py
 EPOCHS = {STAGE1: 10, STAGE2: 5, JOINT: 10}  # quickstart's on 300 images
-REHEARSED = 40  # steps
+REHEARSED = {STAGE1: 40, STAGE2: 80, JOINT: 40}  # steps of an epoch; stage 2's fill its cache
 
 
 class Script:
@@ -57,7 +57,7 @@ class Script:
 
     def rehearse(self, out: Path, flags: list) -> None:
         """Two short epochs: the first may fill a cache, the second tells what a step takes."""
-        facts = self.run(out, 0.0, [*flags, "--epochs", 2, "--min_steps", REHEARSED])
+        facts = self.run(out, 0.0, [*flags, "--epochs", 2, "--min_steps", REHEARSED[self.script]])
         self.step_s = facts["epochs"][-1] / facts["steps"]
         self.start_s = facts["seconds"] - 2 * facts["epochs"][-1]
 

@@ -483,10 +483,11 @@ def test_a_passing_error_is_neither_corruption_nor_remembered(dataset, monkeypat
     (dataset / "train/2.png").write_bytes(b"no image")
     usual = Image.open
 
-    def refuse(path, *args, **options):
-        if str(path).endswith("train/1.png"):
-            raise OSError(number, os.strerror(number), str(path))
-        return usual(path, *args, **options)
+    def refuse(opened, *args, **options):
+        path = str(getattr(opened, "name", opened))
+        if path.endswith("train/1.png"):
+            raise OSError(number, os.strerror(number), path)
+        return usual(opened, *args, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(Image, "open", refuse)

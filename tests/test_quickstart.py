@@ -370,7 +370,8 @@ def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys)
         f"train_detector_stage1.py --dataset dataset --size tiny --seed 0 --epochs {epochs[0]}",
         f"shrink_head.py --in_ckpt {trained} --out_ckpt {shrunk}",
         "train_seg_stage2.py --dataset dataset --size tiny --seed 0 "
-        f"--stage1_run {detector} --checkpoint {shrunk} --epochs {epochs[1]}",
+        f"--stage1_run {detector} --checkpoint {shrunk} "
+        f"--eval_every {int(epochs[1]) // 5} --epochs {epochs[1]}",
         f"evaluate.py --checkpoint {best} --dataset dataset --split valid --results {results}",
         f"predict.py --checkpoint {best} --input {os.path.join('dataset', 'train')} "
         f"--output {os.path.join(masks, 'predictions')}",

@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -116,19 +116,18 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in REFUSED
 
 
-def content_hash(path: Path) -> int:
+def content_hash(file: BinaryIO) -> int:
     """64 bits, as a signed number, that tell an image file again under any name, time or place.
 
     They are of the sha256 of the file's size and of four parts of it, 32 KB in all, so that large
     sets cost little. Checkpoints keep these numbers as `trained_on`: what is hashed must not
     change.  Raises OSError.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        hashed = [size.to_bytes(8, "little")]
-        for part in range(HASHED_PARTS):
-            file.seek(max(size - HASHED_PART, 0) * part // (HASHED_PARTS - 1))
-            hashed.append(file.read(HASHED_PART))
+    size = os.fstat(file.fileno()).st_size
+    hashed = [size.to_bytes(8, "little")]
+    for part in range(HASHED_PARTS):
+        file.seek(max(size - HASHED_PART, 0) * part // (HASHED_PARTS - 1))
+        hashed.append(file.read(HASHED_PART))
     digest = hashlib.sha256(b"".join(hashed)).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
@@ -173,9 +172,13 @@ def shared(size: tuple[int, int]) -> tuple[int, int]:
 
 def is_behind_link(path: Path, folder: Path) -> bool:
     """Whether a file, or a folder on the way to it from `folder` on, is a symbolic link."""
-    part = str(path)
+    return os.path.islink(path) or is_folder_behind_link(os.path.dirname(path), str(folder))
+
+
+@functools.lru_cache(maxsize=1000)
+def is_folder_behind_link(part: str, folder: str) -> bool:
     while not os.path.islink(part):
-        if part == str(folder):
+        if part == folder:
             return False
         part = os.path.dirname(part) or "."
     return True
@@ -192,14 +195,16 @@ def read_image_file(path: Path, annotated_size: tuple[float, float], decode: boo
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             return [{"IMG_TYPE": f": {kind_of_file(mode)}"}, 1, None, "", None]
-        with open_image(path) as image:
-            orientation, stored_size = read_orientation(image, annotated_size)
-            pages = count_pages(image)
-            if decode:
-                decode_pixels(image, path)
-                whole_sha256 = file_sha256(path)
+        with open(path, "rb") as file:
+            with open_image(path, file) as image:
+                orientation, stored_size = read_orientation(image, annotated_size)
+                pages = count_pages(image)
+                if decode:
+                    decode_pixels(image, path)
+                    whole_sha256 = file_sha256(path)
+            hashed = content_hash(file)
         notes = {"IMG_PAGES": f": {pages}"} if pages > 1 else {}
-        return [notes, orientation, stored_size, whole_sha256, content_hash(path)]
+        return [notes, orientation, stored_size, whole_sha256, hashed]
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         return [fault_of(error), orientation, None, whole_sha256, None]
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
@@ -97,10 +97,13 @@ def unreadable(path: str | Path, error: Exception) -> UserError:
 
 
 @contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An opened image file.  Raises what Pillow raises, and ValueError for too many channels."""
+def open_image(path: str | Path, file: BinaryIO | None = None) -> Iterator[Image.Image]:
+    """An opened image file; `file`: where it is open already, and stays so.
+
+    Raises what Pillow raises, and ValueError for too many channels.
+    """
     try:
-        opened = Image.open(path, formats=FORMATS)
+        opened = Image.open(file or path, formats=FORMATS)
     except UnidentifiedImageError:
         require_few_channels(tiff_tags(path))
         raise

@@ -189,7 +189,7 @@ def require_size(content: dict, size: ModelSize, path: Path) -> None:
 
 
 def trained_on(content: dict) -> Tensor:
-    """Sorted content hashes (image_cache.content_hash), int64, of the images of its training.
+    """Sorted content hashes (image_files.content_hash), int64, of the images of its training.
 
     Empty where they are not known.
     """
