@@ -143,20 +143,21 @@ def run(arguments, python=sys.executable):
     print("\n> " + shown(arguments, python) + "\n")
     sys.stdout.flush()
     interrupts = []
-    children = []  # before there is one a signal may come, too
-    terminated = []
+    children = []
+    early = []  # signals from before there was one
 
     def terminate(*_):
-        terminated.append(1)
-        for child in children:
-            child.terminate()
+        if children:
+            children[0].terminate()
+        else:
+            early.append(1)
 
     # Ctrl-C reaches the child by itself, which saves its state: wait for it. SIGTERM reaches us
     # alone, and is handed on.
     former_interrupt = signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
     former_terminate = signal.signal(signal.SIGTERM, terminate)
     children.append(subprocess.Popen([python] + list(arguments)))
-    if terminated:
+    if early:
         children[0].terminate()
     code = children[0].wait()
     signal.signal(signal.SIGINT, former_interrupt)
