@@ -6,7 +6,7 @@ python benchmarks/peer_ours.py --way joint --dataset D --out DIR --minutes 10
 `two-stage`: train_detector_stage1.py, shrink_head.py, train_seg_stage2.py, with optimizer steps in
 the proportion of quickstart.py; `joint`: train_seg_single_stage.py. Size tiny and its own recipe.
 A rehearsal of a few steps, not counted, tells how many steps fit into the minutes; the schedules
-end there. The averaged weights are handed in after each epoch. Every script is a process of its
+end there. Stage 2 takes what stage 1 has left of them. The averaged weights are handed in after each epoch. Every script is a process of its
 own, whose imports count. Stage 2 gets the epoch of stage 1 that was best on the valid split.
 """
 
@@ -101,12 +101,13 @@ def two_stage(args: argparse.Namespace, folder: Path) -> None:
     left = args.minutes * 60 - first.start_s - shrink_s - second.start_s
     factor = left / (steps1 * first.step_s + steps2 * second.step_s)
     epochs1, per_epoch1 = first.length(factor * steps1)
-    epochs2, per_epoch2 = second.length(factor * steps2)
 
     length = ["--epochs", epochs1, "--min_steps", per_epoch1]
     detector = Script(args, STAGE1, folder / "detector")
     spent = detector.run(args.out, 0.0, scratch + length)["seconds"]
     shrunk, shrink_s = shrink(detector.folder)
+    left = args.minutes * 60 - spent - shrink_s - second.start_s
+    epochs2, per_epoch2 = second.length(left / second.step_s)
     length = ["--epochs", epochs2, "--min_steps", per_epoch2, "--checkpoint", shrunk]
     masks = Script(args, STAGE2, folder / "masks")
     facts = masks.run(args.out, spent + shrink_s, length)
