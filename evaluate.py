@@ -99,7 +99,8 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     """
     fraction = settings.val_fraction
     trained = trained_fraction(content)
-    is_divided = "valid" not in find_splits(settings.dataset)
+    files = find_splits(settings.dataset)
+    is_divided = "valid" not in files
     if is_divided and trained and not fraction:
         fraction = trained
         tick(
@@ -108,7 +109,9 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
         )
     exif = settings.exif or content.get("exif")
     queries = size_from_dict(content["size"]).queries
-    splits = read_dataset(settings.dataset, fraction, queries, exif, settings.rename)
+    # a train split could be divided; else the splits that there are are named below
+    needed = ("valid",) if settings.split == "valid" and "train" in files else ()
+    splits = read_dataset(settings.dataset, fraction, queries, exif, settings.rename, needed)
     trained_on = set(checkpoint.trained_on(content).tolist())
     if is_divided and trained and fraction != trained and settings.split == "valid":
         refuse_other_division(settings, trained, trained_on, splits)

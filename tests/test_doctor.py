@@ -514,11 +514,15 @@ def age(root: Path) -> None:
 @pytest.fixture
 def opened(monkeypatch, tmp_path) -> list[str]:
     """Names of the images that were opened; nothing is remembered at first."""
-    names, real = [], Image.open
+    names = []
+    usual = Image.open
+
+    def note(opened, **options):
+        names.append(Path(getattr(opened, "name", opened)).name)
+        return usual(opened, **options)
+
     monkeypatch.setenv("RFDETR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        Image, "open", lambda path, **kw: (names.append(Path(path).name), real(path, **kw))[1]
-    )
+    monkeypatch.setattr(Image, "open", note)
     return names
 
 

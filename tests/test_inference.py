@@ -156,6 +156,17 @@ def test_a_split_that_is_not_there(odd_data, stage2, call, tmp_path):
         )
 
 
+def test_a_test_split_alone_can_be_scored(demo, stage2, call, tmp_path, capsys):
+    shutil.copytree(demo / "valid", tmp_path / "data" / "test")
+    words = ["--checkpoint", stage2.folder / "best.pt"]
+    call(evaluate.main, *words, "--dataset", demo, "--json", "valid.json")
+    words += ["--dataset", tmp_path / "data"]
+    call(evaluate.main, *words, "--split", "test", "--json", "test.json")
+    assert json.loads(Path("test.json").read_text()) == json.loads(Path("valid.json").read_text())
+    with pytest.raises(UserError, match="no valid split, it has test: choose with --split"):
+        call(evaluate.main, *words)
+
+
 def test_a_detector_without_masks_is_scored_on_boxes(demo, stage1, call, capsys):
     call(
         evaluate.main,

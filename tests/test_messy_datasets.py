@@ -193,7 +193,7 @@ def test_every_script_takes_rename_and_hands_it_on(dataset, tmp_path, call, caps
     call(validate_setup.main, *flags, "--size", "tiny", "--fix", "fixed")
     assert "1  --rename: the new name is written" in capsys.readouterr().out
     call(validate_setup.main, *flags, "--size", "tiny")
-    assert capsys.readouterr().out.strip().endswith('--size tiny --device cpu --rename "Cell=cell"')
+    assert capsys.readouterr().out.strip().endswith(" --rename=Cell=cell --device cpu")
     save_model(tmp_path / "x.pt", ["Cell", "vessel"])
     with pytest.raises(UserError, match=r'add: --rename "cell=Cell"\. Otherwise'):
         call(evaluate.main, "--checkpoint", "x.pt", *flags)

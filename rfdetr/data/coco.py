@@ -30,6 +30,8 @@ from rfdetr.data.records import CocoSplit, ImageTable
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
 
+NEEDED = ("train", "valid")  # splits, for training
+
 
 def read_dataset(
     root: str | Path,
@@ -37,12 +39,13 @@ def read_dataset(
     queries: int = 300,
     exif: str | None = None,
     rename: Sequence[str] = (),
+    needed: Sequence[str] = NEEDED,
 ) -> dict[str, CocoSplit]:
     """Check and read the splits of a dataset: "train", "valid" and, where it exists, "test".
 
     Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by
     a hash of their names, so that the choice stays when the file is written in another order.
-    queries: the objects that the model can find in one image.  exif, rename: as for
+    queries: the objects that the model can find in one image.  exif, rename, needed: as for
     inspect_dataset; what was decided is printed where images have an orientation.  Raises UserError
     for any error of the data, with the command that lists them all.
     """
@@ -51,7 +54,7 @@ def read_dataset(
             f"--val_fraction {val_fraction}: expected a number above 0 and below 1, 0.1 for example"
         )
     splits, problems = inspect_dataset(
-        root, val_fraction, queries=queries, exif=exif, rename=rename
+        root, val_fraction, queries=queries, exif=exif, rename=rename, needed=needed
     )
     raise_errors(problems, root)
     note = exif_note(splits, exif)
@@ -68,6 +71,7 @@ def inspect_dataset(
     queries: int = 300,
     exif: str | None = None,
     rename: Sequence[str] = (),
+    needed: Sequence[str] = NEEDED,
 ) -> tuple[dict[str, CocoSplit], list[Problem]]:
     """Check all splits once: (split name -> what is usable of it, all problems, errors first).
 
@@ -75,14 +79,15 @@ def inspect_dataset(
     decode: open images as a whole, and compare contents between splits.  queries: the objects that
     the model can find in one image.  exif: "apply" or "ignore" the EXIF orientation of images where
     no size of the dataset tells; by default it is applied.  rename: values of --rename, OLD=NEW.
-    Raises UserError where they name no class.
+    needed: the splits without which there is an error.  Raises UserError where `rename` names no
+    class.
     """
     try:
         files = find_splits(root)
     except UserError as error:
         return {}, [dataset_error("DATASET_LAYOUT", str(error), root)]
     listed, problems = list_files(files, decode, root, rename)
-    problems += missing_splits(files, val_fraction, root)
+    problems += missing_splits(needed, files, val_fraction, root)
     decision = decide_exif(frozenset().union(*(split.proofs for split in listed.values())), exif)
     checked = {name: check_listed(listed.pop(name), *files[name], decision) for name in [*listed]}
     splits = build_splits(checked)
@@ -178,13 +183,16 @@ def check_listed(
 
 
 def missing_splits(
-    files: dict[str, tuple[Path, Path]], val_fraction: float | None, root: str | Path
+    needed: Sequence[str],
+    files: dict[str, tuple[Path, Path]],
+    val_fraction: float | None,
+    root: str | Path,
 ) -> list[Problem]:
     problems = []
-    if "train" not in files:
+    if "train" in needed and "train" not in files:
         message = f"{root} has no train split: training needs one"
         problems.append(dataset_error("SPLIT_TRAIN_MISSING", message, root))
-    if "valid" not in files and not val_fraction:
+    if "valid" in needed and "valid" not in files and not val_fraction:
         message = f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1"
         problems.append(dataset_error("SPLIT_VALID_MISSING", message, root))
     return problems

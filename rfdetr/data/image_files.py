@@ -172,13 +172,9 @@ def shared(size: tuple[int, int]) -> tuple[int, int]:
 
 def is_behind_link(path: Path, folder: Path) -> bool:
     """Whether a file, or a folder on the way to it from `folder` on, is a symbolic link."""
-    return os.path.islink(path) or is_folder_behind_link(os.path.dirname(path), str(folder))
-
-
-@functools.lru_cache(maxsize=1000)
-def is_folder_behind_link(part: str, folder: str) -> bool:
+    part = str(path)
     while not os.path.islink(part):
-        if part == folder:
+        if part == str(folder):
             return False
         part = os.path.dirname(part) or "."
     return True
