@@ -211,6 +211,8 @@ class Job(object):
             args.size = args.size or "tiny"
             args.dataset = self.demo_data()
         args.dataset = args.dataset or "dataset"
+        if not args.val_fraction:
+            require_valid_split(args.dataset)
         args.size = args.size or default_size(args.device)
         if is_demo:
             self.steps = STEPS["demo"]
@@ -238,7 +240,8 @@ class Job(object):
         if code == 0:
             return
         script = " ".join(arguments).split(" --")[0]
-        message = "%s ended with exit code %d: see its message above." % (script, code)
+        why = ", by a signal." if code > 128 else ": see its message above."
+        message = "%s ended with exit code %d%s" % (script, code, why)
         for line in self.stands:
             message += "\nWhat stands: " + line
         raise Stop(code, message)
@@ -342,6 +345,22 @@ def epochs_for(stage, steps, images, images_per_step, min_steps):
     return epochs
 
 
+def require_valid_split(dataset):
+    """Stop where a dataset has none, with the command that makes one."""
+    from rfdetr.console import UserError
+    from rfdetr.data.layout import find_splits
+    from rfdetr.text import command_line
+
+    try:
+        splits = find_splits(dataset)
+    except UserError:
+        return  # validate_setup.py says what there is instead of a dataset
+    if "train" in splits and "valid" not in splits:
+        again = command_line("python", *(sys.argv + ["--val_fraction", "0.1"]))
+        message = "%s has no valid split. To take a tenth of train/ as one: %s"
+        raise Stop(2, message % (dataset, again))
+
+
 def training_images(dataset):
     """How many images the training annotations list, in either of the two layouts."""
     from rfdetr.data.layout import find_splits, read_json
@@ -368,22 +387,24 @@ def scores(run_folder):
 
 def parse(argv):
     from rfdetr.cli import Parser  # standard library only, too
+    from rfdetr.sizes import SIZES  # likewise
 
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--dataset", type=from_here,
         help="folder with train/ and valid/ (default: dataset/, else demo data)")
-    add("--size", help="tiny, nano, small, medium, base, large ... "
-        "(default: nano on your data with a GPU, else tiny)")
-    add("--epochs", type=int, help="of stage 1 (default: by the number of training images)")
-    add("--seg_epochs", type=int, help="of stage 2 (likewise)")
+    add("--size", choices=[name for name in SIZES if not name.startswith("seg-")], metavar="SIZE",
+        help="tiny, nano, small, medium ... (default: nano on your data with a GPU, else tiny)")
+    add("--epochs", type=epoch_count,
+        help="of stage 1 (default: by the number of training images)")
+    add("--seg_epochs", type=epoch_count, help="of stage 2 (likewise)")
     add("--resolution", type=int,
         help="side of the model's input in pixels (default: the size's own)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--output_dir", type=from_here,
         help="put detector/, segmentation/ and demo data there (default: runs/)")
     add("--pretrain_weights", type=from_here, help="auto, none, a file or a URL")
-    add("--val_fraction", type=float,
+    add("--val_fraction", type=fraction,
         help="share of train/ to validate on, where there is no valid/")
     add("--gray", metavar="auto|full|PERCENT",
         help="what is black and white in gray of more than 8 bits (default: auto)")
@@ -422,6 +443,22 @@ def config_words(config, known):
             if one is not None:
                 words.append("--%s=%s" % (name, one))
     return words
+
+
+def epoch_count(text):
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError("expected a whole number from 1, got %r" % text)
+    return int(text)
+
+
+def fraction(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError("expected a number above 0 and below 1, got %r" % text)
+    return value
 
 
 def from_here(path):

@@ -331,6 +331,9 @@ def repository(tmp_path, monkeypatch):
     annotations = tmp_path / "dataset" / "train" / "_annotations.coco.json"
     annotations.parent.mkdir(parents=True)
     annotations.write_text(json.dumps({"images": [{}] * 200}))
+    valid = tmp_path / "dataset" / "valid" / "_annotations.coco.json"
+    valid.parent.mkdir()
+    valid.touch()
     commands, failing = [], {}
 
     def run(arguments, python=None):
@@ -373,7 +376,7 @@ def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys)
         f"--stage1_run {detector} --checkpoint {shrunk} "
         f"--eval_every {int(epochs[1]) // 5} --epochs {epochs[1]}",
         f"evaluate.py --checkpoint {best} --dataset dataset --split valid --results {results}",
-        f"predict.py --checkpoint {best} --input {os.path.join('dataset', 'train')} "
+        f"predict.py --checkpoint {best} --input {os.path.join('dataset', 'valid')} "
         f"--output {os.path.join(masks, 'predictions')}",
     ]
     assert (
@@ -418,6 +421,21 @@ def test_a_dataset_without_masks_says_what_stands(repository, capsys):
     assert "train_seg_stage2.py ended with exit code 2" in said
     assert f"What stands: the detector is trained, {best} (box mAP50 0.500" in said
     assert len(repository[0]) == 4
+
+
+def test_without_a_valid_split_the_own_command_is_advised(repository, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "dataset" / "valid")
+    assert quickstart.main(["--size", "tiny"]) == 2
+    said = capsys.readouterr().err
+    assert "no valid split" in said and "--val_fraction 0.1" in said and not repository[0]
+
+
+@pytest.mark.parametrize(
+    "words", ["--epochs 0", "--seg_epochs -1", "--size tinny", "--size seg-nano", "--val_fraction 5"]
+)
+def test_values_out_of_range_are_refused_before_anything_is_run(repository, capsys, words):
+    assert quickstart.main(words.split()) == 2
+    assert words.split()[0] in capsys.readouterr().err and not repository[0]
 
 
 def test_paths_are_the_users_wherever_it_is_started(repository, tmp_path, monkeypatch):
