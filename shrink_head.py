@@ -46,9 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     tick(f"{heads} class heads cut from {table.rows_total} to {new_table.rows_total} rows{ema}")
     if len(new_table.names) < len(table.names) or table.rows_total > len(table.names) + 1:
         print(
-            "Kept logits are unchanged while the ranking of proposals is. A dropped row that had "
-            "claimed a proposal no longer does, and query i keeps its own embedding, so that "
-            "scores may then move a little."
+            "The kept classes score as before, but for places among the model's candidates that a "
+            "dropped class had won: others take them, and scores may move a little."
         )
     say_which_weights_are_better(source)
     tick(f"Written: {target}{replaced}")

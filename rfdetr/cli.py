@@ -6,10 +6,12 @@ import argparse
 import difflib
 import glob
 import os
+import sys
 from collections.abc import Collection
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from rfdetr.commands import training_command
@@ -81,7 +83,16 @@ def check_command(kind: type, description: str, name: str) -> None:
     Scripts call this before they import torch, which takes seconds; `name` is their __name__.
     """
     if name == "__main__":
+        sys.excepthook = tell_of_ctrl_c
         run_script(partial(_check, kind, description))
+
+
+def tell_of_ctrl_c(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """For sys.excepthook: a Ctrl-C while torch is imported is no defect to trace."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _check(kind: type, description: str, argv: list[str] | None) -> None:

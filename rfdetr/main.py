@@ -180,7 +180,8 @@ def fit(
                     scores = evaluate(trainer, evaluator, record)
                 gained = keeper.keep_best(epoch, scores)
                 weights = keeper.best["weights"] if gained else keeper.better_weights(scores)
-            print_epoch(record, clock, scores.get(weights), weights if gained else None)
+            is_best = gained and keeper.best["value"] is not None  # or nothing can be scored
+            print_epoch(record, clock, scores.get(weights), weights if is_best else None)
             if session.run:
                 record_epoch(session.run, record, keeper.best)
             progress.finish_epoch()  # not before: a run stopped while evaluating does it again

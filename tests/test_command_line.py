@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from rfdetr.cli import make_parser, script_settings
+from rfdetr.cli import make_parser, script_settings, tell_of_ctrl_c
 from rfdetr.console import UserError
 from rfdetr.resolve import settings_of
 from rfdetr.settings import STAGES, DetectorSettings
@@ -152,3 +152,10 @@ def test_help_tells_the_defaults_of_each_size():
     tiny, nano = SIZES["tiny"].recipe, SIZES["nano"].recipe
     assert f"learning rate (default: {nano.lr}; tiny: {tiny.lr})" in text
     assert f"tiny: {SIZES['tiny'].resolution}; nano" in text
+
+
+def test_a_ctrl_c_before_the_work_begins_is_told_in_a_word(capsys):
+    tell_of_ctrl_c(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted\n"
+    tell_of_ctrl_c(ValueError, ValueError("other"), None)
+    assert "ValueError: other" in capsys.readouterr().err

@@ -159,6 +159,7 @@ def test_stage_2_learns_from_boxes_alone(
     said = "".join(capsys.readouterr())
     assert "have no mask: masks are guessed" in said
     assert "valid split has no masks: there are no mask scores, best.pt holds the last" in said
+    assert "new best" not in said
     run = tmp_path / "runs/segmentation_tiny_64_1"
     assert Image.open(run / "guessed_masks.png").height > 300
     assert json.loads((run / "stage2_config.json").read_text())["guessed_masks"] is True

@@ -129,9 +129,10 @@ def test_settings_that_a_resume_changes_are_said_and_both_are_kept(few, call, ca
     folder = Path("run")
     call(train_detector_stage1.main, *quick_flags(few), "--lr", 0.002, "--output_dir", folder)
     capsys.readouterr()
-    flags = ["--resume", folder, "--epochs", 2, "--lr", 0.001, "--batch", 2]
+    flags = ["--resume", folder, "--epochs", 2, "--lr", 0.001, "--batch", 2, "--min_steps", 6]
     call(train_detector_stage1.main, *flags)
     said = capsys.readouterr().out
+    assert "so that it has 6 optimizer steps (8 in all" in said  # two before
     assert "--lr: 0.002 before, 0.001 from epoch 2 on" in said
     assert "--epochs: 1 before, 2 from epoch 2 on" in said
     assert "--batch:" not in said  # the same as before
@@ -140,7 +141,7 @@ def test_settings_that_a_resume_changes_are_said_and_both_are_kept(few, call, ca
     assert (first["first_epoch"], first["changed"]) == (1, {})
     assert (second["first_epoch"], second["changed"]) == (
         2,
-        {"epochs": [1, 2], "lr": [0.002, 0.001]},
+        {"epochs": [1, 2], "lr": [0.002, 0.001], "min_steps": [2, 6]},
     )
     assert "--resume run" in second["command"] and second["when"]
     assert metrics["args"]["lr"] == 0.001

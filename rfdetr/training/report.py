@@ -83,14 +83,16 @@ def words_on_repetition(session: Session) -> str | None:
     """Why an epoch goes through a small dataset more than once; None where it does not."""
     settings = session.settings
     images = session.images_an_epoch
-    steps = session.progress.steps
+    progress = session.progress
+    steps = progress.steps
+    to_come = (settings.epochs - progress.epoch) * steps - progress.step_in_epoch
     drawn = steps * settings.effective_batch * distributed.world_size()
     if drawn <= images or settings.fast_dev_run:
         return None
     noun = "tiles" if session.tiling else "images"
     return (
         f"A small dataset: {images} {noun} are drawn {drawn / images:.1f} times an epoch, so that "
-        f"it has {steps} optimizer steps ({settings.epochs * steps:,} in all; --min_steps)"
+        f"it has {steps} optimizer steps ({progress.step + to_come:,} in all; --min_steps)"
     )
 
 
