@@ -105,7 +105,9 @@ def no_form_message(root: Path) -> str:
     for folder in (root, root.parent):
         if holds_dataset(folder):
             command = command_line("python", "validate_setup.py", "--dataset", folder)
-            return f"{folder} is a COCO dataset already, which all scripts read. Check it: {command}"
+            return (
+                f"{folder} is a COCO dataset already, which all scripts read. Check it: {command}"
+            )
     return whole_dataset_message(root) or (
         f"{root} is no dataset in a form that is known ({describe_folder(root)}): expected YOLO "
         "(data.yaml, or images/ and labels/), Pascal VOC (Annotations/, or an .xml beside each "

@@ -306,7 +306,7 @@ def codes_of(root: Path, **options) -> dict[str, str]:
     }
 
 
-HARMLESS = {
+HARMLESS = TOO_SMALL | {
     "IMG_LINK",
     "IMG_PAGES",
     "ANN_NO_MASK",

@@ -104,9 +104,7 @@ CODES: dict[str, FaultKind] = {
     ),
     "IMG_LINK": FaultKind("warning", "behind symbolic links", "followed"),
     "IMG_MANY_OBJECTS": FaultKind(
-        "warning",
-        "with more objects than the model has queries",
-        "train with more: --num_queries",
+        "warning", "with more objects than the model has queries", "train with more: --num_queries"
     ),
     "IMG_SHARED": FaultKind(
         "warning", "that train has too (equal content)", "scores on them say little"
