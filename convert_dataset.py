@@ -15,7 +15,13 @@ import os
 from pathlib import Path
 
 from rfdetr.console import UserError, run_script, say, tick, warn
-from rfdetr.data.formats.detect import find_form, find_yaml, subfolders
+from rfdetr.data.formats.detect import (
+    conversion_of,
+    dataset_above,
+    datasets_below,
+    find_form,
+    find_yaml,
+)
 from rfdetr.data.formats.labelme import LabelMeReader
 from rfdetr.data.formats.mask_images import MasksReader
 from rfdetr.data.formats.source import Notes, Reader, Unusable
@@ -34,10 +40,15 @@ def main(argv: list[str] | None = None) -> None:
     root = folder_of(settings.input)
     described = settings.input if is_yaml(settings.input) else find_yaml(root)
     form = settings.format
+    labelled = root if described else folder_with_labels(root, form)
     if form == "auto":
-        form = "yolo" if described else find_form(root)
+        form = "yolo" if described else find_form(labelled)
     if form is None:
         raise UserError(no_form_message(root))
+    place = settings.input / labelled.relative_to(root)
+    if form == "yolo" and not described:
+        root = labelled
+        described = find_yaml(root)
     output = settings.output
     require_free(output, "--output")
     notes = Notes(root)
@@ -48,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             require_objects(writer, form, root, notes)
             writer.finish()
 
-    tick(f"Written: {output}, from {FORMS[form]} in {settings.input}")
+    tick(f"Written: {output}, from {FORMS[form]} in {place}")
     for line in writer.table():
         say(line)
     if notes.counts:
@@ -65,26 +76,53 @@ def folder_of(path: Path) -> Path:
     if is_yaml(path):
         path = path.parent
     if not path.is_dir():
-        raise UserError(f"--input {path}: expected a folder: {describe_folder(path)}")
+        what = "is a file: where it is an archive, unpack it" if path.exists() else "does not exist"
+        raise UserError(f"--input {path} {what}. Name the folder of the dataset")
     return Path(os.path.abspath(path))
+
+
+def folder_with_labels(root: Path, form: str) -> Path:
+    """`root`, or the only folder in it that holds a dataset.  form: as --format has it.
+
+    Several of one form are parts of one dataset; not of YOLO, where each has its own classes.
+    Raises UserError for datasets that do not go together.
+    """
+    below = {
+        folder: found for folder, found in datasets_below(root).items() if form in ("auto", found)
+    }
+    forms = set(below.values())
+    if len(below) == 1:
+        return next(iter(below))
+    if len(forms) < 2 and forms != {"yolo"}:
+        return root
+    found = ", ".join(f"{FORMS[found]} in {folder.name}" for folder, found in below.items())
+    commands = "".join(f"\n  {conversion_of(folder)}" for folder in below)
+    raise UserError(f"{root} holds several datasets: {found}. Convert the one you mean:{commands}")
 
 
 def no_form_message(root: Path) -> str:
     """What a folder holds that is in none of the forms, and what to type instead."""
-    if holds_dataset(root):
-        command = command_line("python", "validate_setup.py", "--dataset", root)
-        return f"{root} is a COCO dataset already, which all scripts read. Check it: {command}"
-    for folder in subfolders(root):
-        form = find_form(folder)
-        if form:
-            command = command_line("python", "convert_dataset.py", "--input", folder)
-            return f"{root}: {FORMS[form]} lies in its folder {folder.name}. Run: {command}"
-    return (
+    for folder in (root, root.parent):
+        if holds_dataset(folder):
+            command = command_line("python", "validate_setup.py", "--dataset", folder)
+            return (
+                f"{folder} is a COCO dataset already, which all scripts read. Check it: {command}"
+            )
+    return whole_dataset_message(root) or (
         f"{root} is no dataset in a form that is known ({describe_folder(root)}): expected YOLO "
         "(data.yaml, or images/ and labels/), Pascal VOC (Annotations/, or an .xml beside each "
         "image), LabelMe (a .json beside each image), or images/ and masks/. Name the right folder "
         f"with --input, or what it is with --format {'|'.join(FORMS)}"
     )
+
+
+def whole_dataset_message(root: Path) -> str | None:
+    """What a folder such as images/train is a part of, and what to type."""
+    above = dataset_above(root)
+    if above is None:
+        return None
+    form = FORMS[find_form(above)]
+    return f"{root} is a part of a dataset: {form} in {above}. Run: {conversion_of(above)}"
 
 
 def open_reader(
@@ -120,9 +158,10 @@ def require_objects(writer: CocoWriter, form: str, root: Path, notes: Notes) -> 
         return
     found = "images without any object" if writer.splits else "no usable image"
     left_out = f": {'; '.join(notes.lines())}" if notes.counts else ""
+    advice = f"Is it in another form? Name it with --format {'|'.join(FORMS)}"
     raise UserError(
         f"{root}: {found} in what was read as {FORMS[form]}{left_out}. Nothing is written. "
-        f"Is it in another form? Name it with --format {'|'.join(FORMS)}"
+        f"{whole_dataset_message(root) or advice}"
     )
 
 

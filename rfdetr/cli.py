@@ -27,7 +27,7 @@ from rfdetr.runs.places import (
 )
 from rfdetr.settings import DataSettings, SingleSettings, TrainingSettings
 from rfdetr.sizes import SIZES
-from rfdetr.text import is_url
+from rfdetr.text import as_typed, is_url
 
 S = TypeVar("S")
 T = TypeVar("T", bound=TrainingSettings)
@@ -118,7 +118,7 @@ def require_files(settings: object) -> None:
     inputs = getattr(settings, "input", ())
     for text in [str(inputs)] if isinstance(inputs, Path) else inputs:
         if not (glob.has_magic(text) or Path(text).exists()):
-            raise UserError(f"--input {text}: {what_is_there(Path(text))}")
+            raise UserError(f"--input {as_typed(text)}: {what_is_there(Path(text))}")
     if isinstance(settings, DataSettings):
         from rfdetr.data.layout import find_splits  # --help works without the packages behind it
 

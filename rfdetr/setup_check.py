@@ -15,18 +15,20 @@ import torch
 from rfdetr.commands import training_command
 from rfdetr.console import UserError, banner, tick, warn
 from rfdetr.data.augment import find_preset
+from rfdetr.data.class_checks import rare_class_problems
 from rfdetr.data.coco import inspect_dataset
 from rfdetr.data.exif import exif_note
 from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
 from rfdetr.data.gray import look_at_records, scale_by
 from rfdetr.data.records import CocoSplit
-from rfdetr.data.repair import fix_dataset
+from rfdetr.data.repair import REPAIRED, fix_dataset
 from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
 from rfdetr.data.tiles import tile_problems, training_tiling
 from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
 from rfdetr.inference.augment_sheet import augment_sheet
 from rfdetr.inference.class_sheet import class_sheet
+from rfdetr.renaming import rename_flags
 from rfdetr.resolve import plain
 from rfdetr.runs.environment import environment
 from rfdetr.settings import VAL_FRACTION
@@ -72,6 +74,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     gray = None
     tiling = None
     if train:
+        problems += rare_class_problems(train, splits.get("valid"))
         gray = scale_by(settings.gray or "auto", look_at_records(train.images))
         train = replace(train, gray=gray)
         tiling = training_tiling(
@@ -117,7 +120,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         write_json(settings.json, report)
     if errors:
         raise UserError(errors_message(errors, settings))
-    say_what_is_possible(settings, train, sum(row["images"] for row in counts.values()))
+    say_what_is_possible(settings, splits, sum(row["images"] for row in counts.values()))
 
 
 def check_outputs(settings: ValidationSettings) -> None:
@@ -208,11 +211,16 @@ def print_splits(splits: dict[str, dict]) -> None:
     print(f"{'label':>5} {'id':>8}  {'name':<24}" + "".join(f"{split:>9}" for split in splits))
     for label, rows in enumerate(zip(*(row["classes"] for row in splits.values()))):
         counts = "".join(f"{row['objects']:>9}" for row in rows)
-        name = printable(rows[0]["name"])[:24]
+        name = with_its_blanks(rows[0]["name"])[:24]
         print(f"{label:>5} {rows[0]['category_id']:>8}  {name:<24}{counts}")
     first = next(iter(splits.values()))
     for name in first["left_out"]:
         print(f"Left out (placeholder, parent of other classes): {printable(name)}")
+
+
+def with_its_blanks(name: str) -> str:
+    """A class name, in quotes where it begins or ends with a blank, or is empty."""
+    return printable(name) if name and name == name.strip() else f'"{printable(name)}"'
 
 
 def print_problems(problems: list[Problem], report: Path | None) -> None:
@@ -285,14 +293,31 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
         )
         return f"there is no valid split. To check with a tenth of train/ as one: {command}"
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
-    then = "Correct them and run this again; --fix NEW_DIR repairs what it can in a copy"
-    if settings.fix or {problem.code for problem in errors} <= {"MASKS_NONE", "ANN_NO_TILE"}:
-        then = "This is left to you"
-    return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {then}"
+    advice = advice_on(errors, settings)
+    return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {advice}"
 
 
-def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images: int) -> None:
+def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
+    """What to do about errors; --fix is named where it can do some of it."""
+    codes = {problem.code for problem in errors}
+    renames = [pair for problem in errors for pair in problem.renames]
+    can_fix = bool(codes & REPAIRED) and "JSON_INVALID" not in codes and not settings.fix
+    if codes == {"CLASS_UNKNOWN"} and renames:
+        command = training_command(plain(settings), "validate_setup.py")
+        return f"If they are the same classes, run: {command} {rename_flags(renames)}"
+    if can_fix:
+        flags = " ".join(["--fix NEW_DIR", rename_flags(renames)]).strip()
+        return f"Correct them and run this again; {flags} repairs what it can in a copy"
+    if settings.fix or codes <= {"MASKS_NONE", "ANN_NO_TILE"}:
+        return "This is left to you"
+    return "Correct them and run this again"
+
+
+def say_what_is_possible(
+    settings: ValidationSettings, splits: dict[str, CocoSplit], images: int
+) -> None:
     """... and the next command."""
+    train = splits["train"]
     how = "images were opened, not decoded (--check_images)"
     if settings.check_images:
         how = "every image could be decoded"
@@ -301,6 +326,11 @@ def say_what_is_possible(settings: ValidationSettings, train: CocoSplit, images:
     tick("Stage 1 (boxes) is possible")
     if train.mask_count:
         tick("Stage 2 and single stage (masks) are possible")
+        if not splits["valid"].mask_count:
+            warn(
+                "the valid split has no masks: there will be no mask scores, and best.pt will "
+                "hold the last epoch's weights. Draw the masks of a few valid images"
+            )
     else:
         warn(
             "Stage 2 and single stage (masks) will guess masks from the boxes: the annotations "

@@ -7,7 +7,7 @@ import shlex
 import unicodedata
 from pathlib import PurePath
 
-DOWNLOAD_FIRST = "is a URL: download it first, and give the file"
+DOWNLOAD_FIRST = "is a URL: download it first, and give the file (of an archive: its folder)"
 
 
 def is_control(character: str) -> bool:
@@ -52,6 +52,11 @@ def is_url(path: str | PurePath) -> bool:
     """Whether a path is a URL, also one of whose two slashes a Path has made one."""
     text = path.as_posix() if isinstance(path, PurePath) else path
     return bool(re.match("[A-Za-z][A-Za-z0-9+.-]+:/", text))
+
+
+def as_typed(path: object) -> str:
+    """A path, or a URL with both its slashes, of which a Path has made one."""
+    return re.sub("^([A-Za-z][A-Za-z0-9+.-]+:)/(?!/)", r"\1//", str(path))
 
 
 def command_line(*words: object) -> str:

@@ -19,6 +19,7 @@ from pycocotools import mask as mask_api
 
 import convert_dataset
 import validate_setup
+from rfdetr.cli import require_files
 from rfdetr.console import UserError, run_script
 from rfdetr.data.coco import inspect_dataset
 from rfdetr.data.formats.detect import find_form
@@ -27,6 +28,7 @@ from rfdetr.data.formats.voc import colour, match
 from rfdetr.data.formats.yolo import YoloReader
 from rfdetr.data.layout import ANNOTATIONS, find_splits
 from rfdetr.masks import to_rle
+from rfdetr.tool_settings import ConvertSettings
 from testkit.forms import (
     labelme,
     make,
@@ -711,7 +713,6 @@ def test_names_are_made_safe(convert, tmp_path):
     [
         ([], "it is empty"),
         (["a.png"], "expected YOLO"),
-        (["below/a.png", "below/a.xml"], "convert_dataset.py --input"),
         ([f"train/{ANNOTATIONS}"], "a COCO dataset already"),
     ],
 )
@@ -719,10 +720,56 @@ def test_what_is_in_no_known_form(files, words, refused, tmp_path):
     root = make(tmp_path / "theirs")
     for name in files:
         put(root / name, "{}")
-    if "below/a.xml" in files:
-        root = make(tmp_path / "outer/inner").parent
-        (tmp_path / "theirs").rename(root / "inner/theirs")
-    assert words in refused(root) or files[0].startswith("below")
+    assert words in refused(root)
+
+
+@pytest.fixture
+def several(few, tmp_path) -> Path:
+    """A folder with datasets of three forms."""
+    for name, write in {"a": write_voc, "b": write_labelme, "c": write_masks}.items():
+        write(few, tmp_path / "all" / name)
+    return tmp_path / "all"
+
+
+def test_several_datasets_in_a_folder_are_named_and_none_is_read(several, few, refused, tmp_path):
+    said = refused(several)
+    for name, form in {"a": "a Pascal VOC", "b": "a LabelMe", "c": "of mask images"}.items():
+        assert form in said and f"--input {several / name} --output" in said
+    for name in ("d", "e"):
+        write_yolo(few, tmp_path / "yolos" / name)
+    assert "--input" in refused(tmp_path / "yolos")
+
+
+@pytest.mark.parametrize("write", [write_yolo, write_voc, write_labelme, write_masks])
+def test_the_only_dataset_in_a_folder_is_read_and_its_folder_named(write, few, convert, tmp_path):
+    write(few, tmp_path / "outer/inner")
+    converted, said = convert(tmp_path / "outer")
+    assert set(find_splits(converted)) == {"train", "valid", "test"}
+    assert f"in {tmp_path / 'outer/inner'}" in said
+
+
+@pytest.mark.parametrize(
+    "write, part",
+    [
+        (write_yolo, "images"),
+        (write_yolo, "labels"),
+        (write_yolo, "images/train"),
+        (write_voc, "Annotations"),
+        (write_voc, "JPEGImages"),
+        (write_masks, "masks"),
+    ],
+)
+def test_a_part_of_a_dataset_leads_to_the_whole(write, part, few, refused, tmp_path):
+    root = write(few, tmp_path / "theirs")
+    assert f"convert_dataset.py --input {root} --output" in refused(root / part)
+
+
+def test_a_file_and_a_url_are_no_folders(refused, tmp_path):
+    archive = tmp_path / "x.zip"
+    archive.touch()
+    assert "unpack it" in refused(archive)
+    with pytest.raises(UserError, match="https://example.org/x.zip: it is a URL.*its folder"):
+        require_files(ConvertSettings(input=Path("https://example.org/x.zip")))
 
 
 def test_exit_codes(tmp_path, capsys, monkeypatch):

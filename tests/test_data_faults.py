@@ -451,7 +451,7 @@ def test_class_names_with_control_characters_are_an_error_that_fix_mends(dataset
     message = inspect_dataset(dataset)[1][0].message
     assert message.isprintable() and "--fix" in message
     fix_dataset(dataset, dataset.parent / "fixed", decode=False)
-    assert codes(dataset.parent / "fixed").keys() == {"IMG_LINK"}
+    assert codes(dataset.parent / "fixed") == {}
     assert read_dataset(dataset.parent / "fixed")["train"].class_names[0].isprintable()
 
 
@@ -504,9 +504,7 @@ def test_a_passing_error_is_neither_corruption_nor_remembered(dataset, monkeypat
         e["file_name"]
         for e in json.loads((dataset.parent / "fixed/train" / ANNOTATIONS).read_text())["images"]
     ]
-    assert names == ["1.png", "3.png", "4.png"] and codes(dataset.parent / "fixed").keys() <= {
-        "IMG_LINK"
-    }
+    assert names == ["1.png", "3.png", "4.png"] and codes(dataset.parent / "fixed") == {}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="makes a pipe")
@@ -523,7 +521,7 @@ def test_pipes_and_folders_are_refused_by_their_type(dataset, tmp_path):
     with pytest.raises(UserError, match="pipe"):
         read_image(dataset / "train/1.png")
     fix_dataset(dataset, tmp_path / "fixed", decode=False)
-    assert codes(tmp_path / "fixed").keys() == {"IMG_LINK", "CLASS_NOT_IN_TRAIN"}
+    assert codes(tmp_path / "fixed").keys() == {"CLASS_NOT_IN_TRAIN"}
     (dataset / "valid" / ANNOTATIONS).unlink()
     os.mkfifo(dataset / "valid" / ANNOTATIONS)
     assert "JSON_INVALID" in codes(dataset)

@@ -237,6 +237,9 @@ ROWS = [
 ]  # fmt: skip
 
 
+TOO_SMALL = {"CLASS_FEW", "CLASS_NOT_SCORED"}
+
+
 def _renumber(data: dict, ids: dict) -> None:
     for entry in data["categories"]:
         entry["id"] = ids[entry["id"]]
@@ -261,7 +264,8 @@ def test_every_fault_of_a_dataset_is_told_by_its_code(
         row == "32 one"
     )
     left, said, error, found = doctor("--dataset", dataset, *flags, capsys=capsys)
-    assert (left, set(found)) == (status, codes), (said, error)
+    # beside what is told of any dataset as small as these
+    assert (left, set(found) - TOO_SMALL) == (status, codes), (said, error)
     assert contents(dataset) == before
     if row == "13 missing":
         assert found["IMG_MISSING"]["count"] == 25 and len(found["IMG_MISSING"]["places"]) == 20
@@ -302,7 +306,7 @@ def codes_of(root: Path, **options) -> dict[str, str]:
     }
 
 
-HARMLESS = {
+HARMLESS = TOO_SMALL | {
     "IMG_LINK",
     "IMG_PAGES",
     "ANN_NO_MASK",

@@ -20,6 +20,7 @@ import train_seg_stage2
 import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
+from rfdetr.data import images
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.gray import EIGHT_BIT, GrayScale, look_at, look_at_records, scale_by, scale_for
 from rfdetr.data.images import load_image, read_pixels
@@ -183,6 +184,39 @@ def test_colours_of_16_bits_are_read_by_their_bits_in_files_and_arrays(tmp_path)
         assert np.abs(from_array.astype(int) - from_file).max() <= 1
         assert deep_pixels_of(image, True) is None
     assert deep_pixels_of(tensor[:1], True).shape == (16, 16, 1)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "array", "dataset"])
+def test_dark_colours_of_16_bits_are_told_once(kind, few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images, "DARK_TOLD", [])
+    colours = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint16)
+    file = tmp_path / f"rgb.{kind}"
+    if kind == "array":
+        file = colours
+    elif kind == "dataset":
+        file = shutil.copytree(few, tmp_path / "few")
+        for image in file.rglob("*.png"):
+            cv2.imwrite(str(image), cv2.imread(str(image)).astype(np.uint16))
+    else:
+        cv2.imwrite(str(file), colours)
+    for _ in range(2):
+        if kind == "dataset":
+            look_at_records(read_dataset(file)["train"].images)
+        else:
+            read_image(file)
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1 and "read as 0..65535, and no value here is above 2" in said
+    assert "astype('uint8')" in said
+
+
+def test_bright_colours_of_16_bits_and_dark_ones_of_8_are_not_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images, "DARK_TOLD", [])
+    colours = np.random.default_rng(0).integers(0, 65536, (16, 16, 3), np.uint16)
+    cv2.imwrite(str(tmp_path / "bright.png"), colours)
+    cv2.imwrite(str(tmp_path / "dark.png"), np.ones((16, 16, 3), np.uint8))
+    for image in (colours, tmp_path / "bright.png", tmp_path / "dark.png"):
+        read_image(image)
+    assert not capsys.readouterr().out
 
 
 def test_gray_arrays_that_the_window_leaves_nothing_of_are_told(capsys):

@@ -29,6 +29,7 @@ from rfdetr.console import run_script as as_a_script
 from rfdetr.data.checks import check_file
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.faults import Problem
+from rfdetr.data.layout import ANNOTATIONS, COPY_NOTE
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.data.rle import run_sums
 from testkit.datasets import HEIGHT, SQUARE, WIDTH, coco, rewrite, write
@@ -317,8 +318,12 @@ def test_a_few_unreadable_images_are_a_warning_many_are_an_error(tmp_path):
     )  # training skips them, scoring counts them as missed
     assert codes(check_dataset(tmp_path, check_images=True)) == {"IMG_CORRUPT": "error"}
     (tmp_path / "train/4.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="4 images that cannot be read"):
+    with pytest.raises(UserError, match="4 images that cannot be read") as caught:
         read_dataset(tmp_path)
+    message = str(caught.value)
+    assert "skips up to 3 of a split, or 1 %, and refuses more" in message
+    assert "--fix DIR" in message and message.count("train/4.png") == 0
+    assert message.count("train/1.png") == 1
 
 
 def test_truncated_pixels_show_only_when_images_are_decoded(dataset):
@@ -388,6 +393,33 @@ def test_layout_and_broken_files_are_problems_too(dataset):
     ] * 2 and "line 2, column 1" in problems[0].message
     (dataset / "valid/_annotations.coco.json").unlink()
     assert codes(check_dataset(dataset))["SPLIT_VALID_MISSING"] == "error"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"images": [{"file_name": "a', "column 27: .*the text that begins there does not end"),
+        ('{"images": [', "column 13: .*the file ends there"),
+        ('{"images"\n 1}', "line 2, column 2: .*a colon is missing"),
+        ('{"a": 1 "b": 2}', "column 9: .*a comma or a closing bracket is missing"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_broken_json_is_told_in_words(dataset, text, words):
+    (dataset / "train" / ANNOTATIONS).write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_dataset(dataset)
+
+
+def test_a_folder_that_is_no_dataset_is_named_so_that_it_can_be_told(dataset, monkeypatch):
+    def message(root: str) -> str:
+        return inspect_dataset(root)[1][0].message
+
+    monkeypatch.chdir(dataset.parent)
+    assert message(".").startswith(f"no COCO dataset in {dataset.parent}. There is one nearby")
+    assert message("dat").endswith("(there is no such folder). Did you mean --dataset data?")
+    monkeypatch.chdir(dataset / "train")
+    assert message(".").endswith(f"--dataset {dataset}")
 
 
 def test_val_fraction_beside_a_valid_split_is_not_used(dataset):
@@ -484,10 +516,12 @@ def test_validate_setup_of_a_good_dataset(dataset, tmp_path):
     assert (
         "Stage 2 and single stage (masks) are possible" in done.stdout and "vessel" in done.stdout
     )
-    command = f"python train_detector_stage1.py --dataset {dataset}"
-    assert done.stdout.splitlines()[-1].startswith(f"Next: {command} --size ")
+    command = done.stdout.splitlines()[-1]
+    assert command.startswith("Next: python train_detector_stage1.py --size ")
+    assert f"--dataset {dataset}" in command
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert report["ok"] and report["problems"] == [] and all(report["stages"].values())
+    (problem,) = report["problems"]
+    assert report["ok"] and problem["code"] == "CLASS_FEW" and all(report["stages"].values())
     assert report["splits"]["train"]["objects"] == 5 and report["environment"]["torch"]
 
 
@@ -526,6 +560,74 @@ def test_validate_setup_tells_which_stages_boxes_allow(dataset, capsys):
     assert stages == {"detector": True, "segmentation": True, "single": True}
     with pytest.raises(UserError, match="^No segmentation masks found in COCO annotations"):
         validate_setup.main(["--dataset", str(dataset), "--need_masks", "1"])
+
+
+def check_setup(capsys, root: Path, *flags: str) -> tuple[str, str]:
+    """(what validate_setup.py prints, how it ends where there are errors)."""
+    capsys.readouterr()
+    error = ""
+    try:
+        validate_setup.main(["--dataset", str(root), "--size", "tiny", "--device", "cpu", *flags])
+    except UserError as left:
+        error = str(left)
+    return capsys.readouterr().out, error
+
+
+def test_fix_is_advised_where_it_can_help(dataset, capsys):
+    train = dataset / "train" / ANNOTATIONS
+    rewrite(dataset / "valid" / ANNOTATIONS, lambda d: d["categories"][0].update(name="Cell"))
+    _, error = check_setup(capsys, dataset)
+    assert "--fix" not in error and error.endswith('--rename "Cell=cell"')
+    assert f"python validate_setup.py --size tiny --dataset {dataset}" in error
+    rewrite(
+        dataset / "valid" / ANNOTATIONS,
+        lambda d: d["annotations"].append(d["annotations"][0] | {"id": "x"}),
+    )
+    _, error = check_setup(capsys, dataset)
+    assert '--fix NEW_DIR --rename "Cell=cell" repairs what it can' in error
+    train.write_text("{")
+    _, error = check_setup(capsys, dataset)
+    assert "JSON_INVALID" in error and "--fix" not in error
+
+
+def test_the_links_of_a_cleaned_copy_are_no_news(dataset, tmp_path, capsys):
+    copy = tmp_path / "cleaned"
+    out, _ = check_setup(capsys, dataset, "--fix", str(copy))
+    assert "IMG_LINK" not in out and "its images are links" in out
+    assert codes(check_dataset(copy)) == {}
+    assert str(dataset) in (copy / COPY_NOTE).read_text()
+    (dataset / "train/1.png").rename(tmp_path / "1.png")
+    os.symlink(tmp_path / "1.png", dataset / "train/1.png")
+    assert codes(check_dataset(dataset)) == {"IMG_LINK": "warning"}
+
+
+def test_classes_that_train_or_valid_hardly_shows_are_told_in_a_line_each(dataset, capsys):
+    rewrite(dataset / "valid" / ANNOTATIONS, lambda d: d["annotations"].pop())
+    out, _ = check_setup(capsys, dataset)
+    told = {line.split(":")[0]: line for line in out.splitlines() if line.startswith("[warning]")}
+    few = told["[warning] CLASS_FEW"]
+    assert "2 classes with fewer than 10 objects in train ('cell': 4, 'vessel': 1)" in few
+    unscored = told["[warning] CLASS_NOT_SCORED"]
+    assert "1 class of train without an object here ('vessel')" in unscored
+
+
+def test_blanks_around_a_class_name_are_seen(dataset, capsys):
+    for split in ("train", "valid"):
+        rewrite(dataset / split / ANNOTATIONS, lambda d: d["categories"][1].update(name="cell "))
+    rows = [line.split() for line in check_setup(capsys, dataset)[0].splitlines()]
+    assert ["0", "1", "cell", "4", "1"] in rows and ["1", "2", '"cell', '"', "1", "1"] in rows
+
+
+def test_masks_that_lack_in_a_part_are_told_with_the_way_out(dataset, capsys):
+    rewrite(dataset / "train" / ANNOTATIONS, lambda d: d["annotations"][0].pop("segmentation"))
+    out, _ = check_setup(capsys, dataset)
+    (line,) = [line for line in out.splitlines() if "ANN_NO_MASK" in line]
+    assert "--masks boxes" in line and "no mask scores" not in out
+    rewrite(
+        dataset / "valid" / ANNOTATIONS,
+        lambda d: [entry.pop("segmentation") for entry in d["annotations"]],
+    )
+    assert "no mask scores" in check_setup(capsys, dataset)[0]
 
 
 def test_validate_setup_names_the_packages_that_lack(monkeypatch):

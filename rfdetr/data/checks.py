@@ -18,7 +18,7 @@ from pathlib import Path
 from rfdetr.data.checked_annotations import check_annotations
 from rfdetr.data.columns import Columns, build_columns
 from rfdetr.data.exif import ExifDecision, SizedImage, exif_proofs, settle_size, size_is_wrong
-from rfdetr.data.faults import Faults
+from rfdetr.data.faults import FEW_SKIPPED, Faults
 from rfdetr.data.flat import FlatAnnotations, is_whole
 from rfdetr.data.image_cache import ImageCache
 from rfdetr.data.image_files import (
@@ -28,7 +28,7 @@ from rfdetr.data.image_files import (
     inspect_image_file,
     stays_inside,
 )
-from rfdetr.data.layout import read_json
+from rfdetr.data.layout import COPY_NOTE, read_json
 from rfdetr.data.rle import chunks
 from rfdetr.progress import ProgressBar
 from rfdetr.text import is_control
@@ -39,7 +39,6 @@ MANY_HEADERS = 64  # images that a thread looks at in one go,
 FEW_DECODED = 4  # and that it reads as a whole
 LONG_WAIT = 1e-3  # seconds for an image's header: the disk is slow
 UNTIL_NEXT_LOOK = 100  # parts that threads read before it is clocked again
-FEW_SKIPPED = 3  # images, or 1 % of the split; more are an error
 
 
 @dataclass(frozen=True)
@@ -318,6 +317,8 @@ def check_image_files(split: ListedSplit, listed: dict[int | str, SizedImage]) -
     for code in SKIPPED:
         if split.decoded or faults.count(code) > max(FEW_SKIPPED, len(listed) / 100):
             faults.make_error(code)
+    if (split.annotation_file.parent.parent / COPY_NOTE).is_file():  # whose images are links
+        faults.forget("IMG_LINK")
     return usable
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
-from rfdetr.data.faults import PLACES_KEPT, Faults, Problem, first_few
+from rfdetr.data.faults import FEW_OBJECTS, PLACES_KEPT, Faults, Problem, first_few
 from rfdetr.data.records import CocoSplit
 from rfdetr.renaming import rename_flags, suggest_renames
 
@@ -35,8 +36,29 @@ def class_problems(split: CocoSplit, train: CocoSplit, listed: Collection[str]) 
             f"{headline} ({first_few(places)}; train has {known}): {advice_on(unknown, renames)}"
         )
         kept = places[:PLACES_KEPT]
-        problems.append(Problem("CLASS_UNKNOWN", "error", message, len(places), kept, headline))
+        problems.append(
+            Problem("CLASS_UNKNOWN", "error", message, len(places), kept, headline, renames)
+        )
     return problems
+
+
+def rare_class_problems(train: CocoSplit, valid: CocoSplit | None) -> list[Problem]:
+    """Warnings for classes that train shows too rarely, and for those that valid does not show.
+
+    None where there are errors: what lacks may be their effect.
+    """
+    problems = train.problems + (valid.problems if valid else [])
+    if any(problem.severity == "error" for problem in problems):
+        return []
+    of_train = Faults(train.annotation_file)
+    of_valid = Faults(valid.annotation_file if valid else Path())
+    scored = valid.objects_per_class if valid else train.objects_per_class
+    for name, taught, here in zip(train.class_names, train.objects_per_class, scored):
+        if 0 < taught < FEW_OBJECTS:
+            of_train.note("CLASS_FEW", f"{name!r}: {taught}")
+        if taught and not here:
+            of_valid.note("CLASS_NOT_SCORED", repr(name))
+    return of_train.problems() + of_valid.problems()
 
 
 def advice_on(unknown: list[str], renames: list[str]) -> str:

@@ -5,7 +5,7 @@ Codes, severities and counts are what validate_setup.py --json writes, and what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +15,14 @@ from rfdetr.text import command_line, printable
 PLACES_KEPT = 20  # of each kind of fault, for the report
 PLACES_NAMED = 3  # in its sentence
 PLACE_LENGTH = 200  # characters
+FEW_OBJECTS = 10  # of a class: fewer teach little
+FEW_SKIPPED = 3  # unreadable images, or 1 % of the split: more are an error
 NO_MASKS = (
     "No segmentation masks found in COCO annotations: {}: 0 of {} annotations have a usable "
     "segmentation. Export the dataset with masks (polygons or RLE). Without --masks given, stage 2 "
     "and single-stage training guess masks from the boxes; stage 1 works on boxes alone."
 )
+SKIPS = f"training skips up to {FEW_SKIPPED} of a split, or 1 %, and refuses more"
 
 
 class FaultKind(NamedTuple):
@@ -64,12 +67,13 @@ CODES: dict[str, FaultKind] = {
     "IMG_UNREADABLE": FaultKind(
         "warning",
         "that the system refuses to read (rights, disk, network)",
-        "mend that and run this again; training skips them",
+        f"mend that and run this again; {SKIPS}",
     ),
     "IMG_CORRUPT": FaultKind(
         "warning",
         "that cannot be read",
-        "replace the files or delete their entries; training skips them",
+        "replace the files or delete their entries (validate_setup.py --fix DIR writes a copy "
+        f"without them); {SKIPS}",
     ),
     "IMG_BOMB": FaultKind(
         "error",
@@ -100,9 +104,7 @@ CODES: dict[str, FaultKind] = {
     ),
     "IMG_LINK": FaultKind("warning", "behind symbolic links", "followed"),
     "IMG_MANY_OBJECTS": FaultKind(
-        "warning",
-        "with more objects than the model has queries",
-        "train with more: --num_queries",
+        "warning", "with more objects than the model has queries", "train with more: --num_queries"
     ),
     "IMG_SHARED": FaultKind(
         "warning", "that train has too (equal content)", "scores on them say little"
@@ -176,7 +178,11 @@ CODES: dict[str, FaultKind] = {
     "ANN_RLE_TYPE": FaultKind(
         "error", "whose RLE counts are neither a text nor whole numbers", "export the masks again"
     ),
-    "ANN_NO_MASK": FaultKind("warning", "without a usable mask", "they give no mask loss"),
+    "ANN_NO_MASK": FaultKind(
+        "warning",
+        "without a usable mask",
+        "they give no mask loss; --masks boxes (stage 2, single stage) guesses theirs",
+    ),
     "SPLIT_EMPTY": FaultKind(
         "warning", "without a usable object", "it gives nothing to train on and no scores"
     ),
@@ -185,6 +191,14 @@ CODES: dict[str, FaultKind] = {
     ),
     "CLASS_NOT_IN_TRAIN": FaultKind(
         "warning", "without an annotation in train", "nothing can learn them"
+    ),
+    "CLASS_FEW": FaultKind(
+        "warning",
+        f"with fewer than {FEW_OBJECTS} objects in train",
+        "little can be learnt of them: label more",
+    ),
+    "CLASS_NOT_SCORED": FaultKind(
+        "warning", "of train without an object here", "no score tells how well they are found"
     ),
 }
 NOUNS = {  # first word of a code -> what it counts
@@ -207,6 +221,7 @@ class Problem:
     count: int
     places: list[str]  # the first PLACES_KEPT of them
     headline: str = ""  # the message without examples and advice
+    renames: list[str] = field(default_factory=list)  # OLD=NEW of --rename that may mend it
 
 
 class Faults:

@@ -17,7 +17,15 @@ from PIL import Image
 
 from rfdetr.console import tick, warn
 from rfdetr.data.bands import bands_of
-from rfdetr.data.images import LARGE, GrayWindow, is_deep, open_image
+from rfdetr.data.images import (
+    LARGE,
+    GrayWindow,
+    has_deep_colours,
+    is_deep,
+    open_image,
+    tell_of_dark_file,
+    to_rgb_array,
+)
 
 if TYPE_CHECKING:
     from rfdetr.data.records import ImageList, ImageTable
@@ -127,6 +135,9 @@ def deep_pixels(path: str | Path, values_too: bool = True) -> np.ndarray | None:
     """The first page of a file as `pixels_if_deep`; of a large one the values of `some_of`."""
     with contextlib.ExitStack() as opened:
         image = opened.enter_context(open_image(path))
+        if values_too and has_deep_colours(image) and image.width * image.height <= LARGE:
+            tell_of_dark_file(path, to_rgb_array(image))
+            return None
         bands = None
         if values_too and is_deep(image) and image.width * image.height > LARGE:
             file = opened.enter_context(open(path, "rb"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rfdetr.data.bands import bands_of
 from rfdetr.data.image_cache import ImageCache, stamp_of
@@ -251,6 +251,8 @@ def fault_of(error: Exception) -> dict[str, str]:
         return {"IMG_MISSING": ""}
     if is_refusal(error):
         return {"IMG_UNREADABLE": f": {error.strerror}"}
+    if isinstance(error, UnidentifiedImageError):  # its text has the whole path again
+        return {"IMG_CORRUPT": ": no image, or of a kind that is not read"}
     return {"IMG_CORRUPT": f": {error}"}
 
 

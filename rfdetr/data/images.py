@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, warn
 from rfdetr.text import printable
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ SAMPLES_PER_PIXEL = 277  # TIFF tags
 PHOTOMETRIC = 262
 GRAY_OR_RGB = (0, 1, 2)  # values of PHOTOMETRIC
 MOST_CHANNELS = 4  # RGB and transparency
+DARK = 4096  # values of 16 bits that do not reach it have 12 bits or fewer
 GrayWindow = tuple[float, float]  # what is black, what is white, in an image's own values
+DARK_TOLD: list[str] = []  # the image that was told of
 UNDO_ORIENTATION = {  # orientation -> what takes the upright image back to the stored one
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,9 +88,11 @@ def read_pixels(
         with open_image(path) as image:
             if page:
                 image.seek(page)
-            return to_rgb_array(oriented(image, apply_exif), window)
+            pixels = to_rgb_array(oriented(image, apply_exif), window)
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         raise unreadable(path, error) from error
+    tell_of_dark_file(path, pixels)
+    return pixels
 
 
 def unreadable(path: str | Path, error: Exception) -> UserError:
@@ -163,6 +168,40 @@ def oriented(image: Image.Image, apply_exif: bool) -> Image.Image:
 def is_deep(image: Image.Image) -> bool:
     """Whether an image is gray of more than 8 bits: integers or floating-point numbers."""
     return image.mode in ("F", "I") or image.mode.startswith("I;16")
+
+
+def has_deep_colours(image: Image.Image) -> bool:
+    """Whether an opened file, not yet decoded, has several channels of 16 bits.
+
+    Pillow gives the upper 8 of them.
+    """
+    return not is_deep(image) and any(";16" in str(part[3]) for part in image.tile)
+
+
+def tell_of_dark_file(path: str | Path, pixels: np.ndarray) -> None:
+    """As tell_of_dark_colours, of a file; pixels: what was read of it."""
+    brightest = 256 * int(pixels.max(initial=0)) + 255
+    if brightest < DARK and not DARK_TOLD:
+        with open_image(path) as image:
+            is_deep_file = has_deep_colours(image)
+        if is_deep_file:
+            tell_of_dark_colours(brightest, printable(path))
+
+
+def tell_of_dark_colours(brightest: int, what: str) -> None:
+    """Warn, once, of colours of 16 bits whose brightest value is low; what: the image in words.
+
+    Processes that load images for another are silent: `gray.look_at_records` has looked at some.
+    """
+    is_loader = multiprocessing.parent_process() is not None
+    if brightest >= DARK or DARK_TOLD or is_loader:
+        return
+    DARK_TOLD.append(what)
+    warn(
+        f"{what}: colours of 16 bits are read as 0..65535, and no value here is above {brightest}: "
+        "to the model the image is nearly black. Scale such images to 8 bits, all by the same "
+        "factor (where the values are 0..255: image.astype('uint8'))"
+    )
 
 
 def to_rgb_array(image: Image.Image, window: GrayWindow | None = None) -> np.ndarray:

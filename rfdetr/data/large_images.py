@@ -28,6 +28,7 @@ from rfdetr.data.images import (
     oriented,
     read_pixels,
     require_size,
+    tell_of_dark_file,
     to_rgb_array,
     unreadable,
 )
@@ -81,7 +82,9 @@ def read_for_tiles(
         size = write_pixels(file, path, apply_exif, window, page)
     except Exception as error:  # as in read_pixels
         raise unreadable(path, error) from error
-    return ImageOnDisk(file, *size)
+    on_disk = ImageOnDisk(file, *size)
+    tell_of_dark_file(path, on_disk[::CROPPED_ROWS])
+    return on_disk
 
 
 def count_pixels(path: str | Path, page: int = 0) -> int:

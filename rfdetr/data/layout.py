@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import stat
 from pathlib import Path
 
 from rfdetr.console import UserError
-from rfdetr.data.formats.detect import conversion_of, find_form
+from rfdetr.data.formats.detect import conversion_of, find_form, subfolders
 from rfdetr.data.image_files import kind_of_file
 from rfdetr.files import what_it_holds
 from rfdetr.text import command_line
@@ -16,7 +17,21 @@ from rfdetr.tool_settings import FORMS
 
 SPLITS = ("train", "valid", "test")
 ANNOTATIONS = "_annotations.coco.json"
+COPY_NOTE = "cleaned_copy.txt"  # in a folder that --fix has written
 FEW = 3  # datasets that a message names
+JSON_FAULTS = {  # what Python's json says -> the same in words
+    "Unterminated string starting": "the text that begins there does not end",
+    "Invalid control character": "a line break or another control character inside a text",
+    "Invalid \\escape": "a backslash inside a text that is not written as two",
+    "Invalid \\uXXXX escape": "a \\u without four hexadecimal digits",
+    "Expecting value": "a value is missing, or what stands there is none",
+    "Expecting ',' delimiter": "a comma or a closing bracket is missing",
+    "Expecting ':' delimiter": "a colon is missing",
+    "Expecting property name enclosed in double quotes": "a name in double quotes is missing",
+    "Illegal trailing comma before end of array": "a comma without anything behind it",
+    "Illegal trailing comma before end of object": "a comma without anything behind it",
+    "Extra data": "there is more behind its end",
+}
 COCO_NAMES = {"train": "train", "valid": "val", "test": "test"}  # in instances_val2017.json
 
 
@@ -41,7 +56,13 @@ def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
 
 def no_dataset_message(root: Path) -> str:
     """What lies in a folder instead of a dataset, and what to type or do."""
+    if root.name in ("", ".."):  # a dot alone is hard to tell from the end of the sentence
+        root = Path(os.path.abspath(root))
     message = f"no COCO dataset in {root}"
+    meant = similar_datasets(root)
+    if meant:
+        names = " or ".join(command_line("--dataset", folder) for folder in meant)
+        return f"{message} ({describe_folder(root)}). Did you mean {names}?"
     near = nearby_datasets(root)
     if near:
         names = " or ".join(command_line("--dataset", folder) for folder in near)
@@ -54,6 +75,14 @@ def no_dataset_message(root: Path) -> str:
         "images, or annotations/instances_train2017.json and train2017/. Name the right folder "
         "with --dataset"
     )
+
+
+def similar_datasets(root: Path) -> list[Path]:
+    """Datasets beside a folder that does not exist, with a name like its own."""
+    if root.exists():
+        return []
+    names = [folder.name for folder in subfolders(root.parent) if holds_dataset(folder)]
+    return [root.parent / name for name in difflib.get_close_matches(root.name, names, n=FEW)]
 
 
 def nearby_datasets(root: Path) -> list[Path]:
@@ -110,11 +139,24 @@ def read_json(path: str | Path) -> dict:
         before = raw[: getattr(error, "start", 0)]
         line = getattr(error, "lineno", before.count(b"\n") + 1)
         column = getattr(error, "colno", len(before) - before.rfind(b"\n"))
-        raise no_annotation_file(path, line, column, str(error).split(":")[0]) from error
+        raise no_annotation_file(path, line, column, in_words(error)) from error
     if not isinstance(data, dict):
         fault = f"it holds a {type(data).__name__} instead of an object"
         raise no_annotation_file(path, 1, 1, fault)
     return data
+
+
+def in_words(error: ValueError | RecursionError) -> str:
+    """What is wrong with a file that json does not read, without the place."""
+    if isinstance(error, json.JSONDecodeError):
+        fault = JSON_FAULTS.get(error.msg.removesuffix(" at"), error.msg)
+        is_at_the_end = not error.doc[error.pos :].strip()
+        return f"{fault} (the file ends there)" if is_at_the_end else fault
+    if isinstance(error, UnicodeDecodeError):
+        return f"its bytes are no {error.encoding} text there: {error.reason}"
+    if isinstance(error, RecursionError):
+        return "its brackets are nested too deep"
+    return str(error).split(":")[0]
 
 
 def no_annotation_file(path: str | Path, line: int, column: int, fault: str) -> UserError:

@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rfdetr.console import UserError, warn
 from rfdetr.data.dataset import Batch, SplitDataset
+from rfdetr.data.faults import FEW_SKIPPED
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import Mix, Pool
 from rfdetr.data.workers import begin_worker
-
-FEW_UNREAD = 3  # images, or 1 % of a split: with more it is better to stop
 
 
 class EpochSampler(Sampler):
@@ -167,12 +166,12 @@ def check_unread(known: list[int], split: CocoSplit) -> None:
 
     known: their numbers in the split, which is one of whole images.
     """
-    if len(known) <= max(FEW_UNREAD, len(split.images) / 100):
+    if len(known) <= max(FEW_SKIPPED, len(split.images) / 100):
         return
     files = ", ".join(split.images[number].path.name for number in known[:3])
     raise UserError(
         f"{split.annotation_file}: {len(known)} of {len(split.images)} images cannot be read "
         f"({files}, ...): too many to go on without them. "
         "python validate_setup.py --check_images 1 lists them all: replace the files or delete "
-        "their entries"
+        "their entries, or --fix NEW_DIR writes a copy without them"
     )

@@ -18,7 +18,7 @@ from rfdetr.data.annotation_checks import check_segmentation, clip_box, is_whole
 from rfdetr.data.checks import CheckedSplit, check_file, list_split
 from rfdetr.data.exif import ExifDecision, SizedImage, decide_exif
 from rfdetr.data.image_files import find_image, is_regular_file, stays_inside
-from rfdetr.data.layout import ANNOTATIONS, find_splits, read_json
+from rfdetr.data.layout import ANNOTATIONS, COPY_NOTE, find_splits, read_json
 from rfdetr.files import require_free
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
@@ -42,6 +42,19 @@ UNUSABLE = {  # annotations of which nothing is left to learn from
 WRONG_ID = {"ANN_ID_INVALID", "ANN_ID_DUPLICATE"}
 NO_MASK_LEFT = {"ANN_SEG_TYPE", "ANN_SEG_NAN", "ANN_RLE_SIZE", "ANN_RLE_COUNTS", "ANN_RLE_TYPE"}
 POLYGONS = {"ANN_POLYGON_SHORT", "ANN_POLYGON_ODD", "ANN_POLYGON_FAR"}
+REPAIRED = {  # all or some of what has these codes
+    *UNREADABLE,
+    *UNUSABLE,
+    *WRONG_ID,
+    *NO_MASK_LEFT,
+    *POLYGONS,
+    "JSON_STRUCTURE",
+    "CAT_NAME_CONTROL",
+    "IMG_ID_INVALID",
+    "IMG_ID_DUPLICATE",
+    "IMG_PATH",
+    "IMG_SIZE_INVALID",
+}
 
 
 def fix_dataset(
@@ -68,6 +81,8 @@ def fix_dataset(
     for name, (data, _) in cleaned.items():
         _, folder = files[name]
         write_split(data, folder, out / name)
+    note = f"A cleaned copy of {root.absolute()}. Its images are links to those, not copies.\n"
+    (out / COPY_NOTE).write_text(note, encoding="utf-8", errors="backslashreplace")
     return {name: dict(done) for name, (_, done) in cleaned.items()}
 
 

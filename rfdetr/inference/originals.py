@@ -23,6 +23,7 @@ from rfdetr.data.images import (
     oriented,
     read_pixels,
     scaled,
+    tell_of_dark_colours,
     to_8_bit,
     to_rgb_array,
 )
@@ -240,6 +241,8 @@ def _from_array(array: np.ndarray, window: GrayWindow | None) -> np.ndarray:
         _tell_of_lost_contrast(array, pixels, window)
     else:
         pixels = _to_bytes(array)
+        if _is_16_bit(array) and not _is_gray(array):
+            tell_of_dark_colours(int(array.max()), "an array")
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     return to_rgb_array(Image.fromarray(np.ascontiguousarray(pixels)))

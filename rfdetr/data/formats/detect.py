@@ -29,8 +29,20 @@ def find_form(root: Path) -> str | None:
     """The form of the dataset in a folder."""
     if not root.is_dir():
         return None
+    return form_within(root, [root, *split_folders(root)])
+
+
+def own_form(root: Path) -> str | None:
+    """As find_form, of what lies in the folder itself and in those called train, val, test."""
+    if not root.is_dir():
+        return None
+    return form_within(root, split_folders(root))
+
+
+def form_within(root: Path, parents: list[Path]) -> str | None:
+    """The form of `root` and its splits; parents: those whose folders are looked into as well."""
     folders = [root, *split_folders(root)]
-    within = [folder for one in folders for folder in subfolders(one)[:MOST_FOLDERS]]
+    within = [folder for one in parents for folder in subfolders(one)[:MOST_FOLDERS]]
     if find_yaml(root) or any(map(has_yolo_labels, folders)):
         return "yolo"
     if any(map(has_voc_labels, [*folders, *within])):
@@ -40,6 +52,19 @@ def find_form(root: Path) -> str | None:
     if any(map(has_masks, [*folders, *within])):
         return "masks"
     return None
+
+
+def datasets_below(root: Path) -> dict[Path, str]:
+    """The forms of the folders in one that is no dataset itself."""
+    if own_form(root):
+        return {}
+    forms = {folder: find_form(folder) for folder in subfolders(root)[:MOST_FOLDERS]}
+    return {folder: form for folder, form in forms.items() if form}
+
+
+def dataset_above(root: Path) -> Path | None:
+    """The dataset that a folder is a part of, as images/train is."""
+    return next((folder for folder in list(root.parents)[:2] if own_form(folder)), None)
 
 
 def conversion_of(root: Path) -> str:
