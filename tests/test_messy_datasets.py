@@ -26,6 +26,7 @@ from rfdetr.renaming import is_near
 from rfdetr.resolve import plain, read_layer, resolve
 from rfdetr.settings import DetectorSettings
 from rfdetr.sizes import SIZES
+from rfdetr.training.engine import Progress
 from rfdetr.training.report import print_banner
 from rfdetr.weights import checkpoint
 from testkit.datasets import codes, rewrite
@@ -272,7 +273,7 @@ def test_training_says_it_after_its_banner(dataset, capsys):
         tiling=None,
         letterbox=False,
         images_an_epoch=4,
-        progress=SimpleNamespace(micro_batch=1, steps=1),
+        progress=Progress(micro_batch=1, steps=1),
         precision=SimpleNamespace(name="fp32"),
         run=SimpleNamespace(folder="runs/x"),
     )
