@@ -376,3 +376,13 @@ def test_results_that_are_replaced_are_said_to_be(find, tmp_path):
     (tmp_path / "found/other.png").touch()
     _, out, _ = find("--input", "a.png")
     assert said in out and (tmp_path / "found/other.png").exists()
+
+
+def test_figures_at_more_detections_than_queries_are_said_to_tell_no_more(
+    call, weights, few, capsys
+):
+    words = ["--checkpoint", weights, "--dataset", few, "--device", "cpu"]
+    call(evaluate.main, *words, "--max_detections", 450)
+    assert "--max_detections 450: the model has 100 queries" in capsys.readouterr().out
+    call(evaluate.main, *words, "--max_detections", 450, "--tile", 32)
+    assert "queries" not in capsys.readouterr().out
