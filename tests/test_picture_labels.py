@@ -131,3 +131,14 @@ def test_many_objects_lower_than_any_label_keep_one_of_each_class():
 def test_name_and_score_are_apart_in_small_letters():
     (label,) = place_labels(squares(40, 1, 60), (192, 192), 1)
     assert label.font.getlength(label.text, "L") - label.font.getlength("cell0.90", "L") >= 4
+
+
+def test_a_class_is_named_where_there_is_room_if_not_at_its_best_object():
+    corners = [(100, 100), (130, 80), (124, 101), (130, 120), (300, 300)]
+    boxes = [np.array([x, y, x + 20, y + 20], float) for x, y in corners]
+    objects = [
+        DrawnObject(box, "cell", 0.9 - i / 10, None, (0, 158, 255)) for i, box in enumerate(boxes)
+    ]
+    texts = [label.text for label in place_labels(objects, (400, 400), 1)]
+    assert texts[0] == "0.90"
+    assert len([text for text in texts if text.startswith("cell")]) == 1

@@ -75,7 +75,8 @@ def place_labels(objects: list[DrawnObject], size: tuple[int, int], scale: float
                 continue
             labels.append(Label(tuple(rectangle), text, one.colour, font, pad))
             taken = np.vstack([taken, rectangle])
-            named.add(one.name)
+            if wanted == one.labels[0]:
+                named.add(one.name)
             break
     return labels
 

@@ -95,8 +95,8 @@ def _cached(url: str, path: Path, md5: str | None, otherwise: str) -> Path:
         if actual != md5:
             raise UserError(
                 f"{path} is not the official file: its md5 is {actual}, expected {md5}. Move it "
-                f"away and run again to download {url}, or use it as it is with "
-                f"--pretrain_weights {path}"
+                f"away and run again to download {url}, or use it as it is "
+                f"{otherwise.replace('PATH', str(path))}"
             )
     return path
 
