@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if not tiling:
         for problem in shrink_problems(split, resolution, model.size.block, letterbox):
             warn(problem.message)
+        tell_few_queries(settings.max_detections, model.size.queries)
     dataset = SplitDataset(
         split=split,
         resolution=resolution,
@@ -126,6 +127,16 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     tell_trained_images(trained_on, split, settings.split)
     scale = told_scale(settings.gray, checkpoint.gray_of(content), split.images)
     return replace(split, gray=scale)
+
+
+def tell_few_queries(max_detections: int | None, queries: int) -> None:
+    """Warn where figures are asked for at more detections than a model has boxes for an image."""
+    if max_detections is not None and max_detections > queries:
+        warn(
+            f"--max_detections {max_detections}: the model has {queries} queries, which is how "
+            f"many objects it finds in an image at most, so that mAP@{max_detections} tells no "
+            "more. With --tile it is as many in each tile; else train with more --num_queries"
+        )
 
 
 def trained_fraction(content: dict) -> float | None:

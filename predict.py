@@ -12,25 +12,25 @@ from rfdetr.tool_settings import PredictionSettings
 # before torch, whose import takes seconds
 check_command(PredictionSettings, __doc__, __name__)
 
-import glob
 import itertools
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from rfdetr.console import UserError, run_script, say, tick, warn
+from rfdetr.console import Stopped, UserError, run_script, say, tick, warn
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
 from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
-from rfdetr.device import compile_in_place
-from rfdetr.files import is_special_file, make_folder, write_json, writing_to
+from rfdetr.device import compile_in_place, pick_device
+from rfdetr.files import make_folder, write_json, writing_to
 from rfdetr.inference.batches import in_batches
+from rfdetr.inference.inputs import collect, free_name, names_of_inputs, refuse_output_among_inputs
 from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
 from rfdetr.inference.originals import Page, pages_of, read_image
 from rfdetr.inference.prediction import Prediction
@@ -39,8 +39,7 @@ from rfdetr.inference.tracking import UNSURE_SCORE, Tracker
 from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
-from rfdetr.runs.places import what_is_there
-from rfdetr.text import counted, quoted
+from rfdetr.text import counted
 from rfdetr.tiling import tell_tiles
 
 RECORDS = "predictions.json"
@@ -50,6 +49,14 @@ JPEG_QUALITY = 92  # Pillow's scale up to 95
 def main(argv: list[str] | None = None) -> None:
     settings = script_settings(PredictionSettings, __doc__, argv)
     paths = collect(settings.input)
+    images = [path for path in paths if path.suffix.lower() in IMAGES]
+    videos = [path for path in paths if path.suffix.lower() in VIDEOS]
+    suffix = None if settings.pictures == "0" else f".{settings.pictures}"
+    names = []  # of the pictures and videos to be written
+    if suffix:
+        names = [path.stem + suffix for path in images] + [f"{path.stem}.mp4" for path in videos]
+    refuse_output_among_inputs(settings.output, settings.input, names)
+    pick_device(settings.device)  # what is wrong with it is said of the flag
     model = RFDETR.from_checkpoint(
         settings.checkpoint, settings.device, settings.amp, settings.resolution
     )
@@ -70,35 +77,27 @@ def main(argv: list[str] | None = None) -> None:
     if (settings.output / RECORDS).exists():
         say(f"{settings.output} has earlier results: files of the same names are replaced")
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
-    suffix = None if settings.pictures == "0" else f".{settings.pictures}"
 
-    images = [path for path in paths if path.suffix.lower() in IMAGES]
+    results = Results()
     singles = images
     if settings.pages:
         singles = [page for path in images for page in pages_of(path)]
     window = model.gray_window(singles, settings.gray)
     model.gray = None  # what it is given from here on has been read
-    records, read_files = predict_images(
-        predictor, singles, window, settings.output, suffix, taken_names, new_tracker
-    )
-    unreadable = len(set(images) - read_files)
-    damaged = []
-    for path in paths:
-        if path.suffix.lower() not in VIDEOS:
-            continue
-        name = suffix and free_name(path.stem, ".mp4", taken_names)
-        tracker = new_tracker and new_tracker()
-        video = predict_video(
-            predictor.predict, settings.batch, path, settings.output, name, tracker
+    try:
+        predict_images(
+            predictor, singles, window, settings.output, suffix, taken_names, results, new_tracker
         )
-        records += video.records
-        if video.frames == 0:
-            unreadable += 1
-        if not video.is_whole:
-            damaged.append(str(path))
-    if unreadable == len(paths):
-        which = "the file" if unreadable == 1 else f"none of the {unreadable} files"
-        verb = "could not" if unreadable == 1 else "could"
+        predict_videos(
+            predictor, videos, settings.output, suffix, taken_names, results, new_tracker
+        )
+    except KeyboardInterrupt:
+        tell_interrupted(settings.output, results)
+        raise Stopped(130) from None
+    unread = [path for path in paths if path not in results.read_files]
+    if len(unread) == len(paths):
+        which = "the file" if len(unread) == 1 else f"none of the {len(unread)} files"
+        verb = "could not" if len(unread) == 1 else "could"
         if is_new and not next(settings.output.iterdir(), None):
             settings.output.rmdir()
         raise UserError(f"{which} {verb} be read: see the warnings above")
@@ -106,22 +105,79 @@ def main(argv: list[str] | None = None) -> None:
     block = model.model.size.block
     for message in image_warnings(images, model.resolution, block, settings.pages, side):
         warn(message)
-    write_json(settings.output / RECORDS, records)
-    written = f"pictures and {RECORDS}" if suffix else RECORDS
+    write_json(settings.output / RECORDS, results.records)
+    tell(settings, results, len(paths), model.best_score)
+    tell_lacks(settings, results, unread, len(paths))
+
+
+def tell(settings: PredictionSettings, results: Results, files: int, best_score: float) -> None:
+    """What was found and where it is; files: that were asked for; best_score: of any detection."""
+    written = RECORDS if settings.pictures == "0" else f"pictures and {RECORDS}"
     followed = ""
     if settings.track:
-        tracks = {record["track"] for record in records}
+        tracks = {record["track"] for record in results.records}
         followed = f" on {counted(len(tracks), 'track')}"
-    objects = counted(len(records), "object")
-    files = len(paths) - unreadable
-    tick(f"{objects}{followed} in {counted(files, 'file')}: {settings.output} ({written})")
-    if damaged:
+    objects = counted(len(results.records), "object")
+    read = len(results.read_files)
+    where = counted(files, "file") if read == files else f"{read} of {counted(files, 'file')}"
+    tick(f"{objects}{followed} in {where}: {settings.output} ({written})")
+    if not results.records and best_score < settings.threshold:
+        say(
+            f"  no score reaches --threshold {settings.threshold:g}, the best is "
+            f"{best_score:.2g}: a lower threshold shows more. Where even the best scores are low, "
+            "the model has not learned such objects"
+        )
+
+
+def tell_lacks(
+    settings: PredictionSettings, results: Results, unread: list[Path], files: int
+) -> None:
+    """Say what could not be read; exit with status 1 for videos that lack frames, and for files
+    that --input names, not a folder or a pattern.
+
+    files: that were asked for.
+    """
+    named = {Path(text) for text in settings.input}
+    status = 1 if results.lacks_frames or named & set(unread) else 0
+    if results.damaged:
         print(
-            f"Damaged: {', '.join(damaged)}. What could be decoded is in {settings.output}. "
-            "For the rest, copy or convert the video again, and run this again",
+            f"Damaged: {', '.join(map(str, results.damaged))}. What could be decoded is in "
+            f"{settings.output}. For the rest, copy or convert the video again, and run this again",
             file=sys.stderr,
         )
-        sys.exit(1)
+    if unread:
+        message = f"{len(unread)} of {files} inputs could not be read: see the warnings above"
+        if status:
+            print(message, file=sys.stderr)
+        else:
+            warn(message)
+    if status:
+        sys.exit(status)
+
+
+def tell_interrupted(output: Path, results: Results) -> None:
+    """What an interrupted run leaves, and how to go on."""
+    if results.pictures:
+        left = f"{counted(results.pictures, 'picture')} in {output}, {RECORDS} is not written"
+    else:
+        left = "nothing is written"
+    print(f"interrupted: {left}. The same command begins again from the start", file=sys.stderr)
+
+
+@dataclass
+class Results:
+    """What has been found so far.
+
+    records: of predictions.json; read_files: those of which something could be read; pictures:
+    how many are written, videos too; damaged: videos of which less than what they announce could
+    be decoded; lacks_frames: whether there are such, or ones of which nothing could be.
+    """
+
+    records: list[dict] = field(default_factory=list)
+    read_files: set[Path] = field(default_factory=set)
+    pictures: int = 0
+    damaged: list[Path] = field(default_factory=list)
+    lacks_frames: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,86 +209,6 @@ class Predictor:
         )
 
 
-# ---------------------------------------------------------------- files
-
-
-def collect(inputs: list[str]) -> list[Path]:
-    """All image and video files that --input names, sorted inside folders, each once.
-
-    Raises UserError where a name leads to none.
-    """
-    paths: list[Path] = []
-    for text in inputs:
-        usable = []
-        for path in files_named_by(text):
-            if is_special_file(path):
-                warn(f"{path} is a pipe, a socket or a device, not a file: left out")
-            else:
-                usable.append(path)
-        if not usable:
-            raise UserError(f"--input {text}: {what_is_there_instead(Path(text))}")
-        paths += usable
-    return list(dict.fromkeys(paths))
-
-
-def files_named_by(text: str) -> list[Path]:
-    """The images and videos that a file, folder or glob names, sorted."""
-    path = Path(text)
-    if path.is_dir():
-        paths = list(path.iterdir())
-    elif path.is_file():
-        paths = [path]
-    else:
-        paths = [Path(match) for match in glob.glob(text, recursive=True)]
-    return sorted(path for path in paths if path.suffix.lower() in IMAGES | VIDEOS)
-
-
-def what_is_there_instead(path: Path) -> str:
-    """Of a path without images: what it is, and how to name what lies below it or near it."""
-    below = path.glob("*/**/*") if path.is_dir() else ()
-    deeper = next((file for file in below if file.suffix.lower() in IMAGES), None)
-    if deeper:
-        pattern = quoted(str(path / "**" / f"*{deeper.suffix}"))
-        return f"no images or videos there, but in folders below: --input {pattern}"
-    if not path.exists() and not glob.has_magic(str(path)):
-        return what_is_there(path)
-    return f"no images or videos there ({', '.join(sorted(IMAGES | VIDEOS))})"
-
-
-def names_of_inputs(folder: Path, inputs: list[Path]) -> set[str]:
-    """The casefolded names in a folder that lead to an input, by whatever link."""
-    identities = {_identity(path) for path in inputs}
-    return {
-        path.name.casefold()
-        for path in folder.iterdir()
-        if path.exists() and _identity(path) in identities
-    }
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What all names and links of one file have in common; None where there is no file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def free_name(stem: str, suffix: str, taken: set[str]) -> str:
-    """A name for a picture or video that is not in `taken` yet, numbered where need be.
-
-    It is added to `taken`, whose names are casefolded: on most Windows and macOS disks a.PNG is
-    a.png.
-    """
-    name = stem + suffix
-    count = 1
-    while name.casefold() in taken:
-        count += 1
-        name = f"{stem}_{count}{suffix}"
-    taken.add(name.casefold())
-    return name
-
-
 # ---------------------------------------------------------------- images
 
 
@@ -243,15 +219,14 @@ def predict_images(
     output: Path,
     suffix: str | None,
     taken_names: set[str],
+    results: Results,
     new_tracker: Callable[[], Tracker] | None = None,
-) -> tuple[list[dict], set[Path]]:
-    """Save a picture of each image; returns their records and the files that could be read.
+) -> None:
+    """Save a picture of each image; add what is found to the results.
 
     window: as in `read_image`.  suffix: of the pictures; None: there are none.  new_tracker: to
     take each folder, and each file of several pages, for a stack.
     """
-    records = []
-    read_files = set()
     trackers: dict[Path, Tracker] = defaultdict(new_tracker)  # by folder or file of pages
     if new_tracker:
         images = in_stacks(images)
@@ -274,7 +249,7 @@ def predict_images(
                     if new_tracker:
                         trackers[stack_of(image)].skip()
                     continue
-                read_files.add(path)
+                results.read_files.add(path)
                 prediction = next(predictions)
                 if new_tracker:
                     prediction = prediction.tracked(trackers[stack_of(image)])
@@ -283,9 +258,9 @@ def predict_images(
                 picture = suffix and free_name(stem, suffix, taken_names)
                 if picture:
                     saving.append(pool.submit(save_picture, prediction, output / picture))
-                records += as_records(path, picture, prediction, page=page)
+                    results.pictures += 1
+                results.records += as_records(path, picture, prediction, page=page)
         wait_for(saving)
-    return records, read_files
 
 
 def file_of(image: Path | Page) -> Path:
@@ -353,6 +328,36 @@ def save_picture(prediction: Prediction, file: Path) -> None:
     with writing_to(file.parent, "--output"):
         file.unlink(missing_ok=True)  # a link would be written through
         prediction.save_picture(file, JPEG_QUALITY)
+
+
+# ---------------------------------------------------------------- videos
+
+
+def predict_videos(
+    predictor: Predictor,
+    videos: list[Path],
+    output: Path,
+    suffix: str | None,
+    taken_names: set[str],
+    results: Results,
+    new_tracker: Callable[[], Tracker] | None = None,
+) -> None:
+    """Save a copy of each video with everything drawn in, as predict_images does of images."""
+    batch = predictor.settings.batch
+    for path in videos:
+        name = suffix and free_name(path.stem, ".mp4", taken_names)
+        tracker = new_tracker and new_tracker()
+        video = predict_video(predictor.predict, batch, path, output, name, tracker)
+        results.records += video.records
+        if not video.is_whole:
+            results.lacks_frames = True
+        if video.frames == 0:
+            continue
+        results.read_files.add(path)
+        if name:
+            results.pictures += 1
+        if not video.is_whole:
+            results.damaged.append(path)
 
 
 if __name__ == "__main__":

@@ -23,3 +23,7 @@ def __getattr__(name: str):
 
         return getattr(detr, name)
     raise AttributeError(f"module 'rfdetr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -34,6 +34,7 @@ from rfdetr.inference.originals import (
     Page,
     deep_pixels_of,
     flatten,
+    is_open_file,
     read_image,
     split_up,
 )
@@ -47,6 +48,9 @@ from rfdetr.tiling import Tiling, Window, crop, tiling_of
 from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load
 from rfdetr.weights.download import find_weights
+
+# beside a download that failed
+OWN_FILE = "with checkpoint=PATH. A checkpoint of your own needs no download"
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,14 @@ class RFDETR:
         Raises UserError for a file that is missing, damaged or of another size, and for a side
         that does not fit.
         """
-        place = pick_device(device)
+        place = pick_device(device, in_python=True)
         size = SIZES.get(self.size_name)
         if checkpoint is None and size is None:
             raise UserError(
                 "RFDETR needs a checkpoint; the sizes' own classes (RFDETRNano ...) have official "
                 "weights"
             )
-        path = Path(checkpoint or find_weights("auto", size))
+        path = Path(checkpoint or find_weights("auto", size, OWN_FILE))
         content = load(path)
         own = content["size"]["name"]
         if size is not None and own != size.name:
@@ -109,6 +113,7 @@ class RFDETR:
         known = ("tile", "tile_overlap", "tile_full", "image_side", "letterbox", "args")
         self.trained_with = {name: content[name] for name in known if name in content}
         self.gray = gray_of(content)
+        self.best_score = 0.0  # of all that predict() has looked at, below its threshold too
         self._warned_of_gray = False
         self._warned_of_letterbox = False
 
@@ -171,7 +176,7 @@ class RFDETR:
             require_count("max_detections", max_detections)
         # before the overlapping ones are left out
         self.runner.max_detections = max(max_detections or 0, self.model.size.select)
-        if isinstance(images, Iterator):
+        if isinstance(images, Iterator) and not is_open_file(images):
             images = list(images)
         singles = flatten(images, pages)
         choice = Choice(
@@ -258,7 +263,7 @@ class RFDETR:
         predictions = []
         indices = list(range(len(images)))
         for detections in self.runner.run(self.model, inputs, placements, indices):
-            require_finite(detections)
+            self._check(detections)
             predictions += make_predictions(
                 detections,
                 [originals[i] for i in detections.indices],
@@ -282,7 +287,7 @@ class RFDETR:
             placements = [self._placed(window, pixels, choice) for window in part]
             indices = list(range(len(part)))
             for detections in self.runner.run(self.model, inputs, placements, indices):
-                require_finite(detections)
+                self._check(detections)
                 of_detections = [part[i] for i in detections.indices]
                 least = choice.threshold * COMPARABLE
                 chosen = sure_detections(detections, least, choice.nms)
@@ -294,6 +299,11 @@ class RFDETR:
         if len(windows) > 1:
             prediction = prediction.without_duplicates(choice.nms)
         return prediction[: choice.max_detections]
+
+    def _check(self, detections: Detections) -> None:
+        """Keep the best score.  Raises UserError where a score or a box is NaN or infinite."""
+        require_finite(detections)
+        self.best_score = max([self.best_score, *detections.scores.flatten().tolist()])
 
     def _as_input(self, pixels: np.ndarray, choice: Choice) -> Tensor:
         """(H, W, 3) uint8 -> the model's input, (3, R, R) uint8."""
@@ -337,8 +347,8 @@ def require_finite(detections: Detections) -> None:
     if detections.scores.isfinite().all() and detections.boxes.isfinite().all():
         return
     raise UserError(
-        "the model's scores or boxes are NaN or infinite. Run again with --amp off; if it is off "
-        "already, the checkpoint is damaged: use another"
+        "the model's scores or boxes are NaN or infinite. Run again with --amp off (from Python: "
+        'amp="off"); if it is off already, the checkpoint is damaged: use another'
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,12 +43,15 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, in_python: bool = False) -> torch.device:
     """The device of this name; "auto" is CUDA, else MPS, else the CPU.
 
-    Under torchrun each process takes the card of its local rank.  Raises UserError for a device
-    that this machine does not have, and for one card that all processes would share.
+    Under torchrun each process takes the card of its local rank.  in_python: it is an argument, not
+    a flag.  Raises UserError for a device that this machine does not have, and for one card that
+    all processes would share.
     """
+    given = f"device={name!r}" if in_python else f"--device {name}"
+    other = 'device="cpu"' if in_python else "--device cpu"
     if name.startswith("cuda:") and distributed.processes() > 1:
         raise UserError(
             f"--device {name} names one card, torchrun has started {distributed.processes()} "
@@ -58,6 +62,14 @@ def pick_device(name: str) -> torch.device:
         name = _best_device()
     try:
         device = torch.device(name)
+    except RuntimeError as error:  # which would list all that torch has ever known
+        meant = re.sub(r"^(gpu|nvidia)(?=$|:)|^(?=\d+$)", "cuda", name.lower())
+        meant = re.sub(r"^cuda(?=\d)", "cuda:", meant)
+        hint = f" Did you mean {meant}?" if re.match("cuda", meant) else ""
+        raise UserError(
+            f"{given}: there is no such device.{hint} There are auto, cpu, cuda, cuda:1 and mps"
+        ) from error
+    try:
         if device.type == "cuda":
             device = torch.device("cuda", device.index or distributed.local_rank())
             _require_card(device)
@@ -67,9 +79,7 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # fails where it does not work; "meta" has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {name} is not usable here ({reason}): try --device cpu"
-        ) from error
+        raise UserError(f"{given} is not usable here ({reason}): try {other}") from error
     if device.type == "mps":
         warn_of_fallbacks(device)
     return device

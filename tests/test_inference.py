@@ -263,7 +263,8 @@ def test_predict_on_a_video_numbers_the_frames(photos, stage2, call, tmp_path):
 def test_a_file_that_is_no_video_costs_no_result(photos, stage2, call, capsys, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     weights = ["--checkpoint", stage2.folder / "best.pt", "--threshold", "0.2"]
-    call(predict.main, *weights, "--input", photos, "bad.mp4", "--output", "out")
+    with pytest.raises(SystemExit, match="1"):
+        call(predict.main, *weights, "--input", photos, "bad.mp4", "--output", "out")
     assert predicted("out") and "bad.mp4 cannot be read" in capsys.readouterr().out
 
 

@@ -102,3 +102,43 @@ def test_a_preview_shows_no_box_for_a_mask_that_lies_elsewhere(tmp_path):
     example = np.array(class_sheet(split))[35:350, 5:350]
     assert (example[..., 0] > 200).any()  # the cell is orange
     assert (example[..., 2] < 50).all()  # nothing is blue, as the vessel is
+
+
+def squares(side: int, count: int, distance: int) -> list[DrawnObject]:
+    """Objects with a box of `side` pixels, in rows of ten, and names of two classes in turn."""
+    objects = []
+    for i in range(count):
+        x = distance * (i % 10 + 1)
+        y = distance * (i // 10 + 1)
+        box = np.array([x, y, x + side, y + side], float)
+        objects.append(DrawnObject(box, ("cell", "vessel")[i % 2], 0.9, None, (0, 158, 255)))
+    return objects
+
+
+@pytest.mark.parametrize("side, count, most", [(20, 50, 14), (40, 50, 27), (400, 2, 93)])
+def test_labels_in_a_large_picture_are_lower_than_their_objects(side, count, most):
+    labels = place_labels(squares(side, count, 3 * side), (3000, 3000), 1)
+    heights = [label.rectangle[3] - label.rectangle[1] for label in labels]
+    assert len(labels) == count and 0.6 * most < max(heights) <= most
+
+
+def test_many_objects_lower_than_any_label_keep_one_of_each_class():
+    labels = place_labels(squares(8, 50, 60), (3000, 3000), 1)
+    assert [label.text for label in labels] == ["cell  0.90", "vessel  0.90"]
+    assert len(place_labels(squares(8, 5, 60), (3000, 3000), 1)) == 5
+
+
+def test_name_and_score_are_apart_in_small_letters():
+    (label,) = place_labels(squares(40, 1, 60), (192, 192), 1)
+    assert label.font.getlength(label.text, "L") - label.font.getlength("cell0.90", "L") >= 4
+
+
+def test_a_class_is_named_where_there_is_room_if_not_at_its_best_object():
+    corners = [(100, 100), (130, 80), (124, 101), (130, 120), (300, 300)]
+    boxes = [np.array([x, y, x + 20, y + 20], float) for x, y in corners]
+    objects = [
+        DrawnObject(box, "cell", 0.9 - i / 10, None, (0, 158, 255)) for i, box in enumerate(boxes)
+    ]
+    texts = [label.text for label in place_labels(objects, (400, 400), 1)]
+    assert texts[0] == "0.90"
+    assert len([text for text in texts if text.startswith("cell")]) == 1

@@ -144,6 +144,104 @@ def test_a_few_missing_frames_are_a_warning_alone(find, tmp_path, monkeypatch):
     assert status == 0 and "39 of the 40 frames" in out
 
 
+# ---------------------------------------------------------------- what cannot be read
+
+
+def test_a_file_asked_for_by_name_that_cannot_be_read_is_counted_and_ends_with_status_1(
+    find, tmp_path
+):
+    photo(tmp_path / "a.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "fake.mp4").write_text("no video")
+    status, out, err = find("--input", "text.jpg", "a.png", "fake.mp4")
+    assert status == 1 and " in 1 of 3 files: found " in out
+    assert err == "2 of 3 inputs could not be read: see the warnings above\n"
+    assert {record["file"] for record in records()} == {"a.png"}
+
+
+def test_one_of_a_folder_that_cannot_be_read_is_counted_alone(find, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo(tmp_path / "photos/a.png")
+    (tmp_path / "photos/text.jpg").write_text("no image")
+    status, out, _ = find("--input", "photos")
+    assert status == 0
+    assert out.endswith("warning: 1 of 2 inputs could not be read: see the warnings above\n")
+
+
+def test_an_interrupted_run_says_what_it_leaves(find, tmp_path, monkeypatch):
+    predict_one = predict.Predictor.predict
+    seen = []
+
+    def interrupted(self, images):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(images)
+        return predict_one(self, images)
+
+    monkeypatch.setattr(predict.Predictor, "predict", interrupted)
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "b.png")
+    status, _, err = find("--input", "a.png", "b.png", "--batch", 1)
+    assert status == 130 and Path("found/a.png").exists()
+    assert "interrupted: 1 picture in found, predictions.json is not written" in err
+    status, _, err = find("--input", "a.png")
+    assert status == 130 and "interrupted: nothing is written" in err
+
+
+def test_no_object_at_all_leads_to_a_lower_threshold(find, tmp_path, weights):
+    path = photo(tmp_path / "a.png")
+    best = RFDETR.from_checkpoint(weights, "cpu").predict(path, 0.0).scores[0]
+    status, out, _ = find("--input", path, "--threshold", 0.999)
+    assert status == 0
+    assert f"no score reaches --threshold 0.999, the best is {best:.2g}" in out
+
+
+# ---------------------------------------------------------------- where --output may be
+
+
+@pytest.mark.parametrize(
+    "given, output",
+    [
+        ("photos", "photos"),
+        ("photos", "photos/../photos"),
+        ("photos/*.png", "photos"),
+        ("**/*.png", "photos/found"),
+        ("photos/a*", "photos"),
+        ("**", "found"),
+    ],
+)
+def test_no_picture_is_written_where_the_input_would_find_it(given, output, find, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo(tmp_path / "photos/a.png")
+    status, _, err = find("--input", given, "--output", output)
+    assert status == 2 and f"--output {Path(output)} lies where --input {given} looks" in err
+    assert "--output found" in err
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--input", "photos", "--output", "photos/found"),
+        ("--input", "photos/*.jpg", "--output", "photos"),
+        ("--input", "photos", "--output", "photos", "--pictures", "0"),
+        ("--input", "photos/a.jpg", "--output", "photos"),
+    ],
+)
+def test_an_output_near_the_input_is_fine(words, find, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo(tmp_path / "photos/a.jpg")
+    assert find(*words)[0] == 0
+
+
+def test_no_prediction_is_written_among_a_datasets_images(find, few):
+    image = next((few / "train").glob("*.png"))
+    before = sorted(few.rglob("*"))
+    status, _, err = find("--input", image, "--output", few / "train")
+    assert status == 2 and "is a dataset's folder (it holds _annotations.coco.json)" in err
+    assert sorted(few.rglob("*")) == before
+
+
 # ---------------------------------------------------------------- pictures
 
 
@@ -219,7 +317,7 @@ def test_inputs_are_kept_where_the_output_is_their_folder_by_another_name(kind, 
     links(elsewhere, tmp_path / "real/link.png", kind)
     clip = video(tmp_path / "real/clip.mp4", "mp4v")
     before = {path: path.read_bytes() for path in (elsewhere, here, clip)}
-    status, _, _ = find("--input", "real", "real/link.png")
+    status, _, _ = find("--input", here, clip, "real/link.png")
     assert status == 0
     assert all(path.read_bytes() == data for path, data in before.items())
     assert {"here_2.png", "link_2.png", "clip_2.mp4"} <= {
@@ -278,3 +376,13 @@ def test_results_that_are_replaced_are_said_to_be(find, tmp_path):
     (tmp_path / "found/other.png").touch()
     _, out, _ = find("--input", "a.png")
     assert said in out and (tmp_path / "found/other.png").exists()
+
+
+def test_figures_at_more_detections_than_queries_are_said_to_tell_no_more(
+    call, weights, few, capsys
+):
+    words = ["--checkpoint", weights, "--dataset", few, "--device", "cpu"]
+    call(evaluate.main, *words, "--max_detections", 450)
+    assert "--max_detections 450: the model has 100 queries" in capsys.readouterr().out
+    call(evaluate.main, *words, "--max_detections", 450, "--tile", 32)
+    assert "queries" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ The model is a small one with random weights: what it finds does not matter here
 
 from __future__ import annotations
 
+import io
 import sys
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
+import rfdetr
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
-from rfdetr.detr import RFDETR
+from rfdetr.detr import RFDETR, RFDETRNano
 from rfdetr.inference.detections import DetectionRunner
 from rfdetr.inference.originals import Original, read_image
 from rfdetr.inference.prediction import Prediction
@@ -116,7 +118,8 @@ def test_gray_is_read_as_files_are(tmp_path):
         ("https://example.org/a.jpg", "is a URL: download it first"),
         ("nowhere.jpg", "cannot be read as an image: there is no such file"),
         (None, "a NoneType"),
-        (b"bytes", "a bytes"),
+        (b"bytes", r"a bytes\. .*Image\.open\(io\.BytesIO"),
+        (io.BytesIO(b"lines\nof\na file"), r"a file object \(BytesIO\)\. .*Image\.open\(file"),
     ],
 )
 def test_what_is_no_image_is_refused_by_name(model, image, message):
@@ -124,6 +127,25 @@ def test_what_is_no_image_is_refused_by_name(model, image, message):
         model.predict(image)
     with pytest.raises(UserError, match=r"images\[1\]: .*" + message):
         model.predict([Image.new("RGB", (8, 8)), image])
+
+
+def test_an_open_file_is_not_taken_for_a_list_of_its_lines(model, photo):
+    with (
+        open(photo, "rb") as file,
+        pytest.raises(UserError, match=r"this one is a file object.*Give its path"),
+    ):
+        model.predict(file)
+
+
+def test_errors_of_the_python_door_name_arguments():
+    with pytest.raises(UserError, match=r"^device='gpu': .* Did you mean cuda\?"):
+        RFDETRNano(device="gpu")
+    with pytest.raises(UserError, match=r"^device='meta' is not usable.* try device=\"cpu\"$"):
+        RFDETRNano(device="meta")
+
+
+def test_completion_finds_the_sizes():
+    assert {"RFDETR", "RFDETRNano", "RFDETRSegLarge"} <= set(dir(rfdetr))
 
 
 def test_several_images_are_a_list_a_folder_or_a_batch(model, pixels, photo, monkeypatch):

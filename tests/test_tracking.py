@@ -311,7 +311,8 @@ def test_each_file_of_several_pages_is_a_stack_of_its_own(tmp_path, monkeypatch)
         images_at_once=2,
         in_tiles=False,
     )
-    predict.predict_images(predictor, images, None, tmp_path, None, set(), new_tracker)
+    results = predict.Results()
+    predict.predict_images(predictor, images, None, tmp_path, None, set(), results, new_tracker)
     assert sorted(map(len, followed)) == [2, 3, 3]
 
 
@@ -364,7 +365,7 @@ def test_a_prediction_keeps_the_objects_that_have_a_track():
 def test_labels_of_tracks():
     box = np.array(box_at(50, 50))
     one = DrawnObject(box, "cell", 0.934, None, (0, 0, 0), track=12)
-    assert one.labels == ["cell 12 0.93", "#12"]
+    assert one.labels == ["cell 12  0.93", "#12"]
 
 
 @pytest.mark.parametrize("fails", ["drawing", "model"])

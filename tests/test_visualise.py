@@ -170,6 +170,19 @@ def test_a_large_object_keeps_its_inside_and_a_small_one_is_seen_at_every_size()
         assert (pixels[..., 0] > 225).sum() > 30
 
 
+@pytest.mark.parametrize("diameter, most", [(20, 3), (40, 5), (600, 9)])
+def test_an_outline_is_as_thin_as_its_object_is_small(diameter, most):
+    """In a picture in which a large object has one of 8 pixels."""
+    radius = diameter / 2
+    image = np.full((900, 3000, 3), 100, np.uint8)
+    box = [[450 - radius, 450 - radius, 450 + radius, 450 + radius]]
+    red = {"": (255, 0, 0)}
+    for mask in (None, [encode(disc(900, 3000, 450, 450, radius))]):
+        row = np.array(draw(image, box, [""], None, mask, red))[450, :450, 0]
+        assert 1 <= (row > 240).sum() <= most
+        assert (row > 240).sum() > 5 or diameter < 600
+
+
 def test_the_sheet_of_one_class_is_full_of_its_objects(tmp_path):
     make_demo(tmp_path / "data", train=4, valid=1, test=1, size=64, seed=0)
     split = read_dataset(tmp_path / "data")["train"]

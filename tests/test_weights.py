@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rfdetr import detr
 from rfdetr.console import UserError
 from rfdetr.sizes import SIZES
 from rfdetr.weights import download as weights
@@ -147,6 +148,10 @@ def test_no_network_names_url_and_place(cache):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/weights.pth"  # bound, but nobody listens
         with pytest.raises(UserError) as error:
             weights.find_weights("auto", nano(url))
+        assert "--pretrain_weights PATH. --size tiny needs no download" in str(error.value)
+        with pytest.raises(UserError, match="checkpoint=PATH") as of_the_door:
+            weights.find_weights("auto", nano(url), detr.OWN_FILE)
+        assert "--" not in str(of_the_door.value)
     assert url in str(error.value) and str(cache / "rf-detr-nano.pth") in str(error.value)
 
 

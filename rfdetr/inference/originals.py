@@ -102,7 +102,7 @@ def split_up(images: object) -> list | None:
 
     Raises UserError for a folder without images.
     """
-    if isinstance(images, (list, tuple, Iterator)):
+    if isinstance(images, (list, tuple, Iterator)) and not is_open_file(images):
         return list(images)
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else None
@@ -114,6 +114,11 @@ def split_up(images: object) -> list | None:
             raise UserError(f"{images}: no images in this folder ({suffixes})")
         return files
     return None
+
+
+def is_open_file(image: object) -> bool:
+    """Whether it is what open() gives, or alike: no image, though its lines can be iterated."""
+    return hasattr(image, "read") and not isinstance(image, ImageOnDisk)
 
 
 def flatten(images: object, pages: bool = False) -> list:
@@ -160,10 +165,7 @@ def deep_pixels_of(image: ImageInput, values_too: bool) -> np.ndarray | None:
 
 
 def read_image(
-    image: ImageInput,
-    turn: bool = True,
-    window: GrayWindow | None = None,
-    in_tiles: bool = False,
+    image: ImageInput, turn: bool = True, window: GrayWindow | None = None, in_tiles: bool = False
 ) -> Pixels:
     """Any accepted image as (H, W, 3) uint8 RGB; turn: make it upright by its EXIF orientation.
 
@@ -188,9 +190,15 @@ def read_image(
             return to_rgb_array(oriented(image, turn), window)
         except Exception as error:  # as in read_pixels: opened files are decoded only here
             raise UserError(f"the PIL image cannot be read as an image: {error}") from error
+    kind = type(image).__name__
+    advice = ""
+    if is_open_file(image):
+        kind = f"file object ({kind})"
+        advice = ". Give its path, or PIL.Image.open(file)"
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        advice = ". Of a file's bytes, give PIL.Image.open(io.BytesIO(content))"
     raise UserError(
-        "an image must be a path, a PIL image, an array or a tensor, this one is a "
-        f"{type(image).__name__}"
+        f"an image must be a path, a PIL image, an array or a tensor, this one is a {kind}{advice}"
     )
 
 

@@ -14,6 +14,9 @@ from rfdetr.inference.fonts import font_for
 if TYPE_CHECKING:
     from rfdetr.inference.visualise import Colour, DrawnObject
 
+LEAST_FONT = 10  # pixels
+LABEL_HEIGHT = 1.35  # of a label, times its font's size
+MOST_OF_OBJECT = 2 / 3  # of an object's short side: its label is no higher
 MANY = 12  # objects; with more of them, or one class, a long name is written once for each class
 MAX_HIDDEN = 0.15  # of an object: labels hide no more of it
 MOST_LABELLED = 1000  # objects, the best ones: time grows with the square of their number
@@ -35,23 +38,31 @@ class Label:
 def place_labels(objects: list[DrawnObject], size: tuple[int, int], scale: float) -> list[Label]:
     """Names and scores at their objects, where they hide no other label and little of the objects.
 
-    The best object comes first. Where its name finds no room, its score is tried alone.
+    The best object comes first. Where its name finds no room, its score is tried alone. A label has
+    at most MOST_OF_OBJECT of its object's short side as its height, down to LEAST_FONT, and no more
+    than suits the picture as a whole: what stands at small objects of a large picture is for a look
+    at its full size. Of many objects, those lower than the smallest label get none, but for the
+    first of each class.
     size: (width, height) of the picture, which is `scale` times the image.
     """
     if not objects:
         return []
     is_one_class = len({one.name for one in objects}) == 1
     crowded = len(objects) > MANY or is_one_class
-    font_size = max(10, max(size) / (52 if crowded else 44))
-    pad = round(font_size / 4)
-    height = font_size * 1.1 + pad
+    largest_font = max(LEAST_FONT, max(size) / (52 if crowded else 44))
     boxes = np.array([one.box for one in objects])
     taken = np.zeros((0, 4))  # by labels so far, xyxy
     labels = []
     named = set()
     for one in _best_first(objects)[:MOST_LABELLED]:
-        box_width = one.box[2] - one.box[0]
+        box_width, box_height = one.box[2:] - one.box[:2]
+        short_side = min(box_width, box_height)
         is_repeated = crowded and one.name in named
+        if is_repeated and len(objects) > MANY and short_side < LEAST_FONT * LABEL_HEIGHT:
+            continue
+        font_size = _font_size(short_side, largest_font)
+        pad = round(font_size / 4)
+        height = font_size * 1.1 + pad
         texts = one.labels[1:] if is_repeated and is_one_class else one.labels
         for wanted in texts:
             font, text = font_for(wanted, font_size)
@@ -64,9 +75,20 @@ def place_labels(objects: list[DrawnObject], size: tuple[int, int], scale: float
                 continue
             labels.append(Label(tuple(rectangle), text, one.colour, font, pad))
             taken = np.vstack([taken, rectangle])
-            named.add(one.name)
+            if wanted == one.labels[0]:
+                named.add(one.name)
             break
     return labels
+
+
+def _font_size(short_side: float, largest: float) -> float:
+    """Of a label at an object whose short side is given, all in pixels; in a few steps, so that
+    the labels of similar objects are alike.
+    """
+    size = largest
+    while size > LEAST_FONT and size * LABEL_HEIGHT > short_side * MOST_OF_OBJECT:
+        size /= 2**0.5
+    return max(LEAST_FONT, size)
 
 
 def write_labels(picture: Image.Image, top: int, labels: list[Label]) -> None:

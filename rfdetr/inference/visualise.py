@@ -23,7 +23,8 @@ MIN_SIDE = 512  # pixels: of pictures to look at; on smaller ones hardly any tex
 # pixels: up to here shapes are drawn at twice the size and shrunk, which smooths their edges
 SMOOTH_SIDE = 1600
 MASK_OPACITY = 0.38  # on white; down to a third of it on black, where a tint hides what there is
-LINES = 400  # a line's width times this is the picture's long side,
+LINES = 400  # a line's width times this is the picture's long side, at most,
+LINES_OF_OBJECT = 10  # and so is its object's short side,
 MIN_LINE = 1.5  # pixels, but it is no thinner
 FAR = 1e7  # pixels: farther corners, infinite ones among them, are taken for this far
 MAX_LETTERS = 60  # of a class name
@@ -55,11 +56,12 @@ class DrawnObject:
     def labels(self) -> list[str]:
         """What may be written beside it, the best first."""
         if self.track is not None:
-            return [f"{one_line(self.name)} {self.track} {self.score:.2f}", f"#{self.track}"]
+            return [f"{one_line(self.name)} {self.track}  {self.score:.2f}", f"#{self.track}"]
         if self.score is None:
             return [one_line(self.name)]
         score = f"{self.score:.2f}"
-        return [f"{one_line(self.name)} {score}".strip(), score]
+        # two spaces: in small letters one is not seen
+        return [f"{one_line(self.name)}  {score}".strip(), score]
 
     @property
     def has_mask(self) -> bool:
@@ -255,7 +257,6 @@ def _draw_shapes(
     top, whole: as in _draw_on.
     """
     smooth = 2 if max(whole) <= SMOOTH_SIDE else 1
-    line = round(smooth * max(MIN_LINE, max(whole) / LINES))
     large_first = sorted(objects, key=lambda one: -_area(one.box))
     canvas = Image.new("RGBA", (size[0] * smooth, size[1] * smooth), (0, 0, 0, 0))
     pen = ImageDraw.Draw(canvas)
@@ -264,12 +265,22 @@ def _draw_shapes(
         x1, y1, x2, y2 = np.clip(one.box * smooth, 0, last_pixel)
         if x2 > x1 and y2 > y1 and not one.has_mask:
             box = (x1, y1 - top * smooth, x2, y2 - top * smooth)
-            _outline(pen, box, line, (*one.colour, 255))
+            _outline(pen, box, round(smooth * _line_width(one, whole)), (*one.colour, 255))
     pixels = np.array(canvas)
     for one in large_first:
         if one.has_mask:
+            line = round(smooth * _line_width(one, whole))
             _paint_mask(pixels, one.mask, one.colour, scale * smooth, line, top * smooth)
     return Image.fromarray(pixels).reduce(smooth)
+
+
+def _line_width(one: DrawnObject, whole: tuple[int, int]) -> float:
+    """Of an object's outline, in pixels of a picture of (width, height): thinner round a small one,
+    of which a line that is seen in the picture as a whole would leave nothing.
+    """
+    x1, y1, x2, y2 = one.box
+    by_object = min(x2 - x1, y2 - y1) / LINES_OF_OBJECT
+    return max(MIN_LINE, min(by_object, max(whole) / LINES))
 
 
 def _area(box: np.ndarray) -> float:

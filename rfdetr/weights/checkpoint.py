@@ -149,7 +149,7 @@ def input_side(content: dict, resolution: int | None, path: Path) -> int:
         raise UserError(
             f"{path} asks for {own} x {own} pixels, and its position grid is for {grid_side} x "
             f"{grid_side}: that takes much memory and time. If it was trained at this resolution, "
-            f"add --resolution {own}"
+            f"add --resolution {own} (from Python: resolution={own})"
         )
     return check_resolution(size, resolution or own)
 
@@ -183,8 +183,8 @@ def require_size(content: dict, size: ModelSize, path: Path) -> None:
     if own != size.name:
         differences = shape_differences(size, content["model"])
         raise UserError(
-            f"{path} is a {own} checkpoint, --size is {size.name}: {len(differences)} tensors "
-            f"differ, the first {'; '.join(differences[:3])}. Run again with --size {own}"
+            f"{path} is a {own} checkpoint, --size is {size.name}: run again with --size {own} "
+            f"({len(differences)} tensors differ, the first {'; '.join(differences[:3])})"
         )
 
 

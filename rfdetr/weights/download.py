@@ -27,6 +27,9 @@ from rfdetr.sizes import SIZES, ModelSize
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
 PAUSE = 2.0  # seconds before a broken transfer goes on
+# what helps where a download fails: how to name a file, and what needs none
+OWN_FILE = "with --pretrain_weights PATH"
+NO_DOWNLOAD = f"{OWN_FILE}. --size tiny needs no download"
 
 
 def cache_dir() -> Path:
@@ -34,17 +37,18 @@ def cache_dir() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def find_weights(spec: str, size: ModelSize) -> Path | None:
+def find_weights(spec: str, size: ModelSize, otherwise: str = NO_DOWNLOAD) -> Path | None:
     """The file that `--pretrain_weights` means (auto, none, path or URL), downloaded if need be.
 
     `auto` is the size's official file (None for a size that has none), `none` is None. Under
     torchrun the main process downloads for all. A file of the user's is only ever read.
+    otherwise: of official files, what helps where there is no network.
     Raises UserError for a file that is missing or cannot be downloaded.
     """
     result: Path | UserError | None = None
     if distributed.is_main():
         try:
-            result = _find(spec, size)
+            result = _find(spec, size, otherwise)
         except UserError as error:  # sent to the other ranks too, which would wait forever
             result = error
     result = distributed.from_main(result)
@@ -53,55 +57,56 @@ def find_weights(spec: str, size: ModelSize) -> Path | None:
     return result
 
 
-def _find(spec: str, size: ModelSize) -> Path | None:
+def _find(spec: str, size: ModelSize, otherwise: str) -> Path | None:
     if spec == "none":
         return None
     if spec == "auto":
-        return _official_file(size)
+        return _official_file(size, otherwise)
     for known in SIZES.values():
         if known.weights_url == spec:
-            return _official_file(known)
+            return _official_file(known, otherwise)
     if spec.startswith(("http://", "https://")):
         last_part = spec.split("?")[0].split("#")[0].rsplit("/", 1)[-1]
         name = re.sub(r"[^\w.-]", "_", last_part)[-100:]
         tag = hashlib.sha256(spec.encode()).hexdigest()[:8]  # many files are called best.pth
-        return _cached(spec, cache_dir() / f"{tag}-{name}", None)
+        return _cached(spec, cache_dir() / f"{tag}-{name}", None, OWN_FILE)
     try:
         return find_checkpoint(Path(spec).expanduser())
     except UserError as error:
         raise UserError(f"{error} --pretrain_weights takes auto, none, a file or a URL") from error
 
 
-def _official_file(size: ModelSize) -> Path | None:
+def _official_file(size: ModelSize, otherwise: str) -> Path | None:
     if size.weights_url is None:
         return None
-    return _cached(size.weights_url, cache_dir() / size.weights_file, size.weights_md5)
+    path = cache_dir() / size.weights_file
+    return _cached(size.weights_url, path, size.weights_md5, otherwise)
 
 
 def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-def _cached(url: str, path: Path, md5: str | None) -> Path:
+def _cached(url: str, path: Path, md5: str | None, otherwise: str) -> Path:
     if not path.exists():
-        download(url, path, md5)
+        download(url, path, md5, otherwise)
     elif md5 is not None:
         actual = _md5(path)
         if actual != md5:
             raise UserError(
                 f"{path} is not the official file: its md5 is {actual}, expected {md5}. Move it "
-                f"away and run again to download {url}, or use it as it is with "
-                f"--pretrain_weights {path}"
+                f"away and run again to download {url}, or use it as it is "
+                f"{otherwise.replace('PATH', str(path))}"
             )
     return path
 
 
-def download(url: str, path: Path, md5: str | None = None) -> None:
+def download(url: str, path: Path, md5: str | None = None, otherwise: str = OWN_FILE) -> None:
     """Fetch `url` into `path` by way of PATH.part, checked by its length and, where given, its md5.
 
     A transfer that breaks goes on where it stopped; so does the .part file of a run that was
     killed, if an md5 can tell that both halves belong together. Raises UserError with the URL and
-    the path; then no .part file is left.
+    the path, and `otherwise`; then no .part file is left.
     """
     part = path.with_name(path.name + ".part")
     print(f"Downloading {url} to {path}", flush=True)
@@ -127,7 +132,7 @@ def download(url: str, path: Path, md5: str | None = None) -> None:
             part.unlink()
         raise UserError(
             f"could not download {url} ({error}). Run again, or download it in another way and put "
-            f"it here: {path} (or anywhere, with --pretrain_weights PATH)"
+            f"it here: {path} or anywhere, {otherwise}"
         ) from error
 
 
