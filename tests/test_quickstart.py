@@ -431,7 +431,8 @@ def test_without_a_valid_split_the_own_command_is_advised(repository, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "words", ["--epochs 0", "--seg_epochs -1", "--size tinny", "--size seg-nano", "--val_fraction 5"]
+    "words",
+    ["--epochs 0", "--seg_epochs -1", "--size tinny", "--size seg-nano", "--val_fraction 5"],
 )
 def test_values_out_of_range_are_refused_before_anything_is_run(repository, capsys, words):
     assert quickstart.main(words.split()) == 2
