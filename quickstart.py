@@ -240,8 +240,9 @@ class Job(object):
         if code == 0:
             return
         script = " ".join(arguments).split(" --")[0]
-        why = ", by a signal." if code > 128 else ": see its message above."
-        message = "%s ended with exit code %d%s" % (script, code, why)
+        message = "%s ended with exit code %d: see its message above." % (script, code)
+        if code > 128:
+            message = "Stopped in %s. The same command begins the job anew." % script
         for line in self.stands:
             message += "\nWhat stands: " + line
         raise Stop(code, message)
@@ -348,14 +349,14 @@ def epochs_for(stage, steps, images, images_per_step, min_steps):
 def require_valid_split(dataset):
     """Stop where a dataset has none, with the command that makes one."""
     from rfdetr.console import UserError
-    from rfdetr.data.layout import find_splits
+    from rfdetr.data.layout import find_splits, has_val_folder
     from rfdetr.text import command_line
 
     try:
         splits = find_splits(dataset)
     except UserError:
         return  # validate_setup.py says what there is instead of a dataset
-    if "train" in splits and "valid" not in splits:
+    if "train" in splits and "valid" not in splits and not has_val_folder(dataset):
         again = command_line("python", *(sys.argv + ["--val_fraction", "0.1"]))
         message = "%s has no valid split. To take a tenth of train/ as one: %s"
         raise Stop(2, message % (dataset, again))
@@ -485,8 +486,12 @@ def main(argv):
         except UserError as error:
             sys.stderr.write("error: %s\n" % error)
             return 2
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            return 130
         except Stop as stop:
-            sys.stderr.write("\nerror: " + stop.args[1] + "\n")
+            was_asked = stop.args[0] in (130, 143)  # Ctrl-C, SIGTERM
+            sys.stderr.write("\n" + ("" if was_asked else "error: ") + stop.args[1] + "\n")
             return stop.args[0]
 
 

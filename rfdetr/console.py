@@ -59,7 +59,8 @@ def tick(message: str) -> None:
 def warn(message: str) -> None:
     """Print `message` as a warning, on one line."""
     if _is_first_to_say(message):
-        print(f"warning: {printable(message)}", flush=True)
+        # the line's end with it: threads warn, too
+        print(f"warning: {printable(message)}\n", end="", flush=True)
 
 
 def banner(title: str, rows: dict[str, object]) -> None:

@@ -500,3 +500,9 @@ def test_a_placed_polygon_is_drawn_as_on_the_whole_canvas():
         ]
         whole = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(placed, 90, 90)))
         assert np.abs(drawn(polygons, 90, 90, place).astype(int) - whole).sum() <= 1  # rounding
+
+
+def test_a_valid_split_called_val_is_named(dataset):
+    (dataset / "valid").rename(dataset / "val")
+    with pytest.raises(UserError, match="no valid split, but val/: call that folder valid/"):
+        read_dataset(dataset)

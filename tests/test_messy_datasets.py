@@ -222,7 +222,7 @@ def test_large_images_are_told_with_the_factor_and_the_way_out():
         "1 of 2 images" in said
         and "7.8 times" in said
         and "--resolution 768" in said
-        and "tiles" in said
+        and "--tile auto" in said
     )
     said = shrink_warning([640], 384, 32, np.array([3.0, 4.0, 90.0]))
     assert "the median 4.0" in said and "--resolution 768" in said

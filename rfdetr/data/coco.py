@@ -25,7 +25,7 @@ from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
 from rfdetr.data.index import keep_index, read_index
 from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.labels import number_classes
-from rfdetr.data.layout import SPLITS, find_splits, read_json
+from rfdetr.data.layout import SPLITS, find_splits, has_val_folder, read_json
 from rfdetr.data.records import CocoSplit, ImageTable
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
@@ -194,6 +194,8 @@ def missing_splits(
         problems.append(dataset_error("SPLIT_TRAIN_MISSING", message, root))
     if "valid" in needed and "valid" not in files and not val_fraction:
         message = f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1"
+        if has_val_folder(root):
+            message = f"{root} has no valid split, but val/: call that folder valid/"
         problems.append(dataset_error("SPLIT_VALID_MISSING", message, root))
     return problems
 

@@ -54,6 +54,11 @@ def find_splits(root: str | Path) -> dict[str, tuple[Path, Path]]:
     return splits
 
 
+def has_val_folder(root: str | Path) -> bool:
+    """Whether a valid split is there under the name that other programs give it."""
+    return (Path(root) / "val" / ANNOTATIONS).exists()
+
+
 def no_dataset_message(root: Path) -> str:
     """What lies in a folder instead of a dataset, and what to type or do."""
     if root.name in ("", ".."):  # a dot alone is hard to tell from the end of the sentence

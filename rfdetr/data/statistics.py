@@ -124,13 +124,13 @@ def shrink_warning(
         )
         wanted = resolution * HARDLY_SEEN / max(median, 0.1)
     better = -int(-wanted // step) * step  # rounded up
-    way_out = (
-        f"train on tiles (--tile auto), or with --resolution {better} (memory and time grow with "
-        "its square)"
-    )
+    way_out = f"train with --resolution {better} (memory and time grow with its square)"
     if better > MOST_SIDE:
-        way_out = f"train on tiles (--tile auto): it would take --resolution {better}"
-    return f"{'; '.join(facts)}: hardly seen; {way_out}"
+        way_out = f"it would take --resolution {better}"
+    return (
+        f"{'; '.join(facts)}: hardly seen; --tile auto looks at parts of them, best in training, "
+        f"too; or {way_out}"
+    )
 
 
 def image_warnings(

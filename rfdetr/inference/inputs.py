@@ -67,11 +67,12 @@ def refuse_output_among_inputs(output: Path, inputs: list[str], names: Iterable[
     videos to be written.
     """
     advice = "Name a folder of their own: --output found, say"
-    if (output / ANNOTATIONS).exists():
-        raise UserError(
-            f"--output {output} is a dataset's folder (it holds {ANNOTATIONS}): predictions do "
-            f"not belong among its images. {advice}"
-        )
+    for folder in (output, *output.absolute().parents):
+        if (folder / ANNOTATIONS).exists():
+            raise UserError(
+                f"--output {output} lies in a dataset's folder ({folder} holds {ANNOTATIONS}): "
+                f"predictions do not belong among its images. {advice}"
+            )
     for text in inputs:
         if any(is_named_by(output / name, text) for name in names):
             raise UserError(
