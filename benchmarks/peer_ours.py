@@ -6,7 +6,7 @@ python benchmarks/peer_ours.py --way joint --dataset D --out DIR --minutes 10
 `two-stage`: train_detector_stage1.py, shrink_head.py, train_seg_stage2.py, with optimizer steps in
 the proportion of quickstart.py; `joint`: train_seg_single_stage.py. Size tiny and its own recipe.
 A rehearsal of a few steps, not counted, tells how many steps fit into the minutes; the schedules
-end there. Stage 2 takes what stage 1 has left of them. The averaged weights are handed in after each
+end there. Stage 2 takes what stage 1 has left of them. Averaged weights are handed in after each
 epoch. Every script is a process of its own, whose imports count. Stage 2 gets the epoch of stage 1
 that was best on the valid split.
 """
