@@ -387,25 +387,29 @@ def scores(run_folder):
 
 
 def parse(argv):
-    from rfdetr.cli import Parser  # standard library only, too
-    from rfdetr.sizes import SIZES  # likewise
+    from rfdetr.cli import Parser, flag_type  # standard library only, too, as those below
+    from rfdetr.resolve import settings_of
+    from rfdetr.settings import DetectorSettings
+    from rfdetr.sizes import SIZES
 
+    settings = settings_of(DetectorSettings)
+    sizes = [name for name in SIZES if not name.startswith("seg-")]
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--dataset", type=from_here,
         help="folder with train/ and valid/ (default: dataset/, else demo data)")
-    add("--size", choices=[name for name in SIZES if not name.startswith("seg-")], metavar="SIZE",
+    add("--size", type=flag_type(settings["size"]), choices=sizes, metavar="SIZE",
         help="tiny, nano, small, medium ... (default: nano on your data with a GPU, else tiny)")
-    add("--epochs", type=epoch_count,
+    add("--epochs", type=flag_type(settings["epochs"]),
         help="of stage 1 (default: by the number of training images)")
-    add("--seg_epochs", type=epoch_count, help="of stage 2 (likewise)")
+    add("--seg_epochs", type=flag_type(settings["epochs"]), help="of stage 2 (likewise)")
     add("--resolution", type=int,
         help="side of the model's input in pixels (default: the size's own)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--output_dir", type=from_here,
         help="put detector/, segmentation/ and demo data there (default: runs/)")
     add("--pretrain_weights", type=from_here, help="auto, none, a file or a URL")
-    add("--val_fraction", type=fraction,
+    add("--val_fraction", type=flag_type(settings["val_fraction"]),
         help="share of train/ to validate on, where there is no valid/")
     add("--gray", metavar="auto|full|PERCENT",
         help="what is black and white in gray of more than 8 bits (default: auto)")
@@ -444,22 +448,6 @@ def config_words(config, known):
             if one is not None:
                 words.append("--%s=%s" % (name, one))
     return words
-
-
-def epoch_count(text):
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError("expected a whole number from 1, got %r" % text)
-    return int(text)
-
-
-def fraction(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError("expected a number above 0 and below 1, got %r" % text)
-    return value
 
 
 def from_here(path):

@@ -7,7 +7,7 @@ import difflib
 import glob
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
@@ -248,6 +248,18 @@ def make_parser(kind: type, description: str) -> Parser:
 
 def add_flag(parser: Parser, name: str, setting: Setting, default: object) -> None:
     """A flag that reads its values as `setting` does; `default` is only told in its help."""
+    metavar = f"{{{','.join(setting.choices)}}}" if setting.choices else setting.metavar
+    options: dict = {"type": flag_type(setting), "metavar": metavar}
+    options["help"] = setting.help + default_text(setting, default)
+    if setting.bare is not None:
+        options |= {"nargs": "?", "const": setting.bare}
+    if setting.several:
+        options |= {"nargs": "+", "action": "extend"}
+    parser.add_argument(f"--{name}", **options)
+
+
+def flag_type(setting: Setting) -> Callable[[str], object]:
+    """For argparse's `type`: how a flag reads a setting's value."""
 
     def read(text: str) -> object:
         try:
@@ -255,14 +267,7 @@ def add_flag(parser: Parser, name: str, setting: Setting, default: object) -> No
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    metavar = f"{{{','.join(setting.choices)}}}" if setting.choices else setting.metavar
-    options: dict = {"type": read, "metavar": metavar}
-    options["help"] = setting.help + default_text(setting, default)
-    if setting.bare is not None:
-        options |= {"nargs": "?", "const": setting.bare}
-    if setting.several:
-        options |= {"nargs": "+", "action": "extend"}
-    parser.add_argument(f"--{name}", **options)
+    return read
 
 
 def default_text(setting: Setting, default: object) -> str:
