@@ -88,10 +88,12 @@ def read_pixels(
         with open_image(path) as image:
             if page:
                 image.seek(page)
+            may_be_dark = has_deep_colours(image)
             pixels = to_rgb_array(oriented(image, apply_exif), window)
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         raise unreadable(path, error) from error
-    tell_of_dark_file(path, pixels)
+    if may_be_dark:
+        tell_of_dark_file(path, pixels)
     return pixels
 
 
@@ -179,13 +181,8 @@ def has_deep_colours(image: Image.Image) -> bool:
 
 
 def tell_of_dark_file(path: str | Path, pixels: np.ndarray) -> None:
-    """As tell_of_dark_colours, of a file; pixels: what was read of it."""
-    brightest = 256 * int(pixels.max(initial=0)) + 255
-    if brightest < DARK and not DARK_TOLD:
-        with open_image(path) as image:
-            is_deep_file = has_deep_colours(image)
-        if is_deep_file:
-            tell_of_dark_colours(brightest, printable(path))
+    """As tell_of_dark_colours, of a file with deep colours; pixels: what was read of it."""
+    tell_of_dark_colours(256 * int(pixels.max(initial=0)) + 255, printable(path))
 
 
 def tell_of_dark_colours(brightest: int, what: str) -> None:

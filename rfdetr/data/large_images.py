@@ -23,6 +23,7 @@ from rfdetr.data.bands import bands_of
 from rfdetr.data.images import (
     LARGE,
     GrayWindow,
+    has_deep_colours,
     is_deep,
     open_image,
     oriented,
@@ -83,7 +84,10 @@ def read_for_tiles(
     except Exception as error:  # as in read_pixels
         raise unreadable(path, error) from error
     on_disk = ImageOnDisk(file, *size)
-    tell_of_dark_file(path, on_disk[::CROPPED_ROWS])
+    with open_image(path) as image:
+        may_be_dark = has_deep_colours(image)
+    if may_be_dark:
+        tell_of_dark_file(path, on_disk[::CROPPED_ROWS])
     return on_disk
 
 
