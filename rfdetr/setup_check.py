@@ -20,6 +20,7 @@ from rfdetr.data.coco import inspect_dataset
 from rfdetr.data.exif import exif_note
 from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
 from rfdetr.data.gray import look_at_records, scale_by
+from rfdetr.data.layout import has_val_folder
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import REPAIRED, fix_dataset
 from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
@@ -287,7 +288,8 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
     """How the script ends: the first error in short, and the others' codes; all is said above."""
     if errors[0].code == "DATASET_LAYOUT":
         return errors[0].message
-    if {problem.code for problem in errors} == {"SPLIT_VALID_MISSING"}:
+    is_valid_missing = {problem.code for problem in errors} == {"SPLIT_VALID_MISSING"}
+    if is_valid_missing and not has_val_folder(settings.dataset):
         command = training_command(
             plain(settings) | {"val_fraction": VAL_FRACTION}, "validate_setup.py"
         )

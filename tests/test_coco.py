@@ -16,6 +16,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import validate_setup
 from rfdetr.console import UserError
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.images import load_image
@@ -506,3 +507,6 @@ def test_a_valid_split_called_val_is_named(dataset):
     (dataset / "valid").rename(dataset / "val")
     with pytest.raises(UserError, match="no valid split, but val/: call that folder valid/"):
         read_dataset(dataset)
+    with pytest.raises(UserError, match="no valid split, but val/") as error:
+        validate_setup.main(["--dataset", str(dataset), "--device", "cpu", "--check_images", "0"])
+    assert "--val_fraction" not in str(error.value)  # which would leave it aside
