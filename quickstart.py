@@ -9,6 +9,7 @@ Standard library only, and no syntax that an old Python cannot parse: it tells i
 
 import argparse
 import glob
+import math
 import os
 import shlex
 import shutil
@@ -24,7 +25,7 @@ VENV = os.path.join(HERE, ".venv")
 # Optimizer steps of stage 1 and of stage 2, whatever the number of images; the epochs follow from
 # them. The tiny size starts from nothing; the demo data are easier than what microscopes see.
 STEPS = {"demo": (800, 300), "tiny": (3600, 900), "others": (1500, 1500)}
-SEG_EVALUATIONS = 5  # of stage 2, whose epochs are short
+SEG_EVALUATIONS = 2  # of stage 2, whose epochs are shorter than a look at valid
 FEWEST_EPOCHS = 2
 MOST_EPOCHS = 100
 
@@ -289,7 +290,7 @@ class Job(object):
             epochs = epochs_for(
                 "Stage 2", self.steps[1], self.images, batch, self.recipe.seg_min_steps
             )
-            own += ("--eval_every", str(max(epochs // SEG_EVALUATIONS, 1)))
+            own += ("--eval_every", str(math.ceil(epochs / SEG_EVALUATIONS)))
         own += ("--epochs", str(epochs))
         return self.train("train_seg_stage2.py", "segmentation", "the masks are", own)[0]
 

@@ -28,6 +28,7 @@ from rfdetr.data.loaders import training_loader
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.files import file_sha256, write_json
 from rfdetr.main import begin, finish, fit, open_run
+from rfdetr.models.cpu_copy import for_inference
 from rfdetr.models.detector import Detector
 from rfdetr.models.segmentation import MASK_HEADS
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     stride = checkpoint.mask_stride(resumed) if resumed else None
     head = MASK_HEADS[head_name](detector.size.hidden, stride).to(session.device)
     losses = MaskObjective(
-        detector=detector,
+        detector=for_inference(detector, session.precision),
         table=table,
         weights=settings.loss_weights,
         precision=session.precision,
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset, sampler = training_data(session, masks=True)
     groups = [parameter_group(list(head.parameters()), settings.seg_lr, settings.weight_decay)]
     trainer = make_trainer(session, head, losses, groups, sampler.steps)
-    evaluator = split_evaluator(session, "valid", table, masks=True, frozen=detector)
+    evaluator = split_evaluator(session, "valid", table, masks=True, frozen=losses.detector)
     evaluator.keep_detections = fits_in_memory(evaluator.split, detector.size, session.resolution)
     cache = feature_cache(session, losses)
     choice = distributed.from_main(choose_cache(settings.cache, cache, settings.multi_scale))

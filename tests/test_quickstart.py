@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -374,7 +375,7 @@ def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys)
         f"shrink_head.py --in_ckpt {trained} --out_ckpt {shrunk}",
         "train_seg_stage2.py --dataset dataset --size tiny --seed 0 "
         f"--stage1_run {detector} --checkpoint {shrunk} "
-        f"--eval_every {int(epochs[1]) // 5} --epochs {epochs[1]}",
+        f"--eval_every {math.ceil(int(epochs[1]) / 2)} --epochs {epochs[1]}",
         f"evaluate.py --checkpoint {best} --dataset dataset --split valid --results {results}",
         f"predict.py --checkpoint {best} --input {os.path.join('dataset', 'valid')} "
         f"--output {os.path.join(masks, 'predictions')}",

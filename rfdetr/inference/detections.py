@@ -18,7 +18,7 @@ from rfdetr.device import Precision, copied_by_next_wait, to_device, unless_out_
 from rfdetr.inference.originals import Original
 from rfdetr.inference.prediction import Prediction, without_overlaps
 from rfdetr.masks import encode_window
-from rfdetr.models.cast_once import CastWeights
+from rfdetr.models.cpu_copy import CpuCopies
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.official_masks import OfficialMaskHead
 from rfdetr.models.segmentation import MaskHead, PastedMask
@@ -100,9 +100,9 @@ class DetectionRunner:
         # (N,): the row of each label in the class head
         self.class_rows = torch.tensor(table.rows, device=precision.device)
         self.images_at_once: int | None = None  # None: as many as are given
-        self.cast_weights: CastWeights | None = None
-        if precision.device.type == "cpu" and precision.dtype is not None:
-            self.cast_weights = CastWeights(precision.dtype)
+        self.copies: CpuCopies | None = None
+        if precision.device.type == "cpu":
+            self.copies = CpuCopies(precision.dtype)
 
     def run(
         self, model: Detector, images: Tensor, placements: list[Placement], indices: list[int]
@@ -115,8 +115,8 @@ class DetectionRunner:
         if model.training:
             self.forget_weights()
         model.eval()
-        if self.cast_weights is not None:
-            model = self.cast_weights.of(model)
+        if self.copies is not None:
+            model = self.copies.of(model)
         first = 0
         while first < len(images):
             part = slice(first, first + (self.images_at_once or len(images)))
@@ -130,8 +130,8 @@ class DetectionRunner:
 
     def forget_weights(self) -> None:
         """Keep nothing that was made of weights: they may have been trained since."""
-        if self.cast_weights is not None:
-            self.cast_weights.forget()
+        if self.copies is not None:
+            self.copies.forget()
 
     @torch.inference_mode()
     def _detect(

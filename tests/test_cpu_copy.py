@@ -1,4 +1,4 @@
-"""Inference in bf16 on a CPU: the numbers of autocast, with weights that are cast once."""
+"""Inference on a CPU: weights cast once for autocast, and large layers packed once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from rfdetr.classes import ClassTable
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.detections import DetectionRunner
 from rfdetr.inference.evaluation import SplitEvaluator
-from rfdetr.models.cast_once import CastWeights, cast_weights
+from rfdetr.models import cpu_copy
+from rfdetr.models.cpu_copy import CpuCopies, matrices
 from rfdetr.models.detector import Detector
 from rfdetr.placement import Placement
 from rfdetr.sizes import SIZES
@@ -72,9 +73,9 @@ def images_for(model: Detector) -> Tensor:
 def test_results_are_autocasts_bit_for_bit_and_no_weight_is_cast_again(model):
     images = images_for(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    cast = CastWeights(torch.bfloat16)
+    cast = CpuCopies(torch.bfloat16)
     assert_same(detect(cast.of(model), images), detect(model, images))
-    weights = {tuple(w.shape) for w in cast_weights(model) if w.ndim > 1}
+    weights = {tuple(w.shape) for w in matrices(model) if w.ndim > 1}
     with CastSizes() as autocast:
         detect(model, images)
     with CastSizes() as ours:
@@ -87,8 +88,8 @@ def test_results_are_autocasts_bit_for_bit_and_no_weight_is_cast_again(model):
 
 
 def test_what_is_not_cast_is_shared_and_nothing_is_trained(model):
-    copy = CastWeights(torch.bfloat16).of(model)
-    cast = {id(weight) for weight in cast_weights(model)}
+    copy = CpuCopies(torch.bfloat16).of(model)
+    cast = {id(weight) for weight in matrices(model)}
     for (name, own), theirs in zip(copy.named_parameters(), model.parameters(), strict=True):
         if id(theirs) in cast:
             assert own.dtype is torch.bfloat16 and not own.requires_grad, name
@@ -107,13 +108,13 @@ def changes(model: Detector) -> dict:
         ema.update(source, 1)
 
     def given() -> None:
-        model.class_embed[0].weight = nn.Parameter(model.class_embed[0].weight + 1)
+        model.class_embed[0].weight = nn.Parameter(2 * model.class_embed[0].weight)
 
     return {
         "a state that is loaded": lambda: model.load_state_dict(other),
         "an average": average,
         "data that are replaced": lambda: setattr(
-            model.class_embed[0].weight, "data", model.class_embed[0].weight + 1
+            model.class_embed[0].weight, "data", 2 * model.class_embed[0].weight
         ),
         "another parameter": given,
     }
@@ -123,27 +124,28 @@ def changes(model: Detector) -> dict:
 def test_weights_that_have_changed_are_cast_again(small_model, kind):
     model = Detector(small_model.size, 5, True, mask_head="nano", groups=1).eval()
     images = torch.randn(1, 3, 64, 64)
-    cast = CastWeights(torch.bfloat16)
+    cast = CpuCopies(torch.bfloat16)
     before = detect(cast.of(model), images)["pred_logits"]
     changes(model)[kind]()
     assert_same(detect(cast.of(model), images), detect(model, images))
     assert not torch.equal(detect(model, images)["pred_logits"], before)
 
 
-def test_the_runner_casts_in_bf16_on_a_cpu_alone(small_model, monkeypatch):
+def test_the_runner_casts_in_bf16_alone(small_model, monkeypatch):
     table = ClassTable(("a",), (1,), (0,), 5, 4)
     images = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8)
     runner = DetectionRunner(table, Precision(CPU, torch.bfloat16))
     place = [Placement.resized(64, 64)]
     (ours,) = runner.run(small_model, images, place, [0])
-    copy = runner.cast_weights.of(small_model)
-    assert copy is not small_model and copy is runner.cast_weights.of(small_model)
+    copy = runner.copies.of(small_model)
+    assert copy is not small_model and copy is runner.copies.of(small_model)
     assert not small_model.training and not copy.training
     plain = DetectionRunner(table, Precision(CPU, torch.bfloat16))
-    plain.cast_weights = None
+    plain.copies = None
     (autocast,) = plain.run(small_model, images, place, [0])
     assert torch.equal(ours.scores, autocast.scores) and torch.equal(ours.boxes, autocast.boxes)
-    assert DetectionRunner(table, Precision(CPU)).cast_weights is None
+    in_fp32 = DetectionRunner(table, Precision(CPU))
+    assert in_fp32.copies.of(small_model) is small_model
 
 
 def fused_step(model: Detector) -> None:
@@ -171,7 +173,7 @@ def test_weights_that_were_trained_are_cast_again(small_model, by):
         evaluator.loader = []
         assert list(evaluator.detections(small_model)) == []
     (after,) = runner.run(small_model, images, place, [0])
-    runner.cast_weights = None
+    runner.copies = None
     (autocast,) = runner.run(small_model, images, place, [0])
     assert torch.equal(after.scores, autocast.scores)
     assert not torch.equal(after.scores, before.scores)
@@ -181,7 +183,7 @@ def test_a_model_of_inference_mode_is_followed(small_size):
     with torch.inference_mode():
         model = Detector(small_size, 5, True, groups=1).eval()
         images = torch.randn(1, 3, 64, 64)
-    cast = CastWeights(torch.bfloat16)
+    cast = CpuCopies(torch.bfloat16)
     with torch.inference_mode():
         detect(cast.of(model), images)
         model.class_embed[0].bias += 1
@@ -196,4 +198,67 @@ def test_compiled_code_holds_the_weights_where_they_stay(small_model, monkeypatc
     with inductor.patch(freezing=not weights_stay):
         compile_in_place(small_model.encoder, CPU, weights_stay)
         assert inductor.freezing is weights_stay
-    assert CastWeights(torch.bfloat16).of(small_model) is small_model  # whose code does that
+    assert CpuCopies(torch.bfloat16).of(small_model) is small_model  # whose code does that
+
+
+@pytest.fixture
+def packs_all(monkeypatch) -> None:
+    """Layers of every width are packed."""
+    monkeypatch.setattr(cpu_copy, "PACKED_FROM", 0)
+    if not cpu_copy.can_pack(None):
+        pytest.skip("this torch or CPU has no packed linear layers")
+
+
+def packed_layers(model: nn.Module) -> list[str]:
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, cpu_copy.PackedLinear):
+            names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_packed_layers_give_the_same_but_for_rounding(model, packs_all, dtype):
+    if not cpu_copy.can_pack(dtype):
+        pytest.skip("this CPU does not pack that")
+    images = images_for(model)
+    copy = CpuCopies(dtype).of(model)
+    layers = packed_layers(copy)
+    assert sum(name.endswith("mlp.fc1") for name in layers) == model.size.depth
+    assert not packed_layers(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        ours = copy(images)["features"]
+        plain = model(images)["features"]
+    assert ours.dtype == plain.dtype
+    difference = (ours - plain).float().abs().max() / plain.float().abs().max()
+    assert difference < (1e-5 if dtype is None else 0.03)
+
+
+@pytest.mark.parametrize("kind", list(changes(Detector(SIZES["tiny"], 5, True, groups=1))))
+def test_weights_that_have_changed_are_packed_again(small_model, packs_all, kind):
+    model = Detector(small_model.size, 5, True, mask_head="nano", groups=1).eval()
+    images = torch.randn(1, 3, 64, 64)
+    copies = CpuCopies(None)
+    with torch.no_grad():
+        before = copies.of(model)(images)["pred_logits"]
+        changes(model)[kind]()
+        after = copies.of(model)(images)["pred_logits"]
+        torch.testing.assert_close(after, model(images)["pred_logits"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_model_in_fp32_and_a_copy_are_their_own_copies(small_model, packs_all, monkeypatch):
+    copy = cpu_copy.for_inference(small_model, Precision(CPU))
+    assert copy is not small_model
+    assert cpu_copy.for_inference(copy, Precision(CPU)) is copy
+    monkeypatch.undo()
+    assert cpu_copy.for_inference(small_model, Precision(CPU)) is small_model
+    lower = Precision(CPU, torch.bfloat16)
+    copy = cpu_copy.for_inference(small_model, lower)
+    assert cpu_copy.for_inference(copy, lower) is copy
+
+
+def test_without_the_operations_nothing_is_packed(small_model, monkeypatch):
+    monkeypatch.setattr(cpu_copy, "PACKED_FROM", 0)
+    monkeypatch.setattr(cpu_copy.platform, "machine", lambda: "arm64")
+    assert CpuCopies(None).of(small_model) is small_model
