@@ -19,7 +19,7 @@ from rfdetr.data.loaders import training_loader
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.detector import Detector
-from rfdetr.models.segmentation import default_stride
+from rfdetr.models.segmentation import HeadForm, new_form
 from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import DetectorObjective, input_sides
 from rfdetr.training.optim import parameter_groups
@@ -48,14 +48,14 @@ def main(argv: list[str] | None = None) -> None:
         start = checkpoint.load(settings.init_ckpt)
     choose_tiles(session, resumed or start)
     choose_letterbox(session, resumed or start)
-    mask_stride = stride_of_head(size, resumed or start)
+    mask_form = form_of_head(size, resumed or start)
     model = Detector(
         size,
         table.rows_total,
         table.background_last,
         size.mask_head,
         grad_checkpoint=settings.grad_checkpoint,
-        mask_stride=mask_stride,
+        mask_form=mask_form,
     ).to(session.device)
     if not resumed:
         session.trained_on = start_detector(model, table, settings, settings.init_ckpt, start)
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         session.resolution,
         table,
         size.mask_head,
-        mask_stride=mask_stride,
+        mask_form=mask_form,
     )
 
     with open_run(session, model):
@@ -94,11 +94,11 @@ def main(argv: list[str] | None = None) -> None:
         finish(session, table, masks=True, next_command=command, remark=remark)
 
 
-def stride_of_head(size: ModelSize, content: dict | None) -> int:
-    """The stride of the mask head in the checkpoint that the run begins with; else a new head's."""
+def form_of_head(size: ModelSize, content: dict | None) -> HeadForm:
+    """The form of the mask head in the checkpoint that the run begins with; else a new head's."""
     if content and content["mask_head"] == size.mask_head:
-        return checkpoint.mask_stride(content)
-    return default_stride(size.hidden)
+        return checkpoint.mask_form(content)
+    return new_form(size.hidden)
 
 
 if __name__ == "__main__":

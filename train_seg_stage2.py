@@ -30,7 +30,7 @@ from rfdetr.files import file_sha256, write_json
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.cpu_copy import for_inference
 from rfdetr.models.detector import Detector
-from rfdetr.models.segmentation import MASK_HEADS
+from rfdetr.models.segmentation import MASK_HEADS, HeadForm
 from rfdetr.training.feature_cache import CachedLoader, FeatureCache
 from rfdetr.training.feature_room import choose_cache, fits_in_memory
 from rfdetr.training.frozen import MaskObjective
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     head_name = mask_head_name(settings, content, path)
     detector, table = frozen_detector(session, content, path)
 
-    stride = checkpoint.mask_stride(resumed) if resumed else None
-    head = MASK_HEADS[head_name](detector.size.hidden, stride).to(session.device)
+    form = checkpoint.mask_form(resumed) if resumed else None
+    head = MASK_HEADS[head_name](detector.size.hidden, form).to(session.device)
     losses = MaskObjective(
         detector=for_inference(detector, session.precision),
         table=table,
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluator.keep_detections = fits_in_memory(evaluator.split, detector.size, session.resolution)
     cache = feature_cache(session, losses)
     choice = distributed.from_main(choose_cache(settings.cache, cache, settings.multi_scale))
-    pack = packer(session, detector, table, head_name, head.stride)
+    pack = packer(session, detector, table, head_name, head.form)
 
     with open_run(session, detector):
         if not resumed:
@@ -147,7 +147,7 @@ def cached_views(settings: SegmentationSettings) -> int:
 
 
 def packer(
-    session: Session, detector: Detector, table: ClassTable, head_name: str, stride: int
+    session: Session, detector: Detector, table: ClassTable, head_name: str, form: HeadForm
 ) -> Callable[[dict], dict]:
     """Turns the mask head's weights into a checkpoint's content, after a look at whether the
     detector is as it was.
@@ -160,7 +160,7 @@ def packer(
         weights = detector.state_dict()
         weights |= {f"mask_head.{key}": value for key, value in head_state.items()}
         return checkpoint.make_content(
-            "segmentation", detector.size, session.resolution, table, head_name, weights, stride
+            "segmentation", detector.size, session.resolution, table, head_name, weights, form
         )
 
     return pack

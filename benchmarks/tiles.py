@@ -12,8 +12,10 @@ touch a border of their picture, where no object of a real image would be cut; `
 further detections of an object that is found already (IoU of .5 and more). `mAP` is COCO's, with as
 many detections as there are, of masks (of boxes without a mask head), from predictions without a
 threshold and without the suppression of overlapping boxes, as evaluate.py scores; away from borders
-it leaves out the objects there, and detections on them. Seconds and peak memory are of a process of
-its own that predicts the mosaic alone.
+it leaves out the objects there, and detections on them. `mirrored` is each image by itself again,
+in tiles, going on in its mirror image for MIRRORED pixels beyond its borders: what tiles cost where
+no strange picture lies beside. Seconds and peak memory are of a process of its own that predicts
+the mosaic alone.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,7 @@ from rfdetr.settings import TILE_OVERLAP  # noqa: E402
 MATCHED = 0.5
 GROUND = 128  # gray where no image lies
 ORDERS = ("crowded", "file", "alike")
+MIRRORED = 100  # pixels beyond each border, so that the tiles of an image cut it anywhere
 ALL = 1_000_000  # detections that the mAP looks at
 
 ALONE = """
@@ -133,6 +136,21 @@ class Pictures:
             evaluator.add(number, one.boxes, one.scores, labels, one.rles, one.mask_scores)
         return evaluator.summary()["segm" if has_masks else "bbox"][f"mAP@{ALL}"]
 
+    def mirrored(
+        self, model: RFDETR, threshold: float, tile: int | str, overlap: float
+    ) -> Pictures:
+        """The same pictures and objects, predicted in tiles of pictures that go on beyond."""
+        sure = []
+        everything = []
+        around = ((MIRRORED, MIRRORED), (MIRRORED, MIRRORED), (0, 0))
+        for pixels in self.pixels:
+            larger = np.pad(pixels, around, mode="reflect")
+            size = pixels.shape[:2]
+            found = model.predict(larger, threshold, tile=tile, tile_overlap=overlap)
+            sure.append(cut_back(found, *size))
+            found = model.predict(larger, 0.0, nms=0.0, tile=tile, tile_overlap=overlap)
+            everything.append(cut_back(found, *size))
+        return replace(self, sure=sure, all=everything)
 
     def annotated(self, index: int, inner_alone: bool) -> Iterator[tuple[dict, int, bool]]:
         """(RLE, category id, whether it is a crowd) of the drawn objects of a picture.
@@ -150,6 +168,28 @@ class Pictures:
                 at_borders.setdefault(category_id, []).append(rle)
         for category_id, rles in at_borders.items():
             yield mask_api.merge(rles), category_id, True
+
+
+def cut_back(prediction: Prediction, height: int, width: int) -> Prediction:
+    """What lies in the middle, height x width pixels, by more than half of its mask or box."""
+    original = prediction.original
+    kept = []
+    rles = []
+    for index, rle in enumerate(as_rles(prediction, original.height, original.width)):
+        inside = mask_api.decode(rle)[MIRRORED:-MIRRORED, MIRRORED:-MIRRORED]
+        if inside.sum() > mask_api.area(rle) / 2:
+            kept.append(index)
+            rles.append(mask_api.encode(np.asfortranarray(inside)))
+    boxes = (prediction.boxes[kept] - MIRRORED).clip(0, [width, height, width, height])
+    has_masks = prediction.rles is not None
+    return replace(
+        prediction,
+        boxes=boxes,
+        scores=prediction.scores[kept],
+        labels=prediction.labels[kept],
+        rles=rles if has_masks else None,
+        mask_scores=prediction.mask_scores[kept] if has_masks else None,
+    )
 
 
 def lay_out(
@@ -287,6 +327,7 @@ def main() -> None:
     print(f"{len(places)} images by themselves, twice: {time.perf_counter() - begin:.1f} s")
     tile = args.tile if args.tile == "auto" else int(args.tile)
     mosaic.predict(model, args.threshold, tile, args.tile_overlap)
+    mirrored = originals.mirrored(model, args.threshold, tile, args.tile_overlap)
     words = [args.checkpoint, args.tile, args.tile_overlap, args.threshold]
     with tempfile.TemporaryDirectory() as folder:
         file = args.keep or Path(folder)
@@ -294,26 +335,40 @@ def main() -> None:
         alone = predicted_alone(mosaic.pixels[0], file, [str(word) for word in words])
     if args.keep:
         mosaic.sure[0].picture().save(args.keep / "found.png")
-    alone_found, alone_inner, alone_again = originals.found()
-    found, inner, again = mosaic.found()
-    more = mosaic.detections / max(originals.detections, 1) - 1
-    both = (originals, mosaic)
-    precision = [one.mean_average_precision() for one in both]
-    precision_inside = [one.mean_average_precision(inner_alone=True) for one in both]
-    print("| | originals | mosaic |\n|---|---|---|")
-    print(f"| drawn objects | {originals.objects} | {mosaic.objects} |")
-    print(f"| detections | {originals.detections} | {mosaic.detections} ({more:+.1%}) |")
-    print(f"| found | {alone_found} | {found} ({found / max(alone_found, 1):.3f}) |")
-    share = inner / max(alone_inner, 1)
-    print(f"| found, away from borders | {alone_inner} | {inner} ({share:.3f}) |")
-    print(f"| duplicates | {alone_again} | {again} ({again / max(found, 1):.2%}) |")
-    for what, (alone_map, tiled) in (
-        ("mAP", precision),
-        ("mAP, away from borders", precision_inside),
-    ):
-        print(f"| {what} | {alone_map:.3f} | {tiled:.3f} ({tiled - alone_map:+.3f}) |")
-    print(f"| seconds | | {alone['seconds']:.1f} |")
-    print(f"| peak memory, MB | | {alone['peak_mb']:.0f} |")
+    print_table(originals, mirrored, mosaic)
+    print(f"mosaic: {alone['seconds']:.1f} s, {alone['peak_mb']:.0f} MB at most")
+
+
+def print_table(originals: Pictures, mirrored: Pictures, mosaic: Pictures) -> None:
+    """In Markdown; what is compared with the originals has their share or distance beside it."""
+    base_found, base_inner, base_again = originals.found()
+    base_map = originals.mean_average_precision()
+    base_inner_map = originals.mean_average_precision(inner_alone=True)
+    rows = {
+        "drawn objects": [str(originals.objects)],
+        "detections": [str(originals.detections)],
+        "found": [str(base_found)],
+        "found, away from borders": [str(base_inner)],
+        "duplicates": [str(base_again)],
+        "mAP": [f"{base_map:.3f}"],
+        "mAP, away from borders": [f"{base_inner_map:.3f}"],
+    }
+    for tiled in (mirrored, mosaic):
+        found, inner, again = tiled.found()
+        more = tiled.detections / max(originals.detections, 1) - 1
+        precision = tiled.mean_average_precision()
+        inner_precision = tiled.mean_average_precision(inner_alone=True)
+        rows["drawn objects"].append(str(tiled.objects))
+        rows["detections"].append(f"{tiled.detections} ({more:+.1%})")
+        rows["found"].append(f"{found} ({found / max(base_found, 1):.3f})")
+        rows["found, away from borders"].append(f"{inner} ({inner / max(base_inner, 1):.3f})")
+        rows["duplicates"].append(f"{again} ({again / max(found, 1):.2%})")
+        rows["mAP"].append(f"{precision:.3f} ({precision - base_map:+.3f})")
+        distance = inner_precision - base_inner_map
+        rows["mAP, away from borders"].append(f"{inner_precision:.3f} ({distance:+.3f})")
+    print("| | originals | mirrored | mosaic |\n|---|---|---|---|")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

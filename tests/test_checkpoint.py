@@ -15,9 +15,10 @@ import torch
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.models.detector import Detector
+from rfdetr.models.segmentation import HeadForm
 from rfdetr.sizes import SIZES
 from rfdetr.weights import archive, checkpoint
-from train_seg_single_stage import stride_of_head
+from train_seg_single_stage import form_of_head
 
 
 @pytest.fixture
@@ -323,11 +324,13 @@ def test_a_pipe_or_device_is_refused_before_it_is_opened(tmp_path):
 
 
 def test_mask_heads_of_earlier_versions_are_built_as_they_were(small_size, content, tmp_path):
-    """Their files name no stride: it was 4."""
+    """Their files name no stride and no light: it was 4, and as the detector's images."""
     torch.manual_seed(0)
-    old = Detector(small_size, rows=5, background=True, mask_head="nano", mask_stride=4).eval()
+    old = Detector(
+        small_size, rows=5, background=True, mask_head="nano", mask_form=HeadForm(4, False)
+    ).eval()
     earlier = content | {"model": old.state_dict()}
-    del earlier["mask_stride"]
+    del earlier["mask_stride"], earlier["mask_standardise"]
     checkpoint.save(tmp_path / "old.pt", earlier)
     model, _ = checkpoint.build_model(checkpoint.load(tmp_path / "old.pt"), groups=None)
     features = torch.randn(1, small_size.hidden, 8, 8)
@@ -337,19 +340,21 @@ def test_mask_heads_of_earlier_versions_are_built_as_they_were(small_size, conte
         assert pixels.shape[-2:] == (16, 16)
         assert torch.equal(pixels, old.mask_head.pixels(features, images))
     shrunk = checkpoint.shrink(checkpoint.load(tmp_path / "old.pt"), ["a", "b"])
-    assert checkpoint.mask_stride(shrunk) == 4
-    assert checkpoint.mask_stride(content) == 1
+    assert checkpoint.mask_form(shrunk) == HeadForm(4, standardise=False)
+    assert checkpoint.mask_form(content) == HeadForm(1, standardise=True)
 
 
 def test_a_single_stage_keeps_the_mask_head_that_it_starts_from(content):
     size = SIZES["tiny"]
-    assert stride_of_head(size, content | {"mask_stride": 4}) == 4
-    assert stride_of_head(size, content | {"mask_stride": 2}) == 2
-    assert stride_of_head(size, None) == 1
-    assert stride_of_head(size, content | {"mask_stride": 4, "mask_head": "official"}) == 1
+    assert form_of_head(size, content | {"mask_stride": 4}) == HeadForm(4)
+    earlier = content | {"mask_stride": 2, "mask_standardise": False}
+    assert form_of_head(size, earlier) == HeadForm(2, standardise=False)
+    assert form_of_head(size, None) == HeadForm(1)
+    assert form_of_head(size, earlier | {"mask_head": "official"}) == HeadForm(1)
 
 
-def test_a_mask_head_of_an_unknown_stride_is_refused(content, tmp_path):
-    checkpoint.save(tmp_path / "odd.pt", content | {"mask_stride": 3})
-    with pytest.raises(UserError, match="stride"):
+@pytest.mark.parametrize("form", [{"mask_stride": 3}, {"mask_standardise": "yes"}])
+def test_a_mask_head_of_an_unknown_form_is_refused(content, tmp_path, form):
+    checkpoint.save(tmp_path / "odd.pt", content | form)
+    with pytest.raises(UserError, match="form"):
         checkpoint.load(tmp_path / "odd.pt")

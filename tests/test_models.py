@@ -14,7 +14,14 @@ from rfdetr.models.decoder import move_boxes
 from rfdetr.models.deformable_attention import DeformableAttention
 from rfdetr.models.detector import Detector, select_detections
 from rfdetr.models.official_masks import OfficialMaskHead
-from rfdetr.models.segmentation import GRID, MASK_HEADS, enlarged, expected_iou, sample_in_boxes
+from rfdetr.models.segmentation import (
+    GRID,
+    MASK_HEADS,
+    HeadForm,
+    enlarged,
+    expected_iou,
+    sample_in_boxes,
+)
 from rfdetr.placement import Placement
 from rfdetr.sizes import SIZES, Recipe, check_resolution, size_from_dict
 from rfdetr.training.optim import parameter_groups
@@ -437,12 +444,30 @@ def test_masks_have_the_stride_of_their_head(name):
     features = torch.randn(1, 96, 8, 8)
     images = torch.randn(1, 3, 64, 64)
     for stride in (1, 2, 4):
-        head = MASK_HEADS[name](96, stride).eval()
+        head = MASK_HEADS[name](96, HeadForm(stride)).eval()
         pixels = head.pixels(features, images)
         assert pixels.shape[-2:] == (64 // stride, 64 // stride)
         kernels = head.kernels(torch.randn(3, 96), torch.rand(3, 4))
         assert kernels.shape == (3, pixels.shape[1] + 6)
     assert sum("finer" in key for key in head.state_dict()) == 0, "as earlier versions wrote it"
+
+
+@pytest.mark.parametrize("name", list(MASK_HEADS))
+def test_light_and_contrast_do_not_change_masks(name):
+    """Those of a detector that standardises its input stay, and so must its masks."""
+    head = MASK_HEADS[name](96).eval()
+    features = torch.randn(1, 96, 8, 8)
+    images = torch.randn(1, 3, 64, 64)
+    gain = torch.tensor([0.6, 2.0, 3.0])[:, None, None]
+    other = images * gain + torch.tensor([1.0, -0.5, 0.2])[:, None, None]
+    near = {"rtol": 0.05, "atol": 0.05}  # the variance has a floor
+    with torch.no_grad():
+        same = head.pixels(features, images)
+        torch.testing.assert_close(head.pixels(features, other), same, **near)
+        head.form = HeadForm(head.form.stride, standardise=False)
+        assert not torch.allclose(
+            head.pixels(features, other), head.pixels(features, images), **near
+        )
 
 
 def test_a_stripe_of_a_pixel_can_be_a_mask():

@@ -601,18 +601,18 @@ def test_too_many_steps_without_a_finite_loss_end_the_run(amp, few, call, monkey
 
 
 @pytest.mark.slow
-def test_a_run_of_an_earlier_version_keeps_its_masks_stride(few, call, monkeypatch):
+def test_a_run_of_an_earlier_version_keeps_its_masks_form(few, call, monkeypatch):
     call(train_detector_stage1.main, *quick_flags(few), "--output_dir", "detector")
     flags = [*quick_flags(few), "--output_dir", "masks"]
     monkeypatch.setattr("rfdetr.training.frozen.MATCH_IOU", -1.0)  # two steps find no object
     with monkeypatch.context() as earlier:
-        earlier.setattr(segmentation, "default_stride", lambda hidden: 4)
+        earlier.setattr(segmentation, "new_form", lambda hidden: segmentation.HeadForm(4, False))
         call(train_seg_stage2.main, *flags, "--stage1_run", "detector", "--auto_shrink", 1)
     for file in Path("masks").glob("*.pt"):
         content = checkpoint.load(file)
-        del content["mask_stride"]
+        del content["mask_stride"], content["mask_standardise"]
         checkpoint.save(file, content)
     call(train_seg_stage2.main, "--resume", "masks", "--epochs", 2)
     resumed = checkpoint.load(Path("masks/last.pt"))
-    assert checkpoint.mask_stride(resumed) == 4
+    assert checkpoint.mask_form(resumed) == segmentation.HeadForm(4, standardise=False)
     assert not any("finer" in name for name in resumed["model"])

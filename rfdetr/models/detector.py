@@ -15,7 +15,7 @@ from rfdetr.models.decoder import MLP, Transformer, move_boxes
 from rfdetr.models.official_masks import OfficialMaskHead
 from rfdetr.models.parts import ModelPart, trainable
 from rfdetr.models.projector import Projector
-from rfdetr.models.segmentation import MASK_HEADS, MaskHead
+from rfdetr.models.segmentation import MASK_HEADS, HeadForm, MaskHead
 from rfdetr.models.windowed_vit import WindowedViT, standardise
 from rfdetr.sizes import ModelSize
 
@@ -43,7 +43,7 @@ class Detector(nn.Module):
     `mask_head`: None, "nano", "standard", or "official" for the head of the official mask models.
     Masks are computed from the outputs, for chosen queries only.
     `groups`: query groups; None is the size's own number.
-    `mask_stride`: of a "nano" or "standard" head; None is that of new heads.
+    `mask_form`: of a "nano" or "standard" head; None is that of new heads.
 
     Parameter names are the official ones, except that class_embed and bbox_embed are lists and that
     the encoder's blocks carry timm's names (weights/official.py maps both ways).
@@ -58,7 +58,7 @@ class Detector(nn.Module):
         groups: int | None = None,
         drop_path: float = 0.0,
         grad_checkpoint: bool = False,
-        mask_stride: int | None = None,
+        mask_form: HeadForm | None = None,
     ):
         super().__init__()
         self.size = size
@@ -82,7 +82,7 @@ class Detector(nn.Module):
         if mask_head == "official":
             self.segmentation_head = OfficialMaskHead(size.hidden, size.decoder_layers)
         elif mask_head is not None:
-            self.mask_head = MASK_HEADS[mask_head](size.hidden, mask_stride)
+            self.mask_head = MASK_HEADS[mask_head](size.hidden, mask_form)
 
     @property
     def encoder(self) -> WindowedViT:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rfdetr.boxes import cxcywh_to_xyxy
 from rfdetr.device import to_device
+from rfdetr.models.windowed_vit import standardise
 from rfdetr.placement import Placement
 
 GRID = 28  # samples per side inside a box
@@ -30,11 +31,21 @@ STRIDES = (1, 2, 4)  # pixels a side of a cell of the mask logits; heads of earl
 FINE = {1: 4, 2: 8}  # stride -> channels of the pixel embeddings, where the convolutions' are split
 
 
-def default_stride(hidden: int) -> int:
-    """The stride of a new head: inputs of the smallest models, which are 160 pixels wide, have no
-    pixel to lose.
+class HeadForm(NamedTuple):
+    """How a head computes, as far as its weights do not show it.
+
+    stride: pixels a side of a cell of the mask logits, one of STRIDES.
+    standardise: whether it sees images of zero mean and unit variance, so that light and contrast
+    do not matter; those of earlier versions see them as the detector is given them.
     """
-    return 2 if hidden >= WIDE else 1
+
+    stride: int
+    standardise: bool = True
+
+
+def new_form(hidden: int) -> HeadForm:
+    """Of a new head: inputs of the smallest models, 160 pixels wide, have no pixel to lose."""
+    return HeadForm(stride=2 if hidden >= WIDE else 1)
 
 
 def enlarged(boxes: Tensor) -> Tensor:
@@ -163,7 +174,7 @@ class MaskHead(nn.Module):
         pixel: int,
         context: int,
         query: int,
-        stride: int,
+        form: HeadForm,
     ):
         """`hidden`: channels of the features and of the queries.
         `trunk`: 3x3 convolutions on the features, at `context` channels.
@@ -171,10 +182,10 @@ class MaskHead(nn.Module):
         `stem`: channels that a cell's pixels become first.
         `pixel`: channels of the cells.
         `query`: width of the perceptron that makes a kernel.
-        `stride`: of the pixel embeddings, one of STRIDES.
         """
         super().__init__()
-        self.stride = stride
+        self.form = form
+        stride = form.stride
         cell = 2 if stride == 1 else 4
         layers: list[nn.Module] = [conv_norm_act(hidden, context, kernel=1)]
         layers += [conv_norm_act(context, context) for _ in range(trunk)]
@@ -196,6 +207,8 @@ class MaskHead(nn.Module):
 
     def pixels(self, features: Tensor, images: Tensor) -> Tensor:
         """features (B, C, h, w), images (B, 3, H, W) normalised -> (B, P, H/stride, W/stride)."""
+        if self.form.standardise:
+            images = standardise(images)
         # a CPU's convolutions are faster with an input whose channels lie together
         images = images.contiguous(memory_format=torch.channels_last)
         features = features.contiguous(memory_format=torch.channels_last)
@@ -267,10 +280,10 @@ class MaskHead(nn.Module):
 class MaskHeadNano(MaskHead):
     """The light head of the family, at most a quarter of the standard one."""
 
-    def __init__(self, hidden: int, stride: int | None = None):
-        stride = stride or default_stride(hidden)
+    def __init__(self, hidden: int, form: HeadForm | None = None):
+        form = form or new_form(hidden)
         query = 128 if hidden >= WIDE else 40
-        stem, pixel = (24, 16) if stride == 1 else (48, 32)
+        stem, pixel = (24, 16) if form.stride == 1 else (48, 32)
         super().__init__(
             hidden,
             trunk=0,
@@ -279,22 +292,22 @@ class MaskHeadNano(MaskHead):
             pixel=pixel,
             context=32,
             query=query,
-            stride=stride,
+            form=form,
         )
 
 
 class MaskHeadStandard(MaskHead):
     """The larger head: convolutions on the features, wider pixel embeddings and kernels."""
 
-    def __init__(self, hidden: int, stride: int | None = None):
-        stride = stride or default_stride(hidden)
+    def __init__(self, hidden: int, form: HeadForm | None = None):
+        form = form or new_form(hidden)
         if hidden >= WIDE:
             widths = {"trunk": 2, "pixel": 64, "context": 128, "query": 256}
         else:
             widths = {"trunk": 1, "pixel": 48, "context": 56, "query": 104}
-        if stride == 1:
+        if form.stride == 1:
             widths["pixel"] //= 2
-        super().__init__(hidden, fuse=2, stem=48, **widths, stride=stride)
+        super().__init__(hidden, fuse=2, stem=48, **widths, form=form)
 
 
 MASK_HEADS = {"nano": MaskHeadNano, "standard": MaskHeadStandard}

@@ -4,11 +4,11 @@ A checkpoint is a plain dict of tensors and Python values: format, stage, size (
 ModelSize), resolution, classes (a ClassTable), mask_head (name or None), args, model (state dict),
 exif ("apply" or "ignore": how its images were read), gray (a GrayScale's to_dict, or None: gray of
 more than 8 bits by its bits), guessed_masks (whether masks were learnt from guesses), trained_on
-(int64: the content hashes of its training images), mask_stride (with a mask head of ours),
-image_side (a typical training image's, in pixels), tile (the side of the tiles that it was trained
-on; 0 for none), tile_overlap and tile_full (as the flags), letterbox (whether images kept their
-proportions), and in last.pt and checkpoint.pt ema and training (all that --resume needs). Files of
-earlier versions lack what stands from exif to letterbox.
+(int64: the content hashes of its training images), mask_stride and mask_standardise (with a mask
+head of ours, its HeadForm), image_side (a typical training image's, in pixels), tile (the side of
+the tiles that it was trained on; 0 for none), tile_overlap and tile_full (as the flags), letterbox
+(whether images kept their proportions), and in last.pt and checkpoint.pt ema and training (all that
+--resume needs). Files of earlier versions lack what stands from exif to letterbox.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ def _check(content: dict) -> None:
     gray_of(content)
     if content["stage"] not in STAGES or content.get("mask_head") not in MASK_HEADS:
         raise ValueError("its stage or mask head is unknown")
-    if mask_stride(content) not in segmentation.STRIDES:
-        raise ValueError("its mask head's stride is unknown")
+    form = mask_form(content)
+    if form.stride not in segmentation.STRIDES or type(form.standardise) is not bool:
+        raise ValueError("its mask head's form is unknown")
     size = size_from_dict(content["size"])
     too_many_layers = size.depth + size.decoder_layers > len(model)
     if too_many_layers or size.queries * size.recipe.group_detr > MOST_QUERIES:
@@ -229,7 +230,7 @@ def build_model(content: dict, groups: int | None = 1) -> tuple[Detector, ClassT
         table.background_last,
         content["mask_head"],
         groups,
-        mask_stride=mask_stride(content),
+        mask_form=mask_form(content),
     )
     report = load_pretrained(model, content["model"], [])
     misshapen = [f"{name}: {reason}" for name, reason in report.skipped.items()]
@@ -251,9 +252,10 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def mask_stride(content: dict) -> int:
-    """The stride of a checkpoint's mask head."""
-    return content.get("mask_stride", EARLIER_STRIDE)
+def mask_form(content: dict) -> segmentation.HeadForm:
+    """The form of a checkpoint's mask head."""
+    stride = content.get("mask_stride", EARLIER_STRIDE)
+    return segmentation.HeadForm(stride, content.get("mask_standardise", False))
 
 
 def make_content(
@@ -263,11 +265,11 @@ def make_content(
     table: ClassTable,
     mask_head: str | None,
     state: dict,
-    mask_stride: int | None = None,
+    mask_form: segmentation.HeadForm | None = None,
 ) -> dict:
     """What every checkpoint of ours holds; a run adds its args.
 
-    mask_stride: None is that of new heads.
+    mask_form: None is that of new heads.
     """
     content = {
         "format": FORMAT,
@@ -279,7 +281,9 @@ def make_content(
         "model": state,
     }
     if mask_head in segmentation.MASK_HEADS:
-        content["mask_stride"] = mask_stride or segmentation.default_stride(size.hidden)
+        form = mask_form or segmentation.new_form(size.hidden)
+        content["mask_stride"] = form.stride
+        content["mask_standardise"] = form.standardise
     return content
 
 
