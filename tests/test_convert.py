@@ -740,6 +740,20 @@ def test_several_datasets_in_a_folder_are_named_and_none_is_read(several, few, r
     assert "--input" in refused(tmp_path / "yolos")
 
 
+def test_a_command_that_is_advised_keeps_what_was_asked_for(several, few, refused, call, tmp_path):
+    flags = ["--copy", "copy", "--class_name", "my cell"]
+    commands = refused(several, *flags).splitlines()[1:]
+    python, script, *words = shlex.split(commands[2])
+    assert (python, script) == ("python", "convert_dataset.py")
+    call(convert_dataset.main, *words)
+    data = json.loads((tmp_path / "coco/train" / ANNOTATIONS).read_text())
+    assert [category["name"] for category in data["categories"]] == ["my cell"]
+    image = tmp_path / "coco/train" / data["images"][0]["file_name"]
+    assert image.stat().st_nlink == 1
+    theirs = write_yolo(few, tmp_path / "theirs")
+    assert f"--input {theirs} --output coco --copy copy" in refused(theirs / "images", *flags[:2])
+
+
 @pytest.mark.parametrize("write", [write_yolo, write_voc, write_labelme, write_masks])
 def test_the_only_dataset_in_a_folder_is_read_and_its_folder_named(write, few, convert, tmp_path):
     write(few, tmp_path / "outer/inner")
