@@ -135,7 +135,9 @@ def whole_dataset_message(root: Path, settings: ConvertSettings) -> str | None:
     if above is None:
         return None
     form = FORMS[find_form(above)]
-    return f"{root} is a part of a dataset: {form} in {above}. Run: {conversion_of(above, settings)}"
+    return (
+        f"{root} is a part of a dataset: {form} in {above}. Run: {conversion_of(above, settings)}"
+    )
 
 
 def open_reader(
@@ -169,8 +171,7 @@ def convert(reader: Reader, writer: CocoWriter, notes: Notes) -> None:
 def require_objects(
     writer: CocoWriter, form: str, root: Path, notes: Notes, settings: ConvertSettings
 ) -> None:
-    """Raises UserError where nothing was read that a model could learn; form: it was read as.
-    """
+    """Raises UserError where nothing was read that a model could learn; form: it was read as."""
     if any(split.objects for split in writer.splits.values()):
         return
     found = "images without any object" if writer.splits else "no usable image"
