@@ -584,3 +584,15 @@ def test_init_ckpt_starts_from_a_file(single_run, shrunk):
         assert torch.equal(run.model[name], source[name])
     head = "class_embed.0.weight"
     assert torch.equal(run.model[head][:3], source[head][rows])
+
+
+def test_of_a_run_of_stage_2_its_detector_alone_is_used(train):
+    detector = train(train_detector_stage1, "--head", "dataset")
+    masks = train(train_seg_stage2, "--stage1_run", detector.folder)
+    assert "has a mask head already" not in masks.output
+    again = train(train_seg_stage2, "--stage1_run", masks.folder, "--mask_head", "standard")
+    assert f"{masks.folder / 'best.pt'} has a mask head already" in again.output
+    assert f"train_seg_stage2.py --resume {masks.folder}\n" in again.output
+    for name, tensor in masks.model.items():
+        assert name.startswith("mask_head.") or torch.equal(tensor, again.model[name])
+    assert not masks.model.keys() >= again.model.keys()  # a head of its own

@@ -14,6 +14,7 @@ from rfdetr.runs.log import start_command
 from rfdetr.text import DOWNLOAD_FIRST, is_url
 
 WEIGHTS = ("best.pt", "last.pt")  # what a run's folder means where a checkpoint is asked for
+CONFIG = "config.yaml"  # of a run, its settings
 STATES = ("last.pt", "checkpoint.pt")  # what a run can go on from
 
 
@@ -57,6 +58,21 @@ def detector_of_run(run: Path, train: str = f"python {TRAIN_DETECTOR}") -> Path:
         f"No checkpoint found in Stage-1 directory {run}: {what_is_there(run, WEIGHTS)} "
         f"Name another run, or a file with --checkpoint, or train one: {train}"
     )
+
+
+def data_of_run(checkpoint: Path) -> dict[str, object]:
+    """The "dataset" that the run of a checkpoint was trained on, and its "rename"; {} where its
+    folder has no config.yaml that can be read.
+    """
+    import yaml  # here, so that --help works where packages are missing
+
+    try:
+        config = yaml.safe_load((checkpoint.parent / CONFIG).read_text(encoding="utf-8"))
+        dataset = config["dataset"]
+        rename = [str(pair) for pair in config.get("rename") or ()]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return {}
+    return {"dataset": Path(dataset), "rename": tuple(rename)} if isinstance(dataset, str) else {}
 
 
 def newest_run(stem: str) -> Path:

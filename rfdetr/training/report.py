@@ -27,6 +27,7 @@ from rfdetr.resolve import plain, yaml_text
 from rfdetr.runs.curves import PICTURES as PICTURE_TAGS
 from rfdetr.runs.curves import best_score, score_curves, train_curves
 from rfdetr.runs.metrics_file import earlier_commands
+from rfdetr.runs.places import CONFIG
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
 from rfdetr.text import command_line
@@ -113,7 +114,7 @@ def commands_of(session: Session, command: str, folder: Path) -> list[dict]:
 
 
 def write_config(run: Run, settings: TrainingSettings, commands: list[dict]) -> None:
-    file = run.folder / "config.yaml"
+    file = run.folder / CONFIG
     with run.optional(f"writing {file}"):
         text = yaml_text(settings, commands).encode()
         atomic_write(file, lambda opened: opened.write(text))
