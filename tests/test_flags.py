@@ -548,6 +548,19 @@ def test_last_pt_stands_in_and_the_next_command_can_be_pasted(train, few, shrunk
     assert words[words.index("--input") + 1 : words.index("--output")] == [str(data / "train")]
 
 
+@pytest.mark.slow
+def test_of_a_run_of_stage_2_its_detector_alone_is_used(plain_masks, train):
+    assert "has a mask head already" not in plain_masks.output
+    earlier = ["--stage1_run", plain_masks.folder]
+    run = train(train_seg_stage2, *earlier, "--mask_head", "standard")
+    assert f"{plain_masks.folder / 'best.pt'} has a mask head already" in run.output
+    assert f"train_seg_stage2.py --resume {plain_masks.folder}\n" in run.output
+    detector = {key for key in plain_masks.model if not key.startswith("mask_head.")}
+    assert detector == {key for key in run.model if not key.startswith("mask_head.")}
+    assert all(torch.equal(plain_masks.model[key], run.model[key]) for key in detector)
+    assert plain_masks.model.keys() != run.model.keys()  # it has a head of its own
+
+
 # ---------------------------------------------------------------- runs of the single stage
 
 
@@ -584,15 +597,3 @@ def test_init_ckpt_starts_from_a_file(single_run, shrunk):
         assert torch.equal(run.model[name], source[name])
     head = "class_embed.0.weight"
     assert torch.equal(run.model[head][:3], source[head][rows])
-
-
-def test_of_a_run_of_stage_2_its_detector_alone_is_used(train):
-    detector = train(train_detector_stage1, "--head", "dataset")
-    masks = train(train_seg_stage2, "--stage1_run", detector.folder)
-    assert "has a mask head already" not in masks.output
-    again = train(train_seg_stage2, "--stage1_run", masks.folder, "--mask_head", "standard")
-    assert f"{masks.folder / 'best.pt'} has a mask head already" in again.output
-    assert f"train_seg_stage2.py --resume {masks.folder}\n" in again.output
-    for name, tensor in masks.model.items():
-        assert name.startswith("mask_head.") or torch.equal(tensor, again.model[name])
-    assert not masks.model.keys() >= again.model.keys()  # a head of its own
