@@ -168,6 +168,15 @@ def test_one_of_a_folder_that_cannot_be_read_is_counted_alone(find, tmp_path):
     assert out.endswith("warning: 1 of 2 inputs could not be read: see the warnings above\n")
 
 
+def test_hidden_files_of_a_folder_are_no_inputs(find, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo(tmp_path / "photos/a.png")
+    for name in ("._a.png", ".DS_Store"):
+        (tmp_path / "photos" / name).write_bytes(b"\0\5\x16\7")
+    status, out, _ = find("--input", "photos")
+    assert status == 0 and "in 1 file:" in out and "warning" not in out
+
+
 def test_an_interrupted_run_says_what_it_leaves(find, tmp_path, monkeypatch):
     predict_one = predict.Predictor.predict
     seen = []

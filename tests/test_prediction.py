@@ -180,8 +180,38 @@ def test_several_images_are_a_list_a_folder_or_a_batch(model, pixels, photo, mon
             np.testing.assert_allclose(prediction.scores, one.scores, atol=1e-5)
     assert model.predict([]) == []
     photo.unlink()
-    with pytest.raises(UserError, match="no images in this folder"):
+    with pytest.raises(UserError, match="no images there"):
         model.predict(photo.parent)
+
+
+def test_folders_and_patterns_are_what_predict_takes_them_for(model, photo, capsys):
+    """Hidden files are none of them, and what cannot be read is left out, said and counted."""
+    folder = photo.parent
+    for name in ("._photo.png", ".DS_Store", ".hidden.png"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    for several in (folder, folder / "*.png", f"{folder}/../**/*.png"):
+        assert [found.path.name for found in model.predict(several)] == ["photo.png"]
+    assert capsys.readouterr().out == ""
+    (folder / "bad.png").write_bytes(b"no image")
+    for several in (folder, folder / "*.png", [folder]):
+        assert [found.path for found in model.predict(several)] == [photo]
+        said = capsys.readouterr().out
+        assert "bad.png" in said and "1 of 2 inputs could not be read" in said
+    with pytest.raises(UserError, match=r"images\[0\]: .*bad.png"):
+        model.predict([folder / "bad.png", folder])
+    with pytest.raises(UserError, match="the file could not be read: see the warnings"):
+        model.predict(folder / "b*.png")
+
+
+def test_what_is_missing_is_told_with_what_may_be_meant(model, photo):
+    with pytest.raises(UserError, match=r"Did you mean .*photo\.png\?"):
+        model.predict(photo.with_name("phot.png"))
+    with pytest.raises(UserError, match=r"there is no folder .*Did you mean .*photos\?"):
+        model.predict(photo.parents[1] / "phots/photo.png")
+    with pytest.raises(UserError, match=r"no images there \(.bmp"):
+        model.predict(photo.parent / "*.jpg")
+    with pytest.raises(UserError, match=r"but in folders below: .*\*.png"):
+        model.predict(photo.parents[1])
 
 
 @pytest.mark.parametrize("name", ["threshold", "nms"])
