@@ -102,7 +102,8 @@ def number(
     """A reader of an int or float within [low, high]; its ValueError names the range, and the words
     that may stand in its place.
     """
-    range_in_words = f"a {'whole number' if kind is int else 'number'} from {low:,} to {high:,}"
+    what = "a whole number" if kind is int else "a number"
+    range_in_words = f"{what} from {in_words(low)} to {in_words(high)}"
     expected = " or ".join([*words, range_in_words])
 
     def read(text: str) -> float:
@@ -113,6 +114,11 @@ def number(
         raise ValueError(f"expected {expected}, got {text!r}")
 
     return read
+
+
+def in_words(number: float) -> str:
+    """1,000,000 or 0.9; a whole number without decimals."""
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 def integer(default, help: str, low: int = 1, high: int = MOST, words: tuple[str, ...] = ()):

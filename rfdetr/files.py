@@ -28,6 +28,9 @@ def writing_to(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or folder})"
+        in_the_way = next((place for place in (folder, *folder.parents) if place.is_file()), None)
+        if in_the_way:
+            reason = f"the file {in_the_way} is in the way"
         raise UserError(
             f"cannot write to the folder {folder}: {reason}. Name another with {flag}"
         ) from error

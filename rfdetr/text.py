@@ -29,6 +29,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else plural}"
 
 
+def with_article(noun: str) -> str:
+    """a list, an int."""
+    return f"{'an' if noun[0] in 'aeioAEIO' else 'a'} {noun}"
+
+
 def quoted(word: str) -> str:
     """A word of a command that bash and PowerShell both read as it is; where they cannot agree
     (an apostrophe and a dollar in one name, say), bash does.

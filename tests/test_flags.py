@@ -198,7 +198,7 @@ def test_a_bad_training_command_leaves_with_2_and_names_its_fault(
         (
             predict,
             ["--checkpoint", "x.pt", "--input", "folder", "--output", "o", "--threshold", "2"],
-            "a number from 0.0 to 1.0, got '2'",
+            "a number from 0 to 1, got '2'",
         ),
         (predict, ["--checkpoint", "x.pt", "--input", "folder", "--output", "o"], "folder"),
         (shrink_head, ["--in_ckpt", "folder", "--out_ckpt", "o.pt"], "folder"),

@@ -111,6 +111,14 @@ def test_a_run_is_scored_on_what_it_was_trained_on(run, weights, few, call, caps
     assert "no COCO dataset in dataset" in refusal(call, evaluate.main, *flags)
 
 
+def test_a_text_is_no_checkpoint_and_the_weights_beside_it_are_named(run):
+    (run / "stage2_config.json").write_text("{}")
+    (run / "best.pt").write_bytes(b"weights")
+    message = refusal(find_checkpoint, run / "stage2_config.json")
+    assert "stage2_config.json is a text file, which holds no weights" in message
+    assert f"Did you mean {run / 'best.pt'}?" in message
+
+
 def test_a_folder_too_deep_or_too_high_names_the_run(run):
     for path in (run / "tb", run / "images", Path("runs"), Path()):
         for find in (find_checkpoint, detector_of_run, require_state):

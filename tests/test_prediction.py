@@ -118,6 +118,7 @@ def test_gray_is_read_as_files_are(tmp_path):
         ("https://example.org/a.jpg", "is a URL: download it first"),
         ("nowhere.jpg", "cannot be read as an image: there is no such file"),
         (None, "a NoneType"),
+        (1, "this one is an int"),
         (b"bytes", r"a bytes\. .*Image\.open\(io\.BytesIO"),
         (io.BytesIO(b"lines\nof\na file"), r"a file object \(BytesIO\)\. .*Image\.open\(file"),
     ],
@@ -348,3 +349,18 @@ def test_a_picture_needs_no_arguments(model, pixels, photo):
     photo.unlink()
     with pytest.raises(UserError, match="no such file"):
         of_file.picture()
+
+
+def test_a_picture_is_saved_wherever_its_name_says(tmp_path):
+    prediction = some_prediction()
+    file = tmp_path / "new/folder/found.png"
+    prediction.save_picture(file)
+    assert Image.open(file).size == (WIDTH, HEIGHT)
+    for name in ("found", "found.xyz"):
+        with pytest.raises(UserError, match="no kind of picture: call it .*found.png"):
+            prediction.save_picture(tmp_path / name)
+
+
+def test_what_is_no_tracker_is_refused():
+    with pytest.raises(UserError, match=r"Tracker\(threshold=0.5\).*got None"):
+        some_prediction().tracked(None)

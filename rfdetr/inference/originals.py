@@ -31,7 +31,7 @@ from rfdetr.data.images import (
 from rfdetr.data.large_images import ImageOnDisk, Pixels, read_for_tiles
 from rfdetr.inference.image_paths import IMAGE_SUFFIXES, files_named_by, what_is_there_instead
 from rfdetr.runs.places import what_is_there
-from rfdetr.text import DOWNLOAD_FIRST, is_url
+from rfdetr.text import DOWNLOAD_FIRST, is_url, with_article
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def read_image(
     elif isinstance(image, (bytes, bytearray, memoryview)):
         advice = ". Of a file's bytes, give PIL.Image.open(io.BytesIO(content))"
     raise UserError(
-        f"an image must be a path, a PIL image, an array or a tensor, this one is a {kind}{advice}"
+        f"an image must be a path, a PIL image, an array or a tensor, this one is "
+        f"{with_article(kind)}{advice}"
     )
 
 

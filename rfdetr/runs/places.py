@@ -14,6 +14,7 @@ from rfdetr.runs.log import start_command
 from rfdetr.text import DOWNLOAD_FIRST, is_url
 
 WEIGHTS = ("best.pt", "last.pt")  # what a run's folder means where a checkpoint is asked for
+TEXTS = (".json", ".yaml", ".yml", ".txt", ".csv", ".md", ".log")
 CONFIG = "config.yaml"  # of a run, its settings
 STATES = ("last.pt", "checkpoint.pt")  # what a run can go on from
 
@@ -34,6 +35,10 @@ def find_checkpoint(path: Path) -> Path:
 
 def require_file(path: Path) -> None:
     """Raise UserError where `path` is no regular file, naming what lies near."""
+    if path.suffix.lower() in TEXTS and path.is_file():
+        weights = first_file(path.parent, WEIGHTS)
+        meant = f". Did you mean {weights}?" if weights else ""
+        raise UserError(f"{path} is a text file, which holds no weights{meant}")
     if is_special_file(path):
         raise UserError(f"{path} is a pipe, a socket or a device: weights are read from files")
     if path.is_file():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rfdetr.console import UserError
 from rfdetr.runs.places import require_file
+from rfdetr.text import with_article
 
 
 class FileReplaced(Exception):
@@ -52,7 +53,7 @@ def read_file(path: Path) -> dict:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or no checkpoint ({reason})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+        raise UserError(f"{path} is no checkpoint: it holds {with_article(type(content).__name__)}")
     return content
 
 
