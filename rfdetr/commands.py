@@ -33,6 +33,12 @@ def flags_of(args: dict, *names: str) -> list[str]:
     return words
 
 
+def steadier(stage: str | None, amp_is_off: bool) -> str:
+    """What to train with where numbers have become NaN or infinite; stage: None is unknown."""
+    rate = "--seg_lr" if stage == "segmentation" else "--lr"
+    return f"a lower {rate}" if amp_is_off else f"a lower {rate}, or --amp off"
+
+
 def size_flags(args: dict) -> list[str]:
     """--size, and --resolution where it is not the size's own."""
     words = flags_of(args, "size")

@@ -21,7 +21,7 @@ from rfdetr.data.gray import look_at, scale_for, window_of
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
 from rfdetr.data.letterbox import as_input, letterbox_for
-from rfdetr.device import pick_device, pick_inference_precision
+from rfdetr.device import Precision, pick_device, pick_inference_precision
 from rfdetr.inference.batches import in_batches
 from rfdetr.inference.detections import (
     DetectionRunner,
@@ -327,7 +327,7 @@ class RFDETR:
 
     def _check(self, detections: Detections) -> None:
         """Keep the best score.  Raises UserError where a score or a box is NaN or infinite."""
-        require_finite(detections)
+        require_finite(detections, self.precision)
         self.best_score = max([self.best_score, *detections.scores.flatten().tolist()])
 
     def _as_input(self, pixels: np.ndarray, choice: Choice) -> Tensor:
@@ -367,14 +367,14 @@ def checked_gray(gray: str | float) -> str | float:
         raise UserError(f"gray: {error}") from error
 
 
-def require_finite(detections: Detections) -> None:
+def require_finite(detections: Detections, precision: Precision) -> None:
     """Raise UserError where a score or a box is NaN or infinite."""
     if detections.scores.isfinite().all() and detections.boxes.isfinite().all():
         return
-    raise UserError(
-        "the model's scores or boxes are NaN or infinite. Run again with --amp off (from Python: "
-        'amp="off"); if it is off already, the checkpoint is damaged: use another'
-    )
+    advice = "The checkpoint is damaged: use another"
+    if precision.dtype is not None:
+        advice = 'Run again with --amp off (from Python: amp="off")'
+    raise UserError(f"the model's scores or boxes are NaN or infinite. {advice}")
 
 
 def _of_size(size: str) -> type[RFDETR]:

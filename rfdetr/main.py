@@ -13,6 +13,7 @@ from torch import nn
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
+from rfdetr.commands import steadier
 from rfdetr.console import say, tick
 from rfdetr.data.statistics import typical_side
 from rfdetr.data.workers import naming_workers
@@ -148,7 +149,8 @@ def fit(
     progress = session.progress
     keeper = make_keeper(session, trainer, pack)
     dataset = loader.dataset
-    health = RunHealth(session.folder, session.run, dataset, progress, keeper.nan_batches)
+    advice = steadier(settings.stage, amp_is_off=session.precision.dtype is None)
+    health = RunHealth(session.folder, session.run, dataset, progress, keeper.nan_batches, advice)
     signals = StopSignals(lambda: save_and_say(session, keeper))
     clock = RunClock(progress, settings.epochs)
     curves = StepCurves(session.run.scalars, progress.steps) if session.run else None

@@ -361,8 +361,10 @@ def test_a_model_that_gives_nan_is_an_error_and_no_prediction(find, tmp_path, mo
         return detections
 
     monkeypatch.setattr(DetectionRunner, "_detect", overflown)
-    status, _, err = find("--input", photo(tmp_path / "a.png"))
-    assert status == 2 and "NaN" in err and "--amp off" in err
+    source = photo(tmp_path / "a.png")
+    for amp, advice in (("bf16", "again with --amp off"), ("off", "The checkpoint is damaged")):
+        status, _, err = find("--input", source, "--amp", amp)
+        assert status == 2 and "NaN" in err and advice in err
     assert not Path("found/predictions.json").exists()
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from rfdetr.commands import steadier
 from rfdetr.console import UserError
 from rfdetr.runs.places import require_file
 from rfdetr.text import with_article
@@ -146,12 +147,13 @@ def require_finite(content: dict, path: Path) -> None:
     broken = [name for name, tensor in _float_tensors(states) if not tensor.isfinite().all()]
     if not broken:
         return
-    advice = "Use another checkpoint, or train again with a lower --lr or --amp off"
+    amp_is_off = (content.get("args") or {}).get("amp") == "off"
+    changes = steadier(content.get("stage"), amp_is_off)
+    advice = f"Use another checkpoint, or train again with {changes}"
     if content.get("training"):
         best = path.with_name("best.pt")
         advice = (
-            f"The run has diverged: begin a new one from {best}, if that is sound, with a lower "
-            "--lr or --amp off"
+            f"The run has diverged: begin a new one from {best}, if that is sound, with {changes}"
         )
     shown = ", ".join(broken[:3]) + (" ..." if len(broken) > 3 else "")
     raise UserError(
