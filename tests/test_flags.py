@@ -549,6 +549,12 @@ def test_last_pt_stands_in_and_the_next_command_can_be_pasted(train, few, shrunk
 
 
 @pytest.mark.slow
+def test_the_end_names_the_files_that_there_are(plain, plain_masks):
+    assert "tb/" in plain.output and "tensorboard --logdir" in plain.output
+    assert "tb/" not in plain_masks.output and "tensorboard" not in plain_masks.output
+
+
+@pytest.mark.slow
 def test_of_a_run_of_stage_2_its_detector_alone_is_used(plain_masks, train):
     assert "has a mask head already" not in plain_masks.output
     earlier = ["--stage1_run", plain_masks.folder]
