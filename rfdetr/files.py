@@ -69,8 +69,10 @@ def refuse_same_file(target: Path, flag: str, source: Path, source_flag: str) ->
 def require_free(out: Path, flag: str) -> None:
     """UserError where there is something in `out`, a folder to be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = what_it_holds(out) if out.is_dir() else "it is a file"
         raise UserError(
-            f"{flag} {out}: it exists already and is never written over: name a new or empty folder"
+            f"{flag} {out} exists already ({what}) and is never written over: name a new or empty "
+            "folder"
         )
 
 

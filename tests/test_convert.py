@@ -673,7 +673,7 @@ def test_nothing_is_written_over_and_nothing_half(convert, refused, monkeypatch,
     make(tmp_path / "coco")
     converted, _ = convert(root)  # an empty folder is taken
     before = (converted / "train" / ANNOTATIONS).read_bytes()
-    assert "never written over" in refused(root)
+    assert "(it holds " in refused(root) and "never written over" in refused(root)
     assert (converted / "train" / ANNOTATIONS).read_bytes() == before
     converted.rename(tmp_path / "first")
 
