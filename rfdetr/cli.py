@@ -206,8 +206,8 @@ def with_own_dataset(settings: S, tell: Callable[[str], object] = lambda text: N
     if not dataset.exists():
         again = same_command("evaluate.py", settings)
         raise UserError(
-            f"{checkpoint} was trained on the dataset {dataset}, and {missing(dataset)}. Name the "
-            f"folder where it is now: {again} --dataset DIR"
+            f"{checkpoint} was trained on the dataset {dataset}, and {missing(dataset)} (looked "
+            f"from {Path.cwd()}). Name the folder where it is now: {again} --dataset DIR"
         )
     settings = replace(settings, dataset=dataset)
     words = command_line(*flags_of(vars(settings), "dataset", "rename"))

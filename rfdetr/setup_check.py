@@ -302,12 +302,12 @@ def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
     codes = {problem.code for problem in errors}
     renames = [pair for problem in errors for pair in problem.renames]
     can_fix = bool(codes & REPAIRED) and "JSON_INVALID" not in codes and not settings.fix
+    command = same_check(settings)
     if codes == {"CLASS_UNKNOWN"} and renames:
-        command = same_check(settings)
         return f"If they are the same classes, run: {command} {rename_flags(renames)}"
     if can_fix:
-        flags = " ".join(["--fix NEW_DIR", rename_flags(renames)]).strip()
-        return f"Correct them and run this again; {flags} repairs what it can in a copy"
+        command = " ".join([command, "--fix NEW_DIR", rename_flags(renames)]).strip()
+        return f"Correct them and run this again, or repair what can be in a copy: {command}"
     if settings.fix or codes <= {"MASKS_NONE", "ANN_NO_TILE"}:
         return "This is left to you"
     return "Correct them and run this again"

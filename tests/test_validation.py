@@ -586,7 +586,8 @@ def test_fix_is_advised_where_it_can_help(dataset, capsys):
         lambda d: d["annotations"].append(d["annotations"][0] | {"id": "x"}),
     )
     _, error = check_setup(capsys, dataset)
-    assert '--fix NEW_DIR --rename "Cell=cell" repairs what it can' in error
+    assert error.endswith('--fix NEW_DIR --rename "Cell=cell"')
+    assert f"in a copy: python validate_setup.py --dataset {dataset} --size tiny" in error
     train.write_text("{")
     _, error = check_setup(capsys, dataset)
     assert "JSON_INVALID" in error and "--fix" not in error
