@@ -46,14 +46,19 @@ def what_is_there_instead(path: Path, suffixes: Collection[str], what: str, flag
 
     what: in words, "images"; flag: what stands before a path.
     """
-    below = path.glob("*/**/*") if path.is_dir() else ()
-    deeper = next((file for file in below if file.suffix.lower() in IMAGE_SUFFIXES), None)
+    below = glob.iglob(f"{glob.escape(str(path))}/*/**/*", recursive=True)
+    deeper = next((file for file in map(Path, below) if is_image(file)), None)
     if deeper:
         pattern = quoted(str(path / "**" / f"*{deeper.suffix}"))
         return f"no {what} there, but in folders below: {flag}{pattern}"
     if not path.exists() and not glob.has_magic(str(path)):
         return what_is_there(path)
     return f"no {what} there ({', '.join(sorted(suffixes))})"
+
+
+def is_image(file: Path) -> bool:
+    """By its name."""
+    return file.suffix.lower() in IMAGE_SUFFIXES
 
 
 def none_read(files: int) -> str:
