@@ -88,10 +88,13 @@ class RFDETR:
         """checkpoint: a file of this repository or an official one; None: the official weights of
         the size, downloaded. resolution: the input side in pixels; None: the checkpoint's own.
 
-        Raises UserError for a file that is missing, damaged or of another size, and for a side
-        that does not fit.
+        Raises UserError for a file that is missing, damaged or of another size, a side that does
+        not fit, and another argument that is none.
         """
         place = pick_device(device, in_python=True)
+        amp = checked_setting("amp", amp)
+        if resolution is not None:
+            require_count("resolution", resolution)
         size = SIZES.get(self.size_name)
         if checkpoint is None and size is None:
             raise UserError(
@@ -233,7 +236,7 @@ class RFDETR:
         gray: as in `predict`.  Warns, once, where the training images were of another kind.
         """
         if gray is not None:
-            gray = checked_gray(gray)
+            gray = checked_setting("gray", gray)
         elif self.gray is None or self.gray.by == "full":
             return None
         is_known = gray is None and self.gray.window is not None
@@ -359,12 +362,12 @@ def require_count(name: str, value: int) -> None:
         raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
 
 
-def checked_gray(gray: str | float) -> str | float:
-    """A value of --gray.  Raises UserError."""
+def checked_setting(name: str, value: str | float) -> str | float:
+    """A value that a flag of predict.py takes.  Raises UserError."""
     try:
-        return settings_of(PredictionSettings)["gray"].read(gray)
+        return settings_of(PredictionSettings)[name].read(value)
     except ValueError as error:
-        raise UserError(f"gray: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def require_finite(detections: Detections, precision: Precision) -> None:

@@ -119,6 +119,7 @@ def test_gray_is_read_as_files_are(tmp_path):
         ("nowhere.jpg", "cannot be read as an image: there is no such file"),
         (None, "a NoneType"),
         (1, "this one is an int"),
+        ("", "an empty text"),
         (b"bytes", r"a bytes\. .*Image\.open\(io\.BytesIO"),
         (io.BytesIO(b"lines\nof\na file"), r"a file object \(BytesIO\)\. .*Image\.open\(file"),
     ],
@@ -143,6 +144,24 @@ def test_errors_of_the_python_door_name_arguments():
         RFDETRNano(device="gpu")
     with pytest.raises(UserError, match=r"^device='meta' is not usable.* try device=\"cpu\"$"):
         RFDETRNano(device="meta")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"amp": "bf61"}, r"amp: invalid choice: 'bf61' \(did you mean bf16\?"),
+        ({"resolution": "64"}, "resolution must be a whole number of 1 or more, got '64'"),
+        ({"resolution": 65}, "the nearest are"),
+    ],
+)
+def test_a_models_arguments_are_checked(arguments, message, tmp_path, model):
+    file = tmp_path / "model.pt"
+    size = SIZES["tiny"]
+    state = model.model.state_dict()
+    content = checkpoint.make_content("single", size, 32, model.table, "nano", state)
+    checkpoint.save(file, content)
+    with pytest.raises(UserError, match=message):
+        RFDETR.from_checkpoint(file, "cpu", **arguments)
 
 
 def test_completion_finds_the_sizes():

@@ -242,6 +242,8 @@ def _checked_file(path: str | Path) -> str | Path:
     """The path itself.  Raises UserError for what is not there, or no plain file."""
     if is_url(path):
         raise UserError(f"{path} {DOWNLOAD_FIRST}")
+    if not str(path):
+        raise UserError("an image must be a path, this one is an empty text")
     if not os.path.exists(path):
         there = what_is_there(Path(path))
         raise UserError(f"{path}: cannot be read as an image: {there} Looked from {os.getcwd()}")
