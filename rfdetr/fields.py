@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from rfdetr.text import EMPTY
+
 MOST = 10**9  # the largest number a setting takes: more is a slip, and no library takes it
 LEAST_TILE = 32  # pixels, of --tile
 OF_SIZE = "the size's own"  # a default that `sizes.py` has
@@ -71,6 +73,8 @@ class Setting:
         """The checked value of one text; ValueError says what fits."""
         if "\0" in text:
             raise ValueError("expected no NUL character")
+        if self.read_one is Path and not text:  # which Path takes for the folder one is in
+            raise ValueError(f"expected a path, got {EMPTY}")
         if text in self.words:
             return text
         if self.choices and text not in self.choices:

@@ -7,6 +7,7 @@ import shlex
 import unicodedata
 from pathlib import PurePath
 
+EMPTY = "an empty text: is a variable of the shell unset?"  # where a path is wanted
 DOWNLOAD_FIRST = "is a URL: download it first, and give the file (of an archive: its folder)"
 
 

@@ -168,6 +168,12 @@ def test_one_of_a_folder_that_cannot_be_read_is_counted_alone(find, tmp_path):
     assert out.endswith("warning: 1 of 2 inputs could not be read: see the warnings above\n")
 
 
+def test_an_empty_input_is_not_the_folder_one_is_in(find, tmp_path):
+    photo(tmp_path / "a.png")
+    status, _, err = find("--input", "")
+    assert status == 2 and "--input is an empty text" in err
+
+
 def test_hidden_files_of_a_folder_are_no_inputs(find, tmp_path):
     (tmp_path / "photos").mkdir()
     photo(tmp_path / "photos/a.png")

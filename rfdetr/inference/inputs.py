@@ -12,6 +12,7 @@ from rfdetr.console import UserError
 from rfdetr.data.layout import ANNOTATIONS
 from rfdetr.inference.image_paths import IMAGE_SUFFIXES, files_named_by, what_is_there_instead
 from rfdetr.inference.videos import VIDEO_SUFFIXES
+from rfdetr.text import EMPTY
 
 
 def collect(inputs: list[str]) -> list[Path]:
@@ -22,6 +23,8 @@ def collect(inputs: list[str]) -> list[Path]:
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     paths: list[Path] = []
     for text in inputs:
+        if not text:
+            raise UserError(f"--input is {EMPTY}")
         files = files_named_by(text, suffixes)
         if not files:
             instead = what_is_there_instead(Path(text), suffixes, "images or videos", "--input ")
