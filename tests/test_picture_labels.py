@@ -122,7 +122,9 @@ def test_labels_in_a_large_picture_are_lower_than_their_objects(side, count, mos
     assert len(labels) == count and 0.6 * most < max(heights) <= most
 
 
-@pytest.mark.parametrize("side, texts", [(24, []), (32, []), (64, ["0.90"]), (128, ["cells  0.90"])])
+@pytest.mark.parametrize(
+    "side, texts", [(24, []), (32, []), (64, ["0.90"]), (128, ["cells  0.90"])]
+)
 def test_tiny_pictures_are_not_hidden_by_a_label(side, texts):
     box = np.array([0.6, 0.6, 0.95, 0.95]) * side
     one = DrawnObject(box, "cells", 0.9, None, (255, 176, 0))

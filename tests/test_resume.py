@@ -609,7 +609,8 @@ def test_too_many_steps_without_a_finite_loss_end_the_run(amp, few, call, monkey
         return losses if number <= 12 else {name: v * float("inf") for name, v in losses.items()}
 
     patch_losses(monkeypatch, spoil)
-    with pytest.raises(UserError, match="no finite loss. The best checkpoints so far.*--lr") as said:
+    kept = "no finite loss. The best checkpoints so far.*--lr"
+    with pytest.raises(UserError, match=kept) as said:
         call(train_detector_stage1.main, *flags)
     assert ("--amp off" in str(said.value)) == (amp != "off")
     folder = Path("runs/detector_tiny_32_1")
