@@ -12,15 +12,17 @@ from rfdetr.tool_settings import FORMS, ConvertSettings
 check_command(ConvertSettings, __doc__, __name__)
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from rfdetr.commands import same_command
 from rfdetr.console import UserError, run_script, say, tick, warn
 from rfdetr.data.formats.detect import (
-    conversion_of,
     dataset_above,
     datasets_below,
     find_form,
     find_yaml,
+    free_output,
 )
 from rfdetr.data.formats.labelme import LabelMeReader
 from rfdetr.data.formats.mask_images import MasksReader
@@ -40,11 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     root = folder_of(settings.input)
     described = settings.input if is_yaml(settings.input) else find_yaml(root)
     form = settings.format
-    labelled = root if described else folder_with_labels(root, form)
+    labelled = root if described else folder_with_labels(root, settings)
     if form == "auto":
         form = "yolo" if described else find_form(labelled)
     if form is None:
-        raise UserError(no_form_message(root))
+        raise UserError(no_form_message(root, settings))
     place = settings.input / labelled.relative_to(root)
     if form == "yolo" and not described:
         root = labelled
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     with writing_to(output, "--output"), new_folder(output, "--output") as folder:
         with CocoWriter(folder, reader.class_names, settings.copy == "copy", notes) as writer:
             convert(reader, writer, notes)
-            require_objects(writer, form, root, notes)
+            require_objects(writer, form, root, notes, settings)
             writer.finish()
 
     tick(f"Written: {output}, from {FORMS[form]} in {place}")
@@ -81,26 +83,37 @@ def folder_of(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def folder_with_labels(root: Path, form: str) -> Path:
-    """`root`, or the only folder in it that holds a dataset.  form: as --format has it.
+def folder_with_labels(root: Path, settings: ConvertSettings) -> Path:
+    """`root`, or the only folder in it that holds a dataset, of --format's form if that is given.
 
     Several of one form are parts of one dataset; not of YOLO, where each has its own classes.
     Raises UserError for datasets that do not go together.
     """
     below = {
-        folder: found for folder, found in datasets_below(root).items() if form in ("auto", found)
+        folder: form
+        for folder, form in datasets_below(root).items()
+        if settings.format in ("auto", form)
     }
     forms = set(below.values())
     if len(below) == 1:
         return next(iter(below))
     if len(forms) < 2 and forms != {"yolo"}:
         return root
-    found = ", ".join(f"{FORMS[found]} in {folder.name}" for folder, found in below.items())
-    commands = "".join(f"\n  {conversion_of(folder)}" for folder in below)
+    found = ", ".join(f"{FORMS[form]} in {folder.name}" for folder, form in below.items())
+    commands = "".join(f"\n  {conversion_of(folder, settings)}" for folder in below)
     raise UserError(f"{root} holds several datasets: {found}. Convert the one you mean:{commands}")
 
 
-def no_form_message(root: Path) -> str:
+def conversion_of(root: Path, settings: ConvertSettings) -> str:
+    """The command that converts another folder, in the form that it is found to have."""
+    output = settings.output
+    if output == ConvertSettings.output:  # by itself: what is there may be in the way
+        output = free_output(root)
+    wanted = replace(settings, input=root, output=output, format="auto")
+    return same_command("convert_dataset.py", wanted)
+
+
+def no_form_message(root: Path, settings: ConvertSettings) -> str:
     """What a folder holds that is in none of the forms, and what to type instead."""
     for folder in (root, root.parent):
         if holds_dataset(folder):
@@ -108,7 +121,7 @@ def no_form_message(root: Path) -> str:
             return (
                 f"{folder} is a COCO dataset already, which all scripts read. Check it: {command}"
             )
-    return whole_dataset_message(root) or (
+    return whole_dataset_message(root, settings) or (
         f"{root} is no dataset in a form that is known ({describe_folder(root)}): expected YOLO "
         "(data.yaml, or images/ and labels/), Pascal VOC (Annotations/, or an .xml beside each "
         "image), LabelMe (a .json beside each image), or images/ and masks/. Name the right folder "
@@ -116,13 +129,15 @@ def no_form_message(root: Path) -> str:
     )
 
 
-def whole_dataset_message(root: Path) -> str | None:
+def whole_dataset_message(root: Path, settings: ConvertSettings) -> str | None:
     """What a folder such as images/train is a part of, and what to type."""
     above = dataset_above(root)
     if above is None:
         return None
     form = FORMS[find_form(above)]
-    return f"{root} is a part of a dataset: {form} in {above}. Run: {conversion_of(above)}"
+    return (
+        f"{root} is a part of a dataset: {form} in {above}. Run: {conversion_of(above, settings)}"
+    )
 
 
 def open_reader(
@@ -153,7 +168,10 @@ def convert(reader: Reader, writer: CocoWriter, notes: Notes) -> None:
             writer.add(split, image)
 
 
-def require_objects(writer: CocoWriter, form: str, root: Path, notes: Notes) -> None:
+def require_objects(
+    writer: CocoWriter, form: str, root: Path, notes: Notes, settings: ConvertSettings
+) -> None:
+    """Raises UserError where nothing was read that a model could learn; form: it was read as."""
     if any(split.objects for split in writer.splits.values()):
         return
     found = "images without any object" if writer.splits else "no usable image"
@@ -161,7 +179,7 @@ def require_objects(writer: CocoWriter, form: str, root: Path, notes: Notes) -> 
     advice = f"Is it in another form? Name it with --format {'|'.join(FORMS)}"
     raise UserError(
         f"{root}: {found} in what was read as {FORMS[form]}{left_out}. Nothing is written. "
-        f"{whole_dataset_message(root) or advice}"
+        f"{whole_dataset_message(root, settings) or advice}"
     )
 
 

@@ -30,9 +30,10 @@ from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place, pick_device
 from rfdetr.files import make_folder, write_json, writing_to
 from rfdetr.inference.batches import in_batches
+from rfdetr.inference.image_paths import IMAGE_SUFFIXES as IMAGES
+from rfdetr.inference.image_paths import none_read, some_unread
 from rfdetr.inference.inputs import collect, free_name, names_of_inputs, refuse_output_among_inputs
-from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
-from rfdetr.inference.originals import Page, pages_of, read_image
+from rfdetr.inference.originals import Page, file_of, pages_of, read_or_warn
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.records import as_records
 from rfdetr.inference.tracking import UNSURE_SCORE, Tracker
@@ -96,11 +97,9 @@ def main(argv: list[str] | None = None) -> None:
         raise Stopped(130) from None
     unread = [path for path in paths if path not in results.read_files]
     if len(unread) == len(paths):
-        which = "the file" if len(unread) == 1 else f"none of the {len(unread)} files"
-        verb = "could not" if len(unread) == 1 else "could"
         if is_new and not next(settings.output.iterdir(), None):
             settings.output.rmdir()
-        raise UserError(f"{which} {verb} be read: see the warnings above")
+        raise UserError(none_read(len(paths)))
     side = tiling.side if tiling else None
     block = model.model.size.block
     for message in image_warnings(images, model.resolution, block, settings.pages, side):
@@ -146,7 +145,7 @@ def tell_lacks(
             file=sys.stderr,
         )
     if unread:
-        message = f"{len(unread)} of {files} inputs could not be read: see the warnings above"
+        message = some_unread(len(unread), files)
         if status:
             print(message, file=sys.stderr)
         else:
@@ -233,7 +232,7 @@ def predict_images(
     saving: list[Future] = []
     batches = list(in_batches(iter(images), predictor.images_at_once))
     turn = predictor.model.exif == "apply"
-    read_one = partial(read, turn=turn, window=window, in_tiles=predictor.in_tiles)
+    read_one = partial(read_or_warn, turn=turn, window=window, in_tiles=predictor.in_tiles)
     # the pool reads the next images and saves the last pictures while the model works
     with ThreadPoolExecutor() as pool:
         reading = read_ahead(pool, batches, read_one)
@@ -261,10 +260,6 @@ def predict_images(
                     results.pictures += 1
                 results.records += as_records(path, picture, prediction, page=page)
         wait_for(saving)
-
-
-def file_of(image: Path | Page) -> Path:
-    return image.path if isinstance(image, Page) else image
 
 
 def stack_of(image: Path | Page) -> Path:
@@ -308,20 +303,6 @@ def read_ahead(
 def wait_for(futures: list[Future]) -> list:
     """Their results; raises what went wrong in one of them."""
     return [future.result() for future in futures]
-
-
-def read(
-    image: Path | Page, turn: bool, window: GrayWindow | None, in_tiles: bool
-) -> Pixels | None:
-    """An image as (H, W, 3) uint8 RGB; None, with a warning, for a file that cannot be read.
-
-    turn, window, in_tiles: as in `read_image`.
-    """
-    try:
-        return read_image(image, turn, window, in_tiles)
-    except UserError as error:
-        warn(str(error))
-        return None
 
 
 def save_picture(prediction: Prediction, file: Path) -> None:

@@ -39,6 +39,7 @@ from rfdetr.training.frozen_start import (
     frozen_detector,
     mask_head_name,
     warn_of_other_exif,
+    warn_of_own_mask_head,
 )
 from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import input_sides
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     session.guess_masks = choose_masks(session.train, settings.masks)
     checkpoint.require_size(content, session.size, path)
     warn_of_other_exif(content, session.train, path)
+    if not resumed:
+        warn_of_own_mask_head(content, path)
     session.trained_on = checkpoint.trained_on(content)
     session.resolution = checkpoint.input_side(content, settings.resolution, path)
     choose_tiles(session, content)

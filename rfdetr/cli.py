@@ -14,20 +14,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-from rfdetr.commands import training_command
+from rfdetr.commands import flags_of, same_command, training_command
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
 from rfdetr.resolve import MissingSettings, plain, read_layer, resolve, settings_of
 from rfdetr.runs.places import (
+    data_of_run,
     detector_of_run,
     find_checkpoint,
+    missing,
     newest_run,
     require_state,
     what_is_there,
 )
 from rfdetr.settings import DataSettings, SingleSettings, TrainingSettings
 from rfdetr.sizes import SIZES
-from rfdetr.text import as_typed, is_url
+from rfdetr.text import as_typed, command_line, is_url
+from rfdetr.tool_settings import EvaluationSettings
 
 S = TypeVar("S")
 T = TypeVar("T", bound=TrainingSettings)
@@ -110,6 +113,7 @@ def _check(kind: type, description: str, argv: list[str] | None) -> None:
 def require_files(settings: object) -> None:
     """UserError for what the settings name and does not exist, as far as torch is not needed."""
     find_checkpoints(settings)
+    settings = with_own_dataset(settings)
     weights = getattr(settings, "pretrain_weights", "auto")
     if weights not in ("auto", "none") and not is_url(weights):
         find_checkpoint(Path(weights).expanduser())
@@ -136,7 +140,7 @@ def script_settings(kind: type[S], description: str, argv: list[str] | None) -> 
     parser = make_parser(kind, description)
     given = vars(parser.parse_args(argv))
     file = take_config(kind, given)
-    return with_checkpoints(resolved(parser, kind, given, file))
+    return with_own_dataset(with_checkpoints(resolved(parser, kind, given, file)), tick)
 
 
 def resolved(parser: Parser, kind: type[S], given: dict, file: dict) -> S:
@@ -184,6 +188,31 @@ def with_checkpoints(settings: S) -> S:
         if folder != path:
             tick(f"--{name} {folder}: {path.name} of this run")
     return replace(settings, **found)
+
+
+def with_own_dataset(settings: S, tell: Callable[[str], object] = lambda text: None) -> S:
+    """The same, or for evaluate.py without --dataset with the one of the checkpoint's run.
+
+    tell: what prints which one that is.  Raises UserError where it has gone.
+    """
+    if not isinstance(settings, EvaluationSettings) or settings.dataset:
+        return settings
+    checkpoint = find_checkpoint(settings.checkpoint)
+    data = data_of_run(checkpoint)
+    if not data:
+        return replace(settings, dataset=DataSettings.dataset)
+    dataset = data["dataset"]
+    settings = replace(settings, rename=settings.rename or data["rename"])
+    if not dataset.exists():
+        again = same_command("evaluate.py", settings)
+        raise UserError(
+            f"{checkpoint} was trained on the dataset {dataset}, and {missing(dataset)} (looked "
+            f"from {Path.cwd()}). Name the folder where it is now: {again} --dataset DIR"
+        )
+    settings = replace(settings, dataset=dataset)
+    words = command_line(*flags_of(vars(settings), "dataset", "rename"))
+    tell(f"{words}: what {checkpoint} was trained on")
+    return settings
 
 
 def find_checkpoints(settings: object) -> dict[str, Path]:

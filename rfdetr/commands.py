@@ -4,6 +4,8 @@ only.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line
 
@@ -31,6 +33,12 @@ def flags_of(args: dict, *names: str) -> list[str]:
     return words
 
 
+def steadier(stage: str | None, amp_is_off: bool) -> str:
+    """What to train with where numbers have become NaN or infinite; stage: None is unknown."""
+    rate = "--seg_lr" if stage == "segmentation" else "--lr"
+    return f"a lower {rate}" if amp_is_off else f"a lower {rate}, or --amp off"
+
+
 def size_flags(args: dict) -> list[str]:
     """--size, and --resolution where it is not the size's own."""
     words = flags_of(args, "size")
@@ -45,4 +53,16 @@ def training_command(args: dict, script: str = TRAIN_DETECTOR) -> str:
     settings.
     """
     words = [*size_flags(args), *flags_of(args, *DATA_FLAGS, *VIEW_FLAGS, "device")]
+    return command_line("python", script, *words)
+
+
+def same_command(script: str, settings: object) -> str:
+    """A script again, with all of these settings that are not as it has them by itself."""
+    words = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default:
+            continue
+        off = value is False  # of a switch that is usually on
+        words += [f"--{field.name}", "0"] if off else flags_of({field.name: value}, field.name)
     return command_line("python", script, *words)

@@ -21,22 +21,25 @@ from rfdetr.data.gray import look_at, scale_for, window_of
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
 from rfdetr.data.letterbox import as_input, letterbox_for
-from rfdetr.device import pick_device, pick_inference_precision
+from rfdetr.device import Precision, pick_device, pick_inference_precision
+from rfdetr.inference.batches import in_batches
 from rfdetr.inference.detections import (
     DetectionRunner,
     Detections,
     make_predictions,
     sure_detections,
 )
+from rfdetr.inference.image_paths import none_read, some_unread
 from rfdetr.inference.originals import (
     ImageInput,
     Original,
-    Page,
+    Single,
     deep_pixels_of,
+    file_of,
     flatten,
     is_open_file,
     read_image,
-    split_up,
+    read_or_warn,
 )
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.tiles import COMPARABLE, DetectedInWindow, in_windows, merge
@@ -85,10 +88,13 @@ class RFDETR:
         """checkpoint: a file of this repository or an official one; None: the official weights of
         the size, downloaded. resolution: the input side in pixels; None: the checkpoint's own.
 
-        Raises UserError for a file that is missing, damaged or of another size, and for a side
-        that does not fit.
+        Raises UserError for a file that is missing, damaged or of another size, a side that does
+        not fit, and another argument that is none.
         """
         place = pick_device(device, in_python=True)
+        amp = checked_setting("amp", amp)
+        if resolution is not None:
+            require_count("resolution", resolution)
         size = SIZES.get(self.size_name)
         if checkpoint is None and size is None:
             raise UserError(
@@ -151,8 +157,9 @@ class RFDETR:
 
         An image is a path; a PIL image; an array, gray (H, W), RGB as in PIL (OpenCV's BGR must be
         turned) or RGBA (H, W, 4); or a tensor (C, H, W). Arrays and tensors are uint8, or float in
-        0..1; uint16 is scaled as in files. Several are a list that may mix all these, a folder, an
-        array (B, H, W, C) or a tensor (B, C, H, W). The model gets `batch` of them at a time.
+        0..1; uint16 is scaled as in files. Several are a list that may mix all these, a folder, a
+        pattern ("photos/*.png"), an array (B, H, W, C) or a tensor (B, C, H, W). The model gets
+        `batch` of them at a time.
         nms: the IoU, 0..1, above which the worse of two boxes of a class is left out, and one of
         two classes where they all but coincide; 0: none is, as in the official package.
         max_detections: of an image, the best ones; None: as many as the model keeps, which is as
@@ -164,8 +171,10 @@ class RFDETR:
         as in training. tile_full: each image is looked at as a whole, too. letterbox: images and
         tiles keep their proportions in the model's input. Of all three None means as in training.
 
-        Returns a Prediction; for several images a list of them. Raises UserError for an argument
-        out of its range, an image that cannot be read, and where the model gives NaN.
+        Returns a Prediction; for several images a list of them. Files of a folder or pattern that
+        cannot be read are left out, with a warning: each Prediction's `path` tells its file. Raises
+        UserError for an argument out of its range, another image that cannot be read, and where the
+        model gives NaN.
         """
         require_share("threshold", threshold)
         require_share("nms", nms)
@@ -184,16 +193,17 @@ class RFDETR:
             nms=nms,
             batch=batch,
             max_detections=max_detections,
-            window=self.gray_window(singles, gray),
+            window=self.gray_window([single.image for single in singles], gray),
             tiling=self.tiling(tile, tile_overlap, tile_full),
             letterbox=self.letterboxed(letterbox),
         )
-        is_single = split_up(images) is None and not isinstance(singles[0], Page)
-        if is_single:
-            return self._predict(singles, choice)[0]
+        is_one = len(singles) == 1 and singles[0].image is images
+        if is_one:
+            pixels = read_image(images, self.exif == "apply", choice.window, bool(choice.tiling))
+            return self._predict([(images, pixels)], choice)[0]
         predictions = []
-        for first in range(0, len(singles), batch):
-            predictions += self._predict(singles[first : first + batch], choice, first)
+        for part in in_batches(self._readable(singles, choice), batch):
+            predictions += self._predict(part, choice)
         return predictions
 
     def tiling(
@@ -226,7 +236,7 @@ class RFDETR:
         gray: as in `predict`.  Warns, once, where the training images were of another kind.
         """
         if gray is not None:
-            gray = checked_gray(gray)
+            gray = checked_setting("gray", gray)
         elif self.gray is None or self.gray.by == "full":
             return None
         is_known = gray is None and self.gray.window is not None
@@ -237,22 +247,40 @@ class RFDETR:
             warn(warning)
         return window_of(scale)
 
-    def _predict(
-        self, images: list[ImageInput], choice: Choice, first: int | None = None
-    ) -> list[Prediction]:
-        """In one batch of single images; first: the position of its first image in the list."""
+    def _readable(
+        self, singles: list[Single], choice: Choice
+    ) -> Iterator[tuple[ImageInput, Pixels]]:
+        """The images with their pixels.
+
+        Files that a folder or pattern has and that cannot be read are left out with a warning;
+        UserError for others, and where nothing is left.
+        """
         turn = self.exif == "apply"
-        pixels = []
-        for position, image in enumerate(images, start=first or 0):
-            try:
-                pixels.append(read_image(image, turn, choice.window, bool(choice.tiling)))
-            except UserError as error:
-                if first is None:
-                    raise
-                raise UserError(f"images[{position}]: {error}") from error
-        originals = [
-            Original.of(image, array, turn, choice.window) for image, array in zip(images, pixels)
-        ]
+        found = {file_of(single.image) for single in singles if not single.is_named}
+        unread = set(found)
+        for position, single in enumerate(singles):
+            image = single.image
+            if single.is_named:
+                try:
+                    pixels = read_image(image, turn, choice.window, bool(choice.tiling))
+                except UserError as error:
+                    raise UserError(f"images[{position}]: {error}") from error
+            else:
+                pixels = read_or_warn(image, turn, choice.window, bool(choice.tiling))
+            if pixels is not None:
+                unread.discard(file_of(image))
+                yield image, pixels
+        are_all_found = not any(single.is_named for single in singles)
+        if unread and unread == found and are_all_found:
+            raise UserError(none_read(len(found)))
+        if unread:
+            warn(some_unread(len(unread), len(found)))
+
+    def _predict(self, images: list[tuple[ImageInput, Pixels]], choice: Choice) -> list[Prediction]:
+        """In one batch of single images with their pixels."""
+        turn = self.exif == "apply"
+        pixels = [array for _, array in images]
+        originals = [Original.of(image, array, turn, choice.window) for image, array in images]
         if choice.tiling is not None:
             return [
                 self._predict_in_tiles(original, array, choice)
@@ -302,7 +330,7 @@ class RFDETR:
 
     def _check(self, detections: Detections) -> None:
         """Keep the best score.  Raises UserError where a score or a box is NaN or infinite."""
-        require_finite(detections)
+        require_finite(detections, self.precision)
         self.best_score = max([self.best_score, *detections.scores.flatten().tolist()])
 
     def _as_input(self, pixels: np.ndarray, choice: Choice) -> Tensor:
@@ -334,22 +362,22 @@ def require_count(name: str, value: int) -> None:
         raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
 
 
-def checked_gray(gray: str | float) -> str | float:
-    """A value of --gray.  Raises UserError."""
+def checked_setting(name: str, value: str | float) -> str | float:
+    """A value that a flag of predict.py takes.  Raises UserError."""
     try:
-        return settings_of(PredictionSettings)["gray"].read(gray)
+        return settings_of(PredictionSettings)[name].read(value)
     except ValueError as error:
-        raise UserError(f"gray: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
-def require_finite(detections: Detections) -> None:
+def require_finite(detections: Detections, precision: Precision) -> None:
     """Raise UserError where a score or a box is NaN or infinite."""
     if detections.scores.isfinite().all() and detections.boxes.isfinite().all():
         return
-    raise UserError(
-        "the model's scores or boxes are NaN or infinite. Run again with --amp off (from Python: "
-        'amp="off"); if it is off already, the checkpoint is damaged: use another'
-    )
+    advice = "The checkpoint is damaged: use another"
+    if precision.dtype is not None:
+        advice = 'Run again with --amp off (from Python: amp="off")'
+    raise UserError(f"the model's scores or boxes are NaN or infinite. {advice}")
 
 
 def _of_size(size: str) -> type[RFDETR]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from rfdetr.text import EMPTY
+
 MOST = 10**9  # the largest number a setting takes: more is a slip, and no library takes it
 LEAST_TILE = 32  # pixels, of --tile
 OF_SIZE = "the size's own"  # a default that `sizes.py` has
@@ -71,6 +73,8 @@ class Setting:
         """The checked value of one text; ValueError says what fits."""
         if "\0" in text:
             raise ValueError("expected no NUL character")
+        if self.read_one is Path and not text:  # which Path takes for the folder one is in
+            raise ValueError(f"expected a path, got {EMPTY}")
         if text in self.words:
             return text
         if self.choices and text not in self.choices:
@@ -102,7 +106,8 @@ def number(
     """A reader of an int or float within [low, high]; its ValueError names the range, and the words
     that may stand in its place.
     """
-    range_in_words = f"a {'whole number' if kind is int else 'number'} from {low:,} to {high:,}"
+    what = "a whole number" if kind is int else "a number"
+    range_in_words = f"{what} from {in_words(low)} to {in_words(high)}"
     expected = " or ".join([*words, range_in_words])
 
     def read(text: str) -> float:
@@ -113,6 +118,11 @@ def number(
         raise ValueError(f"expected {expected}, got {text!r}")
 
     return read
+
+
+def in_words(number: float) -> str:
+    """1,000,000 or 0.9; a whole number without decimals."""
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 def integer(default, help: str, low: int = 1, high: int = MOST, words: tuple[str, ...] = ()):

@@ -28,6 +28,9 @@ def writing_to(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or folder})"
+        in_the_way = next((place for place in (folder, *folder.parents) if place.is_file()), None)
+        if in_the_way:
+            reason = f"the file {in_the_way} is in the way"
         raise UserError(
             f"cannot write to the folder {folder}: {reason}. Name another with {flag}"
         ) from error
@@ -66,8 +69,10 @@ def refuse_same_file(target: Path, flag: str, source: Path, source_flag: str) ->
 def require_free(out: Path, flag: str) -> None:
     """UserError where there is something in `out`, a folder to be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = what_it_holds(out) if out.is_dir() else "it is a file"
         raise UserError(
-            f"{flag} {out}: it exists already and is never written over: name a new or empty folder"
+            f"{flag} {out} exists already ({what}) and is never written over: name a new or empty "
+            "folder"
         )
 
 

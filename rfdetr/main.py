@@ -13,6 +13,7 @@ from torch import nn
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
+from rfdetr.commands import steadier
 from rfdetr.console import say, tick
 from rfdetr.data.statistics import typical_side
 from rfdetr.data.workers import naming_workers
@@ -37,12 +38,12 @@ from rfdetr.training.report import (
     describe_run,
     draw_pictures,
     is_picture_due,
+    note_begun,
     print_banner,
     print_epoch,
     record_epoch,
     record_test,
     stopped_early,
-    write_config,
 )
 from rfdetr.training.resume import data_digest, go_on, refuse_finished_run, resumed_progress
 from rfdetr.training.session import (
@@ -120,8 +121,11 @@ def open_run(session: Session, model: nn.Module) -> AbstractContextManager:
         }
         header["commands"] = commands_of(session, header["environment"]["command"], folder)
         progress = session.progress
-        session.run = Run(folder, header, progress.epoch, settings.tensorboard, progress.step)
-        write_config(session.run, settings, header["commands"])
+        session.run = Run(
+            folder, header, progress.epoch, settings.tensorboard, progress.step, waits=True
+        )
+        if not session.resumed:
+            note_begun(session)
         describe_run(session.run, settings, header)
         print_banner(session, model, header["environment"]["device"])
     session.folder = distributed.from_main(session.run.folder if session.run else None)
@@ -148,7 +152,8 @@ def fit(
     progress = session.progress
     keeper = make_keeper(session, trainer, pack)
     dataset = loader.dataset
-    health = RunHealth(session.folder, session.run, dataset, progress, keeper.nan_batches)
+    advice = steadier(settings.stage, amp_is_off=session.precision.dtype is None)
+    health = RunHealth(session.folder, session.run, dataset, progress, keeper.nan_batches, advice)
     signals = StopSignals(lambda: save_and_say(session, keeper))
     clock = RunClock(progress, settings.epochs)
     curves = StepCurves(session.run.scalars, progress.steps) if session.run else None
@@ -159,6 +164,7 @@ def fit(
         health.after_step(batch, finite)
         if keeper.minutes_since_save() > settings.save_minutes:
             keeper.save("checkpoint.pt")
+            note_begun(session)
         signals.stop_if_asked()
 
     with signals, keeper.naming_last_save(), naming_workers(dataset.images_in_work):
@@ -182,6 +188,7 @@ def fit(
                 weights = keeper.best["weights"] if gained else keeper.better_weights(scores)
             is_best = gained and keeper.best["value"] is not None  # or nothing can be scored
             print_epoch(record, clock, scores.get(weights), weights if is_best else None)
+            note_begun(session)
             if session.run:
                 record_epoch(session.run, record, keeper.best)
             progress.finish_epoch()  # not before: a run stopped while evaluating does it again
@@ -234,6 +241,7 @@ def make_keeper(
 def save_and_say(session: Session, keeper: CheckpointKeeper) -> None:
     """Save a run that is asked to stop, and say how to go on; its settings come back with it."""
     keeper.save("checkpoint.pt")
+    note_begun(session)
     words = [*distributed.launcher(), sys.argv[0], "--resume", str(session.folder)]
     file = session.folder / "checkpoint.pt"
     say(f"\nstopped: the state is in {file}. Go on with:\n  {command_line(*words)}")
@@ -269,10 +277,14 @@ def finish(
         evaluator = split_evaluator(session, "test", table, masks)
         scores = evaluator.evaluate(model.to(session.device))
         say(f"test split\n{format_table(scores)}")
+        note_begun(session)
         if session.run:
             record_test(session.run, scores, session.progress.epoch)
-    tick(f"Done. Files: {session.folder} (best.pt, last.pt, metrics.json, tb/, predictions/)")
-    say(f"Look at the curves:  {command_line('tensorboard', '--logdir', session.folder)}")
+    files = ("best.pt", "last.pt", "metrics.json", "tb/", "predictions/")
+    there = ", ".join(name for name in files if (session.folder / name).exists())
+    tick(f"Done. Files: {session.folder} ({there})")
+    if (session.folder / "tb").exists():
+        say(f"Look at the curves:  {command_line('tensorboard', '--logdir', session.folder)}")
     if session.settings.fast_dev_run:
         remark, next_command = after_trial(session, sys.argv)
     if remark:

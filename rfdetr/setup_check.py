@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfdetr.commands import training_command
+from rfdetr.commands import same_command, training_command
 from rfdetr.console import UserError, banner, tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.class_checks import rare_class_problems
@@ -290,9 +290,7 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
         return errors[0].message
     is_valid_missing = {problem.code for problem in errors} == {"SPLIT_VALID_MISSING"}
     if is_valid_missing and not has_val_folder(settings.dataset):
-        command = training_command(
-            plain(settings) | {"val_fraction": VAL_FRACTION}, "validate_setup.py"
-        )
+        command = same_check(replace(settings, val_fraction=VAL_FRACTION))
         return f"there is no valid split. To check with a tenth of train/ as one: {command}"
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
     advice = advice_on(errors, settings)
@@ -304,15 +302,20 @@ def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
     codes = {problem.code for problem in errors}
     renames = [pair for problem in errors for pair in problem.renames]
     can_fix = bool(codes & REPAIRED) and "JSON_INVALID" not in codes and not settings.fix
+    command = same_check(settings)
     if codes == {"CLASS_UNKNOWN"} and renames:
-        command = training_command(plain(settings), "validate_setup.py")
         return f"If they are the same classes, run: {command} {rename_flags(renames)}"
     if can_fix:
-        flags = " ".join(["--fix NEW_DIR", rename_flags(renames)]).strip()
-        return f"Correct them and run this again; {flags} repairs what it can in a copy"
+        command = " ".join([command, "--fix NEW_DIR", rename_flags(renames)]).strip()
+        return f"Correct them and run this again, or repair what can be in a copy: {command}"
     if settings.fix or codes <= {"MASKS_NONE", "ANN_NO_TILE"}:
         return "This is left to you"
     return "Correct them and run this again"
+
+
+def same_check(settings: ValidationSettings) -> str:
+    """The command of another check; what --fix has written is what `settings` are about by now."""
+    return same_command("validate_setup.py", replace(settings, fix=None))
 
 
 def say_what_is_possible(

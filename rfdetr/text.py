@@ -7,6 +7,7 @@ import shlex
 import unicodedata
 from pathlib import PurePath
 
+EMPTY = "an empty text: is a variable of the shell unset?"  # where a path is wanted
 DOWNLOAD_FIRST = "is a URL: download it first, and give the file (of an archive: its folder)"
 
 
@@ -27,6 +28,11 @@ def counted(number: int, noun: str) -> str:
     """1 class, 2 classes."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{number} {noun if number == 1 else plural}"
+
+
+def with_article(noun: str) -> str:
+    """a list, an int."""
+    return f"{'an' if noun[0] in 'aeioAEIO' else 'a'} {noun}"
 
 
 def quoted(word: str) -> str:

@@ -70,8 +70,13 @@ class InferenceSettings(TileSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(InferenceSettings, DataSettings):
-    """evaluate.py"""
+    """evaluate.py; once `cli.with_own_dataset` has filled it in, `dataset` is never None."""
 
+    dataset: Path | None = path(
+        None,
+        "COCO-format folder (default: what the run of --checkpoint was trained on; of a file "
+        f"outside of a run {DataSettings.dataset})",
+    )
     val_fraction: float | None = decimal(
         None, "without valid/: the share of train/ (default: training's)", low=0.001, high=0.9
     )

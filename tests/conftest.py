@@ -124,7 +124,7 @@ def small_model(small_size) -> Detector:
 def read_split(file: Path, folder: Path, name: str) -> CocoSplit:
     """One annotation file alone, checked and read as read_dataset reads all of a dataset."""
     split = check_file(file, folder)
-    raise_errors(split.faults.problems(), file.parent.parent)
+    raise_errors(split.faults.problems(), {"dataset": file.parent.parent})
     compute_areas(split.columns)
     return build_splits({name: split})[name]
 

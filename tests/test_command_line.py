@@ -126,7 +126,7 @@ def test_what_a_flag_takes_is_told_in_words():
     for flags, words in (
         (["--epochs", "many"], "expected a whole number from 1 to 1,000,000,000, got 'many'"),
         (["--batch", "0"], "expected auto or a whole number from 1 to 65,536, got '0'"),
-        (["--drop_path", "2"], "expected a number from 0.0 to 0.9, got '2'"),
+        (["--drop_path", "2"], "expected a number from 0 to 0.9, got '2'"),
     ):
         assert words in error_of(DetectorSettings, *flags)
 

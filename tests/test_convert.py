@@ -673,7 +673,7 @@ def test_nothing_is_written_over_and_nothing_half(convert, refused, monkeypatch,
     make(tmp_path / "coco")
     converted, _ = convert(root)  # an empty folder is taken
     before = (converted / "train" / ANNOTATIONS).read_bytes()
-    assert "never written over" in refused(root)
+    assert "(it holds " in refused(root) and "never written over" in refused(root)
     assert (converted / "train" / ANNOTATIONS).read_bytes() == before
     converted.rename(tmp_path / "first")
 
@@ -738,6 +738,20 @@ def test_several_datasets_in_a_folder_are_named_and_none_is_read(several, few, r
     for name in ("d", "e"):
         write_yolo(few, tmp_path / "yolos" / name)
     assert "--input" in refused(tmp_path / "yolos")
+
+
+def test_a_command_that_is_advised_keeps_what_was_asked_for(several, few, refused, call, tmp_path):
+    flags = ["--copy", "copy", "--class_name", "my cell"]
+    commands = refused(several, *flags).splitlines()[1:]
+    python, script, *words = shlex.split(commands[2])
+    assert (python, script) == ("python", "convert_dataset.py")
+    call(convert_dataset.main, *words)
+    data = json.loads((tmp_path / "coco/train" / ANNOTATIONS).read_text())
+    assert [category["name"] for category in data["categories"]] == ["my cell"]
+    image = tmp_path / "coco/train" / data["images"][0]["file_name"]
+    assert image.stat().st_nlink == 1
+    theirs = write_yolo(few, tmp_path / "theirs")
+    assert f"--input {theirs} --output coco --copy copy" in refused(theirs / "images", *flags[:2])
 
 
 @pytest.mark.parametrize("write", [write_yolo, write_voc, write_labelme, write_masks])

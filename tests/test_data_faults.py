@@ -159,7 +159,9 @@ def test_prediction_turns_images_as_training_did(few, tmp_path, call, monkeypatc
     assert checkpoint.load(best)["exif"] == RFDETR(best, "cpu").exif == "ignore"
     turned = []
     monkeypatch.setattr(
-        predict, "read_image", lambda path, turn, *_: turned.append(turn) or read_image(path, turn)
+        predict,
+        "read_or_warn",
+        lambda path, turn, **_: turned.append(turn) or read_image(path, turn),
     )
     words = [
         "--checkpoint",

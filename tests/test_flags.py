@@ -198,7 +198,7 @@ def test_a_bad_training_command_leaves_with_2_and_names_its_fault(
         (
             predict,
             ["--checkpoint", "x.pt", "--input", "folder", "--output", "o", "--threshold", "2"],
-            "a number from 0.0 to 1.0, got '2'",
+            "a number from 0 to 1, got '2'",
         ),
         (predict, ["--checkpoint", "x.pt", "--input", "folder", "--output", "o"], "folder"),
         (shrink_head, ["--in_ckpt", "folder", "--out_ckpt", "o.pt"], "folder"),
@@ -546,6 +546,25 @@ def test_last_pt_stands_in_and_the_next_command_can_be_pasted(train, few, shrunk
     assert "old_run/last.pt" in run.output.replace("\\", "/")
     words = shlex.split(run.output.splitlines()[-1].removeprefix("Next:"))
     assert words[words.index("--input") + 1 : words.index("--output")] == [str(data / "train")]
+
+
+@pytest.mark.slow
+def test_the_end_names_the_files_that_there_are(plain, plain_masks):
+    assert "tb/" in plain.output and "tensorboard --logdir" in plain.output
+    assert "tb/" not in plain_masks.output and "tensorboard" not in plain_masks.output
+
+
+@pytest.mark.slow
+def test_of_a_run_of_stage_2_its_detector_alone_is_used(plain_masks, train):
+    assert "has a mask head already" not in plain_masks.output
+    earlier = ["--stage1_run", plain_masks.folder]
+    run = train(train_seg_stage2, *earlier, "--mask_head", "standard")
+    assert f"{plain_masks.folder / 'best.pt'} has a mask head already" in run.output
+    assert f"train_seg_stage2.py --resume {plain_masks.folder}\n" in run.output
+    detector = {key for key in plain_masks.model if not key.startswith("mask_head.")}
+    assert detector == {key for key in run.model if not key.startswith("mask_head.")}
+    assert all(torch.equal(plain_masks.model[key], run.model[key]) for key in detector)
+    assert plain_masks.model.keys() != run.model.keys()  # it has a head of its own
 
 
 # ---------------------------------------------------------------- runs of the single stage

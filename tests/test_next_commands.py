@@ -19,6 +19,7 @@ import train_seg_stage2
 import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.cli import training_settings
+from rfdetr.commands import steadier
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.models.detector import Detector
@@ -241,3 +242,8 @@ def test_the_command_of_another_scripts_run_is_quoted():
         require_stage({"stage": "single"}, "detector", Path("my run"))
     command = re.search("python .*", str(caught.value))[0]
     assert shlex.split(command) == ["python", "train_seg_single_stage.py", "--resume", "my run"]
+
+
+def test_what_to_train_with_is_not_so_already_and_a_flag_of_the_stage():
+    assert steadier("segmentation", amp_is_off=True) == "a lower --seg_lr"
+    assert steadier("detector", amp_is_off=False) == "a lower --lr, or --amp off"

@@ -122,6 +122,15 @@ def test_labels_in_a_large_picture_are_lower_than_their_objects(side, count, mos
     assert len(labels) == count and 0.6 * most < max(heights) <= most
 
 
+@pytest.mark.parametrize(
+    "side, texts", [(24, []), (32, []), (64, ["0.90"]), (128, ["cells  0.90"])]
+)
+def test_tiny_pictures_are_not_hidden_by_a_label(side, texts):
+    box = np.array([0.6, 0.6, 0.95, 0.95]) * side
+    one = DrawnObject(box, "cells", 0.9, None, (255, 176, 0))
+    assert [label.text for label in place_labels([one], (side, side), 1)] == texts
+
+
 def test_many_objects_lower_than_any_label_keep_one_of_each_class():
     labels = place_labels(squares(8, 50, 60), (3000, 3000), 1)
     assert [label.text for label in labels] == ["cell  0.90", "vessel  0.90"]

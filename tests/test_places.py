@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rfdetr.classes import assign_rows
 from rfdetr.cli import script_settings, training_settings
 from rfdetr.console import UserError, run_script
 from rfdetr.data.demo import CLASS_NAMES
+from rfdetr.data.layout import ANNOTATIONS, read_json
 from rfdetr.models.detector import Detector
 from rfdetr.runs.places import detector_of_run, find_checkpoint, require_state
 from rfdetr.settings import SegmentationSettings, SingleSettings
@@ -22,6 +24,7 @@ from rfdetr.sizes import SIZES
 from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights import checkpoint
 from rfdetr.weights.download import find_weights
+from testkit.datasets import rewrite
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,37 @@ def test_scripts_go_on_with_the_file_of_the_run(run, weights, few, call, capsys)
     message = refusal(call, export.main, "--checkpoint", run, "--out", "x.pth")
     assert "best.pt is of size tiny" in message
     assert checkpoint.load(run)["format"] == 1
+
+
+def test_a_run_is_scored_on_what_it_was_trained_on(run, weights, few, call, capsys):
+    data = shutil.copytree(few, Path("my data"))
+    for split in ("train", "valid"):
+        rewrite(data / split / ANNOTATIONS, lambda d: d["categories"][0].update(name="mine"))
+    shutil.copy(weights, run / "best.pt")
+    rename = f"mine={read_json(few / 'train' / ANNOTATIONS)['categories'][0]['name']}"
+    (run / "config.yaml").write_text(f"dataset: my data\nrename: [{rename}]\n", encoding="utf-8")
+    flags = ["--checkpoint", run, "--device", "cpu"]
+    call(evaluate.main, *flags)
+    said = capsys.readouterr().out
+    assert "--dataset 'my data' --rename=" in said and "my data (valid, 2 images" in said
+    call(evaluate.main, *flags, "--dataset", few)
+    assert "trained on\n" not in capsys.readouterr().out
+    data.rename("moved")
+    message = refusal(call, evaluate.main, *flags)
+    assert "was trained on the dataset my data, and there is no" in message
+    words = shlex.split(message.partition("now: python evaluate.py ")[2])
+    assert words[-2:] == ["--dataset", "DIR"]
+    call(evaluate.main, *words[:-1], "moved")
+    (run / "config.yaml").unlink()
+    assert "no COCO dataset in dataset" in refusal(call, evaluate.main, *flags)
+
+
+def test_a_text_is_no_checkpoint_and_the_weights_beside_it_are_named(run):
+    (run / "stage2_config.json").write_text("{}")
+    (run / "best.pt").write_bytes(b"weights")
+    message = refusal(find_checkpoint, run / "stage2_config.json")
+    assert "stage2_config.json is a text file, which holds no weights" in message
+    assert f"Did you mean {run / 'best.pt'}?" in message
 
 
 def test_a_folder_too_deep_or_too_high_names_the_run(run):

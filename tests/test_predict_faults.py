@@ -168,6 +168,21 @@ def test_one_of_a_folder_that_cannot_be_read_is_counted_alone(find, tmp_path):
     assert out.endswith("warning: 1 of 2 inputs could not be read: see the warnings above\n")
 
 
+def test_an_empty_input_is_not_the_folder_one_is_in(find, tmp_path):
+    photo(tmp_path / "a.png")
+    status, _, err = find("--input", "")
+    assert status == 2 and "--input is an empty text" in err
+
+
+def test_hidden_files_of_a_folder_are_no_inputs(find, tmp_path):
+    (tmp_path / "photos").mkdir()
+    photo(tmp_path / "photos/a.png")
+    for name in ("._a.png", ".DS_Store"):
+        (tmp_path / "photos" / name).write_bytes(b"\0\5\x16\7")
+    status, out, _ = find("--input", "photos")
+    assert status == 0 and "in 1 file:" in out and "warning" not in out
+
+
 def test_an_interrupted_run_says_what_it_leaves(find, tmp_path, monkeypatch):
     predict_one = predict.Predictor.predict
     seen = []
@@ -352,8 +367,10 @@ def test_a_model_that_gives_nan_is_an_error_and_no_prediction(find, tmp_path, mo
         return detections
 
     monkeypatch.setattr(DetectionRunner, "_detect", overflown)
-    status, _, err = find("--input", photo(tmp_path / "a.png"))
-    assert status == 2 and "NaN" in err and "--amp off" in err
+    source = photo(tmp_path / "a.png")
+    for amp, advice in (("bf16", "again with --amp off"), ("off", "The checkpoint is damaged")):
+        status, _, err = find("--input", source, "--amp", amp)
+        assert status == 2 and "NaN" in err and advice in err
     assert not Path("found/predictions.json").exists()
 
 

@@ -118,6 +118,8 @@ def test_gray_is_read_as_files_are(tmp_path):
         ("https://example.org/a.jpg", "is a URL: download it first"),
         ("nowhere.jpg", "cannot be read as an image: there is no such file"),
         (None, "a NoneType"),
+        (1, "this one is an int"),
+        ("", "an empty text"),
         (b"bytes", r"a bytes\. .*Image\.open\(io\.BytesIO"),
         (io.BytesIO(b"lines\nof\na file"), r"a file object \(BytesIO\)\. .*Image\.open\(file"),
     ],
@@ -142,6 +144,24 @@ def test_errors_of_the_python_door_name_arguments():
         RFDETRNano(device="gpu")
     with pytest.raises(UserError, match=r"^device='meta' is not usable.* try device=\"cpu\"$"):
         RFDETRNano(device="meta")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"amp": "bf61"}, r"amp: invalid choice: 'bf61' \(did you mean bf16\?"),
+        ({"resolution": "64"}, "resolution must be a whole number of 1 or more, got '64'"),
+        ({"resolution": 65}, "the nearest are"),
+    ],
+)
+def test_a_models_arguments_are_checked(arguments, message, tmp_path, model):
+    file = tmp_path / "model.pt"
+    size = SIZES["tiny"]
+    state = model.model.state_dict()
+    content = checkpoint.make_content("single", size, 32, model.table, "nano", state)
+    checkpoint.save(file, content)
+    with pytest.raises(UserError, match=message):
+        RFDETR.from_checkpoint(file, "cpu", **arguments)
 
 
 def test_completion_finds_the_sizes():
@@ -180,8 +200,38 @@ def test_several_images_are_a_list_a_folder_or_a_batch(model, pixels, photo, mon
             np.testing.assert_allclose(prediction.scores, one.scores, atol=1e-5)
     assert model.predict([]) == []
     photo.unlink()
-    with pytest.raises(UserError, match="no images in this folder"):
+    with pytest.raises(UserError, match="no images there"):
         model.predict(photo.parent)
+
+
+def test_folders_and_patterns_are_what_predict_takes_them_for(model, photo, capsys):
+    """Hidden files are none of them, and what cannot be read is left out, said and counted."""
+    folder = photo.parent
+    for name in ("._photo.png", ".DS_Store", ".hidden.png"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    for several in (folder, folder / "*.png", f"{folder}/../**/*.png"):
+        assert [found.path.name for found in model.predict(several)] == ["photo.png"]
+    assert capsys.readouterr().out == ""
+    (folder / "bad.png").write_bytes(b"no image")
+    for several in (folder, folder / "*.png", [folder]):
+        assert [found.path for found in model.predict(several)] == [photo]
+        said = capsys.readouterr().out
+        assert "bad.png" in said and "1 of 2 inputs could not be read" in said
+    with pytest.raises(UserError, match=r"images\[0\]: .*bad.png"):
+        model.predict([folder / "bad.png", folder])
+    with pytest.raises(UserError, match="the file could not be read: see the warnings"):
+        model.predict(folder / "b*.png")
+
+
+def test_what_is_missing_is_told_with_what_may_be_meant(model, photo):
+    with pytest.raises(UserError, match=r"Did you mean .*photo\.png\?"):
+        model.predict(photo.with_name("phot.png"))
+    with pytest.raises(UserError, match=r"there is no folder .*Did you mean .*photos\?"):
+        model.predict(photo.parents[1] / "phots/photo.png")
+    with pytest.raises(UserError, match=r"no images there \(.bmp"):
+        model.predict(photo.parent / "*.jpg")
+    with pytest.raises(UserError, match=r"but in folders below: .*\*.png"):
+        model.predict(photo.parents[1])
 
 
 @pytest.mark.parametrize("name", ["threshold", "nms"])
@@ -318,3 +368,18 @@ def test_a_picture_needs_no_arguments(model, pixels, photo):
     photo.unlink()
     with pytest.raises(UserError, match="no such file"):
         of_file.picture()
+
+
+def test_a_picture_is_saved_wherever_its_name_says(tmp_path):
+    prediction = some_prediction()
+    file = tmp_path / "new/folder/found.png"
+    prediction.save_picture(file)
+    assert Image.open(file).size == (WIDTH, HEIGHT)
+    for name in ("found", "found.xyz"):
+        with pytest.raises(UserError, match="no kind of picture: call it .*found.png"):
+            prediction.save_picture(tmp_path / name)
+
+
+def test_what_is_no_tracker_is_refused():
+    with pytest.raises(UserError, match=r"Tracker\(threshold=0.5\).*got None"):
+        some_prediction().tracked(None)

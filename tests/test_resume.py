@@ -149,6 +149,25 @@ def test_settings_that_a_resume_changes_are_said_and_both_are_kept(few, call, ca
     assert "# lr: 0.002 before epoch 2" in config and yaml.safe_load(config)["lr"] == 0.001
 
 
+def test_a_resumed_run_that_fails_before_it_saves_leaves_the_settings(few, call, monkeypatch):
+    folder = Path("run")
+    call(train_detector_stage1.main, *quick_flags(few), "--lr", 0.002, "--output_dir", folder)
+    files = [folder / "config.yaml", folder / "metrics.json"]
+    before = [file.read_bytes() for file in files]
+
+    def fail(number, losses):
+        raise RuntimeError("no step succeeds")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patch_losses(patched, fail)
+        call(train_detector_stage1.main, "--resume", folder, "--epochs", 2, "--lr", 1e9)
+    assert [file.read_bytes() for file in files] == before
+    call(train_detector_stage1.main, "--resume", folder, "--epochs", 2)
+    assert yaml.safe_load(files[0].read_text())["lr"] == 0.002
+    metrics = json.loads(files[1].read_text())
+    assert [command["changed"] for command in metrics["commands"]] == [{}, {"epochs": [1, 2]}]
+
+
 def test_commands_of_a_run_that_lists_none(tmp_path):
     assert earlier_commands(tmp_path) == []
     file = tmp_path / "metrics.json"
@@ -590,8 +609,10 @@ def test_too_many_steps_without_a_finite_loss_end_the_run(amp, few, call, monkey
         return losses if number <= 12 else {name: v * float("inf") for name, v in losses.items()}
 
     patch_losses(monkeypatch, spoil)
-    with pytest.raises(UserError, match="no finite loss. The best checkpoints so far.*--lr"):
+    kept = "no finite loss. The best checkpoints so far.*--lr"
+    with pytest.raises(UserError, match=kept) as said:
         call(train_detector_stage1.main, *flags)
+    assert ("--amp off" in str(said.value)) == (amp != "off")
     folder = Path("runs/detector_tiny_32_1")
     assert [
         entry["step"] for entry in json.loads((folder / "nan_batches.json").read_text())

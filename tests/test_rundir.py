@@ -94,7 +94,7 @@ def test_processes_that_start_at_once_get_different_folders(tmp_path):
 def test_a_file_in_the_way_of_the_runs_folder_is_named(tmp_path):
     (tmp_path / "runs").write_text("")
     for parent in (tmp_path / "runs", tmp_path / "runs" / "deeper"):
-        with pytest.raises(UserError, match="cannot write to the folder .*runs"):
+        with pytest.raises(UserError, match="the file .*runs is in the way. Name another"):
             new_run(parent, "detector")
 
 

@@ -214,6 +214,7 @@ BAD = [
     (DetectorSettings, "size", "huge", "tiny, nano, small"),
     (DetectorSettings, "head", "coco80", "coco91, dataset"),
     (DetectorSettings, "dataset", {}, "{}"),
+    (DetectorSettings, "dataset", "", "an empty text"),
     (DetectorSettings, "pretrain_exclude_keys", "a*", "a list"),
     (DetectorSettings, "pretrain_exclude_keys", [["a"]], "one value"),
     (SegmentationSettings, "seg_lr", -1, "from 0"),

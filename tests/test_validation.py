@@ -9,6 +9,8 @@ import copy
 import json
 import math
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -208,7 +210,7 @@ def test_all_problems_are_reported_at_once_with_counts_and_first_places(tmp_path
     ]
     data["images"][3]["width"] = -1
     file = write(tmp_path / "my data/train", data)
-    with pytest.raises(UserError, match=r'1 more kinds of errors\..*--dataset \'.*my data\''):
+    with pytest.raises(UserError, match=r'1 more kind of errors\..*--dataset \'.*my data\''):
         read_split(file, file.parent, "train")
 
 
@@ -578,16 +580,39 @@ def test_fix_is_advised_where_it_can_help(dataset, capsys):
     rewrite(dataset / "valid" / ANNOTATIONS, lambda d: d["categories"][0].update(name="Cell"))
     _, error = check_setup(capsys, dataset)
     assert "--fix" not in error and error.endswith('--rename "Cell=cell"')
-    assert f"python validate_setup.py --size tiny --dataset {dataset}" in error
+    assert f"python validate_setup.py --dataset {dataset} --size tiny" in error
     rewrite(
         dataset / "valid" / ANNOTATIONS,
         lambda d: d["annotations"].append(d["annotations"][0] | {"id": "x"}),
     )
     _, error = check_setup(capsys, dataset)
-    assert '--fix NEW_DIR --rename "Cell=cell" repairs what it can' in error
+    assert error.endswith('--fix NEW_DIR --rename "Cell=cell"')
+    assert f"in a copy: python validate_setup.py --dataset {dataset} --size tiny" in error
     train.write_text("{")
     _, error = check_setup(capsys, dataset)
     assert "JSON_INVALID" in error and "--fix" not in error
+
+
+def test_a_renaming_that_is_advised_writes_where_the_first_check_did(dataset, tmp_path, capsys):
+    rewrite(dataset / "valid" / ANNOTATIONS, lambda d: d["categories"][0].update(name="Cell"))
+    report = tmp_path / "my report.json"
+    flags = ["--json", str(report), "--check_images", "0", "--need_masks", "1"]
+    _, error = check_setup(capsys, dataset, *flags)
+    words = shlex.split(error.partition("run: python validate_setup.py ")[2])
+    assert words[words.index("--check_images") + 1] == "0" and "--need_masks" in words
+    report.unlink()
+    validate_setup.main(words)
+    assert json.loads(report.read_text())["ok"]
+
+
+def test_the_command_that_lists_all_errors_reads_the_data_as_training_did(dataset):
+    shutil.rmtree(dataset / "valid")
+    rewrite(dataset / "train" / ANNOTATIONS, lambda d: d["annotations"][0].update(id="x"))
+    with pytest.raises(UserError) as error:
+        read_dataset(dataset, 0.25, exif="ignore", rename=["cell=blood cell"])
+    words = shlex.split(str(error.value).partition("run: python validate_setup.py ")[2])
+    flags = ["--dataset", str(dataset), "--val_fraction", "0.25", "--exif", "ignore"]
+    assert words == [*flags, "--rename=cell=blood cell"]
 
 
 def test_the_links_of_a_cleaned_copy_are_no_news(dataset, tmp_path, capsys):

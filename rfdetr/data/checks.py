@@ -31,7 +31,7 @@ from rfdetr.data.image_files import (
 from rfdetr.data.layout import COPY_NOTE, read_json
 from rfdetr.data.rle import chunks
 from rfdetr.progress import ProgressBar
-from rfdetr.text import is_control
+from rfdetr.text import is_control, with_article
 
 NOT_USABLE = {"IMG_MISSING", "IMG_TYPE", "IMG_BOMB"}  # images with these are left out
 SKIPPED = ("IMG_CORRUPT", "IMG_UNREADABLE")  # training goes on without a few of these
@@ -160,7 +160,7 @@ def table_of(data: dict, key: str, faults: Faults) -> list[dict]:
         return []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            faults.note("JSON_STRUCTURE", f"{key}[{index}] is a {type(entry).__name__}")
+            faults.note("JSON_STRUCTURE", f"{key}[{index}] is {with_article(type(entry).__name__)}")
     return [entry for entry in entries if isinstance(entry, dict)]
 
 

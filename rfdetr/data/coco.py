@@ -56,7 +56,8 @@ def read_dataset(
     splits, problems = inspect_dataset(
         root, val_fraction, queries=queries, exif=exif, rename=rename, needed=needed
     )
-    raise_errors(problems, root)
+    data = {"dataset": root, "val_fraction": val_fraction, "exif": exif, "rename": list(rename)}
+    raise_errors(problems, data)
     note = exif_note(splits, exif)
     if note:
         tick(note)

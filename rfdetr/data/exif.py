@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rfdetr.data.image_files import ImageEntry, ImageFile
+from rfdetr.text import counted
 
 if TYPE_CHECKING:
     from rfdetr.data.records import CocoSplit
@@ -107,7 +108,8 @@ def exif_note(splits: dict[str, CocoSplit], wanted: str | None) -> str:
         return ""
     decision = next(iter(splits.values())).exif
     done = {"apply": "applied", "ignore": "ignored"}[decision]
-    note = f"EXIF orientation: {len(proofs)} images have one, "
+    has = "has" if len(proofs) == 1 else "have"
+    note = f"EXIF orientation: {counted(len(proofs), 'image')} {has} one, "
     if len(set(proofs) - {None}) != 1:
         return note + f"it is {done} where sizes do not tell (--exif {decision})"
     proven = sum(proof is not None for proof in proofs)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from rfdetr.commands import DATA_FLAGS, flags_of
 from rfdetr.console import UserError
-from rfdetr.text import command_line, printable
+from rfdetr.text import command_line, counted, printable
 
 PLACES_KEPT = 20  # of each kind of fault, for the report
 PLACES_NAMED = 3  # in its sentence
@@ -302,8 +303,11 @@ def first_few(texts: list[str], count: int = PLACES_NAMED) -> str:
     return ", ".join(texts[:count]) + more
 
 
-def raise_errors(problems: list[Problem], root: str | Path) -> None:
-    """Raise a UserError for the first error of a dataset, with the command that lists them all."""
+def raise_errors(problems: list[Problem], data: dict[str, object]) -> None:
+    """Raise a UserError for the first error of a dataset, with the command that lists them all.
+
+    data: the settings that say how it is read, by name.
+    """
     errors = [problem for problem in problems if problem.severity == "error"]
     if not errors:
         return
@@ -311,6 +315,6 @@ def raise_errors(problems: list[Problem], root: str | Path) -> None:
         raise UserError(errors[0].message)
     message = errors[0].message.rstrip(".")
     if len(errors) > 1:
-        message += f"; and {len(errors) - 1} more kinds of errors"
-    command = command_line("python", "validate_setup.py", "--dataset", root)
+        message += f"; and {counted(len(errors) - 1, 'more kind')} of errors"
+    command = command_line("python", "validate_setup.py", *flags_of(data, *DATA_FLAGS))
     raise UserError(f"{message}. To see everything at once run: {command}")

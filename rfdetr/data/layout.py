@@ -12,7 +12,7 @@ from rfdetr.console import UserError
 from rfdetr.data.formats.detect import conversion_of, find_form, subfolders
 from rfdetr.data.image_files import kind_of_file
 from rfdetr.files import what_it_holds
-from rfdetr.text import command_line
+from rfdetr.text import command_line, with_article
 from rfdetr.tool_settings import FORMS
 
 SPLITS = ("train", "valid", "test")
@@ -146,7 +146,7 @@ def read_json(path: str | Path) -> dict:
         column = getattr(error, "colno", len(before) - before.rfind(b"\n"))
         raise no_annotation_file(path, line, column, in_words(error)) from error
     if not isinstance(data, dict):
-        fault = f"it holds a {type(data).__name__} instead of an object"
+        fault = f"it holds {with_article(type(data).__name__)} instead of an object"
         raise no_annotation_file(path, 1, 1, fault)
     return data
 

@@ -14,6 +14,7 @@ from rfdetr.data.faults import FEW_SKIPPED
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import Mix, Pool
 from rfdetr.data.workers import begin_worker
+from rfdetr.text import command_line
 
 
 class EpochSampler(Sampler):
@@ -169,9 +170,11 @@ def check_unread(known: list[int], split: CocoSplit) -> None:
     if len(known) <= max(FEW_SKIPPED, len(split.images) / 100):
         return
     files = ", ".join(split.images[number].path.name for number in known[:3])
+    dataset = split.annotation_file.parent.parent
+    command = command_line("python", "validate_setup.py", "--dataset", dataset)
     raise UserError(
         f"{split.annotation_file}: {len(known)} of {len(split.images)} images cannot be read "
         f"({files}, ...): too many to go on without them. "
-        "python validate_setup.py --check_images 1 lists them all: replace the files or delete "
-        "their entries, or --fix NEW_DIR writes a copy without them"
+        f"{command} lists them all: replace the files or delete their entries, or add --fix "
+        "NEW_DIR for a copy without them"
     )

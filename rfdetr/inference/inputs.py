@@ -8,13 +8,11 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from rfdetr.console import UserError, warn
+from rfdetr.console import UserError
 from rfdetr.data.layout import ANNOTATIONS
-from rfdetr.files import is_special_file
-from rfdetr.inference.originals import IMAGE_SUFFIXES as IMAGES
-from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
-from rfdetr.runs.places import what_is_there
-from rfdetr.text import quoted
+from rfdetr.inference.image_paths import IMAGE_SUFFIXES, files_named_by, what_is_there_instead
+from rfdetr.inference.videos import VIDEO_SUFFIXES
+from rfdetr.text import EMPTY
 
 
 def collect(inputs: list[str]) -> list[Path]:
@@ -22,42 +20,17 @@ def collect(inputs: list[str]) -> list[Path]:
 
     Raises UserError where a name leads to none.
     """
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     paths: list[Path] = []
     for text in inputs:
-        usable = []
-        for path in files_named_by(text):
-            if is_special_file(path):
-                warn(f"{path} is a pipe, a socket or a device, not a file: left out")
-            else:
-                usable.append(path)
-        if not usable:
-            raise UserError(f"--input {text}: {what_is_there_instead(Path(text))}")
-        paths += usable
+        if not text:
+            raise UserError(f"--input is {EMPTY}")
+        files = files_named_by(text, suffixes)
+        if not files:
+            instead = what_is_there_instead(Path(text), suffixes, "images or videos", "--input ")
+            raise UserError(f"--input {text}: {instead}")
+        paths += files
     return list(dict.fromkeys(paths))
-
-
-def files_named_by(text: str) -> list[Path]:
-    """The images and videos that a file, folder or glob names, sorted."""
-    path = Path(text)
-    if path.is_dir():
-        paths = list(path.iterdir())
-    elif path.is_file():
-        paths = [path]
-    else:
-        paths = [Path(match) for match in glob.glob(text, recursive=True)]
-    return sorted(path for path in paths if path.suffix.lower() in IMAGES | VIDEOS)
-
-
-def what_is_there_instead(path: Path) -> str:
-    """Of a path without images: what it is, and how to name what lies below it or near it."""
-    below = path.glob("*/**/*") if path.is_dir() else ()
-    deeper = next((file for file in below if file.suffix.lower() in IMAGES), None)
-    if deeper:
-        pattern = quoted(str(path / "**" / f"*{deeper.suffix}"))
-        return f"no images or videos there, but in folders below: --input {pattern}"
-    if not path.exists() and not glob.has_magic(str(path)):
-        return what_is_there(path)
-    return f"no images or videos there ({', '.join(sorted(IMAGES | VIDEOS))})"
 
 
 def refuse_output_among_inputs(output: Path, inputs: list[str], names: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ from rfdetr.data.images import (
     to_rgb_array,
 )
 from rfdetr.data.large_images import ImageOnDisk, Pixels, read_for_tiles
-from rfdetr.text import DOWNLOAD_FIRST, is_url
+from rfdetr.inference.image_paths import IMAGE_SUFFIXES, files_named_by, what_is_there_instead
+from rfdetr.runs.places import what_is_there
+from rfdetr.text import DOWNLOAD_FIRST, is_url, with_article
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,15 @@ class Page:
 
 ImageInput = str | Path | Page | Image.Image | np.ndarray | Tensor | ImageOnDisk
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
+
+
+@dataclass(frozen=True)
+class Single:
+    """One image; is_named: by itself, not by a folder or pattern that it was found in."""
+
+    image: ImageInput
+    is_named: bool
 
 
 @dataclass(frozen=True)
@@ -98,22 +108,28 @@ class Original:
 
 
 def split_up(images: object) -> list | None:
-    """The images of a list, a folder or a batch (B, ...), or None for what is one image.
+    """The images of a list, a folder, a pattern or a batch (B, ...); None for what is one image.
 
-    Raises UserError for a folder without images.
+    Raises UserError for a folder or pattern without images.
     """
     if isinstance(images, (list, tuple, Iterator)) and not is_open_file(images):
         return list(images)
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else None
-    if isinstance(images, (str, Path)) and os.path.isdir(images):
-        files = sorted(file for file in Path(images).iterdir() if is_regular_file(file))
-        files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if names_several(images):
+        files = files_named_by(str(images), IMAGE_SUFFIXES)
         if not files:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"{images}: no images in this folder ({suffixes})")
+            instead = what_is_there_instead(Path(images), IMAGE_SUFFIXES, "images")
+            raise UserError(f"{images}: {instead}")
         return files
     return None
+
+
+def names_several(image: object) -> bool:
+    """Whether it is the path of a folder, or a pattern such as "photos/*.png"."""
+    if not isinstance(image, (str, Path)) or is_url(image):
+        return False
+    return os.path.isdir(image) or glob.has_magic(str(image)) and not os.path.lexists(image)
 
 
 def is_open_file(image: object) -> bool:
@@ -121,17 +137,19 @@ def is_open_file(image: object) -> bool:
     return hasattr(image, "read") and not isinstance(image, ImageOnDisk)
 
 
-def flatten(images: object, pages: bool = False) -> list:
-    """Single images in their order, from lists, folders and batches of any depth.
+def flatten(images: object, pages: bool = False, is_named: bool = True) -> list[Single]:
+    """Single images in their order, from lists, folders, patterns and batches of any depth.
 
-    pages: each page of a file with several is an image.
+    pages: each page of a file with several is an image.  is_named: of a single one, as in Single.
     """
     several = split_up(images)
     if several is not None:
-        return [single for item in several for single in flatten(item, pages)]
+        is_named = not names_several(images)
+        return [single for item in several for single in flatten(item, pages, is_named)]
+    singles = [images]
     if pages and isinstance(images, (str, Path)):
-        return pages_of(images)
-    return [images]
+        singles = pages_of(images)
+    return [Single(image, is_named) for image in singles]
 
 
 def pages_of(path: str | Path) -> list[str | Path | Page]:
@@ -198,18 +216,37 @@ def read_image(
     elif isinstance(image, (bytes, bytearray, memoryview)):
         advice = ". Of a file's bytes, give PIL.Image.open(io.BytesIO(content))"
     raise UserError(
-        f"an image must be a path, a PIL image, an array or a tensor, this one is a {kind}{advice}"
+        f"an image must be a path, a PIL image, an array or a tensor, this one is "
+        f"{with_article(kind)}{advice}"
     )
+
+
+def read_or_warn(
+    image: ImageInput, turn: bool, window: GrayWindow | None, in_tiles: bool
+) -> Pixels | None:
+    """As read_image; None, with a warning, for what cannot be read."""
+    try:
+        return read_image(image, turn, window, in_tiles)
+    except UserError as error:
+        warn(str(error))
+        return None
+
+
+def file_of(image: ImageInput) -> str | Path | None:
+    """The file of an image or page that comes from one."""
+    image = image.path if isinstance(image, Page) else image
+    return image if isinstance(image, (str, Path)) else None
 
 
 def _checked_file(path: str | Path) -> str | Path:
     """The path itself.  Raises UserError for what is not there, or no plain file."""
     if is_url(path):
         raise UserError(f"{path} {DOWNLOAD_FIRST}")
+    if not str(path):
+        raise UserError("an image must be a path, this one is an empty text")
     if not os.path.exists(path):
-        raise UserError(
-            f"{path}: cannot be read as an image: there is no such file (looked from {os.getcwd()})"
-        )
+        there = what_is_there(Path(path))
+        raise UserError(f"{path}: cannot be read as an image: {there} Looked from {os.getcwd()}")
     if not is_regular_file(path):
         raise UserError(f"{path} is not an image file, but a folder, pipe, socket or device")
     return path

@@ -19,6 +19,7 @@ LABEL_HEIGHT = 1.35  # of a label, times its font's size
 MOST_OF_OBJECT = 2 / 3  # of an object's short side: its label is no higher
 MANY = 12  # objects; with more of them, or one class, a long name is written once for each class
 MAX_HIDDEN = 0.15  # of an object: labels hide no more of it
+MOST_OF_PICTURE = 0.1  # that one label covers: it would hide most of a tiny picture
 MOST_LABELLED = 1000  # objects, the best ones: time grows with the square of their number
 BLACK = (0, 0, 0)
 WHITE = (255, 255, 255)
@@ -42,7 +43,7 @@ def place_labels(objects: list[DrawnObject], size: tuple[int, int], scale: float
     at most MOST_OF_OBJECT of its object's short side as its height, down to LEAST_FONT, and no more
     than suits the picture as a whole: what stands at small objects of a large picture is for a look
     at its full size. Of many objects, those lower than the smallest label get none, but for the
-    first of each class.
+    first of each class. No label covers more than MOST_OF_PICTURE.
     size: (width, height) of the picture, which is `scale` times the image.
     """
     if not objects:
@@ -68,6 +69,8 @@ def place_labels(objects: list[DrawnObject], size: tuple[int, int], scale: float
             font, text = font_for(wanted, font_size)
             width = font.getlength(text, "L") + 2 * pad
             if not text or (is_repeated and not is_one_class and width > 1.5 * box_width):
+                continue
+            if width * height > MOST_OF_PICTURE * size[0] * size[1]:
                 continue
             places = _places_at(one, width, height, size, scale)
             rectangle = _free_rectangle(places, size, taken, boxes)

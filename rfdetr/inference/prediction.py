@@ -168,7 +168,15 @@ class Prediction:
         return self[without_overlaps(self.boxes, self.scores, self.labels, iou)]
 
     def tracked(self, tracker: Tracker) -> Prediction:
-        """The objects with a track, in the frame that follows the tracker's last one."""
+        """The objects with a track, in the frame that follows the tracker's last one.
+
+        Raises UserError for what is no Tracker.
+        """
+        if not isinstance(tracker, Tracker):
+            raise UserError(
+                "tracked() takes the tracker of one video, tracker = Tracker(threshold=0.5) of "
+                f"rfdetr.inference.tracking, got {tracker!r}"
+            )
         ids = tracker.update(self.boxes, self.scores, self.labels, self.rles)
         return replace(self, tracks=ids)[ids > 0]
 
@@ -225,9 +233,16 @@ class Prediction:
         """Write the image with all objects drawn in, of its own size, as the file's name says.
 
         Large images are read, drawn and written (.png, .jpg) some rows at a time: memory does not
-        grow with them.  quality: of a JPEG, Pillow's scale up to 95.
+        grow with them.  quality: of a JPEG, Pillow's scale up to 95.  The folder is made where
+        there is none.  Raises UserError for a name that says no kind of picture, and OSError.
         """
         file = Path(file)
+        if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+            raise UserError(
+                f"{file}: the end of its name is no kind of picture: call it "
+                f"{file.with_suffix('.png')}"
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
         large = None
         if self.original.is_large and file.suffix.lower() in (".png", ".jpg", ".jpeg"):
             large = self.original.read_parts()

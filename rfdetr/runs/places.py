@@ -14,6 +14,8 @@ from rfdetr.runs.log import start_command
 from rfdetr.text import DOWNLOAD_FIRST, is_url
 
 WEIGHTS = ("best.pt", "last.pt")  # what a run's folder means where a checkpoint is asked for
+TEXTS = (".json", ".yaml", ".yml", ".txt", ".csv", ".md", ".log")
+CONFIG = "config.yaml"  # of a run, its settings
 STATES = ("last.pt", "checkpoint.pt")  # what a run can go on from
 
 
@@ -33,6 +35,10 @@ def find_checkpoint(path: Path) -> Path:
 
 def require_file(path: Path) -> None:
     """Raise UserError where `path` is no regular file, naming what lies near."""
+    if path.suffix.lower() in TEXTS and path.is_file():
+        weights = first_file(path.parent, WEIGHTS)
+        meant = f". Did you mean {weights}?" if weights else ""
+        raise UserError(f"{path} is a text file, which holds no weights{meant}")
     if is_special_file(path):
         raise UserError(f"{path} is a pipe, a socket or a device: weights are read from files")
     if path.is_file():
@@ -57,6 +63,21 @@ def detector_of_run(run: Path, train: str = f"python {TRAIN_DETECTOR}") -> Path:
         f"No checkpoint found in Stage-1 directory {run}: {what_is_there(run, WEIGHTS)} "
         f"Name another run, or a file with --checkpoint, or train one: {train}"
     )
+
+
+def data_of_run(checkpoint: Path) -> dict[str, object]:
+    """The "dataset" that the run of a checkpoint was trained on, and its "rename"; {} where its
+    folder has no config.yaml that can be read.
+    """
+    import yaml  # here, so that --help works where packages are missing
+
+    try:
+        config = yaml.safe_load((checkpoint.parent / CONFIG).read_text(encoding="utf-8"))
+        dataset = config["dataset"]
+        rename = [str(pair) for pair in config.get("rename") or ()]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return {}
+    return {"dataset": Path(dataset), "rename": tuple(rename)} if isinstance(dataset, str) else {}
 
 
 def newest_run(stem: str) -> Path:

@@ -23,7 +23,8 @@ class Run(contextlib.AbstractContextManager):
 
     `header`: metrics.json's fields before "epochs". Of an earlier file the first `done_epochs`
     epochs are kept, of TensorBoard's curves also the first `done_steps` optimizer steps. What a
-    killed run left half written is removed, and what is damaged is set aside.
+    killed run left half written is removed, and what is damaged is set aside. `waits`: metrics.json
+    stays as it is until `begin`.
 
     Raises UserError where another process has the run or the folder cannot be written.
     """
@@ -35,9 +36,11 @@ class Run(contextlib.AbstractContextManager):
         done_epochs: int = 0,
         tensorboard: bool = True,
         done_steps: int = 0,
+        waits: bool = False,
     ):
         self.folder = Path(folder)
         self.metrics = {"format": 1, **header, "epochs": [], "best": None}
+        self.waits = waits
         self._events: EventFile | None = None
         self._failed: set[str] = set()  # what has been warned of
         lock_run(self.folder)
@@ -68,6 +71,11 @@ class Run(contextlib.AbstractContextManager):
             self._events = None
         self._opened.close()
 
+    def begin(self) -> None:
+        """Write metrics.json, now and from here on."""
+        self.waits = False
+        self.set()
+
     def add_epoch(self, record: dict) -> None:
         """Append {"epoch": n, "train": ..., "valid": ...} and rewrite metrics.json."""
         self.metrics["epochs"].append(record)
@@ -79,7 +87,8 @@ class Run(contextlib.AbstractContextManager):
             self.metrics["best"] = best
         if test is not None:
             self.metrics["test"] = test
-        write_json(self.folder / METRICS, self.metrics)
+        if not self.waits:
+            write_json(self.folder / METRICS, self.metrics)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write numbers to TensorBoard by tag (curves.py); what fails is a warning."""

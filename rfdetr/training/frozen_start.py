@@ -10,8 +10,8 @@ from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
 from rfdetr.resolve import plain
-from rfdetr.runs.places import detector_of_run
-from rfdetr.settings import SegmentationSettings
+from rfdetr.runs.places import STATES, detector_of_run, first_file
+from rfdetr.settings import STAGES, SegmentationSettings
 from rfdetr.text import command_line, counted, keep_flags
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
@@ -40,6 +40,21 @@ def warn_of_other_exif(content: dict, train: CocoSplit, path: Path) -> None:
             f"{path} was trained with images' EXIF orientation read as --exif {theirs}, here it is "
             f"{train.exif}: where sizes do not tell, add --exif {theirs}"
         )
+
+
+def warn_of_own_mask_head(content: dict, path: Path) -> None:
+    """Warn where the detector's file has a mask head, too: another one is trained."""
+    if content["mask_head"] is None:
+        return
+    run = path.parent
+    advice = ""
+    if first_file(run, STATES):
+        words = ["python", STAGES[content["stage"]].script, "--resume", run]
+        advice = f". To train its own on: {command_line(*words)}"
+    warn(
+        f"{path} has a mask head already: of that file the detector alone is used, and a new mask "
+        f"head is trained on it{advice}"
+    )
 
 
 def mask_head_name(settings: SegmentationSettings, content: dict, path: Path) -> str:

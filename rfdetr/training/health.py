@@ -21,7 +21,7 @@ class RunHealth:
     """Looks at each step and each epoch; what can go on is a warning, what cannot a UserError.
 
     nan_batches: the run's list of steps without a finite loss, which grows here. run: None but on
-    rank 0.
+    rank 0. steadier: what to try where there are too many such steps.
     """
 
     def __init__(
@@ -31,12 +31,14 @@ class RunHealth:
         dataset: SplitDataset,
         progress: Progress,
         nan_batches: list[dict],
+        steadier: str,
     ):
         self.folder = folder
         self.run = run
         self.dataset = dataset
         self.progress = progress
         self.nan_batches = nan_batches
+        self.steadier = steadier
         self.warned_of_matches = False
 
     def after_step(self, batch: Batch, finite: bool) -> None:
@@ -64,8 +66,7 @@ class RunHealth:
             if (self.folder / "best.pt").is_file():
                 kept = f"The best checkpoints so far are kept in {self.folder}"
             raise UserError(
-                f"{NAN_STEPS} steps in a row had no finite loss. {kept}. Try a lower --lr, or "
-                "--amp off"
+                f"{NAN_STEPS} steps in a row had no finite loss. {kept}. Try {self.steadier}"
             )
 
     def after_epoch(self, record: dict) -> None:

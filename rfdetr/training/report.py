@@ -27,6 +27,7 @@ from rfdetr.resolve import plain, yaml_text
 from rfdetr.runs.curves import PICTURES as PICTURE_TAGS
 from rfdetr.runs.curves import best_score, score_curves, train_curves
 from rfdetr.runs.metrics_file import earlier_commands
+from rfdetr.runs.places import CONFIG
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
 from rfdetr.text import command_line
@@ -112,10 +113,23 @@ def commands_of(session: Session, command: str, folder: Path) -> list[dict]:
     return [*earlier, own]
 
 
-def write_config(run: Run, settings: TrainingSettings, commands: list[dict]) -> None:
-    file = run.folder / "config.yaml"
+def note_begun(session: Session) -> None:
+    """Let config.yaml and metrics.json be this command's.
+
+    A resumed run has not begun before it has something to save: one that fails until then leaves
+    the settings that its checkpoints have.
+    """
+    run = session.run
+    if run is None or not run.waits:
+        return
+    run.begin()
+    write_config(run, session.settings)
+
+
+def write_config(run: Run, settings: TrainingSettings) -> None:
+    file = run.folder / CONFIG
     with run.optional(f"writing {file}"):
-        text = yaml_text(settings, commands).encode()
+        text = yaml_text(settings, run.metrics["commands"]).encode()
         atomic_write(file, lambda opened: opened.write(text))
 
 

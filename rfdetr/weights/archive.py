@@ -16,8 +16,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from rfdetr.commands import steadier
 from rfdetr.console import UserError
 from rfdetr.runs.places import require_file
+from rfdetr.text import with_article
 
 
 class FileReplaced(Exception):
@@ -52,7 +54,7 @@ def read_file(path: Path) -> dict:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or no checkpoint ({reason})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+        raise UserError(f"{path} is no checkpoint: it holds {with_article(type(content).__name__)}")
     return content
 
 
@@ -145,12 +147,13 @@ def require_finite(content: dict, path: Path) -> None:
     broken = [name for name, tensor in _float_tensors(states) if not tensor.isfinite().all()]
     if not broken:
         return
-    advice = "Use another checkpoint, or train again with a lower --lr or --amp off"
+    amp_is_off = (content.get("args") or {}).get("amp") == "off"
+    changes = steadier(content.get("stage"), amp_is_off)
+    advice = f"Use another checkpoint, or train again with {changes}"
     if content.get("training"):
         best = path.with_name("best.pt")
         advice = (
-            f"The run has diverged: begin a new one from {best}, if that is sound, with a lower "
-            "--lr or --amp off"
+            f"The run has diverged: begin a new one from {best}, if that is sound, with {changes}"
         )
     shown = ", ".join(broken[:3]) + (" ..." if len(broken) > 3 else "")
     raise UserError(

@@ -69,8 +69,13 @@ def dataset_above(root: Path) -> Path | None:
 
 def conversion_of(root: Path) -> str:
     """The command that writes the dataset in a folder as COCO."""
-    target = f"{root.name or 'dataset'}_coco" if Path("dataset").exists() else "dataset"
+    target = free_output(root)
     return command_line("python", "convert_dataset.py", "--input", root, "--output", target)
+
+
+def free_output(root: Path) -> Path:
+    """Where to write the dataset in a folder as COCO: dataset/, where there is none yet."""
+    return Path(f"{root.name or 'dataset'}_coco" if Path("dataset").exists() else "dataset")
 
 
 def split_named(name: str) -> str | None:
