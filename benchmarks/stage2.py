@@ -62,6 +62,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     from rfdetr.data.dataset import SplitDataset
     from rfdetr.data.loaders import EpochSampler
     from rfdetr.device import pick_precision
+    from rfdetr.models.cpu_copy import for_inference
     from rfdetr.models.detector import Detector
     from rfdetr.models.segmentation import MASK_HEADS
     from rfdetr.sizes import SIZES, LossWeights
@@ -82,7 +83,7 @@ def ours(settings: dict, device: torch.device) -> Callable[[], float]:
     )
     groups = [{"params": list(head.parameters()), "base_lr": recipe.seg_lr, "lr": recipe.seg_lr}]
     objective = feature_cache.MaskObjective(
-        detector, table, LossWeights(), precision, (), 0, progress
+        for_inference(detector, precision), table, LossWeights(), precision, (), 0, progress
     )
     trainer = Trainer(
         model=head,
