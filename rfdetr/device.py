@@ -145,6 +145,16 @@ def fused_attention_pays(device: torch.device) -> bool:
     return device.type != "cpu" or not torch.is_autocast_enabled("cpu")
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 62 MB of freed memory for what is allocated next.
+
+    glibc gives blocks back to the system as long as none of this size has been freed, and takes
+    them anew at every layer: page faults are 6 to 10 % of a small detector's time. Elsewhere a
+    block is allocated and freed, no more; its pages are never touched.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 def compile_in_place(module: nn.Module, device: torch.device, weights_stay: bool = False) -> None:
     """torch.compile a module; its parameters and their names stay.
 

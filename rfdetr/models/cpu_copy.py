@@ -17,7 +17,8 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from rfdetr.device import Precision
+from rfdetr.device import Precision, keep_freed_memory
+from rfdetr.models.cpu_attention import divide_attention
 
 # modules whose parameters all go into operations that autocast runs in the lower precision
 CAST = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)
@@ -37,10 +38,12 @@ class CpuCopies:
 
     Results are the same but for rounding. The models stay as they are, and are what is trained and
     saved. A copy shares all that is neither cast nor packed, and follows weights that have changed
-    as far as torch counts it. A fused optimizer's steps are not counted: after them, `forget`.
+    as far as torch counts it. A fused optimizer's steps are not counted: after them, `forget`. The
+    process keeps memory that is freed between layers (keep_freed_memory).
     """
 
     def __init__(self, dtype: torch.dtype | None):
+        keep_freed_memory()
         self.dtype = dtype
         self._copies: WeakKeyDictionary[nn.Module, CpuCopy] = WeakKeyDictionary()
 
@@ -91,6 +94,8 @@ class CpuCopy:
         self.model = copy.deepcopy(model, memo).eval()
         if packs:
             self.packed = pack_layers(self.model)
+        if dtype is not None:  # fp32 has torch's fused attention, which is as fast
+            divide_attention(self.model)
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the model still has the very parameters that the copy was made of."""
