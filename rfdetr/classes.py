@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rfdetr.console import UserError
-from rfdetr.renaming import rename_flags, suggest_renames
+from rfdetr.renaming import rename_choices, suggest_renames
 
 COCO_ROWS = 91
 _COCO = (
@@ -112,9 +112,9 @@ class ClassTable:
                 f"only in the checkpoint: {extra or 'none'}. "
                 f"Dataset: {list(names)}; checkpoint: {list(self.names)}. "
             )
-            renames = suggest_renames(missing, extra, self.names)
-            if renames:
-                message += f"If they are the same, add: {rename_flags(renames)}. Otherwise: "
+            meant = suggest_renames(missing, extra, self.names)
+            if meant:
+                message += f"If they are the same, add: {rename_choices(meant)}. Otherwise: "
             message += "Use the checkpoint that was trained on these classes, or train again"
             raise UserError(f"{message}: {train_again}" if train_again else message)
         rows = tuple(row_of[name] for name in names)

@@ -46,25 +46,69 @@ def is_one_edit(one: str, other: str) -> bool:
 
 def suggest_renames(
     names: Iterable[str], partners: Collection[str], others: Collection[str] = ()
-) -> list[str]:
-    """What some names probably mean, as OLD=NEW; NEW is one of `partners`, else of `others`.
+) -> dict[str, list[str]]:
+    """What some names probably mean, one of `partners` or else of `others`; where several are as
+    near all of them, the likeliest first.
 
     Near names come first; where one name and one partner are left, these may be the same, too.
     """
     free = list(partners)
     left = []
-    meant: dict[str, str] = {}
+    meant: dict[str, list[str]] = {}
     for name in names:
-        near = [partner for partner in free if is_near(name, partner)]
-        near = near or [other for other in others if is_near(name, other)]
-        if near:
-            meant[name] = difflib.get_close_matches(name, near, n=1, cutoff=0)[0]
-            free = [partner for partner in free if partner != meant[name]]
-        else:
+        near = nearest(name, free, others)
+        if not near:
             left.append(name)
+            continue
+        meant[name] = near
+        if len(near) == 1:
+            free = [partner for partner in free if partner != near[0]]
     if len(left) == len(free) == 1:
-        meant[left[0]] = free[0]
-    return [f"{old}={new}" for old, new in meant.items()]
+        meant[left[0]] = free
+    return meant
+
+
+def nearest(name: str, partners: Collection[str], others: Collection[str]) -> list[str]:
+    """Those of other names that differ in style alone, else the near ones of `partners`, else of
+    `others`; the most alike first.
+    """
+    style = without_style(name)
+    every = dict.fromkeys([*partners, *others])
+    near = [other for other in every if without_style(other) == style]
+    near = near or [partner for partner in partners if is_near(name, partner)]
+    near = near or [other for other in others if is_near(name, other)]
+    return difflib.get_close_matches(name, near, n=max(len(near), 1), cutoff=0)
+
+
+def certain_renames(meant: dict[str, list[str]]) -> list[str]:
+    """OLD=NEW of the names that can mean one other alone."""
+    return [f"{name}={others[0]}" for name, others in meant.items() if len(others) == 1]
+
+
+def rename_choices(meant: dict[str, list[str]]) -> str:
+    """The --rename flags of what suggest_renames tells, those to choose among with "or"."""
+    parts = [rename_flags(certain_renames(meant))]
+    for name, others in meant.items():
+        if len(others) > 1:
+            parts.append(" or ".join(rename_flags([f"{name}={other}"]) for other in others))
+    return "; ".join(part for part in parts if part)
+
+
+def alike_classes(counts: dict[str, int]) -> dict[str, str]:
+    """Classes whose names differ from another's in case and blanks alone -> the most frequent such.
+
+    counts: class name -> its objects; classes without any are passed over.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, count in counts.items():
+        if count:
+            folded = re.sub(r"[\s_]+", "", unicodedata.normalize("NFKC", name).casefold())
+            groups.setdefault(folded, []).append(name)
+    alike = {}
+    for names in groups.values():
+        first = max(names, key=counts.get)
+        alike |= {name: first for name in names if name != first}
+    return alike
 
 
 def rename_flags(pairs: Iterable[str]) -> str:

@@ -179,6 +179,7 @@ def describe_split(
     sides = object_sides(split, resolution, letterbox, tiling)
     classes = []
     for name, key, count in zip(split.class_names, split.category_ids, split.objects_per_class):
+        key = key if name in split.annotated else None  # the file lists no such class
         classes.append({"name": name, "category_id": key, "objects": count})
     return {
         "file": str(split.annotation_file),
@@ -195,8 +196,8 @@ def describe_split(
 
 
 def print_splits(splits: dict[str, dict]) -> None:
-    """One line a split, then one row a class: label, category id in the first split, name, objects
-    per split.
+    """One line a split, then one row a class: label, category id in the first split (- where that
+    lists no such class), name, objects per split.
     """
     for name, row in splits.items():
         sizes = ", ".join(f"{count} {size}" for size, count in row["sizes"].items())
@@ -213,7 +214,9 @@ def print_splits(splits: dict[str, dict]) -> None:
     for label, rows in enumerate(zip(*(row["classes"] for row in splits.values()))):
         counts = "".join(f"{row['objects']:>9}" for row in rows)
         name = with_its_blanks(rows[0]["name"])[:24]
-        print(f"{label:>5} {rows[0]['category_id']:>8}  {name:<24}{counts}")
+        key = rows[0]["category_id"]
+        key = "-" if key is None else key
+        print(f"{label:>5} {key:>8}  {name:<24}{counts}")
     first = next(iter(splits.values()))
     for name in first["left_out"]:
         print(f"Left out (placeholder, parent of other classes): {printable(name)}")
@@ -300,13 +303,15 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
 def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
     """What to do about errors; --fix is named where it can do some of it."""
     codes = {problem.code for problem in errors}
-    renames = [pair for problem in errors for pair in problem.renames]
+    renames = rename_flags(pair for problem in errors for pair in problem.renames)
+    if "CLASS_UNKNOWN" in codes and not renames:
+        renames = '--rename "OLD=NEW"'
     can_fix = bool(codes & REPAIRED) and "JSON_INVALID" not in codes and not settings.fix
     command = same_check(settings)
-    if codes == {"CLASS_UNKNOWN"} and renames:
-        return f"If they are the same classes, run: {command} {rename_flags(renames)}"
+    if codes == {"CLASS_UNKNOWN"}:
+        return f"If they are the same classes, run: {command} {renames}"
     if can_fix:
-        command = " ".join([command, "--fix NEW_DIR", rename_flags(renames)]).strip()
+        command = f"{command} --fix NEW_DIR {renames}".strip()
         return f"Correct them and run this again, or repair what can be in a copy: {command}"
     if settings.fix or codes <= {"MASKS_NONE", "ANN_NO_TILE"}:
         return "This is left to you"

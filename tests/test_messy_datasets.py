@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +127,79 @@ def test_the_only_class_without_a_partner_on_each_side_may_be_the_same(dataset):
 def test_a_class_that_train_lists_without_objects_stays_a_warning(dataset):
     change(dataset, lambda data: data["annotations"].pop())
     assert codes(dataset) == {"CLASS_NOT_IN_TRAIN": "warning"}
+
+
+def add_class(data: dict, name: str, category_id: int, *annotations: int) -> None:
+    """A category more, which these annotations get."""
+    data["categories"].append({"id": category_id, "name": name})
+    for index in annotations:
+        data["annotations"][index]["category_id"] = category_id
+
+
+def checked(root: Path, call, capsys) -> tuple[list[str], dict]:
+    """(the lines that validate_setup.py prints, its report), whether there are errors or not."""
+    with suppress(UserError):
+        call(validate_setup.main, "--dataset", root, "--size", "tiny", "--json", "report.json")
+    report = json.loads((root.parent / "report.json").read_text())
+    return capsys.readouterr().out.splitlines(), report
+
+
+@pytest.mark.parametrize("is_fault_in", ["train", "valid"])
+def test_errors_of_images_hide_no_problem_of_classes(dataset, call, capsys, is_fault_in):
+    change(dataset, lambda data: add_class(data, "CELL", 2, 1), "valid")
+    change(dataset, lambda data: data["categories"].pop(1), "valid")
+    (dataset / is_fault_in / "2.png").unlink()
+    _, report = checked(dataset, call, capsys)
+    found = {problem["code"]: problem for problem in report["problems"]}
+    kinds = {"IMG_MISSING", "CLASS_UNKNOWN", "CLASS_FEW", "CLASS_NOT_SCORED"}
+    assert found.keys() == kinds
+    assert found["CLASS_UNKNOWN"]["places"] == ["'CELL': 2 annotations"]
+    # what the missing image shows is counted, too: it may be put there
+    assert found["CLASS_FEW"]["places"] == ["'cell': 4", "'vessel': 1"]
+    assert found["CLASS_NOT_SCORED"]["places"] == ["'vessel'"]
+
+
+def test_errors_of_categories_are_not_taken_for_missing_classes(dataset):
+    change(dataset, lambda data: data["categories"].pop(1))
+    assert codes(dataset) == {"ANN_CATEGORY_UNKNOWN": "error"}
+
+
+def test_no_category_id_is_made_up_in_the_report(dataset, call, capsys):
+    change(dataset, lambda data: add_class(data, "lymph node", 9, 1), "valid")
+    lines, report = checked(dataset, call, capsys)
+    rows = [line.split() for line in lines]
+    assert ["2", "-", "lymph", "node", "0", "1"] in rows
+    ids = {
+        name: [entry["category_id"] for entry in split["classes"]]
+        for name, split in report["splits"].items()
+    }
+    assert ids == {"train": [1, 2, None], "valid": [1, 2, 9]}
+
+
+def test_classes_that_differ_in_case_alone_are_told_with_the_flag_that_joins_them(
+    dataset, call, capsys
+):
+    for split in ("train", "valid"):
+        change(dataset, lambda data: add_class(data, "Cell", 5, 1), split)
+    _, report = checked(dataset, call, capsys)
+    (alike,) = [problem for problem in report["problems"] if problem["code"] == "CLASS_ALIKE"]
+    assert (alike["severity"], alike["renames"]) == ("warning", ["Cell=cell"])
+    assert '--rename "Cell=cell"' in alike["message"]
+    joined = read_dataset(dataset, rename=alike["renames"])["train"]
+    assert (joined.class_names, joined.objects_per_class) == (["cell", "vessel"], [4, 1])
+
+
+def test_names_that_are_as_near_are_all_offered(dataset, call, capsys):
+    change(dataset, lambda data: add_class(data, "Cell", 5, 1))
+    change(dataset, lambda data: add_class(data, "CELL", 5, 1), "valid")
+    with pytest.raises(UserError, match='--rename "CELL=Cell" or --rename "CELL=cell"'):
+        read_dataset(dataset)
+    _, report = checked(dataset, call, capsys)
+    assert {problem["code"]: problem["renames"] for problem in report["problems"]} == {
+        "CLASS_UNKNOWN": [],
+        "CLASS_FEW": [],
+        "CLASS_ALIKE": ["Cell=cell"],
+    }
 
 
 def test_renaming_merges_with_a_class_of_the_new_name(dataset):

@@ -74,6 +74,7 @@ class CheckedSplit:
     categories: list[dict]  # the sound entries
     # by id, those that cannot be read, too; empty where the split is known from an earlier start
     listed: dict[int | str, SizedImage]
+    annotated: dict[int, int]  # category id -> its annotations in the file, usable or not
     columns: Columns  # of the usable ones
     exif: ExifDecision
     proofs: frozenset[bool]  # what this file's images add to it
@@ -112,7 +113,8 @@ def list_split(
     categories = table_of(data, "categories", faults)
     images = table_of(data, "images", faults)
     annotations = flat_annotations(data, faults)
-    sound_categories = check_categories(categories, annotations.used_categories, faults)
+    used_categories = set(annotations.category_counts)
+    sound_categories = check_categories(categories, used_categories, faults)
     entries = check_image_entries(images, faults)
     del data, images  # of large files, as much memory as all that is found of them
     files = None
@@ -138,6 +140,7 @@ def check_split(split: ListedSplit, exif: ExifDecision) -> CheckedSplit:
     else:
         usable = check_image_files(split, listed)
     category_ids = {entry["id"] for entry in split.categories}
+    annotated = split.annotations.category_counts
     sound = check_annotations(split.annotations, listed, category_ids, split.faults)
     files = split.files or {}
     note_exif_doubts(usable, files, exif, split.faults)
@@ -145,6 +148,7 @@ def check_split(split: ListedSplit, exif: ExifDecision) -> CheckedSplit:
         annotation_file=split.annotation_file,
         categories=split.categories,
         listed=listed,
+        annotated=annotated,
         columns=build_columns(usable, files, sound),
         exif=exif,
         proofs=split.proofs,

@@ -1,41 +1,51 @@
-"""Whether the classes of valid and test are those that train teaches."""
+"""Whether the classes of valid and test are those that train teaches, and how often they are shown.
+
+Where a file has errors, which may hide objects, a class is taken to have all the annotations that
+are listed: what is said then stays true when the errors are mended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from pathlib import Path
-
 from rfdetr.data.faults import FEW_OBJECTS, PLACES_KEPT, Faults, Problem, first_few
 from rfdetr.data.records import CocoSplit
-from rfdetr.renaming import rename_flags, suggest_renames
+from rfdetr.renaming import (
+    alike_classes,
+    certain_renames,
+    rename_choices,
+    rename_flags,
+    suggest_renames,
+)
+
+HIDE_CLASSES = ("JSON_", "CAT_", "ANN_CATEGORY_UNKNOWN")  # errors after which classes may lack
 
 
-def class_problems(split: CocoSplit, train: CocoSplit, listed: Collection[str]) -> list[Problem]:
+def class_problems(split: CocoSplit, train: CocoSplit) -> list[Problem]:
     """A warning for classes that train lists without an object, an error for those it lacks.
 
-    listed: the names that train's file lists.
+    None where errors of train may be why they lack.
     """
-    here = dict(zip(split.class_names, split.objects_per_class))
-    taught = dict(zip(train.class_names, train.objects_per_class))
+    if hides_classes(train):
+        return []
+    here = counts_of(split)
+    taught = counts_of(train)
     faults = Faults(split.annotation_file)
-    unknown = []
-    for name, count in here.items():
-        if count and name not in listed:
-            unknown.append(name)
-        elif count and not taught[name]:
-            faults.note("CLASS_NOT_IN_TRAIN", repr(name))
+    if any(taught.values()):  # else train is empty, which is told
+        for name, count in here.items():
+            if count and name in train.annotated and not taught[name]:
+                faults.note("CLASS_NOT_IN_TRAIN", repr(name))
     problems = faults.problems()
+    unknown = unknown_classes(here, train)
     if unknown:
-        partners = [name for name, count in taught.items() if count and not here[name]]
-        renames = suggest_renames(unknown, partners, listed)
+        meant = meanings(here, train)
         places = [f"{name!r}: {here[name]} annotations" for name in unknown]
         count = f"{len(unknown)} class{'es' if len(unknown) > 1 else ''}"
         headline = f"{split.annotation_file}: {count} that train does not have"
-        known = first_few([repr(name) for name in split.class_names if name in listed], 20)
-        message = (
-            f"{headline} ({first_few(places)}; train has {known}): {advice_on(unknown, renames)}"
-        )
+        listed = [repr(name) for name in train.class_names if name in train.annotated]
+        known = first_few(listed, 20)
+        message = f"{headline} ({first_few(places)}; train has {known}): "
+        message += advice_on(unknown, meant)
         kept = places[:PLACES_KEPT]
+        renames = certain_renames(meant)
         problems.append(
             Problem("CLASS_UNKNOWN", "error", message, len(places), kept, headline, renames)
         )
@@ -43,30 +53,79 @@ def class_problems(split: CocoSplit, train: CocoSplit, listed: Collection[str]) 
 
 
 def rare_class_problems(train: CocoSplit, valid: CocoSplit | None) -> list[Problem]:
-    """Warnings for classes that train shows too rarely, and for those that valid does not show.
+    """Warnings for classes that train shows too rarely, that valid does not show, and whose names
+    differ in case alone.
 
-    None where there are errors: what lacks may be their effect.
+    None where errors of train may be why they lack.
     """
-    problems = train.problems + (valid.problems if valid else [])
-    if any(problem.severity == "error" for problem in problems):
+    if hides_classes(train):
         return []
+    taught = counts_of(train)
     of_train = Faults(train.annotation_file)
-    of_valid = Faults(valid.annotation_file if valid else Path())
-    scored = valid.objects_per_class if valid else train.objects_per_class
-    for name, taught, here in zip(train.class_names, train.objects_per_class, scored):
-        if 0 < taught < FEW_OBJECTS:
-            of_train.note("CLASS_FEW", f"{name!r}: {taught}")
-        if taught and not here:
-            of_valid.note("CLASS_NOT_SCORED", repr(name))
-    return of_train.problems() + of_valid.problems()
+    for name, count in taught.items():
+        if 0 < count < FEW_OBJECTS:
+            of_train.note("CLASS_FEW", f"{name!r}: {count}")
+    problems = of_train.problems() + alike_problems(train, taught)
+    if valid and not hides_classes(valid):
+        here = counts_of(valid)
+        meant = {name for names in meanings(here, train).values() for name in names}
+        of_valid = Faults(valid.annotation_file)
+        for name, count in taught.items():
+            if count and not here.get(name) and name not in meant:
+                of_valid.note("CLASS_NOT_SCORED", repr(name))
+        problems += of_valid.problems()
+    return problems
 
 
-def advice_on(unknown: list[str], renames: list[str]) -> str:
-    """renames: OLD=NEW of those of the unknown classes whose meaning can be guessed."""
+def alike_problems(train: CocoSplit, taught: dict[str, int]) -> list[Problem]:
+    """A warning where classes of train differ in the case of their names alone."""
+    alike = alike_classes(taught)
+    if not alike:
+        return []
+    pairs = [f"{old}={new}" for old, new in alike.items()]
+    places = [
+        f"{old!r}: {taught[old]}, {new!r}: {taught[new]} annotations" for old, new in alike.items()
+    ]
+    count = f"{len(alike)} class{'es' if len(alike) > 1 else ''}"
+    headline = f"{train.annotation_file}: {count} whose name differs from another's in case alone"
+    message = (
+        f"{headline} ({first_few(places)}): they are learnt as classes of their own; if they are "
+        f"the same, add here and to every later command: {rename_flags(pairs)}"
+    )
+    kept = places[:PLACES_KEPT]
+    return [Problem("CLASS_ALIKE", "warning", message, len(alike), kept, headline, pairs)]
+
+
+def hides_classes(split: CocoSplit) -> bool:
+    return any(problem.code.startswith(HIDE_CLASSES) for problem in split.problems)
+
+
+def counts_of(split: CocoSplit) -> dict[str, int]:
+    """Class name -> its objects, or where errors may hide some the annotations that are listed."""
+    counts = dict(zip(split.class_names, split.objects_per_class))
+    if any(problem.severity == "error" for problem in split.problems):
+        return dict.fromkeys(counts, 0) | split.annotated
+    return counts
+
+
+def unknown_classes(here: dict[str, int], train: CocoSplit) -> list[str]:
+    """here: class name -> its objects in another split."""
+    return [name for name, count in here.items() if count and name not in train.annotated]
+
+
+def meanings(here: dict[str, int], train: CocoSplit) -> dict[str, list[str]]:
+    """The classes of another split that train lacks -> what they are probably called there."""
+    unknown = unknown_classes(here, train)
+    partners = [name for name, count in counts_of(train).items() if count and not here.get(name)]
+    return suggest_renames(unknown, partners, train.annotated)
+
+
+def advice_on(unknown: list[str], meant: dict[str, list[str]]) -> str:
+    """meant: those of the unknown classes whose meaning can be guessed."""
     sentences = []
-    if renames:
-        sentences.append(f"if they are the same, add: {rename_flags(renames)}")
-    if len(renames) < len(unknown):
+    if meant:
+        sentences.append(f"if they are the same, add: {rename_choices(meant)}")
+    if len(meant) < len(unknown):
         sentences.append(
             "a class needs objects in train, or the name of one that has: "
             "--rename \"OLD=NEW\" (valid's name=train's name)"

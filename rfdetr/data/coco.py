@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -112,10 +113,9 @@ def inspect_dataset(
         elif "train" in splits:
             note_shared_images(split, splits["train"], faults[name])
     own_problems = {name: split_faults.problems() for name, split_faults in faults.items()}
-    if "train" in splits and not faults["train"].has_errors:  # or what lacks may be their effect
-        listed_in_train = {entry["name"] for entry in checked["train"].categories}
+    if "train" in splits:
         for name in splits.keys() - {"train"}:
-            own_problems[name] += class_problems(splits[name], splits["train"], listed_in_train)
+            own_problems[name] += class_problems(splits[name], splits["train"])
     splits = {
         name: replace(split, problems=sorted(own_problems[name], key=attrgetter("severity")))
         for name, split in splits.items()
@@ -215,11 +215,15 @@ def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
     splits = {}
     for name, split in checked.items():
         labels = classes.labels[name]
+        annotated = Counter()
+        for entry in split.categories:
+            annotated[entry["name"]] += split.annotated.get(entry["id"], 0)
         splits[name] = CocoSplit(
             annotation_file=split.annotation_file,
             images=ImageTable(split.columns, labels),
             class_names=classes.class_names,
             category_ids=classes.category_ids[name],
+            annotated=dict(annotated),
             left_out=classes.left_out,
             exif=split.exif.name,
             problems=split.faults.problems(),

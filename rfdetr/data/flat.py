@@ -90,10 +90,11 @@ class FlatAnnotations:
         return len(self.odd)
 
     @property
-    def used_categories(self) -> set[int]:
-        """The whole numbers that are category ids of annotations."""
-        used = np.unique(np.frombuffer(self.categories, np.int64)) if len(self) else []
-        return {int(category_id) for category_id in used} - {NO_CATEGORY}
+    def category_counts(self) -> dict[int, int]:
+        """Category id -> how many annotations have it; of those that are whole numbers."""
+        counts = count_values(as_array(self.categories, np.int64))
+        counts.pop(NO_CATEGORY, None)
+        return counts
 
     def add(self, entry: dict) -> None:
         """Add the next entry of the file."""
@@ -209,6 +210,12 @@ class FlatAnnotations:
 def as_array(values: array | bytearray, dtype: type) -> np.ndarray:
     """A view of the memory of `values`, which cannot grow while there is one."""
     return np.frombuffer(values, dtype) if len(values) else np.zeros(0, dtype)
+
+
+def count_values(values: np.ndarray) -> dict[int, int]:
+    """Each whole number in an array -> how often it is there."""
+    numbers, counts = np.unique(values, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist()))
 
 
 def row_slices(count: int) -> Iterator[slice]:

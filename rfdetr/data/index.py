@@ -28,6 +28,7 @@ from rfdetr.data.checks import CheckedSplit
 from rfdetr.data.columns import Columns, map_columns
 from rfdetr.data.exif import ExifDecision
 from rfdetr.data.faults import Faults
+from rfdetr.data.flat import count_values
 from rfdetr.data.image_cache import SETTLED, cache_folder, stamp_of
 from rfdetr.files import file_sha256, free_disk
 
@@ -65,6 +66,7 @@ def read_index(annotation_file: Path, folder: Path) -> CheckedSplit | None:
                 annotation_file=annotation_file,
                 categories=meta["categories"],
                 listed={},
+                annotated=count_values(columns.categories),
                 columns=columns,
                 exif=ExifDecision(meta["apply_exif"], frozenset(meta["dataset_proofs"])),
                 proofs=frozenset(meta["proofs"]),
