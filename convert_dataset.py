@@ -33,6 +33,7 @@ from rfdetr.data.formats.yolo import YoloReader
 from rfdetr.data.layout import describe_folder, holds_dataset
 from rfdetr.files import require_free, writing_to
 from rfdetr.progress import ProgressBar
+from rfdetr.renaming import alike_classes, rename_flags
 from rfdetr.settings import VAL_FRACTION
 from rfdetr.text import command_line
 
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         say(line)
     if notes.counts:
         warn("; ".join(notes.lines()))
+    warn_of_alike_classes(writer.taught)
     print_next(writer, output)
 
 
@@ -180,6 +182,19 @@ def require_objects(
     raise UserError(
         f"{root}: {found} in what was read as {FORMS[form]}{left_out}. Nothing is written. "
         f"{whole_dataset_message(root, settings) or advice}"
+    )
+
+
+def warn_of_alike_classes(taught: dict[str, int]) -> None:
+    """taught: class name -> its objects in train."""
+    alike = alike_classes(taught)
+    if not alike:
+        return
+    pairs = [f"{old}={new}" for old, new in alike.items()]
+    names = ", ".join(f"{old!r} and {new!r}" for old, new in alike.items())
+    warn(
+        f"classes whose names differ in case alone: {names}. If they are the same, add to the "
+        f"next command and to every later one: {rename_flags(pairs)}"
     )
 
 

@@ -314,7 +314,65 @@ def test_nothing_usable_is_an_error_of_one_paragraph(refused, tmp_path):
 def test_classes_without_a_name_are_called_by_their_number(convert, tmp_path):
     converted, said = convert(yolo(tmp_path / "theirs", "7 .5 .5 .5 .5\n0 .5 .5 .2 .2"))
     assert [entry["name"] for entry in objects_of(converted)] == ["class_7", "cell"]
-    assert "objects of a class that has a number only: 1 (" in said
+    line = (
+        "objects of a class that has a number only (data.yaml names 1 class; it is kept as one "
+        "more: name it there or delete its lines, and convert again): 1 (labels/train/a.txt: "
+    )
+    assert line in said
+
+
+def test_classes_of_which_none_has_a_name_are_told_how_to_get_one(convert, tmp_path):
+    picture(tmp_path / "theirs/images/a.png")
+    put(tmp_path / "theirs/labels/a.txt", "3 .5 .5 .5 .5")
+    converted, said = convert(tmp_path / "theirs")
+    assert [entry["name"] for entry in objects_of(converted)] == ["class_3"]
+    assert "a class that has a number only (names in classes.txt would name it; so does --" in said
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+def test_labels_without_an_image_are_told(is_described, convert, tmp_path):
+    root = yolo(tmp_path / "theirs")
+    picture(root / "images/val/b.PNG")
+    put(root / "labels/train/classes.txt", "cell")
+    put(root / "labels/train/gone.txt", "0 .5 .5 .5 .5")
+    put(root / "labels/train/empty.txt", "")
+    put(root / "labels/val/B.txt", "0 .5 .5 .5 .5")
+    put(root / "labels/test/gone too.txt", "0 .5 .5 .5 .5")
+    if not is_described:
+        (root / "data.yaml").unlink()
+    _, said = convert(root)
+    gone = "images that are missing, left out: 2 (labels/test/gone too.txt; labels/train/gone.txt)"
+    assert gone in said
+
+
+def test_labels_beside_images_without_one_are_told(convert, tmp_path):
+    root = tmp_path / "theirs"
+    picture(root / "a.png")
+    put(root / "a.txt", "0 .5 .5 .5 .5")
+    put(root / "gone.txt", "0 .5 .5 .5 .5")
+    put(root / "README.txt", "2024 was the year")
+    assert "images that are missing, left out: 1 (gone.txt)" in convert(root)[1]
+
+
+def test_masks_without_an_image_are_told(convert, tmp_path):
+    root = tmp_path / "theirs"
+    picture(root / "train/images/a.png")
+    picture(root / "one/images/c.png")
+    for name in ("train/masks/a", "train/masks/b", "one/masks/1", "one/masks/2", "two/masks/1"):
+        make((root / name).parent)
+        numbers = np.zeros((30, 40), np.uint8)
+        numbers[5:10, 5:10] = 1
+        Image.fromarray(numbers).save(root / f"{name}.png")
+    _, said = convert(root)
+    assert "images that are missing, left out: 1 (train/masks/b.png)" in said
+    assert "folders of masks without an image, left out: 1 (two/masks)" in said
+
+
+@pytest.mark.parametrize("other, told", [("CELL", True), ("cell 2", False)])
+def test_classes_that_differ_in_case_alone_are_told(other, told, convert, tmp_path):
+    text = "0 .5 .5 .5 .5\n0 .2 .2 .1 .1\n1 .5 .5 .2 .2"
+    _, said = convert(yolo(tmp_path / "theirs", text, f"names: [cell, {other}]"))
+    assert ('every later one: --rename "CELL=cell"' in said) == told
 
 
 def test_of_a_dataset_of_poses_the_boxes_are_taken(convert, tmp_path):

@@ -92,7 +92,10 @@ class MasksReader:
 
 
 def find_masks(root: Path, notes: Notes) -> Iterator[MaskedImage]:
-    """The images below a folder called images that have masks in its sister called masks."""
+    """The images below a folder called images that have masks in its sister called masks.
+
+    Images without masks, and masks without an image, are noted.
+    """
     images = []
     masks: dict[Path, list[Path]] = {}  # folder -> files
     for file in filter(is_image_name, files_below(root)):
@@ -105,15 +108,35 @@ def find_masks(root: Path, notes: Notes) -> Iterator[MaskedImage]:
     neighbours: dict[Path, int] = {}
     for image in images:
         neighbours[image.parent] = neighbours.get(image.parent, 0) + 1
+    used: set[Path] = set()
     for image in images:
         twin = replaced_folder(image, root, "images", "masks")
         of_folder = masks.get(twin.parent, [])
         if twin.with_suffix("") in numbered:
-            yield MaskedImage(image, [numbered[twin.with_suffix("")]], is_one_each=False)
+            taken = [numbered[twin.with_suffix("")]]
+            yield MaskedImage(image, taken, is_one_each=False)
         elif of_folder and neighbours[image.parent] == 1:
-            yield MaskedImage(image, of_folder, is_one_each=True)
+            taken = of_folder
+            yield MaskedImage(image, taken, is_one_each=True)
         else:
+            taken = []
             notes.add("images without a mask, left out", image)
+        used.update(taken)
+    note_missing_images(masks, used, notes)
+
+
+def note_missing_images(masks: dict[Path, list[Path]], used: set[Path], notes: Notes) -> None:
+    """masks: folder -> its masks; used: those whose image is there.
+
+    A folder of which none is may hold one image's masks or many images'.
+    """
+    for folder, files in masks.items():
+        without = [file for file in files if file not in used]
+        if len(without) == len(files):
+            notes.add("folders of masks without an image, left out", folder)
+            continue
+        for file in without:
+            notes.add("images that are missing, left out", file)
 
 
 def read_numbers(path: Path) -> np.ndarray:

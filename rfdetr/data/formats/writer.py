@@ -90,6 +90,12 @@ class CocoWriter(contextlib.AbstractContextManager):
 
     # ------------------------------------------------------------ what was written
 
+    @property
+    def taught(self) -> dict[str, int]:
+        """Class name -> its objects in train."""
+        objects = self.splits["train"].objects if "train" in self.splits else Counter()
+        return {name: objects[number] for name, number in self.categories.items()}
+
     def table(self) -> list[str]:
         """Lines: images, objects and masks of each split, then the objects of each class."""
         splits = [name for name in SPLITS if name in self.splits]

@@ -16,7 +16,7 @@ import yaml
 
 from rfdetr.console import UserError
 from rfdetr.data.exif import turned
-from rfdetr.data.formats.detect import SPLIT_NAMES
+from rfdetr.data.formats.detect import SPLIT_NAMES, YOLO_LINE, peek
 from rfdetr.data.formats.source import (
     LabelledImage,
     LabelledObject,
@@ -32,7 +32,7 @@ from rfdetr.data.formats.source import (
     replaced_folder,
     split_of,
 )
-from rfdetr.text import printable
+from rfdetr.text import counted, printable
 
 NO_YOLO = "images whose .txt is not YOLO's"
 CLASS_LISTS = ("classes.txt", "labels/classes.txt", "obj.names")  # a name a line
@@ -56,12 +56,15 @@ class YoloReader:
         self.notes = notes
         self.yaml = described
         self.config = read_config(self.yaml) if self.yaml else {}
+        self.class_list = self._find_class_list()
         self.names = self._find_names()
+        self.nameless = without_name(len(self.names), self.class_list or self.yaml)
         self.class_names = [self.names[number] for number in sorted(self.names)]
         images = self._described_images()
         if not images:
             images = self._found_images()
         self.splits = self._with_labels(images)
+        self._note_missing_images()
 
     def place(self, item: LabelledPath) -> Path:
         return item.image
@@ -91,7 +94,7 @@ class YoloReader:
         name = self.names.get(label)
         if name is None:
             name = f"class_{label}"
-            self.notes.add("objects of a class that has a number only", file, name)
+            self.notes.add(self.nameless, file, name)
         points = values[1:]
         if len(points) == 4:
             x, y, w, h = points
@@ -104,15 +107,19 @@ class YoloReader:
 
     # ------------------------------------------------------------ names
 
+    def _find_class_list(self) -> Path | None:
+        """The file of class names, where data.yaml has none."""
+        if self.config.get("names") is not None:
+            return None
+        files = [self.root / name for name in CLASS_LISTS]
+        return next((file for file in files if file.is_file()), None)
+
     def _find_names(self) -> dict[int, str]:
         """Class number -> name, as far as the dataset tells."""
         names = self.config.get("names")
-        if names is None:
-            for file in (self.root / name for name in CLASS_LISTS):
-                if file.is_file():
-                    lines = read_text(file, str(file)).splitlines()
-                    names = [line.strip() for line in lines if line.strip()]
-                    break
+        if self.class_list:
+            lines = read_text(self.class_list, str(self.class_list)).splitlines()
+            names = [line.strip() for line in lines if line.strip()]
         if names is None:
             return {}
         if not isinstance(names, (list, dict)):
@@ -218,6 +225,21 @@ class YoloReader:
                 self.notes.add(what, files[0], count=len(files))
         return splits
 
+    def _note_missing_images(self) -> None:
+        """Note the label files, in folders called labels or beside images, without an image."""
+        files = files_below(self.root)
+        images = {folded_stem(file) for file in files if is_image_name(file)}
+        items = [item for items in self.splits.values() for item in items if item.labels]
+        beside = {item.image.parent for item in items if item.labels.parent == item.image.parent}
+        for file in files:
+            if file.suffix != ".txt" or folded_stem(file) in images:
+                continue
+            moved = replaced_folder(file, self.root, "labels", "images")
+            is_expected = moved or file.parent in beside
+            if is_expected and folded_stem(moved or file) not in images:
+                if YOLO_LINE.match(peek(file)):
+                    self.notes.add("images that are missing, left out", file)
+
     def _labels_of(self, image: Path) -> Path | None:
         """labels/.../a.txt of images/.../a.jpg, or the .txt beside it."""
         root = self.root if image.is_relative_to(self.root) else Path(os.path.realpath(self.root))
@@ -226,6 +248,23 @@ class YoloReader:
             if file and file.with_suffix(".txt").is_file():
                 return file.with_suffix(".txt")
         return None
+
+
+def folded_stem(file: Path) -> str:
+    """A path without its suffix, whatever the case of its letters."""
+    return str(file.with_suffix("")).casefold()
+
+
+def without_name(named: int, list_file: Path | None) -> str:
+    """What to say of objects of a class without a name, where so many classes have one."""
+    where = list_file.name if list_file else "classes.txt"
+    advice = f"names in {where} would name it; so does --rename \"class_0=NAME\" later"
+    if named:
+        advice = (
+            f"{where} names {counted(named, 'class')}; it is kept as one more: name it there or "
+            "delete its lines, and convert again"
+        )
+    return f"objects of a class that has a number only ({advice})"
 
 
 def read_config(file: Path) -> dict:
