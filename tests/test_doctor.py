@@ -216,7 +216,7 @@ ROWS = [
       for name in ("../1.png", "/etc/1.png", "\\\\host\\1.png", "C:\\1.png")),
     ("26 link", linked, GOOD, {"IMG_LINK"}),
     ("27 paths", far_away, GOOD, set()),
-    ("28 kinds", odd_images, GOOD, {"IMG_PAGES"}),
+    ("28 kinds", odd_images, GOOD, {"IMG_PAGES", "IMG_ALPHA"}),
     ("28 bomb", image(size=(20_000, 10_000), mode="1"), BAD, {"IMG_BOMB"}),
     ("29 train", lambda root: rewrite(root / "train" / FILE, lambda d: d.update(annotations=[])),
      BAD, {"SPLIT_EMPTY"}),
@@ -309,6 +309,7 @@ def codes_of(root: Path, **options) -> dict[str, str]:
 HARMLESS = TOO_SMALL | {
     "IMG_LINK",
     "IMG_PAGES",
+    "IMG_ALPHA",
     "ANN_NO_MASK",
     "IMG_SHARED",
     "CLASS_NOT_IN_TRAIN",

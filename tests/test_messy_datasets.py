@@ -31,7 +31,7 @@ from rfdetr.sizes import SIZES
 from rfdetr.training.engine import Progress
 from rfdetr.training.report import print_banner
 from rfdetr.weights import checkpoint
-from testkit.datasets import codes, rewrite
+from testkit.datasets import HEIGHT, WIDTH, codes, rewrite
 
 
 def change(root: Path, edit, split: str = "train") -> None:
@@ -284,6 +284,30 @@ def test_every_script_takes_rename_and_hands_it_on(dataset, tmp_path, call, caps
 
 
 # ---------------------------------------------------------------- sizes and pages
+
+
+def half_transparent(mode: str) -> Image.Image:
+    alpha = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    alpha[:, : WIDTH // 2] = 0
+    if mode == "P":
+        image = Image.fromarray(np.minimum(alpha, 1), "P")
+        image.putpalette([200, 0, 0, 0, 200, 0])
+        image.info["transparency"] = 0
+        return image
+    image = Image.new(mode, (WIDTH, HEIGHT))
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_told_where_images_are_decoded(dataset, mode):
+    half_transparent(mode).save(dataset / "train/1.png")
+    Image.new("RGBA", (WIDTH, HEIGHT), (1, 2, 3, 255)).save(dataset / "train/2.png")
+    for _ in range(2):  # what is kept of the first check changes nothing
+        (problem,) = inspect_dataset(dataset, decode=True)[1]
+        assert (problem.code, problem.severity) == ("IMG_ALPHA", "warning")
+        assert problem.places == [f"{dataset / 'train/1.png'}: 50% of it"]
+        assert codes(dataset) == {}
 
 
 def shrink_boxes(data: dict) -> None:

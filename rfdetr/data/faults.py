@@ -103,6 +103,12 @@ CODES: dict[str, FaultKind] = {
     "IMG_PAGES": FaultKind(
         "warning", "with several pages or frames", "the first page of each is read"
     ),
+    "IMG_ALPHA": FaultKind(
+        "warning",
+        "with transparent parts",
+        "a model sees the colours that lie under them; where these mean nothing, save the images "
+        "without transparency, on one colour",
+    ),
     "IMG_LINK": FaultKind("warning", "behind symbolic links", "followed"),
     "IMG_MANY_OBJECTS": FaultKind(
         "warning", "with more objects than the model has queries", "train with more: --num_queries"

@@ -152,6 +152,8 @@ def inspect_image_file(
         if "IMG_UNREADABLE" not in finding[0]:
             cache.put(decoded_name if decode else name, stamp, finding)
     faults, orientation, stored_size, whole_sha256, hashed = finding
+    if not decode:  # as if no earlier check had decoded the file
+        faults = {code: more for code, more in faults.items() if code != "IMG_ALPHA"}
     if is_behind_link(path, folder):
         faults = {"IMG_LINK": ""} | faults
     return ImageFile(
@@ -195,11 +197,14 @@ def read_image_file(path: Path, annotated_size: tuple[float, float], decode: boo
             with open_image(path, file) as image:
                 orientation, stored_size = read_orientation(image, annotated_size)
                 pages = count_pages(image)
+                notes = {"IMG_PAGES": f": {pages}"} if pages > 1 else {}
                 if decode:
                     decode_pixels(image, path)
                     whole_sha256 = file_sha256(path)
+                    share = transparent_share(image)
+                    if share:
+                        notes["IMG_ALPHA"] = f": {max(share, 0.01):.0%} of it"
             hashed = content_hash(file)
-        notes = {"IMG_PAGES": f": {pages}"} if pages > 1 else {}
         return [notes, orientation, stored_size, whole_sha256, hashed]
     except Exception as error:  # on damaged files Pillow raises OSError, struct.error and others
         return [fault_of(error), orientation, None, whole_sha256, None]
@@ -215,6 +220,21 @@ def decode_pixels(image: Image.Image, path: Path) -> None:
                     pass
                 return
     image.load()
+
+
+def transparent_share(image: Image.Image) -> float:
+    """The share of a decoded image that is not opaque, 0..1.
+
+    0 of one that was read in parts, and of colours other than a palette's that mean transparency.
+    """
+    pixels = image.width * image.height
+    if pixels > LARGE:
+        return 0
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode not in ("RGBA", "LA", "PA"):
+        return 0
+    return 1 - image.getchannel("A").histogram()[255] / pixels
 
 
 def read_header(path: Path) -> ImageHeader | None:
