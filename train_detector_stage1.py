@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with open_run(session, model):
         best = fit(session, trainer, loader, evaluator, pack)
-        finish(session, table, masks=False, next_command=after_detector(session, table, best))
+        remark, command = after_detector(session, table, best)
+        finish(session, table, masks=False, next_command=command, remark=remark)
 
 
 if __name__ == "__main__":

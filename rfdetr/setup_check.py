@@ -23,7 +23,13 @@ from rfdetr.data.gray import look_at_records, scale_by
 from rfdetr.data.layout import has_val_folder
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import REPAIRED, fix_dataset
-from rfdetr.data.statistics import COCO_AREAS, count_by_size, object_sides, shrink_problems
+from rfdetr.data.statistics import (
+    COCO_AREAS,
+    count_by_size,
+    object_sides,
+    shrink_problems,
+    without_scores,
+)
 from rfdetr.data.tiles import tile_problems, training_tiling
 from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
 from rfdetr.files import make_place, write_json, writing_to
@@ -334,9 +340,10 @@ def say_what_is_possible(
     classes = counted(len(train.class_names), "class")
     tick(f"{classes}, {counted(images, 'image')}; {how}")
     tick("Stage 1 (boxes) is possible")
+    unscored = without_scores(splits)
     if train.mask_count:
         tick("Stage 2 and single stage (masks) are possible")
-        if not splits["valid"].mask_count:
+        if not unscored and not splits["valid"].mask_count:
             warn(
                 "the valid split has no masks: there will be no mask scores, and best.pt will "
                 "hold the last epoch's weights. Draw the masks of a few valid images"
@@ -346,4 +353,6 @@ def say_what_is_possible(
             "Stage 2 and single stage (masks) will guess masks from the boxes: the annotations "
             "have none"
         )
+    if unscored:
+        warn(unscored)
     print(f"Next: {training_command(plain(settings))}")

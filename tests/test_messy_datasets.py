@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,12 @@ from rfdetr.data.statistics import shrink_warning
 from rfdetr.models.detector import Detector
 from rfdetr.renaming import is_near
 from rfdetr.resolve import plain, read_layer, resolve
+from rfdetr.runs.record import Run
 from rfdetr.settings import DetectorSettings
 from rfdetr.sizes import SIZES
 from rfdetr.training.engine import Progress
-from rfdetr.training.report import print_banner
+from rfdetr.training.next_commands import after_detector
+from rfdetr.training.report import draw_pictures, print_banner
 from rfdetr.weights import checkpoint
 from testkit.datasets import HEIGHT, WIDTH, codes, rewrite
 
@@ -283,6 +286,64 @@ def test_every_script_takes_rename_and_hands_it_on(dataset, tmp_path, call, caps
     assert quickstart.Job(quickstart.parse(words)).flags("rename") == tuple(words[:2])
 
 
+# ---------------------------------------------------------------- nothing to score
+
+
+def empty_valid(dataset: Path, *tables: str) -> None:
+    change(dataset, lambda data: data.update({table: [] for table in tables}), "valid")
+
+
+@pytest.mark.parametrize(
+    ("tables", "words", "way_out"),
+    [
+        (["annotations"], "has no objects", "Annotate a few of its images, or remove that split"),
+        (["annotations", "images"], "is empty", "Put images there, or remove that split"),
+    ],
+)
+def test_a_valid_split_without_objects_is_told_before_and_in_training(
+    dataset, call, capsys, tables, words, way_out
+):
+    empty_valid(dataset, *tables)
+    lines, report = checked(dataset, call, capsys)
+    told = f"warning: the valid split {words}: there are no scores, and best.pt holds the last "
+    told += f"epoch's weights. {way_out} and add --val_fraction 0.1"
+    assert told in lines and report["ok"]
+    assert not [line for line in lines if "Draw the masks" in line]
+    print_banner(begun(dataset), torch.nn.Linear(1, 1), "cpu")
+    assert told in capsys.readouterr().out.splitlines()
+
+
+def test_a_part_of_train_without_objects_asks_for_another_part(dataset, capsys):
+    shutil.rmtree(dataset / "valid")
+    change(dataset, lambda data: data.update(annotations=data["annotations"][:1]))
+    session = begun(dataset, val_fraction=0.25)
+    if session.splits["valid"].object_count:  # which image is taken, a hash decides
+        session.splits["train"], session.splits["valid"] = reversed(session.splits.values())
+    print_banner(session, torch.nn.Linear(1, 1), "cpu")
+    assert "epoch's weights. Take another --val_fraction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"), [("ema", "the averaged weights (EMA)"), ("regular", "the weights")]
+)
+def test_which_weights_come_next_without_scores_is_said(dataset, tmp_path, weights, words):
+    session = begun(dataset)
+    session.folder = tmp_path
+    table = assign_rows(["cell", "vessel"], [1, 2], "coco91")
+    best = {"weights": weights, "value": None}
+    remark, command = after_detector(session, table, best)
+    assert remark.endswith(f"better: {words} of the last epoch are taken")
+    assert f"checkpoint_best_{weights}.pth" in command
+    assert after_detector(session, table, best | {"value": 0.1}) == ("", command)
+
+
+def test_no_folder_is_made_for_no_pictures(tmp_path):
+    evaluator = SimpleNamespace(pictures=lambda model, count: [])
+    with Run(tmp_path, {}, tensorboard=False) as run:
+        draw_pictures(run, evaluator, torch.nn.Linear(1, 1), 1, best=True)
+    assert not (tmp_path / "predictions").exists()
+
+
 # ---------------------------------------------------------------- sizes and pages
 
 
@@ -362,11 +423,11 @@ def test_validation_evaluation_and_prediction_say_it_once(dataset, few, tmp_path
     assert "1 image has several pages or frames (stack.tif: 3): the first of each is read" in said
 
 
-def test_training_says_it_after_its_banner(dataset, capsys):
-    change(dataset, shrink_boxes)
+def begun(dataset: Path, **options: object) -> SimpleNamespace:
+    """What the banner of a training says something of."""
     session = SimpleNamespace(
         settings=resolve(DetectorSettings, {"size": "tiny"}),
-        splits=read_dataset(dataset),
+        splits=read_dataset(dataset, **options),
         size=SIZES["tiny"],
         resolution=32,
         tiling=None,
@@ -377,6 +438,12 @@ def test_training_says_it_after_its_banner(dataset, capsys):
         run=SimpleNamespace(folder="runs/x"),
     )
     session.train = session.splits["train"]
+    return session
+
+
+def test_training_says_it_after_its_banner(dataset, capsys):
+    change(dataset, shrink_boxes)
+    session = begun(dataset)
     print_banner(session, torch.nn.Linear(1, 1), "cpu")
     assert capsys.readouterr().out.count("hardly seen") == 1
 

@@ -10,6 +10,7 @@ import numpy as np
 from rfdetr.data.faults import PLACES_KEPT, Problem, first_few
 from rfdetr.data.image_files import read_header
 from rfdetr.data.records import CocoSplit
+from rfdetr.settings import VAL_FRACTION
 from rfdetr.tiling import Tiling
 
 HARDLY_SEEN = 8  # pixels: the side of objects of half a patch of most sizes
@@ -23,6 +24,26 @@ def count_by_size(split: CocoSplit) -> dict[str, int]:
     areas = split.images.areas
     size_classes = np.searchsorted(list(COCO_AREAS.values()), areas, side="right")
     return {name: int((size_classes == i).sum()) for i, name in enumerate(COCO_AREAS)}
+
+
+def without_scores(splits: dict[str, CocoSplit]) -> str:
+    """What it means that the valid split shows no object, and the way out; "" where it shows some.
+
+    splits: those of a training, by name.
+    """
+    valid = splits["valid"]
+    if valid.object_count:
+        return ""
+    lack = "has no objects" if valid.images else "is empty"
+    if valid.annotation_file == splits["train"].annotation_file:
+        way_out = "Take another --val_fraction"
+    else:
+        first = "Annotate a few of its images" if valid.images else "Put images there"
+        way_out = f"{first}, or remove that split and add --val_fraction {VAL_FRACTION}"
+    return (
+        f"the valid split {lack}: there are no scores, and best.pt holds the last epoch's weights. "
+        f"{way_out}"
+    )
 
 
 def object_sides(

@@ -18,14 +18,20 @@ from rfdetr.weights import checkpoint
 # ---------------------------------------------------------------- after a training
 
 
-def after_detector(session: Session, table: ClassTable, best: dict) -> str:
-    """After stage 1: the shrink of the better weights, or stage 2 where there is nothing to cut."""
+def after_detector(session: Session, table: ClassTable, best: dict) -> tuple[str, str]:
+    """After stage 1: what to say of the weights that come next, which may be nothing, and the
+    shrink of the better ones, or stage 2 where there is nothing to cut.
+    """
+    remark = ""
+    if best["value"] is None:
+        kind = "the averaged weights (EMA)" if best["weights"] == "ema" else "the weights"
+        remark = f"No score tells which weights are better: {kind} of the last epoch are taken"
     trained = session.folder / f"checkpoint_best_{best['weights']}.pth"
     if table.rows_total == len(table.names) + 1:
-        return mask_training(plain(session.settings), session.resolution, trained)
+        return remark, mask_training(plain(session.settings), session.resolution, trained)
     shrunk = session.folder / "checkpoint_mydata.pth"
     words = command_line("python", "shrink_head.py", "--in_ckpt", trained, "--out_ckpt", shrunk)
-    return f"{words} {keep_flags(table.names)}"
+    return remark, f"{words} {keep_flags(table.names)}"
 
 
 def predict_with(session: Session) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from torch import nn
 from rfdetr import distributed
 from rfdetr.console import UserError, banner, say, tick, warn
 from rfdetr.data.dataset import SplitDataset
-from rfdetr.data.statistics import shrink_problems
+from rfdetr.data.statistics import shrink_problems, without_scores
 from rfdetr.files import atomic_write
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.evaluation import SplitEvaluator
@@ -68,11 +68,9 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
         ):
             warn(problem.message)
     valid = session.splits["valid"]
-    if not valid.images:
-        warn(
-            "the valid split is empty: there are no scores, "
-            "and best.pt holds the last epoch's weights"
-        )
+    unscored = without_scores(session.splits)
+    if unscored:
+        warn(unscored)
     elif settings.metric.startswith("segm") and valid.mask_count == 0:
         warn(
             "the valid split has no masks: there are no mask scores, best.pt holds the last "
@@ -235,8 +233,8 @@ def draw_pictures(
     """
     folder = run.folder / "predictions"
     with run.optional(f"drawing pictures into {folder}"):
-        folder.mkdir(exist_ok=True)
         for name, picture in evaluator.pictures(model, PICTURES):
             if best:
+                folder.mkdir(exist_ok=True)
                 picture.save(folder / f"valid_{name}.png", compress_level=1)
             run.image(f"{PICTURE_TAGS}/{name}", picture, epoch)

@@ -258,7 +258,7 @@ def folded_stem(file: Path) -> str:
 def without_name(named: int, list_file: Path | None) -> str:
     """What to say of objects of a class without a name, where so many classes have one."""
     where = list_file.name if list_file else "classes.txt"
-    advice = f"names in {where} would name it; so does --rename \"class_0=NAME\" later"
+    advice = f'names in {where} would name it; so does --rename "class_0=NAME" later'
     if named:
         advice = (
             f"{where} names {counted(named, 'class')}; it is kept as one more: name it there or "
