@@ -21,7 +21,7 @@ import convert_dataset
 import validate_setup
 from rfdetr.cli import require_files
 from rfdetr.console import UserError, run_script
-from rfdetr.data.coco import inspect_dataset
+from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.formats.detect import find_form
 from rfdetr.data.formats.source import Notes
 from rfdetr.data.formats.voc import colour, match
@@ -316,9 +316,12 @@ def test_classes_without_a_name_are_called_by_their_number(convert, tmp_path):
     assert [entry["name"] for entry in objects_of(converted)] == ["class_7", "cell"]
     line = (
         "objects of a class that has a number only (data.yaml names 1 class; it is kept as one "
-        "more: name it there or delete its lines, and convert again): 1 (labels/train/a.txt: "
+        "more: name it there or delete its lines, and convert again; or let --rename join it to "
+        "another later): 1 (labels/train/a.txt: "
     )
     assert line in said
+    joined = read_dataset(converted, rename=["class_7=cell"], needed=["train"])
+    assert joined["train"].class_names == ["cell"]
 
 
 def test_classes_of_which_none_has_a_name_are_told_how_to_get_one(convert, tmp_path):

@@ -262,7 +262,7 @@ def without_name(named: int, list_file: Path | None) -> str:
     if named:
         advice = (
             f"{where} names {counted(named, 'class')}; it is kept as one more: name it there or "
-            "delete its lines, and convert again"
+            "delete its lines, and convert again; or let --rename join it to another later"
         )
     return f"objects of a class that has a number only ({advice})"
 
