@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from rfdetr.data.augment import PRESETS, Preset, random_view
 from rfdetr.data.copy_paste import hidden, paste
 from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
+from rfdetr.data.guess_weights import EXAMPLES, learn_weights
 from rfdetr.data.images import LARGE, load_image
 from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.letterbox import as_input
@@ -289,6 +293,8 @@ class SplitDataset(Dataset):
         The caches are dropped where memory does not hold one for each.
         """
         self.in_work = torch.full((workers, 2), -1).share_memory_()
+        if self.guess:
+            self.guess_weights  # noqa: B018 (learnt once, not in each of them)
         self.last_read = (None, None)  # its file is this process's own
         if self.bytes_of_images * workers > RAM_CACHE_BYTES:
             self.cache = None
@@ -325,14 +331,32 @@ class SplitDataset(Dataset):
             return record.segmentations
         if index in self.guessed:
             return self.guessed[index]
-        side = max(self.resolution, GUESSING_SIDE)
-        image = torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
-        pixels = v2.functional.resize(image, [side, side], antialias=True)
-        masks = with_guesses(record, pixels.permute(1, 2, 0).numpy())
+        masks = with_guesses(record, self._pixels_to_guess_in(record), self.guess_weights)
         if self.guesses + len(masks) <= GUESSES_KEPT:
             self.guessed[index] = masks
             self.guesses += len(masks)
         return masks
+
+    @cached_property
+    def guess_weights(self) -> np.ndarray:
+        """What the drawn masks tell of how to guess the others."""
+        drawn = images_with_masks(self.whole_split)
+        chosen = np.linspace(0, len(drawn) - 1, min(EXAMPLES, len(drawn))).astype(int)
+        return learn_weights(self._examples([drawn[i] for i in chosen]))
+
+    def _examples(self, indices: list[int]) -> Iterator[tuple[ImageRecord, np.ndarray]]:
+        """Those images that can be read, and their pixels to guess in."""
+        for index in indices:
+            record = self.whole_split.images[index]
+            with suppress(UserError):
+                yield record, self._pixels_to_guess_in(record)
+
+    def _pixels_to_guess_in(self, record: ImageRecord) -> np.ndarray:
+        """A whole image, uint8 (side, side, 3)."""
+        side = max(self.resolution, GUESSING_SIDE)
+        image = torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
+        pixels = v2.functional.resize(image, [side, side], antialias=True)
+        return pixels.permute(1, 2, 0).numpy()
 
     def _resized(self, index: int, record: ImageRecord, seed: int | None) -> Tensor:
         is_kept = self.cache is not None and seed is None
