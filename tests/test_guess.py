@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from scipy.special import expit
 
+import evaluate
 import train_seg_stage2
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
@@ -215,6 +216,8 @@ def test_stage_2_learns_from_boxes_alone(
     assert valid["segm"]["mAP"] is None and valid["bbox"]["mAP"] is not None
     assert valid["mask"] == {"giou": None, "ciou": None, "dice": None}
     assert torch.load(run / "best.pt", weights_only=True)["guessed_masks"] is True
+    call(evaluate.main, "--checkpoint", run, "--dataset", boxes_only)
+    assert "has no masks: boxes alone are scored" in "".join(capsys.readouterr())
     guessed_cache = set((tmp_path / "runs/feature_cache").iterdir())
 
     call(train_seg_stage2.main, *quick_flags(few), *flags)  # drawn masks share no view with them
