@@ -14,7 +14,7 @@ check_command(EvaluationSettings, __doc__, __name__)
 from dataclasses import replace
 
 from rfdetr.commands import training_command
-from rfdetr.console import UserError, run_script, tick, warn
+from rfdetr.console import UserError, run_script, say, tick, warn
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.gray import told_scale
@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     pin = device.type == "cuda"
     loader = evaluation_loader(dataset, settings.batch, settings.workers, pin=pin)
     masks = model.head is not None and split.mask_count > 0
+    if model.head is not None and not masks:
+        say(f"{settings.dataset} ({settings.split}) has no masks: boxes alone are scored")
     evaluator = SplitEvaluator(
         loader, table, precision, masks, max_detections=settings.max_detections
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from rfdetr.console import UserError
 
-AUGMENTS = ("none", "flips", "crops", "dihedral", "strong", "microscopy", "aerial")
+AUGMENTS = ("none", "flips", "crops", "dihedral", "mosaic", "strong", "microscopy", "aerial")
 MOST_PIXELS = 4096  # side of an input, beyond which no memory suffices
 
 

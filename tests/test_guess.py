@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pycocotools import mask as mask_api
+from scipy.special import expit
 
+import evaluate
 import train_seg_stage2
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
-from rfdetr.data.guess import guess_masks
+from rfdetr.data.guess import UNLEARNT, guess_masks
+from rfdetr.data.guess_weights import LEAST_OBJECTS, logistic_regression
 from rfdetr.data.loaders import EpochSampler
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
@@ -57,6 +61,51 @@ def test_guesses_are_near_the_drawn_masks(demo):
         rles = mask_api.frPyObjects(xywh.astype(float), image.height, image.width)
         whole_boxes.append(rles)
     assert mean_iou(split, guesses) > max(0.8, mean_iou(split, whole_boxes) + 0.1)
+
+
+def test_drawn_masks_teach_how_the_others_are_guessed(demo):
+    split = read_dataset(demo)["train"]
+    some = without_masks(split, keep=8)
+    dataset = SplitDataset(some, 96, None, masks=True, guess=True)
+    assert sum(len(image.labels) for image in some.images[:8]) >= LEAST_OBJECTS
+    rest = replace(split, images=list(split.images[8:]))
+    learnt = [dataset.segmentations(index) for index in range(8, len(split.images))]
+    dataset = SplitDataset(some, 96, None, masks=True, guess=True)
+    dataset.guess_weights = UNLEARNT
+    unlearnt = [dataset.segmentations(index) for index in range(8, len(split.images))]
+    assert mean_iou(rest, learnt) > mean_iou(rest, unlearnt) + 0.005
+
+
+def test_few_drawn_masks_and_unreadable_images_teach_nothing(demo, tmp_path):
+    split = read_dataset(demo)["train"]
+    none, few = without_masks(split), without_masks(split, keep=1)
+    gone = without_masks(split, keep=8)
+    for i in range(8):
+        gone.images[i] = replace(gone.images[i], path=tmp_path / "gone.png")
+    for changed in (none, few, gone):
+        dataset = SplitDataset(changed, 64, None, masks=True, guess=True)
+        assert (dataset.guess_weights == UNLEARNT).all()
+
+
+def test_workers_are_given_the_weights_that_were_learnt(demo):
+    some = without_masks(read_dataset(demo)["train"], keep=8)
+    dataset = SplitDataset(some, 64, None, masks=True, guess=True)
+    dataset.prepare_for_workers(2)
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert (vars(copied)["guess_weights"] == dataset.guess_weights).all()
+
+
+def test_weights_are_found_again_and_rare_rows_count_by_their_share():
+    rng = np.random.default_rng(0)
+    known = np.hstack([rng.normal([5, -3], [2, 0.1], (20_000, 2)), np.ones((20_000, 1))])
+    weights = np.array([1.0, -8.0, -29.0])
+    signs = np.where(rng.random(20_000) < expit(known @ weights), 1.0, -1.0)
+    found = logistic_regression(known, signs, np.ones(20_000))
+    assert found == pytest.approx(weights, rel=0.15)
+    flipped = np.vstack([known, known[:100]])
+    shares = np.hstack([np.full(20_000, 1e-9), np.ones(100)])
+    opposed = logistic_regression(flipped, np.hstack([-signs, signs[:100]]), shares)
+    assert opposed[0] > 0 > opposed[1]
 
 
 def test_an_object_that_looks_like_the_ground_has_a_mask_all_the_same():
@@ -167,6 +216,8 @@ def test_stage_2_learns_from_boxes_alone(
     assert valid["segm"]["mAP"] is None and valid["bbox"]["mAP"] is not None
     assert valid["mask"] == {"giou": None, "ciou": None, "dice": None}
     assert torch.load(run / "best.pt", weights_only=True)["guessed_masks"] is True
+    call(evaluate.main, "--checkpoint", run, "--dataset", boxes_only)
+    assert "has no masks: boxes alone are scored" in "".join(capsys.readouterr())
     guessed_cache = set((tmp_path / "runs/feature_cache").iterdir())
 
     call(train_seg_stage2.main, *quick_flags(few), *flags)  # drawn masks share no view with them

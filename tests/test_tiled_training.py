@@ -29,6 +29,7 @@ from rfdetr.data.large_images import load_for_tiles
 from rfdetr.data.loaders import evaluation_loader
 from rfdetr.data.records import CocoSplit, ImageList
 from rfdetr.data.sampling import Pool, make_mix
+from rfdetr.data.targets import target_of
 from rfdetr.data.tiles import in_tiles, objects_in_no_tile, part_of, visible_objects
 from rfdetr.detr import RFDETR
 from rfdetr.masks import to_rle
@@ -272,7 +273,7 @@ def test_the_box_of_a_cut_object_is_that_of_what_is_seen_of_it(tmp_path, as_rle,
     window = Window(10, 0, 54, 44)
     moved = replace(part_of(split.images[0], window))
     matrix = np.array([[1.0, 0, -10], [0, 1, 0]])
-    target = dataset._target(0, moved, matrix, masks)
+    target = target_of(moved, matrix, 44, Window(0, 0, 44, 44), False, masks)
     stroke_box = (box_convert(target["boxes"][:1], "cxcywh", "xyxy") * 44)[0].tolist()
     assert stroke_box == pytest.approx([0, 6, 38, 44], abs=1.5)
 

@@ -36,7 +36,9 @@ class Preset:
     # Of what is no crop, whose objects would go on beyond its turned rim:
     most_turn: float = 0.0  # degrees, either way
     zoom: tuple[float, float] = (1.0, 1.0)  # range of the enlargement, about the centre
-    paste_chance: float = 0.0  # of another image's objects on this one (copy_paste.py)
+    mosaic_chance: float = 0.0  # of parts of four images in one (mosaic.py)
+    # of another image's objects on one that is no mosaic (copy_paste.py)
+    paste_chance: float = 0.0
     colours: v2.Transform | None = None
 
 
@@ -59,6 +61,7 @@ PRESETS = {
     "flips": Preset(),
     "crops": Preset(crop_chance=0.5),
     "dihedral": replace(ANY_SIDE_UP, colours=MILD),
+    "mosaic": replace(ANY_SIDE_UP, mosaic_chance=0.3, colours=MILD),
     "strong": Preset(
         crop_chance=0.5, most_turn=10, zoom=(0.7, 1.2), paste_chance=0.5, colours=STRONG
     ),
@@ -149,8 +152,8 @@ def moved(image: Tensor, matrix: np.ndarray) -> Tensor:
     return v2.functional.perspective(image, None, None, fill=fill, coefficients=coefficients)
 
 
-def move_boxes(boxes: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
-    """Boxes (n, 4) xyxy in pixels, taken by a matrix (2, 3) and clipped to a square of `side`.
+def move_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Boxes (n, 4) xyxy in pixels, taken by a matrix (2, 3).
 
     A turned box is that of the ellipse inside it, which the corners of most objects' boxes are
     closer to than to the box itself (arXiv:2109.13488).
@@ -158,9 +161,9 @@ def move_boxes(boxes: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
     if is_turned(matrix):
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2 @ matrix[:, :2].T + matrix[:, 2]
         half = np.sqrt(((boxes[:, 2:] - boxes[:, :2]) / 2) ** 2 @ (matrix[:, :2] ** 2).T)
-        return np.concatenate([centres - half, centres + half], axis=1).clip(0, side)
+        return np.concatenate([centres - half, centres + half], axis=1)
     corners = boxes.reshape(-1, 2) @ matrix[:, :2].T + matrix[:, 2]
-    corners = corners.clip(0, side).reshape(-1, 2, 2)
+    corners = corners.reshape(-1, 2, 2)
     return np.concatenate((corners.min(1), corners.max(1)), axis=1)
 
 

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from rfdetr.console import UserError
-from rfdetr.data.augment import LEAST_SIDE, PRESETS, Preset, move_boxes, random_view
+from rfdetr.data.augment import PRESETS, Preset, random_view
 from rfdetr.data.copy_paste import hidden, paste
 from rfdetr.data.gray import window_of
 from rfdetr.data.guess import GUESSING_SIDE, with_guesses
+from rfdetr.data.guess_weights import EXAMPLES, learn_weights
 from rfdetr.data.images import LARGE, load_image
 from rfdetr.data.large_images import Pixels, load_for_tiles
 from rfdetr.data.letterbox import as_input
 from rfdetr.data.mask_source import images_with_masks
+from rfdetr.data.mosaic import Part, draw_parts, join
 from rfdetr.data.records import CocoSplit, ImageRecord
-from rfdetr.data.tiles import cut_objects, in_tiles, tiles_with_masks, visible_objects
-from rfdetr.masks import draw_masks, extent, inside_window, is_turned
+from rfdetr.data.targets import clear_outside, seen_of, target_of
+from rfdetr.data.tiles import in_tiles, tiles_with_masks, visible_objects
+from rfdetr.masks import draw_masks, is_turned
 from rfdetr.placement import Placement, letterbox_borders
 from rfdetr.tiling import Tiling, Window, crop
 
@@ -157,12 +162,10 @@ class SplitDataset(Dataset):
 
     def _augmented(self, index: int, preset: Preset, seed: int | None) -> dict:
         """seed: tiles are moved by it."""
-        sample = self._view(index, preset, seed)
-        if self.donors and torch.rand(()) < preset.paste_chance:
-            donor = self._view(self.donors[int(torch.randint(len(self.donors), ()))], preset, seed)
-            if sample["shown"] is not None:  # nothing is pasted on a border
-                donor["target"] = hidden(donor["target"], ~sample["shown"])
-            sample = paste(sample, donor)
+        if preset.mosaic_chance and torch.rand(()) < preset.mosaic_chance:
+            sample = self._mosaic(index, preset, seed)
+        else:
+            sample = self._view_with_pastes(index, preset, seed)
         if preset.colours is not None:
             sample["image"] = preset.colours(sample["image"])
         sample["image"] = sample["image"].contiguous()
@@ -170,9 +173,31 @@ class SplitDataset(Dataset):
             sample["target"].pop("masks", None)
         return sample
 
-    def _view(self, index: int, preset: Preset | None = None, seed: int | None = None) -> dict:
+    def _mosaic(self, index: int, preset: Preset, seed: int | None) -> dict:
+        """An image and three others, a part of each."""
+        indices = [index, *torch.randint(len(self), (3,)).tolist()]
+        parts = draw_parts(self.resolution)
+        views = [self._view(one, preset, seed, part) for one, part in zip(indices, parts)]
+        return join(views, parts)
+
+    def _view_with_pastes(self, index: int, preset: Preset, seed: int | None) -> dict:
+        sample = self._view(index, preset, seed)
+        if self.donors and torch.rand(()) < preset.paste_chance:
+            donor = self._view(self.donors[int(torch.randint(len(self.donors), ()))], preset, seed)
+            if sample["shown"] is not None:  # nothing is pasted on a border
+                donor["target"] = hidden(donor["target"], ~sample["shown"])
+            sample = paste(sample, donor)
+        return sample
+
+    def _view(
+        self,
+        index: int,
+        preset: Preset | None = None,
+        seed: int | None = None,
+        part: Part | None = None,
+    ) -> dict:
         """An image in its own colours as a preset sees it, with its objects; seed: a tile is moved
-        by it.
+        by it; part: of a mosaic, where the view then lies.
         """
         # Crops are taken from the whole image. Everything else is from the resized one, which is
         # worth keeping.
@@ -189,8 +214,14 @@ class SplitDataset(Dataset):
             )
         matrix = matrix @ to_pixels
         pastes = preset is not None and bool(self.donors)
-        target = self._target(index, record, matrix, self.masks or pastes)
-        shown = self._shown(record, matrix) if pastes else None
+        window = self._window_in_view(record, matrix)
+        if part is not None:
+            image, matrix, window = part.take(image, matrix, window)
+        target = target_of(
+            record, matrix, self.resolution, window, part is not None, self.masks or pastes
+        )
+        target["index"] = index
+        shown = self._shown(record, matrix) if pastes and part is None else None
         return {"image": image, "target": target, "unread": unread, "shown": shown}
 
     def placement(self, record: ImageRecord, letterbox: bool) -> Placement:
@@ -198,27 +229,29 @@ class SplitDataset(Dataset):
         size = (record.height, record.width)
         return Placement.of_input(seen_of(record), *size, self.resolution, letterbox)
 
-    def _borders(self, record: ImageRecord, matrix: np.ndarray) -> tuple[int, int]:
-        """(beside, above): the pixels of a view that is not turned between image and rim.
+    def _window_in_view(self, record: ImageRecord, matrix: np.ndarray) -> Window:
+        """Where a view that is not turned shows an image, between its borders; a turned one: all.
 
         matrix (2, 3): from pixels of the image to those of the view.
         """
-        if not self.letterbox:
-            return 0, 0
+        side = self.resolution
+        if not self.letterbox or is_turned(matrix):
+            return Window(0, 0, side, side)
         seen = seen_of(record)
-        beside, above = letterbox_borders(seen.height, seen.width, self.resolution)
-        return (above, beside) if matrix[0, 0] == 0 else (beside, above)
+        beside, above = letterbox_borders(seen.height, seen.width, side)
+        if matrix[0, 0] == 0:  # x and y swapped
+            beside, above = above, beside
+        return Window(beside, above, side - beside, side - above)
 
     def _shown(self, record: ImageRecord, matrix: np.ndarray) -> Tensor | None:
         """bool (R, R): where an image lies in a view with borders; None where there are none."""
-        borders = self._borders(record, matrix)
-        if borders == (0, 0):
-            return None
         left, top, right, bottom = seen_of(record)
+        borders = letterbox_borders(bottom - top, right - left, self.resolution)
+        if not self.letterbox or borders == (0, 0):
+            return None
         rim = [[left, top, right, top, right, bottom, left, bottom]]
         shown = draw_masks([rim], record.height, record.width, matrix, self.resolution)
-        if not is_turned(matrix):
-            clear_borders(shown, *borders)
+        clear_outside(shown, self._window_in_view(record, matrix))
         return torch.from_numpy(shown[0]).bool()
 
     def record(self, index: int, seed: int | None = None) -> ImageRecord:
@@ -260,6 +293,8 @@ class SplitDataset(Dataset):
         The caches are dropped where memory does not hold one for each.
         """
         self.in_work = torch.full((workers, 2), -1).share_memory_()
+        if self.guess:
+            self.guess_weights  # noqa: B018 (learnt once, not in each of them)
         self.last_read = (None, None)  # its file is this process's own
         if self.bytes_of_images * workers > RAM_CACHE_BYTES:
             self.cache = None
@@ -277,48 +312,6 @@ class SplitDataset(Dataset):
         worker = get_worker_info()
         if self.in_work is not None and worker is not None:
             self.in_work[worker.id] = torch.tensor([os.getpid(), index])
-
-    def _target(
-        self, index: int, record: ImageRecord, matrix: np.ndarray, with_masks: bool
-    ) -> dict:
-        """An image's objects, as in Batch.  matrix (2, 3): from its pixels to those of the view."""
-        side = self.resolution
-        segmentations = record.segmentations
-        has_mask = np.array([segmentation is not None for segmentation in segmentations], bool)
-        boxes = move_boxes(record.boxes, matrix, side)
-        size = (record.height, record.width)
-        masks = None
-        borders = (0, 0)
-        if is_turned(matrix):  # what is seen of a mask then tells the box
-            window = seen_of(record)
-            segmentations = [inside_window(one, *size, window) for one in segmentations]
-            masks = draw_masks(segmentations, *size, matrix, side)
-            for i in np.flatnonzero(has_mask):
-                boxes[i] = extent(segmentations[i], matrix, masks[i])
-        else:
-            for i in cut_objects(record):
-                if has_mask[i]:
-                    seen = inside_window(segmentations[i], *size, record.window)
-                    (drawn,) = draw_masks([seen], *size, matrix, side)
-                    boxes[i] = extent(seen, matrix, drawn)
-            borders = self._borders(record, matrix)
-            boxes = boxes.clip(borders * 2, side - np.array(borders * 2))
-        kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
-        relative = torch.from_numpy(boxes[kept] / side).float()
-        target = {
-            "boxes": box_convert(relative, "xyxy", "cxcywh"),
-            "labels": torch.from_numpy(record.labels[kept]),
-            "has_mask": torch.from_numpy(has_mask[kept]),
-            "index": index,
-        }
-        if with_masks:
-            if masks is None:
-                masks = draw_masks([segmentations[i] for i in kept], *size, matrix, side)
-                clear_borders(masks, *borders)
-            else:
-                masks = masks[kept]
-            target["masks"] = torch.from_numpy(masks)
-        return target
 
     def segmentations(self, index: int, window: Window | None = None) -> list[list | dict | None]:
         """The masks of an image's objects, guessed ones among them where that is asked for.
@@ -338,14 +331,32 @@ class SplitDataset(Dataset):
             return record.segmentations
         if index in self.guessed:
             return self.guessed[index]
-        side = max(self.resolution, GUESSING_SIDE)
-        image = torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
-        pixels = v2.functional.resize(image, [side, side], antialias=True)
-        masks = with_guesses(record, pixels.permute(1, 2, 0).numpy())
+        masks = with_guesses(record, self._pixels_to_guess_in(record), self.guess_weights)
         if self.guesses + len(masks) <= GUESSES_KEPT:
             self.guessed[index] = masks
             self.guesses += len(masks)
         return masks
+
+    @cached_property
+    def guess_weights(self) -> np.ndarray:
+        """What the drawn masks tell of how to guess the others."""
+        drawn = images_with_masks(self.whole_split)
+        chosen = np.linspace(0, len(drawn) - 1, min(EXAMPLES, len(drawn))).astype(int)
+        return learn_weights(self._examples([drawn[i] for i in chosen]))
+
+    def _examples(self, indices: list[int]) -> Iterator[tuple[ImageRecord, np.ndarray]]:
+        """Those images that can be read, and their pixels to guess in."""
+        for index in indices:
+            record = self.whole_split.images[index]
+            with suppress(UserError):
+                yield record, self._pixels_to_guess_in(record)
+
+    def _pixels_to_guess_in(self, record: ImageRecord) -> np.ndarray:
+        """A whole image, uint8 (side, side, 3)."""
+        side = max(self.resolution, GUESSING_SIDE)
+        image = torch.from_numpy(self._pixels_of(record)).permute(2, 0, 1)
+        pixels = v2.functional.resize(image, [side, side], antialias=True)
+        return pixels.permute(1, 2, 0).numpy()
 
     def _resized(self, index: int, record: ImageRecord, seed: int | None) -> Tensor:
         is_kept = self.cache is not None and seed is None
@@ -378,17 +389,3 @@ class SplitDataset(Dataset):
     def _pixels_of(self, record: ImageRecord) -> np.ndarray:
         """The whole image, (H, W, 3) uint8."""
         return load_image(record, window_of(self.split.gray))
-
-
-def seen_of(record: ImageRecord) -> Window:
-    """What is seen of an image: a tile, or all of it."""
-    return record.window or Window(0, 0, record.width, record.height)
-
-
-def clear_borders(masks: np.ndarray, beside: int, above: int) -> None:
-    """Take what lies in the borders of views out of their masks (n, R, R)."""
-    side = masks.shape[-1]
-    masks[:, :above] = 0
-    masks[:, side - above :] = 0
-    masks[:, :, :beside] = 0
-    masks[:, :, side - beside :] = 0

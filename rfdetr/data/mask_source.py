@@ -6,15 +6,19 @@ import numpy as np
 
 from rfdetr.console import UserError, tick, warn
 from rfdetr.data.faults import NO_MASKS
+from rfdetr.data.guess_weights import LEAST_OBJECTS
 from rfdetr.data.records import CocoSplit
 
 SAMPLED = 10  # annotations that are told of
 GUESSED = (
     "masks are guessed from the boxes and the images' colours. Scored with drawn masks, that "
-    "reached {} of the mask mAP that drawn ones give on cell nuclei and {} on the demo data. The "
-    "best next step is to draw the masks of ten varied images, then --masks boxes uses both. "
+    "reached {} of the mask mAP that drawn ones give on cell nuclei and {} on the demo data. {}. "
     "--masks given refuses to guess"
 )
+DRAW_SOME = (
+    "The best next step is to draw the masks of ten varied images, then --masks boxes uses both"
+)
+LEARNT = "How the guesses are made is learnt from the masks that are drawn"
 SHARES = ("97 %", "96 %")  # docs/results.md
 
 
@@ -40,7 +44,8 @@ def choose_masks(split: CocoSplit, asked: str) -> bool:
     lacking = f"{split.annotation_file}: {missing} of {len(has_mask)} annotations have no mask: "
     guess = asked == "boxes" or drawn == 0
     if guess:
-        warn(lacking + GUESSED.format(*SHARES))
+        learnt = drawn >= LEAST_OBJECTS
+        warn(lacking + GUESSED.format(*SHARES, LEARNT if learnt else DRAW_SOME))
     else:
         warn(lacking + "they give no mask loss. --masks boxes guesses them from the boxes")
     return guess
