@@ -294,7 +294,7 @@ class SplitDataset(Dataset):
         """
         self.in_work = torch.full((workers, 2), -1).share_memory_()
         if self.guess:
-            self.guess_weights  # noqa: B018 (learnt once, not in each of them)
+            _ = self.guess_weights  # learnt once, not in each of them
         self.last_read = (None, None)  # its file is this process's own
         if self.bytes_of_images * workers > RAM_CACHE_BYTES:
             self.cache = None
