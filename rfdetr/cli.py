@@ -6,12 +6,10 @@ import argparse
 import difflib
 import glob
 import os
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from rfdetr.commands import flags_of, same_command, training_command
@@ -28,6 +26,7 @@ from rfdetr.runs.places import (
     what_is_there,
 )
 from rfdetr.settings import DataSettings, SingleSettings, TrainingSettings
+from rfdetr.sigterm import end_on_ctrl_c
 from rfdetr.sizes import SIZES
 from rfdetr.text import as_typed, command_line, is_url
 from rfdetr.tool_settings import EvaluationSettings
@@ -83,19 +82,12 @@ def unknown_words(words: list[str], flags: Collection[str]) -> str:
 def check_command(kind: type, description: str, name: str) -> None:
     """Answer --help, and refuse a wrong flag or a file that is missing, where a script is run.
 
-    Scripts call this before they import torch, which takes seconds; `name` is their __name__.
+    Scripts call this before they import torch, which takes seconds and which Ctrl-C ends at once;
+    `name` is their __name__.
     """
     if name == "__main__":
-        sys.excepthook = tell_of_ctrl_c
         run_script(partial(_check, kind, description))
-
-
-def tell_of_ctrl_c(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    """For sys.excepthook: a Ctrl-C while torch is imported is no defect to trace."""
-    if issubclass(kind, KeyboardInterrupt):
-        sys.stderr.write("interrupted\n")
-    else:
-        sys.__excepthook__(kind, error, trace)
+        end_on_ctrl_c()
 
 
 def _check(kind: type, description: str, argv: list[str] | None) -> None:
