@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             "The kept classes score as before, but for places among the model's candidates that a "
             "dropped class had won: others take them, and scores may move a little."
         )
-    say_which_weights_are_better(source)
+    if content["stage"] != "segmentation":  # its detector is stage 1's, frozen
+        say_which_weights_are_better(source)
     tick(f"Written: {target}{replaced}")
     print(f"Output dim: {new_table.rows_total}")
     remark, command = after_shrink(content, shrunk, target)
@@ -89,6 +90,9 @@ def say_which_weights_are_better(path: Path) -> None:
         return
     better, other = sorted(best, key=best.get, reverse=True)
     scores = f"valid bbox/mAP {best[better]:.3f}, {other} {best[other]:.3f}"
+    if f"{best[better]:.3f}" == f"{best[other]:.3f}":
+        print(f"In this run the regular and the ema weights scored alike: {scores}")
+        return
     print(f"In this run the {better} weights scored higher: {scores}")
     if other in path.name:
         warn(
