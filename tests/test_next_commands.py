@@ -194,7 +194,16 @@ def test_a_shrunk_file_that_is_replaced_is_said_to_be(few, call, capsys, tmp_pat
     call(shrink_head.main, *flags)
     assert "Written: small.pt\n" in capsys.readouterr().out
     call(shrink_head.main, *flags)
-    assert "Written: small.pt, in place of an earlier file\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "Written: small.pt, in place of an earlier file\n" in output
+    assert "warning" not in output
+
+    call(shrink_head.main, *flags, "--keep", CLASS_NAMES[1])
+    words = f"small.pt had the classes {', '.join(CLASS_NAMES)} and now has {CLASS_NAMES[1]}: "
+    assert words in capsys.readouterr().out
+    (tmp_path / "small.pt").write_text("no checkpoint")
+    call(shrink_head.main, *flags)
+    assert "had the classes" not in capsys.readouterr().out
 
 
 def test_a_shrunk_file_that_lies_there_already_is_named(few, call, capsys, tmp_path):
