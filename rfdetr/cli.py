@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import glob
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from rfdetr.commands import flags_of, same_command, training_command
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
+from rfdetr.parser import Parser
 from rfdetr.resolve import MissingSettings, plain, read_layer, resolve, settings_of
 from rfdetr.runs.places import (
     data_of_run,
@@ -33,47 +33,6 @@ from rfdetr.tool_settings import EvaluationSettings
 
 S = TypeVar("S")
 T = TypeVar("T", bound=TrainingSettings)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that takes no flag for another one that it begins.
-
-    Its refusals are UserErrors of one line and the command that lists all flags.
-    """
-
-    def __init__(self, **options):
-        super().__init__(
-            usage="python %(prog)s [--FLAG VALUE ...]",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **options,
-        )
-
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        given, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(unknown_words(unknown, self._option_string_actions))
-        return given
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
-        raise UserError(f"{message}\nall flags: python {self.prog} --help")
-
-
-def unknown_words(words: list[str], flags: Collection[str]) -> str:
-    """What is wrong with words of a command line that belong to no flag."""
-    unknown = [word.split("=")[0] for word in words if word.startswith("-")]
-    if not unknown:
-        return f"{words[0]!r} belongs to no flag"
-    told = []
-    names = [flag.lstrip("-") for flag in flags]
-    for flag in unknown:
-        name = flag.lstrip("-").replace("-", "_")
-        near = [known for known in names if known.startswith(name)]
-        near = near or difflib.get_close_matches(name, names, n=1)
-        meant = " or ".join(f"--{known}" for known in near[:3])
-        told.append(f"{flag} (did you mean {meant}?)" if near else flag)
-    return f"there is no flag {', '.join(told)}"
 
 
 # ---------------------------------------------------------------- before the slow imports
