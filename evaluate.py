@@ -31,6 +31,7 @@ from rfdetr.resolve import plain
 from rfdetr.sizes import size_from_dict
 from rfdetr.text import counted
 from rfdetr.tiling import tell_tiles, tiling_of
+from rfdetr.training.next_commands import prediction
 from rfdetr.weights import checkpoint
 
 
@@ -93,6 +94,9 @@ def main(argv: list[str] | None = None) -> None:
         with writing_to(settings.results, "--results"):
             coco.save(settings.results)
         tick(f"COCO results: {settings.results}")
+    if split.images:
+        folder = split.images[0].path.parent
+        print(f"Next:  {prediction(settings.checkpoint, folder, plain(settings))}")
 
 
 def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:

@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         warn(message)
     write_json(settings.output / RECORDS, results.records)
     tell(settings, results, len(paths), model.best_score)
+    if results.records and model.model.head is None:
+        say("  boxes alone: this model has no mask head, which stage 2 trains on it")
     tell_lacks(settings, results, unread, len(paths))
 
 

@@ -388,7 +388,8 @@ def scores(run_folder):
 
 
 def parse(argv):
-    from rfdetr.cli import Parser, flag_type  # standard library only, too, as those below
+    from rfdetr.cli import flag_type  # standard library only, too, as those below
+    from rfdetr.parser import Parser
     from rfdetr.resolve import settings_of
     from rfdetr.settings import DetectorSettings
     from rfdetr.sizes import SIZES

@@ -15,7 +15,7 @@ check_command(ShrinkSettings, __doc__, __name__)
 from pathlib import Path
 
 from rfdetr.classes import ClassTable, background_row, is_class_head
-from rfdetr.console import run_script, tick, warn
+from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, note_of_earlier, refuse_same_file
 from rfdetr.runs.metrics_file import highest_box_map
 from rfdetr.training.next_commands import after_shrink
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     shrunk = checkpoint.shrink(content, keep)
     make_place(target, "--out_ckpt")
     replaced = note_of_earlier(target)
+    warn_of_other_classes(target, checkpoint.table_of(shrunk).names)
     checkpoint.save(target, shrunk)
 
     new_table = checkpoint.table_of(shrunk)
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
             "The kept classes score as before, but for places among the model's candidates that a "
             "dropped class had won: others take them, and scores may move a little."
         )
-    say_which_weights_are_better(source)
+    if content["stage"] != "segmentation":  # its detector is stage 1's, frozen
+        say_which_weights_are_better(source)
     tick(f"Written: {target}{replaced}")
     print(f"Output dim: {new_table.rows_total}")
     remark, command = after_shrink(content, shrunk, target)
@@ -73,6 +75,22 @@ def without_placeholders(keep: tuple[str, ...], content: dict, table: ClassTable
     return kept
 
 
+def warn_of_other_classes(file: Path, names: list[str]) -> None:
+    """Warn where a checkpoint that is replaced has other classes than `names`."""
+    if not file.exists():
+        return
+    try:
+        earlier = checkpoint.table_of(checkpoint.load(file)).names
+    except UserError:  # no checkpoint
+        return
+    if set(earlier) != set(names):
+        warn(
+            f"{file} had the classes {', '.join(earlier)} and now has {', '.join(names)}: "
+            "commands and runs that name it mean the earlier ones. To keep both, write to another "
+            "file with --out_ckpt"
+        )
+
+
 def print_rows(table: ClassTable, new_table: ClassTable) -> None:
     """Which row of the head each class had, and has."""
     rows = dict(zip(table.names, table.rows))
@@ -89,6 +107,9 @@ def say_which_weights_are_better(path: Path) -> None:
         return
     better, other = sorted(best, key=best.get, reverse=True)
     scores = f"valid bbox/mAP {best[better]:.3f}, {other} {best[other]:.3f}"
+    if f"{best[better]:.3f}" == f"{best[other]:.3f}":
+        print(f"In this run the regular and the ema weights scored alike: {scores}")
+        return
     print(f"In this run the {better} weights scored higher: {scores}")
     if other in path.name:
         warn(

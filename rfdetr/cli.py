@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import glob
 import os
-import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from rfdetr.commands import flags_of, same_command, training_command
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
+from rfdetr.parser import Parser
 from rfdetr.resolve import MissingSettings, plain, read_layer, resolve, settings_of
 from rfdetr.runs.places import (
     data_of_run,
@@ -28,6 +26,7 @@ from rfdetr.runs.places import (
     what_is_there,
 )
 from rfdetr.settings import DataSettings, SingleSettings, TrainingSettings
+from rfdetr.sigterm import end_on_ctrl_c
 from rfdetr.sizes import SIZES
 from rfdetr.text import as_typed, command_line, is_url
 from rfdetr.tool_settings import EvaluationSettings
@@ -36,66 +35,18 @@ S = TypeVar("S")
 T = TypeVar("T", bound=TrainingSettings)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that takes no flag for another one that it begins.
-
-    Its refusals are UserErrors of one line and the command that lists all flags.
-    """
-
-    def __init__(self, **options):
-        super().__init__(
-            usage="python %(prog)s [--FLAG VALUE ...]",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **options,
-        )
-
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        given, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(unknown_words(unknown, self._option_string_actions))
-        return given
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
-        raise UserError(f"{message}\nall flags: python {self.prog} --help")
-
-
-def unknown_words(words: list[str], flags: Collection[str]) -> str:
-    """What is wrong with words of a command line that belong to no flag."""
-    unknown = [word.split("=")[0] for word in words if word.startswith("-")]
-    if not unknown:
-        return f"{words[0]!r} belongs to no flag"
-    told = []
-    names = [flag.lstrip("-") for flag in flags]
-    for flag in unknown:
-        name = flag.lstrip("-").replace("-", "_")
-        near = [known for known in names if known.startswith(name)]
-        near = near or difflib.get_close_matches(name, names, n=1)
-        meant = " or ".join(f"--{known}" for known in near[:3])
-        told.append(f"{flag} (did you mean {meant}?)" if near else flag)
-    return f"there is no flag {', '.join(told)}"
-
-
 # ---------------------------------------------------------------- before the slow imports
 
 
 def check_command(kind: type, description: str, name: str) -> None:
     """Answer --help, and refuse a wrong flag or a file that is missing, where a script is run.
 
-    Scripts call this before they import torch, which takes seconds; `name` is their __name__.
+    Scripts call this before they import torch, which takes seconds and which Ctrl-C ends at once;
+    `name` is their __name__.
     """
     if name == "__main__":
-        sys.excepthook = tell_of_ctrl_c
         run_script(partial(_check, kind, description))
-
-
-def tell_of_ctrl_c(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-    """For sys.excepthook: a Ctrl-C while torch is imported is no defect to trace."""
-    if issubclass(kind, KeyboardInterrupt):
-        sys.stderr.write("interrupted\n")
-    else:
-        sys.__excepthook__(kind, error, trace)
+        end_on_ctrl_c()
 
 
 def _check(kind: type, description: str, argv: list[str] | None) -> None:

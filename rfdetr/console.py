@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 from rfdetr.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
-from rfdetr.sigterm import end_on_sigterm, kill_loaders
+from rfdetr.sigterm import end_on_sigterm, kill_loaders, raise_on_ctrl_c
 from rfdetr.streams import lasting_output
 from rfdetr.text import printable
 
@@ -111,6 +111,7 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     """
     with lasting_output():  # first: the pipe of watch_sigterm is no console
         end_on_sigterm()
+        raise_on_ctrl_c()
         try:
             _run(main, argv)
         except SystemExit:

@@ -94,11 +94,16 @@ def file_sha256(path: Path) -> str:
 
 def free_disk(folder: Path) -> int:
     """Bytes free on the disk of `folder`, which may not exist yet."""
+    return disk_usage(folder)[2]
+
+
+def disk_usage(folder: Path) -> tuple[int, int, int]:
+    """Bytes in all, used and free of the disk of `folder`, which may not exist yet."""
     folder = Path(folder).absolute()
     for path in (folder, *folder.parents):
         if path.exists():
-            return shutil.disk_usage(path).free
-    return shutil.disk_usage(folder).free  # a drive that is missing: raises the system's error
+            return shutil.disk_usage(path)
+    return shutil.disk_usage(folder)  # a drive that is missing: raises the system's error
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,7 +1,8 @@
-"""SIGTERM ends a script, whatever it waits for; standard library only."""
+"""SIGTERM ends a script, whatever it waits for, and Ctrl-C its imports; standard library only."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -27,6 +28,27 @@ def end_on_sigterm() -> None:
 def leave(number: int, frame: object) -> None:
     """Signal handler: end with exit status 128 + number; open files are closed on the way."""
     sys.exit(128 + number)
+
+
+def end_on_ctrl_c() -> None:
+    """Let Ctrl-C end the process at once while modules are imported, where nothing is to be saved.
+
+    A KeyboardInterrupt may come up in a module's C++ code, which aborts the process.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not so under nohup
+        signal.signal(signal.SIGINT, _end_interrupted)
+
+
+def raise_on_ctrl_c() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end_interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end_interrupted(number: int, frame: object) -> None:
+    with contextlib.suppress(OSError):  # a console that has gone
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
 
 
 def kill_loaders() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -215,7 +216,22 @@ def test_sets_to_measure_masks_on(tmp_path, kind):
             assert 1.5 <= thickness <= 18
 
 
-def test_a_kind_that_does_not_exist_is_said(tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        demo.main([str(tmp_path / "set"), "--kind", "cats"])
-    assert left.value.code == 2 and "tissue" in capsys.readouterr().err
+def test_a_wrong_flag_is_answered_with_what_it_may_mean(tmp_path):
+    for flags, words in (
+        (["--kind", "cats"], "--kind: invalid choice: 'cats'.*tissue"),
+        (["--trian", "5"], "there is no flag --trian .did you mean --train"),
+        (["--size", "5"], "--size: expected a whole number from 64 to 2,048"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            demo.main([str(tmp_path / "set"), *flags])
+        assert "all flags: python -m rfdetr.data.demo --help" in str(caught.value)
+    assert not (tmp_path / "set").exists()
+
+
+def test_help_tells_every_default(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m rfdetr.data.demo OUT [--FLAG VALUE ...]")
+    told = re.findall(r"[(]default:\s+(\w+)[)]", said)
+    assert told == ["200", "50", "0", "192", "0", "tissue"]

@@ -28,6 +28,7 @@ LAYERS = [
         "classes",
         "commands",
         "memory",
+        "parser",
         "renaming",
         "resolve",
         "requirements",

@@ -417,7 +417,7 @@ def test_validation_evaluation_and_prediction_say_it_once(dataset, few, tmp_path
     said = capsys.readouterr().out
     assert (
         said.count("hardly seen") == 1
-        and "1 of 2 images are shrunk" in said
+        and "1 of 2 images is shrunk" in said
         and "9.4 times" in said
     )
     assert "1 image has several pages or frames (stack.tif: 3): the first of each is read" in said

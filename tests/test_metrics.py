@@ -544,6 +544,7 @@ def test_the_table_is_plain_and_compact():
         and len(text.splitlines()) == 3 + 2 + 1 + 13
     )
     assert text.splitlines()[-1] == "... and 7 more"
+    assert text.splitlines()[3].endswith("Dice  (all pixels of a class; scores >= 0.5)")
     boxes_only = {"bbox": evaluator.summary()["bbox"]}
     assert "mask" not in format_table(boxes_only)
 

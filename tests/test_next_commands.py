@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 import shlex
 import shutil
@@ -23,7 +25,7 @@ from rfdetr.commands import steadier
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.models.detector import Detector
-from rfdetr.settings import DetectorSettings
+from rfdetr.settings import DetectorSettings, SegmentationSettings
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, quoted
 from rfdetr.training.health import RunHealth
@@ -192,7 +194,63 @@ def test_a_shrunk_file_that_is_replaced_is_said_to_be(few, call, capsys, tmp_pat
     call(shrink_head.main, *flags)
     assert "Written: small.pt\n" in capsys.readouterr().out
     call(shrink_head.main, *flags)
-    assert "Written: small.pt, in place of an earlier file\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "Written: small.pt, in place of an earlier file\n" in output
+    assert "warning" not in output
+
+    call(shrink_head.main, *flags, "--keep", CLASS_NAMES[1])
+    words = f"small.pt had the classes {', '.join(CLASS_NAMES)} and now has {CLASS_NAMES[1]}: "
+    assert words in capsys.readouterr().out
+    (tmp_path / "small.pt").write_text("no checkpoint")
+    call(shrink_head.main, *flags)
+    assert "had the classes" not in capsys.readouterr().out
+
+
+def test_a_shrunk_file_that_lies_there_already_is_named(few, call, capsys, tmp_path):
+    source = detector({}, tmp_path / "best.pt")
+    shrunk = tmp_path / "checkpoint_mydata.pth"
+    flags = [*quick_flags(few), "--checkpoint", source, "--epochs", 3]
+
+    def message_of_stage_2() -> str:
+        with pytest.raises(UserError) as caught:
+            call(train_seg_stage2.main, *flags)
+        assert str(caught.value).startswith("Frozen detector head out_dim (91) != requested (4)")
+        return str(caught.value)
+
+    shrink = ["--in_ckpt", source, "--out_ckpt", shrunk]
+    call(shrink_head.main, *shrink, "--keep", CLASS_NAMES[0])
+    assert "python shrink_head.py" in message_of_stage_2()  # it has not these classes
+
+    call(shrink_head.main, *shrink)
+    message = message_of_stage_2()
+    assert f"{shrunk} is cut to them already" in message and "shrink_head.py" not in message
+    words = shlex.split(message.splitlines()[-1])
+    assert words[:2] == ["python", "train_seg_stage2.py"]
+    settings = training_settings(SegmentationSettings, "", words[2:])[0]
+    assert (settings.checkpoint, settings.epochs, words.count("--checkpoint")) == (shrunk, 3, 1)
+
+    later = shrunk.stat().st_mtime + 10  # stage 1 was trained on since
+    os.utime(source, (later, later))
+    assert "python shrink_head.py" in message_of_stage_2()
+
+
+def write_scores(folder: Path, regular: float, ema: float) -> None:
+    scores = {"valid": {"bbox": {"mAP": regular}}, "valid_ema": {"bbox": {"mAP": ema}}}
+    (folder / "metrics.json").write_text(json.dumps({"epochs": [scores]}))
+
+
+def test_weights_that_score_alike_are_not_said_to_score_higher(call, capsys, tmp_path):
+    source = detector({}, tmp_path / "best_ema.pt")
+    flags = ["--in_ckpt", source, "--out_ckpt", "small.pt"]
+    for ema, words in ((0.1893, "weights scored alike: "), (0.191, "ema weights scored higher: ")):
+        write_scores(tmp_path, 0.189, ema)
+        call(shrink_head.main, *flags)
+        assert words in capsys.readouterr().out
+
+    content = checkpoint.load(source)  # of stage 2, which freezes the detector
+    checkpoint.save(source, content | {"stage": "segmentation"})
+    call(shrink_head.main, *flags)
+    assert "weights scored" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what is missing

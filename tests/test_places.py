@@ -21,6 +21,7 @@ from rfdetr.models.detector import Detector
 from rfdetr.runs.places import detector_of_run, find_checkpoint, require_state
 from rfdetr.settings import SegmentationSettings, SingleSettings
 from rfdetr.sizes import SIZES
+from rfdetr.text import command_line
 from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights import checkpoint
 from rfdetr.weights.download import find_weights
@@ -80,7 +81,11 @@ def test_scripts_go_on_with_the_file_of_the_run(run, weights, few, call, capsys)
     shutil.copy(weights, run / "best.pt")
     data = ["--dataset", few, "--device", "cpu"]
     call(evaluate.main, "--checkpoint", run, *data)
-    assert "best.pt on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "best.pt on" in said
+    words = ["--checkpoint", run / "best.pt", "--input", few / "valid", "--output", "predictions"]
+    command = command_line("python", "predict.py", *words, "--device", "cpu")
+    assert said.splitlines()[-1] == f"Next:  {command}"
     call(shrink_head.main, "--in_ckpt", run, "--out_ckpt", "small.pth")
     assert checkpoint.load(Path("small.pth"))["classes"]["names"] == list(CLASS_NAMES)
     message = refusal(call, export.main, "--checkpoint", run, "--out", "x.pth")

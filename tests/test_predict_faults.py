@@ -96,6 +96,13 @@ def records(folder: str = "found") -> list[dict]:
     return json.loads((Path(folder) / "predictions.json").read_text(), parse_constant=refuse)
 
 
+def test_a_model_without_a_mask_head_is_said_to_give_boxes_alone(find, tmp_path):
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "b.png", seed=1)
+    status, out, _ = find("--input", "a.png", "b.png")
+    assert status == 0 and out.count("boxes alone: this model has no mask head") == 1
+
+
 # ---------------------------------------------------------------- videos
 
 

@@ -106,6 +106,12 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_was(
         assert words[0] == "python" and words[-2:] == ["--resume", str(folder)]
         call(SCRIPTS[kind], *words[2:])
         assert_same_run(folder, Path("whole"))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+        train = json.loads((folder / "metrics.json").read_text())["epochs"][0]["train"]
+        if step == 2:  # the first epoch had its steps behind it: nothing to tell a speed from
+            assert lines[0].endswith(" elapsed") or " elapsed  new best" in lines[0]
+            assert "images/s" not in lines[0] and train["images_per_s"] is None
+        assert "images/s" in lines[-1] and lines[-1].split("  new")[0].endswith(" left")
         if kind == "stage1":
             assert curves(folder) == curves(Path("whole"))
 

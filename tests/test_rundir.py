@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -103,6 +104,11 @@ def test_a_named_folder_must_be_new_or_empty(tmp_path):
     with pytest.raises(UserError, match=r"not empty \(it holds run\).*--output_dir"):
         given_run(tmp_path / "new")
     (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output_dir$"):  # what is there is no run
+        given_run(tmp_path)
+    (tmp_path / "new" / "run" / "last.pt").touch()
+    with pytest.raises(UserError, match="or --resume it"):
+        given_run(tmp_path / "new" / "run")
     with pytest.raises(UserError, match="cannot write to the folder .*file"):
         given_run(tmp_path / "file")
 
@@ -121,6 +127,11 @@ def test_check_free_disk_works_before_the_folder_exists(tmp_path):
     check_free_disk(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match="GB free and this run needs about 1000000.0 GB"):
         check_free_disk(tmp_path / "not" / "yet", 10**15)
+
+
+def test_what_is_no_disk_is_not_said_to_be_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (0, 0, 0))  # as of /proc
+    check_free_disk(tmp_path / "run", 10**9)
 
 
 # --- atomic files ---

@@ -47,6 +47,7 @@ from rfdetr.data.demo_measuring import (
 )
 from rfdetr.data.layout import ANNOTATIONS, SPLITS
 from rfdetr.fields import MOST, number
+from rfdetr.parser import Parser
 from rfdetr.text import command_line
 
 CLASS_NAMES = ("cells", "blood_vessel", "glomerulus")  # category ids 1, 2, 3
@@ -324,26 +325,32 @@ def within(low: int, high: int = MOST) -> Callable[[str], int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m rfdetr.data.demo", description="Write a generated demo dataset."
-    )
+    parser = Parser("OUT ", prog="-m rfdetr.data.demo", description="Write a generated dataset.")
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="a new or empty folder, or an earlier demo to replace"
     )
     for split, least, default in (("train", 1, 200), ("valid", 0, 50), ("test", 0, 0)):
         parser.add_argument(
-            f"--{split}", type=within(least), default=default, help="number of images"
+            f"--{split}",
+            type=within(least),
+            default=default,
+            help="number of images (default: %(default)s)",
         )
     parser.add_argument(
-        "--size", type=within(64, 2048), default=192, help="side of the images in pixels"
+        "--size",
+        type=within(64, 2048),
+        default=192,
+        help="side of the images in pixels (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=within(0), default=0)
+    parser.add_argument(
+        "--seed", type=within(0), default=0, help="other images for each (default: %(default)s)"
+    )
     parser.add_argument(
         "--kind",
         choices=KINDS,
         default="tissue",
         help="tissue; to measure masks: thin (rods and blobs), hard (textures on textures); to "
-        "measure rare classes: longtail (two common and two rare ones)",
+        "measure rare classes: longtail (two common and two rare ones) (default: %(default)s)",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)

@@ -133,8 +133,9 @@ def shrink_warning(
     facts = []
     wanted = longest / MOST_SHRUNK if shrunk else 0
     if shrunk:
+        verb = "is" if shrunk == 1 else "are"
         facts.append(
-            f"{shrunk} of {len(image_sides)} images are shrunk more than {MOST_SHRUNK} times to "
+            f"{shrunk} of {len(image_sides)} images {verb} shrunk more than {MOST_SHRUNK} times to "
             f"the model's {resolution} px (the largest {factor:.1f} times)"
         )
     if median < np.inf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rfdetr.metrics.coco_eval import FIGURES
+from rfdetr.metrics.overlap import SCORE_THRESHOLD
 
 TABLE_COLUMNS = [*FIGURES[:6], "AR100"]
 TABLE_CLASSES = 12  # more are counted, not listed
@@ -28,7 +29,8 @@ def format_table(summary: dict) -> str:
             lines.append(_row(title, [figures[key] for key in further], width, cell_width=9))
     if "mask" in summary:
         overlap = summary["mask"]
-        lines.append(_row("", ["gIoU", "cIoU", "Dice"], width))
+        counted = f"  (all pixels of a class; scores >= {SCORE_THRESHOLD})"
+        lines.append(_row("", ["gIoU", "cIoU", "Dice"], width) + counted)
         lines.append(_row("overlap", [overlap["giou"], overlap["ciou"], overlap["dice"]], width))
     lines.append(_row("mAP50", list(kinds), width))
     for name, shortened in listed.items():

@@ -32,10 +32,12 @@ def is_by_step(tag: str) -> bool:
     return tag.partition("/")[0].endswith(BY_STEP)
 
 
-def train_curves(means: dict[str, float]) -> dict[str, float]:
-    """An epoch's "train" in metrics.json, by tag."""
+def train_curves(means: dict[str, float | None]) -> dict[str, float]:
+    """An epoch's "train" in metrics.json, by tag; None is left out."""
     curves = {}
     for name, value in means.items():
+        if value is None:
+            continue
         group = TRAINING
         if name in MAIN_LOSSES:
             group = LOSSES

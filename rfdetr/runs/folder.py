@@ -7,7 +7,8 @@ import itertools
 from pathlib import Path
 
 from rfdetr.console import UserError, warn
-from rfdetr.files import free_disk, make_folder, writing_to
+from rfdetr.files import disk_usage, make_folder, writing_to
+from rfdetr.runs.places import STATES, first_file
 
 
 def new_run(parent: Path, stem: str) -> Path:
@@ -32,17 +33,20 @@ def given_run(folder: Path) -> Path:
     make_folder(folder)
     first = next(Path(folder).iterdir(), None)
     if first is not None:
+        go_on = ", or --resume it" if first_file(Path(folder), STATES) else ""
         raise UserError(
-            f"{folder} is not empty (it holds {first.name}): name another --output_dir, "
-            "or --resume it"
+            f"{folder} is not empty (it holds {first.name}): name another --output_dir{go_on}"
         )
     return Path(folder)
 
 
 def check_free_disk(folder: Path, needed: int) -> None:
-    """Raise UserError where the disk of `folder` has less than `needed` bytes free."""
-    free = free_disk(folder)
-    if free < needed:
+    """Raise UserError where the disk of `folder` has less than `needed` bytes free.
+
+    Of what is no disk (/proc) nothing is said: writing there tells.
+    """
+    total, _, free = disk_usage(folder)
+    if total and free < needed:
         raise UserError(
             f"the disk of {folder} has {free / 1e9:.1f} GB free and this run needs about "
             f"{needed / 1e9:.1f} GB: free some space, or name another disk with --output_dir"

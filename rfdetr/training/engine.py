@@ -135,7 +135,8 @@ def train_one_epoch(
     """Train on every batch of `loader`, one optimizer step each.
 
     Returns the epoch's mean losses, counts, rates and times. `after_step(batch, losses, finite)` is
-    called after each step, for curves, signals and timed saves.
+    called after each step, for curves, signals and timed saves. Of an epoch that was stopped after
+    its last step, images_per_s is None.
     """
     progress = trainer.progress
     trainer.model.train()
@@ -165,7 +166,7 @@ def train_one_epoch(
     seconds = time.perf_counter() - begin
     return progress.means() | {
         "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
-        "images_per_s": images / seconds,
+        "images_per_s": images / seconds if images else None,
         "data_s": data_s,
         "compute_s": compute_s,
         "epoch_s": seconds,

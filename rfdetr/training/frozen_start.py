@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
 from rfdetr.commands import DATA_FLAGS, TRAIN_DETECTOR, flags_of, training_command
 from rfdetr.console import UserError, warn
@@ -103,15 +105,47 @@ def frozen_detector(session: Session, content: dict, path: Path) -> tuple[Detect
 
 
 def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
+    """Of a detector that has rows of other classes, too: the shrink to type, or where that is done
+    already the command with its file.
+    """
     shrunk = path.parent / "checkpoint_mydata.pth"
-    words = command_line("python", "shrink_head.py", "--in_ckpt", path, "--out_ckpt", shrunk)
-    return (
+    message = (
         f"Frozen detector head out_dim ({rows}) != requested ({len(names) + 1})\n"
         f"{path} has a {rows}-row class head, the dataset has {counted(len(names), 'class')} "
-        f"({', '.join(names)}). Run:\n"
+        f"({', '.join(names)}). "
+    )
+    if is_newer_shrunk(shrunk, path, names):
+        return f"{message}{shrunk} is cut to them already. Run:\n  {with_checkpoint(shrunk)}"
+    words = command_line("python", "shrink_head.py", "--in_ckpt", path, "--out_ckpt", shrunk)
+    return (
+        f"{message}Run:\n"
         f"  {words} {keep_flags(names)}\n"
         "and pass the new file with --checkpoint, or add --auto_shrink 1."
     )
+
+
+def is_newer_shrunk(file: Path, path: Path, names: list[str]) -> bool:
+    """Whether `file` was written after the checkpoint `path`, and its classes are `names` alone."""
+    if not file.is_file() or file.stat().st_mtime < path.stat().st_mtime:
+        return False
+    try:
+        table = checkpoint.table_of(checkpoint.load(file))
+    except UserError:
+        return False
+    return set(table.names) == set(names) and table.rows_total == len(names) + 1
+
+
+def with_checkpoint(file: Path) -> str:
+    """The command that runs now, with another --checkpoint."""
+    words = list(sys.argv)
+    for place, word in enumerate(words):
+        if word == "--checkpoint":
+            del words[place : place + 2]
+            break
+        if word.startswith("--checkpoint="):
+            del words[place]
+            break
+    return command_line(*distributed.launcher(), *words, "--checkpoint", file)
 
 
 def lacking_message(table: ClassTable, session: Session, path: Path) -> str:

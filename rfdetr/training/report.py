@@ -147,7 +147,9 @@ class RunClock:
         """The time that has passed, and what is left where the epochs to come take as long."""
         seconds = self.clock() - self.begin
         position = self.progress.position
-        done = max(position - self.first_step, 1)
+        done = position - self.first_step
+        if not done:  # resumed where an epoch had only its scores to come
+            return f"{in_hours(seconds)} elapsed"
         left = max(self.epochs * self.progress.steps - position, 0)
         return f"{in_hours(seconds)} elapsed, {in_hours(seconds / done * left)} left"
 
@@ -160,7 +162,9 @@ def print_epoch(
     """
     train = record["train"]
     line = f"\nepoch {record['epoch']}/{clock.epochs}  loss {train.get('loss', math.nan):.3f}"
-    line += f"  {train['images_per_s']:.1f} images/s  {clock.words()}"
+    if train["images_per_s"] is not None:
+        line += f"  {train['images_per_s']:.1f} images/s"
+    line += f"  {clock.words()}"
     if best_weights:
         line += f"  new best ({best_weights} weights)"
     say(line)
