@@ -76,7 +76,10 @@ def main(argv: list[str] | None = None) -> None:
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
     if (settings.output / RECORDS).exists():
-        say(f"{settings.output} has earlier results: files of the same names are replaced")
+        say(
+            f"{settings.output} has earlier results: files of the same names are replaced, "
+            "others stay"
+        )
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
 
     results = Results()

@@ -387,7 +387,7 @@ def test_a_checkpoint_with_a_side_beyond_its_grid_asks_for_the_flag(call, find, 
 
 def test_results_that_are_replaced_are_said_to_be(find, tmp_path):
     photo(tmp_path / "a.png")
-    said = "found has earlier results: files of the same names are replaced\n"
+    said = "found has earlier results: files of the same names are replaced, others stay\n"
     _, out, _ = find("--input", "a.png")
     assert said not in out and " in 1 file: found " in out
     (tmp_path / "found/other.png").touch()
