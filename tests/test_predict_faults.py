@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -403,3 +404,20 @@ def test_figures_at_more_detections_than_queries_are_said_to_tell_no_more(
     assert "--max_detections 450: the model has 100 queries" in capsys.readouterr().out
     call(evaluate.main, *words, "--max_detections", 450, "--tile", 32)
     assert "queries" not in capsys.readouterr().out
+
+
+def test_evaluate_judges_the_split_that_it_scores_alone(call, weights, few, capsys, tmp_path):
+    data = shutil.copytree(few, tmp_path / "data")
+    next((data / "train").glob("*.png")).unlink()
+    words = ["--checkpoint", weights, "--dataset", data, "--device", "cpu"]
+    call(evaluate.main, *words)
+    assert "2 images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="train.*whose file is missing"):
+        call(evaluate.main, *words, "--split", "train")
+    shutil.rmtree(data / "valid")
+    with pytest.raises(UserError, match="train.*whose file is missing"):  # which is divided
+        call(evaluate.main, *words, "--val_fraction", 0.5)
+    call(evaluate.main, *words, "--split", "test")
+    next((data / "test").glob("*.png")).unlink()
+    with pytest.raises(UserError, match="test.*whose file is missing"):
+        call(evaluate.main, *words, "--split", "test")

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -41,14 +41,16 @@ def read_dataset(
     exif: str | None = None,
     rename: Sequence[str] = (),
     needed: Sequence[str] = NEEDED,
+    judged: Collection[str] = SPLITS,
 ) -> dict[str, CocoSplit]:
     """Check and read the splits of a dataset: "train", "valid" and, where it exists, "test".
 
     Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by
     a hash of their names, so that the choice stays when the file is written in another order.
     queries: the objects that the model can find in one image.  exif, rename, needed: as for
-    inspect_dataset; what was decided is printed where images have an orientation.  Raises UserError
-    for any error of the data, with the command that lists them all.
+    inspect_dataset; what was decided is printed where images have an orientation.  judged: the
+    splits whose errors count; of the others what is sound is read.  Raises UserError for any error
+    of the data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(
@@ -58,7 +60,13 @@ def read_dataset(
         root, val_fraction, queries=queries, exif=exif, rename=rename, needed=needed
     )
     data = {"dataset": root, "val_fraction": val_fraction, "exif": exif, "rename": list(rename)}
-    raise_errors(problems, data)
+    unjudged = [
+        problem
+        for name, split in splits.items()
+        if name not in judged
+        for problem in split.problems
+    ]
+    raise_errors([problem for problem in problems if problem not in unjudged], data)
     note = exif_note(splits, exif)
     if note:
         tick(note)
