@@ -22,7 +22,7 @@ from rfdetr.data.checks import CheckedSplit, ListedSplit, check_split, list_spli
 from rfdetr.data.class_checks import class_problems
 from rfdetr.data.columns import Columns
 from rfdetr.data.exif import ExifDecision, decide_exif, exif_note
-from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
+from rfdetr.data.faults import GUESSED_INSTEAD, NO_MASKS, Faults, Problem, raise_errors
 from rfdetr.data.index import keep_index, read_index
 from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.labels import number_classes
@@ -109,8 +109,7 @@ def inspect_dataset(
         if split.mask_count == 0:
             faults[name].forget("ANN_NO_MASK")  # boxes alone may be all that is wanted
             if need_masks and split.object_count:
-                message = NO_MASKS.format(split.annotation_file, split.object_count)
-                problems.append(dataset_error("MASKS_NONE", message, root))
+                problems.append(no_masks_problem(name, split, root))
         note_too_many_objects(split, queries, faults[name])
         if name == "valid" and name in files and val_fraction is not None:
             faults[name].note("SPLIT_FRACTION_UNUSED", name)
@@ -207,6 +206,13 @@ def missing_splits(
             message = f"{root} has no valid split, but val/: call that folder valid/"
         problems.append(dataset_error("SPLIT_VALID_MISSING", message, root))
     return problems
+
+
+def no_masks_problem(name: str, split: CocoSplit, root: str | Path) -> Problem:
+    follows = GUESSED_INSTEAD if name == "train" else "there are no mask scores then"
+    instead = f"--need_masks 1: {follows}"
+    message = NO_MASKS.format(split.annotation_file, split.object_count, instead)
+    return dataset_error("MASKS_NONE", message, root)
 
 
 def dataset_error(code: str, message: str, root: str | Path) -> Problem:
