@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         compile_in_place(model.encoder, device, weights_stay=True)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
     tiling = tiling_of(content, settings.tile, settings.tile_overlap, settings.tile_full)
-    tell_tiles(content, tiling)
+    tell_tiles(content, tiling, int(split.images.sizes.max(initial=0)))
     letterbox, warning = letterbox_for(settings.letterbox, content)
     if warning:
         warn(warning)

@@ -25,7 +25,7 @@ from pathlib import Path
 from rfdetr.console import Stopped, UserError, run_script, say, tick, warn
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
-from rfdetr.data.statistics import image_warnings
+from rfdetr.data.statistics import image_warnings, longest_side
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place, pick_device
 from rfdetr.files import make_folder, write_json, writing_to
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
-    tell_tiles(model.trained_with, tiling)
+    if tiling:
+        tell_tiles(model.trained_with, tiling, None if videos else longest_side(images))
     model.letterboxed(settings.letterbox)  # warns before the work
     lowest = settings.threshold
     new_tracker = None
@@ -119,6 +120,8 @@ def tell(settings: PredictionSettings, results: Results, files: int, best_score:
     if settings.track:
         tracks = {record["track"] for record in results.records}
         followed = f" on {counted(len(tracks), 'track')}"
+    if results.pages:
+        followed += f" on {counted(results.pages, 'page')}"
     objects = counted(len(results.records), "object")
     read = len(results.read_files)
     where = counted(files, "file") if read == files else f"{read} of {counted(files, 'file')}"
@@ -170,13 +173,15 @@ def tell_interrupted(output: Path, results: Results) -> None:
 class Results:
     """What has been found so far.
 
-    records: of predictions.json; read_files: those of which something could be read; pictures:
-    how many are written, videos too; damaged: videos of which less than what they announce could
-    be decoded; lacks_frames: whether there are such, or ones of which nothing could be.
+    records: of predictions.json; read_files: those of which something could be read; pages: of
+    files that have several; pictures: how many are written, videos too; damaged: videos of which
+    less than what they announce could be decoded; lacks_frames: whether there are such, or ones of
+    which nothing could be.
     """
 
     records: list[dict] = field(default_factory=list)
     read_files: set[Path] = field(default_factory=set)
+    pages: int = 0
     pictures: int = 0
     damaged: list[Path] = field(default_factory=list)
     lacks_frames: bool = False
@@ -256,7 +261,10 @@ def predict_images(
                 if new_tracker:
                     prediction = prediction.tracked(trackers[stack_of(image)])
                 page = image.number if isinstance(image, Page) else None
-                stem = f"{path.stem}_page{page}" if page else path.stem
+                stem = path.stem
+                if page:
+                    stem += f"_page{page}"
+                    results.pages += 1
                 picture = suffix and free_name(stem, suffix, taken_names)
                 if picture:
                     saving.append(pool.submit(save_picture, prediction, output / picture))
