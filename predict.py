@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     predictor = Predictor(model, replace(settings, threshold=lowest), tiling is not None)
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
-    if (settings.output / RECORDS).exists():
+    has_earlier = (settings.output / RECORDS).exists()
+    if has_earlier:
         say(
             f"{settings.output} has earlier results: files of the same names are replaced, "
             "others stay"
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         warn(message)
     write_json(settings.output / RECORDS, results.records)
     tell(settings, results, len(paths), model.best_score)
+    if has_earlier:
+        tell_earlier(settings.output, taken_names)
     tell_lacks(settings, results, unread, len(paths))
 
 
@@ -132,6 +135,17 @@ def tell(settings: PredictionSettings, results: Results, files: int, best_score:
             f"{best_score:.2g}: a lower threshold shows more. Where even the best scores are low, "
             "the model has not learned such objects"
         )
+
+
+def tell_earlier(output: Path, own_names: set[str]) -> None:
+    """How many pictures of earlier results lie among these; own_names: casefolded, of these and of
+    the inputs.
+    """
+    files = [path for path in output.iterdir() if path.suffix.lower() in IMAGES | VIDEOS]
+    earlier = [path for path in files if path.name.casefold() not in own_names]
+    if earlier:
+        count = counted(len(earlier), "picture")
+        say(f"  {count} there from before, which {RECORDS} does not name")
 
 
 def tell_lacks(

@@ -391,9 +391,12 @@ def test_results_that_are_replaced_are_said_to_be(find, tmp_path):
     said = "found has earlier results: files of the same names are replaced, others stay\n"
     _, out, _ = find("--input", "a.png")
     assert said not in out and " in 1 file: found " in out
+    _, out, _ = find("--input", "a.png")
+    assert said in out and "from before" not in out
     (tmp_path / "found/other.png").touch()
     _, out, _ = find("--input", "a.png")
     assert said in out and (tmp_path / "found/other.png").exists()
+    assert "1 picture there from before, which predictions.json does not name" in out
 
 
 def test_figures_at_more_detections_than_queries_are_said_to_tell_no_more(
