@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         compile_in_place(model.encoder, device, weights_stay=True)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
     tiling = tiling_of(content, settings.tile, settings.tile_overlap, settings.tile_full)
-    tell_tiles(content, tiling)
+    tell_tiles(content, tiling, int(split.images.sizes.max(initial=0)))
     letterbox, warning = letterbox_for(settings.letterbox, content)
     if warning:
         warn(warning)
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
 def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     """The split to score, with its warnings printed.  Raises UserError.
 
-    Without a valid split, train/ is divided as in the checkpoint's training.
+    Without a valid split, train/ is divided as in the checkpoint's training. Errors of the other
+    splits are none here.
     """
     fraction = settings.val_fraction
     trained = trained_fraction(content)
@@ -118,7 +119,12 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     queries = size_from_dict(content["size"]).queries
     # a train split could be divided; else the splits that there are are named below
     needed = ("valid",) if settings.split == "valid" and "train" in files else ()
-    splits = read_dataset(settings.dataset, fraction, queries, exif, settings.rename, needed)
+    judged = {settings.split}
+    if is_divided and settings.split == "valid":
+        judged.add("train")
+    splits = read_dataset(
+        settings.dataset, fraction, queries, exif, settings.rename, needed, judged
+    )
     trained_on = set(checkpoint.trained_on(content).tolist())
     if is_divided and trained and fraction != trained and settings.split == "valid":
         refuse_other_division(settings, trained, trained_on, splits)

@@ -25,7 +25,7 @@ from pathlib import Path
 from rfdetr.console import Stopped, UserError, run_script, say, tick, warn
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
-from rfdetr.data.statistics import image_warnings
+from rfdetr.data.statistics import image_warnings, longest_side
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place, pick_device
 from rfdetr.files import make_folder, write_json, writing_to
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
-    tell_tiles(model.trained_with, tiling)
+    if tiling:
+        tell_tiles(model.trained_with, tiling, None if videos else longest_side(images))
     model.letterboxed(settings.letterbox)  # warns before the work
     lowest = settings.threshold
     new_tracker = None
@@ -75,8 +76,12 @@ def main(argv: list[str] | None = None) -> None:
     predictor = Predictor(model, replace(settings, threshold=lowest), tiling is not None)
     is_new = not settings.output.exists()
     make_folder(settings.output, "--output")
-    if (settings.output / RECORDS).exists():
-        say(f"{settings.output} has earlier results: files of the same names are replaced")
+    has_earlier = (settings.output / RECORDS).exists()
+    if has_earlier:
+        say(
+            f"{settings.output} has earlier results: files of the same names are replaced, "
+            "others stay"
+        )
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
 
     results = Results()
@@ -108,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     tell(settings, results, len(paths), model.best_score)
     if results.records and model.model.head is None:
         say("  boxes alone: this model has no mask head, which stage 2 trains on it")
+    if has_earlier:
+        tell_earlier(settings.output, taken_names)
     tell_lacks(settings, results, unread, len(paths))
 
 
@@ -118,6 +125,8 @@ def tell(settings: PredictionSettings, results: Results, files: int, best_score:
     if settings.track:
         tracks = {record["track"] for record in results.records}
         followed = f" on {counted(len(tracks), 'track')}"
+    if results.pages:
+        followed += f" on {counted(results.pages, 'page')}"
     objects = counted(len(results.records), "object")
     read = len(results.read_files)
     where = counted(files, "file") if read == files else f"{read} of {counted(files, 'file')}"
@@ -128,6 +137,17 @@ def tell(settings: PredictionSettings, results: Results, files: int, best_score:
             f"{best_score:.2g}: a lower threshold shows more. Where even the best scores are low, "
             "the model has not learned such objects"
         )
+
+
+def tell_earlier(output: Path, own_names: set[str]) -> None:
+    """How many pictures of earlier results lie among these; own_names: casefolded, of these and of
+    the inputs.
+    """
+    files = [path for path in output.iterdir() if path.suffix.lower() in IMAGES | VIDEOS]
+    earlier = [path for path in files if path.name.casefold() not in own_names]
+    if earlier:
+        count = counted(len(earlier), "picture")
+        say(f"  {count} there from before, which {RECORDS} does not name")
 
 
 def tell_lacks(
@@ -169,13 +189,15 @@ def tell_interrupted(output: Path, results: Results) -> None:
 class Results:
     """What has been found so far.
 
-    records: of predictions.json; read_files: those of which something could be read; pictures:
-    how many are written, videos too; damaged: videos of which less than what they announce could
-    be decoded; lacks_frames: whether there are such, or ones of which nothing could be.
+    records: of predictions.json; read_files: those of which something could be read; pages: of
+    files that have several; pictures: how many are written, videos too; damaged: videos of which
+    less than what they announce could be decoded; lacks_frames: whether there are such, or ones of
+    which nothing could be.
     """
 
     records: list[dict] = field(default_factory=list)
     read_files: set[Path] = field(default_factory=set)
+    pages: int = 0
     pictures: int = 0
     damaged: list[Path] = field(default_factory=list)
     lacks_frames: bool = False
@@ -255,7 +277,10 @@ def predict_images(
                 if new_tracker:
                     prediction = prediction.tracked(trackers[stack_of(image)])
                 page = image.number if isinstance(image, Page) else None
-                stem = f"{path.stem}_page{page}" if page else path.stem
+                stem = path.stem
+                if page:
+                    stem += f"_page{page}"
+                    results.pages += 1
                 picture = suffix and free_name(stem, suffix, taken_names)
                 if picture:
                     saving.append(pool.submit(save_picture, prediction, output / picture))

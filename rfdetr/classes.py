@@ -98,7 +98,7 @@ class ClassTable:
         """The same rows in a dataset's label order.
 
         where, train_again: the dataset, and a command, for the message. A dataset may have a part
-        of COCO's classes alone. Raises UserError with both lists where the names differ.
+        of COCO's classes alone. Raises UserError with all names where they differ.
         """
         row_of = dict(zip(self.names, self.rows))
         missing = [name for name in names if name not in row_of]
@@ -110,8 +110,9 @@ class ClassTable:
                 f"the classes of {where} and of the checkpoint differ. "
                 f"Only in the dataset: {missing or 'none'}; "
                 f"only in the checkpoint: {extra or 'none'}. "
-                f"Dataset: {list(names)}; checkpoint: {list(self.names)}. "
             )
+            if row_of.keys() & set(names):
+                message += f"Dataset: {list(names)}; checkpoint: {list(self.names)}. "
             meant = suggest_renames(missing, extra, self.names)
             if meant:
                 message += f"If they are the same, add: {rename_choices(meant)}. Otherwise: "

@@ -15,7 +15,14 @@ from rfdetr.commands import flags_of, same_command, training_command
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
 from rfdetr.parser import Parser
-from rfdetr.resolve import MissingSettings, plain, read_layer, resolve, settings_of
+from rfdetr.resolve import (
+    MissingSettings,
+    plain,
+    read_layer,
+    resolve,
+    script_of_config,
+    settings_of,
+)
 from rfdetr.runs.places import (
     data_of_run,
     detector_of_run,
@@ -271,7 +278,13 @@ def take_config(kind: type, given: dict) -> dict:
     path = given.pop("config", None)
     if path is None:
         return {}
-    return read_layer(kind, read_yaml(path), f"--config {path}")
+    values = read_yaml(path)
+    owner = script_of_config(path)
+    if owner not in (None, getattr(kind, "script", None)) and values.keys() - settings_of(kind):
+        raise UserError(
+            f"--config {path} is the config of {owner}: run that with it, or name another file"
+        )
+    return read_layer(kind, values, f"--config {path}")
 
 
 def read_yaml(path: Path) -> dict:
@@ -282,7 +295,12 @@ def read_yaml(path: Path) -> dict:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"--config {path}: there is no such file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--config {path} is no YAML file: it holds no text. A checkpoint belongs to "
+            "--checkpoint, or to --resume to train on"
+        ) from error
+    except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path} cannot be read: {reason}") from error
     if not isinstance(content, dict):

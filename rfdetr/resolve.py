@@ -19,6 +19,8 @@ from rfdetr.text import printable
 
 S = TypeVar("S")
 
+REPEAT = "# repeat this run: python"  # a run's config.yaml begins so
+
 
 class MissingSettings(UserError):
     """Some that have no default."""
@@ -108,9 +110,16 @@ def yaml_text(settings: TrainingSettings, commands: list[dict]) -> str:
     """
     import yaml  # here: validate_setup.py reads this module where packages are missing
 
-    lines = [f"# repeat this run: python {settings.script} --config FILE"]
+    lines = [f"{REPEAT} {settings.script} --config FILE"]
     for command in commands:
         for name, (before, _) in command["changed"].items():
             lines.append(f"# {name}: {before} before epoch {command['first_epoch']}")
     text = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
     return "\n".join([*map(printable, lines), text])
+
+
+def script_of_config(path: Path) -> str | None:
+    """The script whose run has written a config.yaml; None for a file of another origin."""
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    return first.removeprefix(REPEAT).split()[0] if first.startswith(f"{REPEAT} ") else None

@@ -193,6 +193,7 @@ def describe_split(
         "negatives": split.objects_per_image.count(0),
         "objects": split.object_count,
         "masks": split.mask_count,
+        "crowds": split.images.crowd_count,
         "most_in_an_image": max(split.objects_per_image, default=0),
         "sizes": count_by_size(split),
         "median_side_px": round(float(np.median(sides)), 1) if len(sides) else None,
@@ -214,6 +215,9 @@ def print_splits(splits: dict[str, dict]) -> None:
             f"at most {row['most_in_an_image']} in an image ({sizes}; "
             f"median side {row['median_side_px'] or '-'} px at the model's input)"
         )
+        if row["crowds"]:
+            crowds = counted(row["crowds"], "crowd region")
+            print(f"       and {crowds} (iscrowd), which training and scores ignore")
     areas = [f"{name} up to {area**0.5:.0f}²" for name, area in COCO_AREAS.items()]
     print(f"Sizes as in evaluate.py, by area in pixels of the image: {', '.join(areas[:2])}")
     print(f"{'label':>5} {'id':>8}  {'name':<24}" + "".join(f"{split:>9}" for split in splits))

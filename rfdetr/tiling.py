@@ -147,27 +147,32 @@ def tiles_like(content: dict, side: int, overlap: float | None, full: bool | Non
     return Tiling(side, overlap, full)
 
 
-def tell_tiles(content: dict, tiling: Tiling | None) -> None:
+def tell_tiles(content: dict, tiling: Tiling | None, longest_side: int | None = None) -> None:
     """Say which tiles are looked at, and warn where they show objects at another scale than
-    training did; content: as in tiling_of.
+    training did.
+
+    content: as in tiling_of; longest_side: of all images, in pixels, where it is known.
     """
     if tiling is None:
         return
-    tick(tiling.told())
-    warning = unlike_training(content, tiling)
+    if longest_side and longest_side <= tiling.side:
+        tick(f"Tiles of {tiling.side} px: no image is larger, each is looked at as a whole")
+    else:
+        tick(tiling.told())
+    warning = unlike_training(content, tiling, longest_side)
     if warning:
         warn(warning)
 
 
-def unlike_training(content: dict, tiling: Tiling | None) -> str:
+def unlike_training(content: dict, tiling: Tiling | None, longest_side: int | None = None) -> str:
     """A warning where tiles show objects at another scale than training did, else "".
 
-    content: as in tiling_of.
+    content, longest_side: as in tell_tiles.
     """
     known = content.get("tile") or content.get("image_side")
     if not known or tiling is None or tiling.with_whole:
         return ""
-    factor = known / tiling.side
+    factor = known / min(tiling.side, longest_side or tiling.side)
     if 1 / UNLIKE <= factor <= UNLIKE:
         return ""
     return (

@@ -95,6 +95,13 @@ def test_other_names_are_an_error_that_names_both():
         table.in_order_of(["cells"], [1], "there")
 
 
+def test_names_that_have_nothing_in_common_are_said_once():
+    table = assign_rows(["cells", "vessel"], [1, 2], "dataset")
+    with pytest.raises(UserError) as error:
+        table.in_order_of(["car", "dog"], [1, 2], "there")
+    assert [str(error.value).count(f"'{name}'") for name in ("cells", "dog")] == [1, 1]
+
+
 def test_a_coco_checkpoint_serves_a_dataset_with_some_of_its_classes():
     table = coco_table().in_order_of(["dog", "cat"], [7, 8], "there")
     assert table.rows == (18, 17) and table.ids == (7, 8)

@@ -397,6 +397,16 @@ def test_whatever_is_in_the_file_only_what_needs_a_guess_is_left(folder, data):
     assert errors or not unused & {problem.code for problem in left.faults.problems()}
 
 
+def test_crowd_regions_are_counted_beside_the_objects(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    change("annotations", iscrowd=1)(dataset)
+    status, said, _, _ = doctor("--dataset", dataset, "--size", "tiny", capsys=capsys)
+    assert status == 0 and "4 objects" in said
+    assert said.count("and 1 crowd region (iscrowd), which training and scores ignore") == 1
+    splits = json.loads(Path("report.json").read_text())["splits"]
+    assert [splits[name]["crowds"] for name in ("train", "valid")] == [1, 0]
+
+
 def test_fix_keeps_all_the_rest_and_says_what_it_did(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     extra = {"info": {"year": 2026}, "licenses": [{"id": 1}], "more": [math.inf]}

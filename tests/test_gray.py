@@ -267,7 +267,8 @@ def test_each_page_is_an_image(stack, tmp_path, call, capsys):
     pictures = sorted(file.name for file in (tmp_path / "found").glob("*.png"))
     assert pictures == [f"stack_page{number}.png" for number in (1, 2, 3)]
     said = capsys.readouterr().out
-    assert "broken.tif" in said and "in 1 of 2 files: " in said and "several pages" not in said
+    assert "broken.tif" in said and "on 3 pages in 1 of 2 files: " in said
+    assert "several pages" not in said
     call(predict.main, *words, "--output", "first")
     records = json.loads((tmp_path / "first/predictions.json").read_text())
     assert "page" not in records[0] and len(records) == counts[0]

@@ -151,6 +151,24 @@ def test_the_sheet_of_guesses_leaves_out_what_cannot_be_read(demo, tmp_path, cap
     assert "guessed_masks.png failed" in said and "to look at" not in said
 
 
+def test_the_sheet_of_guesses_says_that_it_counts_some_images(demo, tmp_path, capsys, monkeypatch):
+    remarks = []
+
+    def sheet(split: CocoSplit, remark: str) -> Image.Image:
+        remarks.append(remark)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr("rfdetr.training.report.class_sheet", sheet)
+    dataset = SplitDataset(without_masks(read_dataset(demo)["train"]), 64, None, True, guess=True)
+    for drawn in (3, 48):
+        monkeypatch.setattr("rfdetr.training.report.GUESSED_IMAGES", drawn)
+        with Run(tmp_path / f"run_{drawn}", {}, tensorboard=False) as run:
+            draw_guesses(run, dataset)
+    assert remarks == [" in 3 of 12 images (masks guessed)", " (masks guessed)"]
+    said = capsys.readouterr().out
+    assert "to look at in 3 of 12 images: " in said and "to look at: " in said
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     image=arrays.arrays(np.uint8, st.tuples(st.integers(1, 24), st.integers(1, 24), st.just(3))),

@@ -66,6 +66,14 @@ def test_a_wrong_area_drops_nothing_and_is_computed(dataset, wrong):
     assert areas(dataset.parent / "fixed") == [80, 80, 90, 80, 80]
 
 
+@pytest.mark.parametrize(("box", "code"), [([4, 5, 0, 8], "EMPTY"), ([50, 5, 9, 8], "OUTSIDE")])
+def test_of_what_is_dropped_no_area_is_told(dataset, box, code):
+    change(dataset, lambda data: data["annotations"][0].update(bbox=box, area=0))
+    assert codes(dataset)[f"ANN_BBOX_{code}"] == "warning"
+    assert "ANN_AREA_INVALID" not in codes(dataset)
+    assert read_dataset(dataset)["train"].object_count == 4
+
+
 @pytest.mark.parametrize("area", [80, 56.5, 120])
 def test_areas_of_boxes_and_of_masks_stay_as_they_are(dataset, area):
     change(dataset, lambda data: [entry.update(area=area) for entry in data["annotations"]])

@@ -29,7 +29,7 @@ from rfdetr.settings import DetectorSettings, SegmentationSettings
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, quoted
 from rfdetr.training.health import RunHealth
-from rfdetr.training.next_commands import without_trial
+from rfdetr.training.next_commands import prediction, without_trial
 from rfdetr.training.resume import require_stage
 from rfdetr.weights import checkpoint
 from testkit.datasets import changed_copy, drop_masks
@@ -84,8 +84,9 @@ def test_odd_names_lead_from_stage_1_to_pictures(few, call, capsys, type_next, t
     script, output = type_next(output, *QUICK)
     assert script == "train_seg_stage2.py" and "(3 train, 1 valid images" in output
     assert "train holds the images that were trained on, too" in output.splitlines()[-2]
-    script, output = type_next(output, "--threshold", 0.9)
-    assert script == "predict.py" and len(list(Path("predictions").glob("*.png"))) == 4
+    words = shlex.split(next_line(output))
+    assert type_next(output, "--threshold", 0.9)[0] == "predict.py"
+    assert len(list(Path(words[words.index("--output") + 1]).glob("*.png"))) == 4
 
 
 @pytest.mark.slow
@@ -111,6 +112,14 @@ def test_a_head_without_unused_rows_goes_on_to_stage_2(few, call, capsys, type_n
     output = type_next(output)[1]
     assert "detector_tiny_32_2" in output
     assert type_next(output, *QUICK)[0] == "train_seg_stage2.py"
+
+
+def test_what_a_run_finds_goes_into_its_own_folder(tmp_path):
+    (tmp_path / "runs/a_1").mkdir(parents=True)
+    weights = tmp_path / "runs/a_1/best.pt"
+    assert prediction(weights, Path("images"), {}).endswith("--output predictions")
+    (weights.parent / "config.yaml").touch()
+    assert prediction(weights, Path("images"), {}).endswith(f"--output {weights.parent / 'found'}")
 
 
 def test_a_trials_flag_leaves_its_command_in_every_form():

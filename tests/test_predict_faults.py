@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -394,12 +395,15 @@ def test_a_checkpoint_with_a_side_beyond_its_grid_asks_for_the_flag(call, find, 
 
 def test_results_that_are_replaced_are_said_to_be(find, tmp_path):
     photo(tmp_path / "a.png")
-    said = "found has earlier results: files of the same names are replaced\n"
+    said = "found has earlier results: files of the same names are replaced, others stay\n"
     _, out, _ = find("--input", "a.png")
     assert said not in out and " in 1 file: found " in out
+    _, out, _ = find("--input", "a.png")
+    assert said in out and "from before" not in out
     (tmp_path / "found/other.png").touch()
     _, out, _ = find("--input", "a.png")
     assert said in out and (tmp_path / "found/other.png").exists()
+    assert "1 picture there from before, which predictions.json does not name" in out
 
 
 def test_figures_at_more_detections_than_queries_are_said_to_tell_no_more(
@@ -410,3 +414,20 @@ def test_figures_at_more_detections_than_queries_are_said_to_tell_no_more(
     assert "--max_detections 450: the model has 100 queries" in capsys.readouterr().out
     call(evaluate.main, *words, "--max_detections", 450, "--tile", 32)
     assert "queries" not in capsys.readouterr().out
+
+
+def test_evaluate_judges_the_split_that_it_scores_alone(call, weights, few, capsys, tmp_path):
+    data = shutil.copytree(few, tmp_path / "data")
+    next((data / "train").glob("*.png")).unlink()
+    words = ["--checkpoint", weights, "--dataset", data, "--device", "cpu"]
+    call(evaluate.main, *words)
+    assert "2 images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="train.*whose file is missing"):
+        call(evaluate.main, *words, "--split", "train")
+    shutil.rmtree(data / "valid")
+    with pytest.raises(UserError, match="train.*whose file is missing"):  # which is divided
+        call(evaluate.main, *words, "--val_fraction", 0.5)
+    call(evaluate.main, *words, "--split", "test")
+    next((data / "test").glob("*.png")).unlink()
+    with pytest.raises(UserError, match="test.*whose file is missing"):
+        call(evaluate.main, *words, "--split", "test")

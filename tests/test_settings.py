@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfdetr.cli import training_settings
+from rfdetr.cli import take_config, training_settings
 from rfdetr.console import UserError
 from rfdetr.fields import LEAST_TILE
-from rfdetr.resolve import plain, read_layer, resolve, settings_of
+from rfdetr.resolve import plain, read_layer, resolve, settings_of, yaml_text
 from rfdetr.settings import (
     EARLY_STOPPING_PATIENCE,
     STAGES,
@@ -458,3 +458,23 @@ def test_a_file_that_holds_no_settings_is_named(tmp_path, text):
 def test_a_trial_run_is_kept_as_what_it_was(tmp_path):
     settings = resolve(DetectorSettings, {"size": "tiny", "epochs": 9, "fast_dev_run": 3})
     assert plain(settings)["epochs"] == 1
+
+
+def test_the_config_of_another_scripts_run_is_told_to_be_one(tmp_path):
+    file = tmp_path / "config.yaml"
+    settings = resolve(SegmentationSettings, {"size": "tiny", "dataset": tmp_path})
+    file.write_text(yaml_text(settings, []))
+    for kind in (DetectorSettings, PredictionSettings):
+        with pytest.raises(UserError, match="is the config of train_seg_stage2.py: run that"):
+            take_config(kind, {"config": file})
+    assert take_config(SegmentationSettings, {"config": file})["masks"] == "auto"
+    file.write_text("masks: auto\n")
+    with pytest.raises(UserError, match="has no setting 'masks'"):
+        take_config(DetectorSettings, {"config": file})
+
+
+def test_a_checkpoint_is_no_config(tmp_path):
+    file = tmp_path / "best.pt"
+    file.write_bytes(b"PK\x03\x04\x80\x02")
+    with pytest.raises(UserError, match="no YAML file: it holds no text. A checkpoint belongs to"):
+        take_config(DetectorSettings, {"config": file})

@@ -28,7 +28,7 @@ from rfdetr.detr import RFDETR
 from rfdetr.inference.overlaps import PixelMask
 from rfdetr.inference.tiles import COMPARABLE, DetectedInWindow, Merged, merge
 from rfdetr.placement import Placement
-from rfdetr.tiling import Tiling, Window, choose_tile, crop, unlike_training
+from rfdetr.tiling import Tiling, Window, choose_tile, crop, tell_tiles, unlike_training
 from rfdetr.weights import checkpoint
 
 plainly = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -322,6 +322,18 @@ def test_tiles_of_another_scale_than_in_training_are_a_warning():
     for tiling in (None, Tiling(256), Tiling(300), Tiling(128, with_whole=True)):
         assert unlike_training(trained, tiling) == ""
     assert unlike_training({}, Tiling(128)) == ""
+
+
+def test_tiles_that_cut_no_image_are_not_told_of_as_cut(capsys):
+    trained = {"tile": 0, "image_side": 256}
+    tell_tiles(trained, Tiling(5000), 1024)
+    said = capsys.readouterr().out
+    assert "Tiles of 5000 px: no image is larger, each is looked at as a whole" in said
+    assert "0.2 times as large" in said.replace("\n", " ") and "in common" not in said
+    tell_tiles(trained, Tiling(5000), 300)
+    assert "times as large" not in capsys.readouterr().out
+    tell_tiles(trained, Tiling(200), 1024)
+    assert "in common" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- training and scoring

@@ -34,7 +34,7 @@ from rfdetr.data.faults import Problem
 from rfdetr.data.layout import ANNOTATIONS, COPY_NOTE
 from rfdetr.data.mask_source import choose_masks
 from rfdetr.data.rle import run_sums
-from testkit.datasets import HEIGHT, SQUARE, WIDTH, coco, rewrite, write
+from testkit.datasets import HEIGHT, SQUARE, WIDTH, coco, drop_masks, rewrite, write
 
 ROOT = Path(__file__).resolve().parent.parent
 EMPTY_RLE = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
@@ -463,6 +463,16 @@ def test_masks_are_required_where_they_are_needed(dataset, capsys):
     assert "5 of 5 annotations have no mask: masks are guessed" in capsys.readouterr().out
     assert check_dataset(dataset) == []
     assert codes(check_dataset(dataset, need_masks=True)) == {"MASKS_NONE": "error"}
+
+
+def test_where_masks_are_missing_only_those_of_train_are_guessed(dataset):
+    for split in ("train", "valid"):
+        rewrite(dataset / split / "_annotations.coco.json", drop_masks)
+    problems = check_dataset(dataset, need_masks=True)
+    train, valid = (problem.message for problem in problems if problem.code == "MASKS_NONE")
+    assert "leave out --need_masks 1" in train and "guess masks from the boxes" in train
+    assert "leave out --need_masks 1: there are no mask scores then" in valid
+    assert "guess" not in valid and "--masks given" not in train + valid
 
 
 def test_checking_takes_at_most_ten_times_as_long_as_loading():

@@ -302,7 +302,7 @@ class EntryCheck:
         mask = check_segmentation(entry.get("segmentation"), image.width, image.height, sums)
         codes = entry_faults(entry, known, self.category_ids, self.first_with_id)
         wrong_area = area_is_wrong(entry, box, mask)
-        if wrong_area:
+        if wrong_area and box:  # what is dropped needs none
             codes.append("ANN_AREA_INVALID")
         shape_faults = mask.faults | {box_fault} if box_fault else mask.faults
         codes += sorted(shape_faults)

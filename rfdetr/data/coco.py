@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -22,7 +22,7 @@ from rfdetr.data.checks import CheckedSplit, ListedSplit, check_split, list_spli
 from rfdetr.data.class_checks import class_problems
 from rfdetr.data.columns import Columns
 from rfdetr.data.exif import ExifDecision, decide_exif, exif_note
-from rfdetr.data.faults import NO_MASKS, Faults, Problem, raise_errors
+from rfdetr.data.faults import GUESSED_INSTEAD, NO_MASKS, Faults, Problem, raise_errors
 from rfdetr.data.index import keep_index, read_index
 from rfdetr.data.json_stream import NotStreamable, stream_json
 from rfdetr.data.labels import number_classes
@@ -41,14 +41,16 @@ def read_dataset(
     exif: str | None = None,
     rename: Sequence[str] = (),
     needed: Sequence[str] = NEEDED,
+    judged: Collection[str] = SPLITS,
 ) -> dict[str, CocoSplit]:
     """Check and read the splits of a dataset: "train", "valid" and, where it exists, "test".
 
     Without a valid split `val_fraction` (0..1, exclusive) of train's images become one, chosen by
     a hash of their names, so that the choice stays when the file is written in another order.
     queries: the objects that the model can find in one image.  exif, rename, needed: as for
-    inspect_dataset; what was decided is printed where images have an orientation.  Raises UserError
-    for any error of the data, with the command that lists them all.
+    inspect_dataset; what was decided is printed where images have an orientation.  judged: the
+    splits whose errors count; of the others what is sound is read.  Raises UserError for any error
+    of the data, with the command that lists them all.
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(
@@ -58,7 +60,13 @@ def read_dataset(
         root, val_fraction, queries=queries, exif=exif, rename=rename, needed=needed
     )
     data = {"dataset": root, "val_fraction": val_fraction, "exif": exif, "rename": list(rename)}
-    raise_errors(problems, data)
+    unjudged = [
+        problem
+        for name, split in splits.items()
+        if name not in judged
+        for problem in split.problems
+    ]
+    raise_errors([problem for problem in problems if problem not in unjudged], data)
     note = exif_note(splits, exif)
     if note:
         tick(note)
@@ -101,8 +109,7 @@ def inspect_dataset(
         if split.mask_count == 0:
             faults[name].forget("ANN_NO_MASK")  # boxes alone may be all that is wanted
             if need_masks and split.object_count:
-                message = NO_MASKS.format(split.annotation_file, split.object_count)
-                problems.append(dataset_error("MASKS_NONE", message, root))
+                problems.append(no_masks_problem(name, split, root))
         note_too_many_objects(split, queries, faults[name])
         if name == "valid" and name in files and val_fraction is not None:
             faults[name].note("SPLIT_FRACTION_UNUSED", name)
@@ -199,6 +206,13 @@ def missing_splits(
             message = f"{root} has no valid split, but val/: call that folder valid/"
         problems.append(dataset_error("SPLIT_VALID_MISSING", message, root))
     return problems
+
+
+def no_masks_problem(name: str, split: CocoSplit, root: str | Path) -> Problem:
+    follows = GUESSED_INSTEAD if name == "train" else "there are no mask scores then"
+    instead = f"--need_masks 1: {follows}"
+    message = NO_MASKS.format(split.annotation_file, split.object_count, instead)
+    return dataset_error("MASKS_NONE", message, root)
 
 
 def dataset_error(code: str, message: str, root: str | Path) -> Problem:

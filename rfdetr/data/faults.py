@@ -20,9 +20,9 @@ FEW_OBJECTS = 10  # of a class: fewer teach little
 FEW_SKIPPED = 3  # unreadable images, or 1 % of the split: more are an error
 NO_MASKS = (
     "No segmentation masks found in COCO annotations: {}: 0 of {} annotations have a usable "
-    "segmentation. Export the dataset with masks (polygons or RLE). Without --masks given, stage 2 "
-    "and single-stage training guess masks from the boxes; stage 1 works on boxes alone."
+    "segmentation. Export the dataset with masks (polygons or RLE), or leave out {}"
 )
+GUESSED_INSTEAD = "stage 2 and single-stage training then guess masks from the boxes"
 SKIPS = f"training skips up to {FEW_SKIPPED} of a split, or 1 %, and refuses more"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rfdetr.console import UserError, tick, warn
-from rfdetr.data.faults import NO_MASKS
+from rfdetr.data.faults import GUESSED_INSTEAD, NO_MASKS
 from rfdetr.data.guess_weights import LEAST_OBJECTS
 from rfdetr.data.records import CocoSplit
 
@@ -33,7 +33,8 @@ def choose_masks(split: CocoSplit, asked: str) -> bool:
     drawn = int(has_mask.sum())
     missing = len(has_mask) - drawn
     if drawn == 0 and asked == "given":
-        raise UserError(NO_MASKS.format(split.annotation_file, len(has_mask)))
+        instead = f"--masks given: {GUESSED_INSTEAD}"
+        raise UserError(NO_MASKS.format(split.annotation_file, len(has_mask), instead))
     if drawn:
         count = min(SAMPLED, len(has_mask))
         places = np.linspace(0, len(has_mask) - 1, count).astype(int)

@@ -144,6 +144,13 @@ class ImageTable(Sequence):
         return learnt_before[self.columns.first[self.rows + 1]] - begins
 
     @property
+    def crowd_count(self) -> int:
+        """How many annotations are crowd regions, which are no objects."""
+        crowds_before = np.concatenate([[0], np.cumsum(self.columns.is_crowd)])
+        begins = crowds_before[self.columns.first[self.rows]]
+        return int((crowds_before[self.columns.first[self.rows + 1]] - begins).sum())
+
+    @property
     def labels(self) -> np.ndarray:
         """(objects,)"""
         ids, inverse = np.unique(self.columns.categories[self._objects], return_inverse=True)

@@ -178,6 +178,12 @@ def image_warnings(
     return [message for message in messages if message]
 
 
+def longest_side(files: Sequence[Path]) -> int:
+    """Of image files, in pixels; 0 where none can be read."""
+    headers = filter(None, map(read_header, files))
+    return max((max(header.size) for header in headers), default=0)
+
+
 def typical_side(split: CocoSplit, letterbox: bool = False) -> int:
     """The median side in pixels of a square that would be shrunk to the input as its image is: one
     of the same area, or with a letterbox of its longer side.

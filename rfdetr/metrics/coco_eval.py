@@ -129,6 +129,7 @@ class CocoEvaluator:
             key: number for number, key in enumerate(self._category_ids, start=1)
         }
         self._names = [category["name"] for category in categories]
+        self._listed = [category["name"] for category in ground_truth["categories"]]
         self._true_boxes = []
         self._true_masks = []
         # (image, class) by number, of objects with a mask and of those without
@@ -267,7 +268,8 @@ class CocoEvaluator:
     def summary(self) -> dict:
         """The figures of boxes as "bbox", and with masks those of masks as "segm" and "mask".
 
-        "bbox" and "segm": the twelve COCO figures, 0..1, and "per_class" {name: {"mAP", "mAP50"}}.
+        "bbox" and "segm": the twelve COCO figures, 0..1, and "per_class" {name: {"mAP", "mAP50"}},
+        in the order of the categories.
         Where there are further limits, "mAP@300" and "AR@300" are the same at 300 detections of a
         class and image instead of 100.
         "mask": {"giou", "ciou", "dice"}. What does not exist (no objects of a size, say) is None.
@@ -304,7 +306,7 @@ class CocoEvaluator:
     def _score(self, kind: str, table: DetectionTable, areas: Array) -> dict:
         """The figures of one kind; areas (n,) of the detections, for small, medium and large."""
         if not self._images or not self._names:
-            per_class = {name: {"mAP": None, "mAP50": None} for name in self._names}
+            per_class = {name: {"mAP": None, "mAP50": None} for name in self._listed}
             further = [f"{name}@{limit}" for limit in self.limits for name in ("mAP", "AR")]
             return dict.fromkeys([*FIGURES, *further]) | {"per_class": per_class}
         truth = {
@@ -326,10 +328,11 @@ class CocoEvaluator:
         figures = {name: _mean(value) for name, value in zip(FIGURES, evaluation.stats)}
         # (10 IoU thresholds, 101 recalls, classes): objects of all sizes, MAX_DETECTIONS
         precision = evaluation.eval["precision"][..., 0, 2]
-        figures["per_class"] = {
+        per_class = {
             name: {"mAP": _mean(precision[..., i]), "mAP50": _mean(precision[0, :, i])}
             for i, name in enumerate(self._names)
         }
+        figures["per_class"] = {name: per_class[name] for name in self._listed}
         return figures | further
 
     def _at_further_limits(self, evaluation: COCOeval) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from rfdetr.commands import DATA_FLAGS, flags_of, size_flags
 from rfdetr.console import UserError
 from rfdetr.data.layout import find_splits
 from rfdetr.resolve import plain
-from rfdetr.runs.places import WEIGHTS, first_file
+from rfdetr.runs.places import CONFIG, WEIGHTS, first_file
 from rfdetr.text import command_line, counted, keep_flags
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
@@ -71,7 +71,12 @@ def without_trial(argv: list[str]) -> str:
 
 
 def prediction(weights: Path, images: Path, args: dict) -> str:
-    words = ["--checkpoint", weights, "--input", images, "--output", "predictions"]
+    """What `weights` find in `images`, into their run's folder where they lie in one: elsewhere
+    the results of several runs would lie among each other.
+    """
+    is_of_a_run = (weights.parent / CONFIG).is_file()
+    output = weights.parent / "found" if is_of_a_run else "predictions"
+    words = ["--checkpoint", weights, "--input", images, "--output", output]
     return command_line("python", "predict.py", *words, *flags_of(args, "device"))
 
 

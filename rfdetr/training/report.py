@@ -30,7 +30,7 @@ from rfdetr.runs.metrics_file import earlier_commands
 from rfdetr.runs.places import CONFIG
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
-from rfdetr.text import command_line
+from rfdetr.text import command_line, counted
 from rfdetr.training.engine import Progress
 from rfdetr.training.resume import changed_settings
 from rfdetr.training.session import Session
@@ -225,8 +225,11 @@ def draw_guesses(run: Run, dataset: SplitDataset) -> None:
             with contextlib.suppress(UserError):
                 masks = dataset.segmentations(number)
                 images.append(replace(split.images[number], segmentations=masks))
-        class_sheet(replace(split, images=images), " (masks guessed)").save(file)
-        tick(f"Guessed masks to look at: {file}")
+        of_how_many = ""
+        if len(images) < len(split.images):
+            of_how_many = f" in {len(images)} of {counted(len(split.images), 'image')}"
+        class_sheet(replace(split, images=images), f"{of_how_many} (masks guessed)").save(file)
+        tick(f"Guessed masks to look at{of_how_many}: {file}")
 
 
 def draw_pictures(
