@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfdetr.commands import same_command, training_command
+from rfdetr.commands import flags_of, same_command, training_command
 from rfdetr.console import UserError, banner, tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.class_checks import rare_class_problems
@@ -359,4 +359,7 @@ def say_what_is_possible(
         )
     if unscored:
         warn(unscored)
-    print(f"Next: {training_command(plain(settings))}")
+    views = flags_of(plain(settings), "augment")
+    if not settings.flip:
+        views += ["--flip", "0"]
+    print(" ".join(["Next:", training_command(plain(settings)), *views]))

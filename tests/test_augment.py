@@ -296,7 +296,9 @@ def test_stage_2_says_what_its_cached_views_are(few, call, capsys, tmp_path):
 def test_preview_draws_the_presets_samples(demo, call, capsys, tmp_path):
     flags = ["--dataset", demo, "--size", "tiny", "--check_images", 0, "--augment", "microscopy"]
     call(validate_setup.main, *flags, "--flip", 0, "--preview", tmp_path / "sheet.png")
-    assert "Training images as --augment microscopy --flip 0 varies them" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Training images as --augment microscopy --flip 0 varies them" in said
+    assert said.endswith("--augment microscopy --flip 0\n")  # so does what is to be typed next
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert min(sheet.size) > 1000 and len(sheet.getcolors(1 << 24)) > 1000
     with pytest.raises(UserError, match="--preview"):
