@@ -25,6 +25,7 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.data.statistics import shrink_problems
 from rfdetr.device import compile_in_place, pick_device, pick_inference_precision
 from rfdetr.files import make_folder, make_place, write_json, writing_to
+from rfdetr.inference.detections import tell_few_queries
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.table import format_table
 from rfdetr.resolve import plain
@@ -139,16 +140,6 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     tell_trained_images(trained_on, split, settings.split)
     scale = told_scale(settings.gray, checkpoint.gray_of(content), split.images)
     return replace(split, gray=scale)
-
-
-def tell_few_queries(max_detections: int | None, queries: int) -> None:
-    """Warn where figures are asked for at more detections than a model has boxes for an image."""
-    if max_detections is not None and max_detections > queries:
-        warn(
-            f"--max_detections {max_detections}: the model has {queries} queries, which is how "
-            f"many objects it finds in an image at most, so that mAP@{max_detections} tells no "
-            "more. With --tile it is as many in each tile; else train with more --num_queries"
-        )
 
 
 def trained_fraction(content: dict) -> float | None:

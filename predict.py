@@ -30,6 +30,7 @@ from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place, pick_device
 from rfdetr.files import make_folder, write_json, writing_to
 from rfdetr.inference.batches import in_batches
+from rfdetr.inference.detections import tell_few_queries
 from rfdetr.inference.image_paths import IMAGE_SUFFIXES as IMAGES
 from rfdetr.inference.image_paths import none_read, some_unread
 from rfdetr.inference.inputs import collect, free_name, names_of_inputs, refuse_output_among_inputs
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
     if tiling:
         tell_tiles(model.trained_with, tiling, None if videos else longest_side(images))
+    else:
+        tell_few_queries(settings.max_detections, model.model.size.queries)
     model.letterboxed(settings.letterbox)  # warns before the work
     lowest = settings.threshold
     new_tracker = None

@@ -215,6 +215,21 @@ def test_a_shrunk_file_that_is_replaced_is_said_to_be(few, call, capsys, tmp_pat
     assert "had the classes" not in capsys.readouterr().out
 
 
+def test_no_checkpoint_that_a_training_wrote_is_replaced(few, call, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    source = detector({"dataset": str(few), "size": "tiny"}, run / "checkpoint_best_ema.pth")
+    kept = run / "best.pt"
+    kept.write_bytes(b"of the training")
+    flags = ["--in_ckpt", source, "--out_ckpt", kept, "--keep", CLASS_NAMES[1]]
+    call(shrink_head.main, *flags)  # a folder that is no run's
+    kept.write_bytes(b"of the training")
+    (run / "config.yaml").touch()
+    with pytest.raises(UserError, match="best.pt is a checkpoint of the training.*mydata.pth"):
+        call(shrink_head.main, *flags)
+    assert kept.read_bytes() == b"of the training"
+
+
 def test_a_shrunk_file_that_lies_there_already_is_named(few, call, capsys, tmp_path):
     source = detector({}, tmp_path / "best.pt")
     shrunk = tmp_path / "checkpoint_mydata.pth"

@@ -406,14 +406,17 @@ def test_results_that_are_replaced_are_said_to_be(find, tmp_path):
     assert "1 picture there from before, which predictions.json does not name" in out
 
 
-def test_figures_at_more_detections_than_queries_are_said_to_tell_no_more(
-    call, weights, few, capsys
+def test_more_detections_than_queries_are_said_not_to_be_found(
+    call, weights, few, capsys, tmp_path
 ):
     words = ["--checkpoint", weights, "--dataset", few, "--device", "cpu"]
     call(evaluate.main, *words, "--max_detections", 450)
     assert "--max_detections 450: the model has 100 queries" in capsys.readouterr().out
     call(evaluate.main, *words, "--max_detections", 450, "--tile", 32)
     assert "queries" not in capsys.readouterr().out
+    words = ["--checkpoint", weights, "--input", few / "valid", "--output", tmp_path / "found"]
+    call(predict.main, *words, "--device", "cpu", "--max_detections", 450)
+    assert "--max_detections 450: the model has 100 queries" in capsys.readouterr().out
 
 
 def test_evaluate_judges_the_split_that_it_scores_alone(call, weights, few, capsys, tmp_path):

@@ -64,7 +64,7 @@ def rare_class_problems(train: CocoSplit, valid: CocoSplit | None) -> list[Probl
     of_train = Faults(train.annotation_file)
     for name, count in taught.items():
         if 0 < count < FEW_OBJECTS:
-            of_train.note("CLASS_FEW", f"{name!r}: {count}")
+            of_train.note("CLASS_FEW", f"{name!r}: {count}{kind_of_count(train)}")
     problems = of_train.problems() + alike_problems(train, taught)
     if valid and not hides_classes(valid):
         here = counts_of(valid)
@@ -83,8 +83,10 @@ def alike_problems(train: CocoSplit, taught: dict[str, int]) -> list[Problem]:
     if not alike:
         return []
     pairs = [f"{old}={new}" for old, new in alike.items()]
+    kind = kind_of_count(train)
     places = [
-        f"{old!r}: {taught[old]}, {new!r}: {taught[new]} annotations" for old, new in alike.items()
+        f"{old!r}: {taught[old]}, {new!r}: {taught[new]} annotations{kind}"
+        for old, new in alike.items()
     ]
     count = f"{len(alike)} class{'es' if len(alike) > 1 else ''}"
     headline = f"{train.annotation_file}: {count} whose name differs from another's in case alone"
@@ -103,9 +105,18 @@ def hides_classes(split: CocoSplit) -> bool:
 def counts_of(split: CocoSplit) -> dict[str, int]:
     """Class name -> its objects, or where errors may hide some the annotations that are listed."""
     counts = dict(zip(split.class_names, split.objects_per_class))
-    if any(problem.severity == "error" for problem in split.problems):
+    if has_errors(split):
         return dict.fromkeys(counts, 0) | split.annotated
     return counts
+
+
+def kind_of_count(split: CocoSplit) -> str:
+    """What to add to such a count, which is then higher than that of the class table."""
+    return " listed" if has_errors(split) else ""
+
+
+def has_errors(split: CocoSplit) -> bool:
+    return any(problem.severity == "error" for problem in split.problems)
 
 
 def unknown_classes(here: dict[str, int], train: CocoSplit) -> list[str]:

@@ -279,3 +279,13 @@ def make_predictions(
         )
         for i, original in enumerate(originals)
     ]
+
+
+def tell_few_queries(max_detections: int | None, queries: int) -> None:
+    """Warn where more detections of an image are asked for than a model has boxes for one."""
+    if max_detections is not None and max_detections > queries:
+        warn(
+            f"--max_detections {max_detections}: the model has {queries} queries, which is how "
+            "many objects it finds in an image at most. With --tile it is as many in each tile; "
+            "else train with more --num_queries"
+        )

@@ -31,11 +31,12 @@ def given_run(folder: Path) -> Path:
     Raises UserError where it cannot be written or holds files.
     """
     make_folder(folder)
-    first = next(Path(folder).iterdir(), None)
-    if first is not None:
+    held = sorted(entry.name for entry in Path(folder).iterdir())
+    if held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
         go_on = ", or --resume it" if first_file(Path(folder), STATES) else ""
         raise UserError(
-            f"{folder} is not empty (it holds {first.name}): name another --output_dir{go_on}"
+            f"{folder} is not empty (it holds {held[0]}{more}): name another --output_dir{go_on}"
         )
     return Path(folder)
 
