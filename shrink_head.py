@@ -19,11 +19,11 @@ from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, note_of_earlier, refuse_same_file
 from rfdetr.runs.metrics_file import highest_box_map
 from rfdetr.runs.places import CONFIG, STATES, WEIGHTS
+from rfdetr.training.keeper import BEST_OF_EACH
 from rfdetr.training.next_commands import after_shrink
 from rfdetr.weights import checkpoint
 
-BEST_OF_EACH = ("checkpoint_best_regular.pth", "checkpoint_best_ema.pth")
-OF_TRAINING = {*WEIGHTS, *STATES, *BEST_OF_EACH}
+OF_TRAINING = {*WEIGHTS, *STATES, *BEST_OF_EACH.values()}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -82,7 +82,7 @@ def nearest(name: str, partners: Collection[str], others: Collection[str]) -> li
 
 def certain_renames(meant: dict[str, list[str]]) -> list[str]:
     """OLD=NEW of the names that can mean one other alone."""
-    return [f"{name}={others[0]}" for name, others in meant.items() if len(others) == 1]
+    return as_pairs({name: others[0] for name, others in meant.items() if len(others) == 1})
 
 
 def rename_choices(meant: dict[str, list[str]]) -> str:
@@ -109,6 +109,11 @@ def alike_classes(counts: dict[str, int]) -> dict[str, str]:
         first = max(names, key=counts.get)
         alike |= {name: first for name in names if name != first}
     return alike
+
+
+def as_pairs(renames: dict[str, str]) -> list[str]:
+    """Old name -> new name as values of --rename, OLD=NEW."""
+    return [f"{old}={new}" for old, new in renames.items()]
 
 
 def rename_flags(pairs: Iterable[str]) -> str:

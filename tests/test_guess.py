@@ -20,10 +20,12 @@ from scipy.special import expit
 
 import evaluate
 import train_seg_stage2
+from rfdetr.data import guess_weights
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.guess import UNLEARNT, guess_masks
-from rfdetr.data.guess_weights import LEAST_OBJECTS, logistic_regression
+from rfdetr.data.guess_weights import LEAST_OBJECTS, learn_weights, logistic_regression
+from rfdetr.data.images import load_image
 from rfdetr.data.loaders import EpochSampler
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
@@ -85,6 +87,22 @@ def test_few_drawn_masks_and_unreadable_images_teach_nothing(demo, tmp_path):
     for changed in (none, few, gone):
         dataset = SplitDataset(changed, 64, None, masks=True, guess=True)
         assert (dataset.guess_weights == UNLEARNT).all()
+
+
+def test_of_large_objects_a_grid_of_pixels_is_learnt_from(demo, monkeypatch):
+    image = read_dataset(demo)["train"].images[0]
+    rows = {}
+    for most in (10_000, 50):
+        monkeypatch.setattr(guess_weights, "LEAST_OBJECTS", 1)
+        monkeypatch.setattr(guess_weights, "MOST_PIXELS", most)
+        monkeypatch.setattr(guess_weights, "logistic_regression", lambda *given: given)
+        rows[most] = learn_weights([(image, load_image(image))])
+    every, some = rows[10_000], rows[50]
+    assert len(some[0]) <= 2 * 50 * len(image.labels) < len(every[0])
+    # each object counts as before, and its pixels lie in its mask as often
+    assert some[2].sum() == pytest.approx(every[2].sum(), rel=0.2)
+    inside = [np.average(signs, weights=shares) for _, signs, shares in (every, some)]
+    assert inside[1] == pytest.approx(inside[0], abs=0.1)
 
 
 def test_workers_are_given_the_weights_that_were_learnt(demo):

@@ -51,6 +51,7 @@ class ListedSplit:
     files: dict[int | str, ImageFile] | None  # by id; None: images are not looked for
     decoded: bool  # whether the files were read as a whole
     annotations: FlatAnnotations  # not checked
+    annotated: dict[int, int]  # category id -> its annotations
     faults: Faults
     sha256: str = ""  # of the annotation file, where an index of it may be kept
 
@@ -113,8 +114,8 @@ def list_split(
     categories = table_of(data, "categories", faults)
     images = table_of(data, "images", faults)
     annotations = flat_annotations(data, faults)
-    used_categories = set(annotations.category_counts)
-    sound_categories = check_categories(categories, used_categories, faults)
+    annotated = annotations.category_counts
+    sound_categories = check_categories(categories, set(annotated), faults)
     entries = check_image_entries(images, faults)
     del data, images  # of large files, as much memory as all that is found of them
     files = None
@@ -127,6 +128,7 @@ def list_split(
         files=files,
         decoded=decode,
         annotations=annotations,
+        annotated=annotated,
         faults=faults,
         sha256=sha256,
     )
@@ -140,7 +142,6 @@ def check_split(split: ListedSplit, exif: ExifDecision) -> CheckedSplit:
     else:
         usable = check_image_files(split, listed)
     category_ids = {entry["id"] for entry in split.categories}
-    annotated = split.annotations.category_counts
     sound = check_annotations(split.annotations, listed, category_ids, split.faults)
     files = split.files or {}
     note_exif_doubts(usable, files, exif, split.faults)
@@ -148,7 +149,7 @@ def check_split(split: ListedSplit, exif: ExifDecision) -> CheckedSplit:
         annotation_file=split.annotation_file,
         categories=split.categories,
         listed=listed,
-        annotated=annotated,
+        annotated=split.annotated,
         columns=build_columns(usable, files, sound),
         exif=exif,
         proofs=split.proofs,

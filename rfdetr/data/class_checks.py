@@ -10,11 +10,13 @@ from rfdetr.data.faults import FEW_OBJECTS, PLACES_KEPT, Faults, Problem, first_
 from rfdetr.data.records import CocoSplit
 from rfdetr.renaming import (
     alike_classes,
+    as_pairs,
     certain_renames,
     rename_choices,
     rename_flags,
     suggest_renames,
 )
+from rfdetr.text import counted
 
 HIDE_CLASSES = ("JSON_", "CAT_", "ANN_CATEGORY_UNKNOWN")  # errors after which classes may lack
 
@@ -38,8 +40,9 @@ def class_problems(split: CocoSplit, train: CocoSplit) -> list[Problem]:
     if unknown:
         meant = meanings(here, train)
         places = [f"{name!r}: {here[name]} annotations" for name in unknown]
-        count = f"{len(unknown)} class{'es' if len(unknown) > 1 else ''}"
-        headline = f"{split.annotation_file}: {count} that train does not have"
+        headline = (
+            f"{split.annotation_file}: {counted(len(unknown), 'class')} that train does not have"
+        )
         listed = [repr(name) for name in train.class_names if name in train.annotated]
         known = first_few(listed, 20)
         message = f"{headline} ({first_few(places)}; train has {known}): "
@@ -82,13 +85,13 @@ def alike_problems(train: CocoSplit, taught: dict[str, int]) -> list[Problem]:
     alike = alike_classes(taught)
     if not alike:
         return []
-    pairs = [f"{old}={new}" for old, new in alike.items()]
+    pairs = as_pairs(alike)
     kind = kind_of_count(train)
     places = [
         f"{old!r}: {taught[old]}, {new!r}: {taught[new]} annotations{kind}"
         for old, new in alike.items()
     ]
-    count = f"{len(alike)} class{'es' if len(alike) > 1 else ''}"
+    count = counted(len(alike), "class")
     headline = f"{train.annotation_file}: {count} whose name differs from another's in case alone"
     message = (
         f"{headline} ({first_few(places)}): they are learnt as classes of their own; if they are "

@@ -42,8 +42,8 @@ LARGEST_BIAS = 0.6
 LEAST_FILL = 0.1
 GUESSING_SIDE = 320  # pixels of the image to guess in: boundaries are lost in a smaller one
 
-# What is known of a pixel of a box. The colours, the ellipse and rivals, how far the mask may go;
-# and of the box as a whole: mean and deviation of its colours' scores, size, a constant.
+# What is known of a pixel of a box: the colours, the ellipse and rivals; and of the box as a whole:
+# how far its mask may go, mean and deviation of its colours' scores, size, a constant.
 EVIDENCE = ("colour", "shape", "tightness", "mean", "deviation", "size", "one")
 UNLEARNT = np.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])  # weights where no mask is drawn
 
@@ -54,8 +54,9 @@ class Evidence:
 
     rows: slice  # of the original
     columns: slice
+    colour: np.ndarray  # (bh, bw)
     shape: np.ndarray  # (bh, bw): of the boxes alone
-    all: np.ndarray  # (bh, bw, len(EVIDENCE))
+    of_box: list[float]  # the others of EVIDENCE
 
 
 def guess_masks(
@@ -73,7 +74,8 @@ def guess_masks(
     """
     rles = []
     for known in evidence_of(image, boxes, labels, height, width):
-        mask = tidy(known.all @ weights > 0)
+        of_box = np.dot(weights[2:], known.of_box)
+        mask = tidy(weights[0] * known.colour + weights[1] * known.shape + of_box > 0)
         if mask.mean() < LEAST_FILL:
             mask = tidy(known.shape + tight_bias(known.shape) > 0)
         rles.append(encode_window(known.columns.start, known.rows.start, mask, height, width))
@@ -104,9 +106,7 @@ def evidence_of(
         shape = shape_evidence(i, boxes, rows, columns)
         colour = sample(scores[labels[i]], rows, columns, height, width)
         of_box = [tight_bias(colour + shape), colour.mean(), colour.std(), np.log(shape.size), 1.0]
-        of_box = np.broadcast_to(of_box, (*shape.shape, len(of_box)))
-        known = np.concatenate([colour[..., None], shape[..., None], of_box], axis=-1)
-        yield Evidence(rows, columns, shape, known)
+        yield Evidence(rows, columns, colour, shape, of_box)
 
 
 def colour_scores(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,6 +20,7 @@ SHRINKAGE = 1e-3  # of the weights of standardised evidence
 # A pixel's weight is its object's pixels to the power of this: a large object counts for more than
 # a small one, but not as much more as it has pixels.
 SIZE_POWER = -0.75
+MOST_PIXELS = 10_000  # of an object that are learnt from, about: a regular grid of a larger one's
 DECIMALS = 4  # of the weights, so that the number of threads changes none
 
 
@@ -37,10 +39,14 @@ def learn_weights(examples: Iterable[tuple[ImageRecord, np.ndarray]]) -> np.ndar
             if segmentation is None:
                 continue
             mask = mask_api.decode(to_rle(segmentation, record.height, record.width))
-            mask = mask[box.rows, box.columns].ravel()
-            known.append(box.all.reshape(mask.size, -1))
-            signs.append(2.0 * mask - 1)
-            shares.append(np.full(mask.size, float(mask.size) ** SIZE_POWER))
+            mask = mask[box.rows, box.columns]
+            step = math.ceil(math.sqrt(mask.size / MOST_PIXELS))
+            grid = slice(None, None, step), slice(None, None, step)
+            pixels = np.column_stack([box.colour[grid].ravel(), box.shape[grid].ravel()])
+            of_box = np.broadcast_to(box.of_box, (len(pixels), len(box.of_box)))
+            known.append(np.hstack([pixels, of_box]))
+            signs.append(2.0 * mask[grid].ravel() - 1)
+            shares.append(np.full(len(pixels), mask.size**SIZE_POWER * step**2))
     if len(known) < LEAST_OBJECTS:
         return UNLEARNT
     return logistic_regression(*map(np.concatenate, (known, signs, shares)))

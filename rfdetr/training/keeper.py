@@ -20,6 +20,7 @@ from rfdetr.weights import checkpoint
 from rfdetr.weights.archive import require_plain
 
 WEIGHTS = ("regular", "ema")
+BEST_OF_EACH = {weights: f"checkpoint_best_{weights}.pth" for weights in WEIGHTS}
 METRICS = ("bbox/mAP", "segm/mAP")
 MOST = 2**31  # no run counts so far
 
@@ -156,7 +157,7 @@ class CheckpointKeeper:
             if weights not in self.best_values or is_better(value, self.best_values[weights]):
                 self.best_values[weights] = value
                 if self.best_of_each:
-                    files.append(f"checkpoint_best_{weights}.pth")
+                    files.append(BEST_OF_EACH[weights])
             record = {"epoch": epoch, "metric": self.metric, "value": value, "weights": weights}
             if self.is_new_best(record):
                 self.best = record
@@ -195,7 +196,7 @@ class CheckpointKeeper:
         """
         records: list[dict | None] = []
         if distributed.is_main():
-            for name in ("best.pt", *(f"checkpoint_best_{weights}.pth" for weights in WEIGHTS)):
+            for name in ("best.pt", *BEST_OF_EACH.values()):
                 records.append(self.newer_record(self.folder / name))
         best, *best_of_each = distributed.from_main(records)
         self.best = best or self.best

@@ -12,6 +12,7 @@ from rfdetr.data.layout import find_splits
 from rfdetr.resolve import plain
 from rfdetr.runs.places import CONFIG, WEIGHTS, first_file
 from rfdetr.text import command_line, counted, keep_flags
+from rfdetr.training.keeper import BEST_OF_EACH
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
 
@@ -26,7 +27,7 @@ def after_detector(session: Session, table: ClassTable, best: dict) -> tuple[str
     if best["value"] is None:
         kind = "the averaged weights (EMA)" if best["weights"] == "ema" else "the weights"
         remark = f"No score tells which weights are better: {kind} of the last epoch are taken"
-    trained = session.folder / f"checkpoint_best_{best['weights']}.pth"
+    trained = session.folder / BEST_OF_EACH[best["weights"]]
     if table.rows_total == len(table.names) + 1:
         return remark, mask_training(plain(session.settings), session.resolution, trained)
     shrunk = session.folder / "checkpoint_mydata.pth"
