@@ -230,7 +230,7 @@ def test_a_signal_lets_the_child_save_and_its_code_is_passed_on(tmp_path):
     """SIGTERM is handed on; Ctrl-C, which a terminal sends to all, is waited out."""
     child = (
         "import os, signal, sys, time\n"
-        "def save(number, frame): print('saved', flush=True); sys.exit(128 + number)\n"
+        "def save(number, frame): os.write(1, b'saved'); sys.exit(128 + number)\n"
         "signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, save)\n"
         "print('ready', flush=True); time.sleep(60)"
     )
