@@ -6,38 +6,18 @@ python validate_setup.py --dataset dataset --size nano --check_images 1
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rfdetr.cli import script_settings
-from rfdetr.console import UserError, run_script
-from rfdetr.requirements import installed_and_missing
+from rfdetr.console import run_script
+from rfdetr.packages import require_versions
 from rfdetr.tool_settings import ValidationSettings
-
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-TEST_ONLY = {"pytest", "hypothesis"}
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = script_settings(ValidationSettings, __doc__, argv)
-    versions = check_packages()
+    versions = require_versions()
     from rfdetr.setup_check import check_setup  # needs the packages that were just looked for
 
     check_setup(settings, versions)
-
-
-def check_packages() -> dict[str, str]:
-    """The installed versions by name; UserError where requirements.txt asks for others."""
-    installed, needed = installed_and_missing(REQUIREMENTS)
-    lacking = []
-    for name, least in needed.items():
-        if name not in TEST_ONLY:
-            lacking.append(f"{name} is {installed[name]}, {least} or newer is needed")
-    if lacking:
-        raise UserError(
-            f"{'; '.join(lacking)}. Run: python -m pip install -r requirements.txt, "
-            "or python quickstart.py"
-        )
-    return installed
 
 
 if __name__ == "__main__":

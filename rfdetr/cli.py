@@ -14,6 +14,7 @@ from typing import TypeVar
 from rfdetr.commands import flags_of, same_command, training_command
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.fields import Setting, by_size
+from rfdetr.packages import require_packages
 from rfdetr.parser import Parser
 from rfdetr.resolve import (
     MissingSettings,
@@ -60,6 +61,7 @@ def _check(kind: type, description: str, argv: list[str] | None) -> None:
     """Raises UserError, SystemExit after --help."""
     parser = make_parser(kind, description)
     given = vars(parser.parse_args(argv))
+    require_packages()
     file = take_config(kind, given)
     given.pop("no_amp", None)
     if given.get("resume"):  # the run has the other settings

@@ -28,6 +28,7 @@ LAYERS = [
         "classes",
         "commands",
         "memory",
+        "packages",
         "parser",
         "renaming",
         "resolve",

@@ -12,6 +12,10 @@ of that: every draw below has its place. Lengths are in `unit`s, pixels of a 192
 
 from __future__ import annotations
 
+from rfdetr.packages import check_packages
+
+check_packages(__name__)
+
 import argparse
 import json
 import math
