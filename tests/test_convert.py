@@ -261,6 +261,19 @@ def test_the_yaml_itself_may_be_given(convert, tmp_path):
     assert [entry["name"] for entry in objects_of(converted)] == ["nucleus"]
 
 
+def test_a_split_that_the_yaml_names_wrongly_is_found_by_its_folders_name(convert, tmp_path):
+    root = yolo(tmp_path / "theirs", yaml="val: ../valid/images\nnames: [cell]")
+    for split in ("val", "test"):
+        picture(root / f"images/{split}/b.png")
+        put(root / f"labels/{split}/b.txt", "0 .5 .5 .5 .5")
+    converted, said = convert(root)
+    assert "do not exist: 1 (data.yaml: val: ../valid/images)" in said
+    assert "images of valid, taken from the folder of that name: 1 (images/val/b.png)" in said
+    assert len(images_of(converted, "valid")) == 1
+    assert "images of test, which data.yaml does not name, left out: 1 (images/test/b.png)" in said
+    assert not (converted / "test").exists()
+
+
 def test_a_train_split_that_is_not_there_is_an_error(refused, tmp_path):
     root = yolo(tmp_path / "theirs")
     put(root / "data.yaml", "train: nowhere\nval: images/train")
@@ -514,10 +527,10 @@ def drawn(root: Path, *shapes: dict, **changes: object) -> Path:
 
 SQUARE = {"shape_type": "polygon", "points": [[4, 5], [14, 5], [14, 13], [4, 13]]}
 RECTANGLE = {"shape_type": "rectangle", "points": [[30, 20], [20, 10]]}
+CIRCLE = {"shape_type": "circle", "points": [[20, 15], [30, 15]]}
 
 
 def test_every_shape(convert, tmp_path):
-    circle = {"shape_type": "circle", "points": [[20, 15], [30, 15]]}
     pixels = np.zeros((5, 7), np.uint8)
     pixels[1:4, 1:6] = 1
     file = io.BytesIO()
@@ -526,7 +539,8 @@ def test_every_shape(convert, tmp_path):
     mask = {"shape_type": "mask", "points": [[3, 4], [9, 8]], "mask": encoded}
     line = {"shape_type": "line", "points": [[1, 1], [2, 2]]}
     point = {"shape_type": "point", "points": [[1, 1]]}
-    shapes = (SQUARE, RECTANGLE, circle, mask, line, point, point)
+    misclick = {"shape_type": "polygon", "points": [[1, 1], [2, 2]]}
+    shapes = (SQUARE, RECTANGLE, CIRCLE, mask, line, point, point, misclick)
     converted, said = convert(drawn(tmp_path / "theirs", *shapes))
     square, rectangle, round_one, painted_one = objects_of(converted)
     assert square["segmentation"] == [[4, 5, 14, 5, 14, 13, 4, 13]] and square["area"] == 80
@@ -535,6 +549,7 @@ def test_every_shape(convert, tmp_path):
     assert round_one["area"] == pytest.approx(np.pi * 100, rel=0.03)
     assert painted_one["bbox"] == [4, 5, 5, 3] and painted_one["area"] == 15
     assert "type line, left out: 1" in said and "type point, left out: 2" in said
+    assert "polygons of fewer than 3 points, left out: 1" in said
 
 
 def test_a_group_is_one_object(convert, tmp_path):
@@ -566,7 +581,7 @@ def test_the_image_in_the_json_is_written(convert, tmp_path):
         (labelme(IMAGE, [{"label": "a", "points": [[1, float("nan")]] * 3}]), "a point lies"),
         (labelme(IMAGE, [{"label": "a", "points": [[1, 10**9]] * 3}]), "a point lies"),
         (labelme(IMAGE, [{"label": "a", "points": [[1, "2"]] * 3}]), "no pair of numbers"),
-        (labelme(IMAGE, [{"label": "a", "points": [[1, 2]]}]), "polygon of 1 points"),
+        (labelme(IMAGE, [{"label": "a", **CIRCLE, "points": [[1, 2]]}]), "circle of 1 points"),
         (labelme({**IMAGE, "file_name": "/etc/passwd"}, []), "outside of the dataset"),
         (labelme({**IMAGE, "file_name": "../../outside.png"}, []), "outside of the dataset"),
         (labelme({**IMAGE, "file_name": "no.png"}, []), "missing"),

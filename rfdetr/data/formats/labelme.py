@@ -135,6 +135,10 @@ class LabelMeReader:
                 what = f"shapes of type {kind}" if kind in NO_AREA else f"shapes called {label}"
                 self.notes.add(f"{what}, left out", file)
                 continue
+            points = entry.get("points")
+            if kind == "polygon" and isinstance(points, list) and len(points) < 3:
+                self.notes.add("polygons of fewer than 3 points, left out", file)
+                continue
             group = entry.get("group_id")
             part_of = index if group is None else f"group {group}"
             shape = read_shape(kind, entry, width, height)

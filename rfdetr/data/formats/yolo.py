@@ -137,26 +137,51 @@ class YoloReader:
     def _described_images(self) -> dict[str, list[Path]]:
         """The images that the splits of data.yaml name; none where it names no split."""
         described = {}
+        not_there = []
         for split, keys in SPLIT_NAMES.items():
-            named = next((self.config[key] for key in keys if self.config.get(key)), [])
+            key = next((key for key in keys if self.config.get(key)), None)
+            if key is None:
+                continue
+            named = self.config[key]
             entries = named if isinstance(named, list) else [named]
-            images = [image for entry in entries for image in self._images_of(split, entry)]
+            images = [image for entry in entries for image in self._images_of(key, entry)]
             if images:
                 described[split] = list(dict.fromkeys(images))
-            elif split == "train" and named:
+            elif split == "train":
                 raise UserError(
                     f"{self.yaml}: train: {', '.join(map(str, entries))}: there are no images. "
                     f"Write the folder as it is called from {self.root}, such as images/train"
                 )
+            else:
+                not_there.append(split)
+        if described:
+            self._look_for_other_splits(described, not_there)
         return described
 
-    def _images_of(self, split: str, entry: object) -> list[Path]:
+    def _look_for_other_splits(
+        self, described: dict[str, list[Path]], not_there: list[str]
+    ) -> None:
+        """Add the splits whose folders data.yaml names wrongly from the folders called like them,
+        and note those that it does not name.
+        """
+        taken = {image for images in described.values() for image in images}
+        for split, images in self._found_images().items():
+            if split in described or not taken.isdisjoint(images):
+                continue
+            if split in not_there:
+                described[split] = images
+                what = f"images of {split}, taken from the folder of that name"
+            else:
+                what = f"images of {split}, which {self.yaml.name} does not name, left out"
+            self.notes.add(what, images[0], count=len(images))
+
+    def _images_of(self, key: str, entry: object) -> list[Path]:
         """The images that an entry of data.yaml means: a folder, a list of images, or an image."""
         if not isinstance(entry, str):
-            raise UserError(f"{self.yaml}: {split}: expected a folder or a list of folders")
-        place = self._find(entry, f"{self.yaml}: {split}: {entry}", self._bases())
+            raise UserError(f"{self.yaml}: {key}: expected a folder or a list of folders")
+        place = self._find(entry, f"{self.yaml}: {key}: {entry}", self._bases())
         if place is None:
-            self.notes.add("folders of data.yaml that do not exist", self.yaml, f"{split}: {entry}")
+            self.notes.add("folders of data.yaml that do not exist", self.yaml, f"{key}: {entry}")
             return []
         if place.suffix.lower() == ".txt":
             return list(self._listed_images(place))
