@@ -185,7 +185,7 @@ def run_job(args):
     checkpoint = job.shrink(detector, weights)
     masks = job.train_masks(detector, checkpoint)
     job.evaluate(masks)
-    pictures = os.path.join(masks, "predictions")
+    pictures = os.path.join(masks, "found")
     job.step(*job.predict_command(masks, job.annotated_images(), pictures))
     print("\n" + "=" * 60)
     print("Done in %.0f s. On the valid split, %s;" % (time.time() - begin, ";\n".join(job.stands)))

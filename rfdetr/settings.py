@@ -129,7 +129,7 @@ class TrainingSettings(TileSettings, DataSettings):
         "cosine", "how the learning rates fall", ("cosine", "step", "constant")
     )
     warmup_epochs: float | None = decimal(
-        None, f"epochs of linear warm-up (default: {WARM_UP} steps, at most a tenth of all)"
+        None, f"epochs of linear warm-up (default, in steps: {WARM_UP}; at most a tenth of all)"
     )
     amp: str = choice(OF_SIZE, "mixed precision (auto: the size's own)", AMP)
     ema: bool = switch(True, "keep an average of the weights, scored as well")

@@ -378,7 +378,7 @@ def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys)
         f"--eval_every {math.ceil(int(epochs[1]) / 2)} --epochs {epochs[1]}",
         f"evaluate.py --checkpoint {best} --dataset dataset --split valid --results {results}",
         f"predict.py --checkpoint {best} --input {os.path.join('dataset', 'valid')} "
-        f"--output {os.path.join(masks, 'predictions')}",
+        f"--output {os.path.join(masks, 'found')}",
     ]
     assert (
         "box mAP 0.250, mask mAP50 0.500, mask mAP 0.125" in said
@@ -485,5 +485,5 @@ def test_the_whole_job_in_a_folder_with_a_space(tmp_path):
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     (masks,) = (copy / "runs").glob("segmentation_tiny_*")
-    assert any((masks / "predictions").iterdir()) and (masks / "results" / "segm.json").exists()
+    assert any((masks / "found").iterdir()) and (masks / "results" / "segm.json").exists()
     assert not (copy / ".venv").exists() and "the masks are trained" in result.stdout
