@@ -200,7 +200,7 @@ def test_a_lost_process_leaves_the_name_of_the_last_save(tmp_path, saved, monkey
         with distributed._together():
             raise RuntimeError("Connection closed by peer")
     if saved:
-        assert "checkpoint.pt (epoch 3, after 7 steps)" in str(told.value)
+        assert "checkpoint.pt (epoch 3, after 7 steps of it)" in str(told.value)
         assert f"--resume {tmp_path}" in str(told.value)
     else:
         assert "Nothing was saved yet" in str(told.value)

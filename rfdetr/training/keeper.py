@@ -87,7 +87,7 @@ class CheckpointKeeper:
             return "Nothing was saved yet: type the same command again"
         newest = max(saved, key=lambda file: file.stat().st_mtime_ns)
         progress = checkpoint.load(newest)["training"]["progress"]
-        place = f"epoch {progress['epoch'] + 1}, after {progress['step_in_epoch']} steps"
+        place = f"epoch {progress['epoch'] + 1}, after {progress['step_in_epoch']} steps of it"
         words = [*distributed.launcher(), sys.argv[0], "--resume", self.folder]
         return f"The last save is {newest} ({place}). Go on with:\n  {command_line(*words)}"
 

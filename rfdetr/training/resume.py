@@ -135,7 +135,7 @@ def go_on(session: Session, keeper: CheckpointKeeper) -> None:
     progress = session.progress
     tick(
         f"Going on with {session.folder} in epoch {progress.epoch + 1}, "
-        f"after {progress.step_in_epoch} steps"
+        f"after {progress.step_in_epoch} steps of it"
     )
     changed = changed_settings(session.settings, session.resumed["args"])
     for name, (before, now) in changed.items():
