@@ -21,7 +21,7 @@ import train_seg_stage2
 import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.cli import training_settings
-from rfdetr.commands import steadier
+from rfdetr.commands import steadier, without_flag
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.models.detector import Detector
@@ -29,7 +29,7 @@ from rfdetr.settings import DetectorSettings, SegmentationSettings
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, quoted
 from rfdetr.training.health import RunHealth
-from rfdetr.training.next_commands import prediction, without_trial
+from rfdetr.training.next_commands import prediction
 from rfdetr.training.resume import require_stage
 from rfdetr.weights import checkpoint
 from testkit.datasets import changed_copy, drop_masks
@@ -122,10 +122,10 @@ def test_what_a_run_finds_goes_into_its_own_folder(tmp_path):
     assert prediction(weights, Path("images"), {}).endswith(f"--output {weights.parent / 'found'}")
 
 
-def test_a_trials_flag_leaves_its_command_in_every_form():
-    for words in (["--fast_dev_run"], ["--fast_dev_run", "3"], ["--fast_dev_run=3"]):
-        command = without_trial(["a.py", "--seed", "1", *words, "--batch", "2"])
-        assert command == "python a.py --seed 1 --batch 2"
+@pytest.mark.parametrize("words", [["--name"], ["--name", "3"], ["--name=3"], []])
+def test_a_flag_leaves_its_command_in_every_form(words):
+    argv = ["a.py", "--seed", "1", *words, "--names", "2"]
+    assert without_flag(argv, "name") == ["a.py", "--seed", "1", "--names", "2"]
 
 
 # ---------------------------------------------------------------- after --keep of a few classes
