@@ -7,13 +7,7 @@ from pathlib import Path
 
 from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
-from rfdetr.commands import (
-    DATA_FLAGS,
-    TRAIN_DETECTOR,
-    flags_of,
-    training_command,
-    without_flag,
-)
+from rfdetr.commands import DATA_FLAGS, TRAIN_DETECTOR, flags_of, training_command, without_flag
 from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
