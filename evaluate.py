@@ -5,6 +5,11 @@ python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --json scor
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
 from rfdetr.tool_settings import EvaluationSettings
 
@@ -188,4 +193,8 @@ def tell_trained_images(trained_on: set[int], split: CocoSplit, name: str) -> No
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main,
+        interrupted="interrupted: scores are printed and written at the end, once all images are "
+        "seen. The same command begins again from the start",
+    )

@@ -5,6 +5,11 @@ python export.py --checkpoint runs/detector_nano_384_1/best.pt --format rfdetr -
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
 from rfdetr.tool_settings import ExportSettings
 
@@ -55,4 +60,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main,
+        interrupted="interrupted: the file is written at the end, whole or not at all. "
+        "The same command begins again from the start",
+    )

@@ -6,6 +6,11 @@ python predict.py --checkpoint runs/segmentation_nano_384_1/best.pt
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
 from rfdetr.tool_settings import PredictionSettings
 
@@ -50,6 +55,16 @@ JPEG_QUALITY = 92  # Pillow's scale up to 95
 
 def main(argv: list[str] | None = None) -> None:
     settings = script_settings(PredictionSettings, __doc__, argv)
+    results = Results()
+    try:
+        predict_all(settings, results)
+    except KeyboardInterrupt:
+        tell_interrupted(settings.output, results)
+        raise Stopped(130) from None
+
+
+def predict_all(settings: PredictionSettings, results: Results) -> None:
+    """Look at all inputs, write what is found and tell it."""
     paths = collect(settings.input)
     images = [path for path in paths if path.suffix.lower() in IMAGES]
     videos = [path for path in paths if path.suffix.lower() in VIDEOS]
@@ -87,22 +102,15 @@ def main(argv: list[str] | None = None) -> None:
         )
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
 
-    results = Results()
     singles = images
     if settings.pages:
         singles = [page for path in images for page in pages_of(path)]
     window = model.gray_window(singles, settings.gray)
     model.gray = None  # what it is given from here on has been read
-    try:
-        predict_images(
-            predictor, singles, window, settings.output, suffix, taken_names, results, new_tracker
-        )
-        predict_videos(
-            predictor, videos, settings.output, suffix, taken_names, results, new_tracker
-        )
-    except KeyboardInterrupt:
-        tell_interrupted(settings.output, results)
-        raise Stopped(130) from None
+    predict_images(
+        predictor, singles, window, settings.output, suffix, taken_names, results, new_tracker
+    )
+    predict_videos(predictor, videos, settings.output, suffix, taken_names, results, new_tracker)
     unread = [path for path in paths if path not in results.read_files]
     if len(unread) == len(paths):
         if is_new and not next(settings.output.iterdir(), None):
@@ -113,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     for message in image_warnings(images, model.resolution, block, settings.pages, side):
         warn(message)
     write_json(settings.output / RECORDS, results.records)
+    results.are_written = True
     tell(settings, results, len(paths), model.best_score)
     if results.records and model.model.head is None:
         say("  boxes alone: this model has no mask head, which stage 2 trains on it")
@@ -181,8 +190,12 @@ def tell_lacks(
 
 def tell_interrupted(output: Path, results: Results) -> None:
     """What an interrupted run leaves, and how to go on."""
+    if results.are_written:
+        print(f"interrupted: all is written to {output}", file=sys.stderr)
+        return
     if results.pictures:
-        left = f"{counted(results.pictures, 'picture')} in {output}, {RECORDS} is not written"
+        records = "is from before" if (output / RECORDS).exists() else "is not written"
+        left = f"{counted(results.pictures, 'picture')} in {output}, {RECORDS} {records}"
     else:
         left = "nothing is written"
     print(f"interrupted: {left}. The same command begins again from the start", file=sys.stderr)
@@ -195,7 +208,7 @@ class Results:
     records: of predictions.json; read_files: those of which something could be read; pages: of
     files that have several; pictures: how many are written, videos too; damaged: videos of which
     less than what they announce could be decoded; lacks_frames: whether there are such, or ones of
-    which nothing could be.
+    which nothing could be; are_written: to predictions.json.
     """
 
     records: list[dict] = field(default_factory=list)
@@ -204,6 +217,7 @@ class Results:
     pictures: int = 0
     damaged: list[Path] = field(default_factory=list)
     lacks_frames: bool = False
+    are_written: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,11 @@ python shrink_head.py --in_ckpt RUN/checkpoint_best_regular.pth --out_ckpt RUN/c
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
 from rfdetr.tool_settings import ShrinkSettings
 
@@ -133,4 +138,8 @@ def say_which_weights_are_better(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main,
+        interrupted="interrupted: the file is written at the end, whole or not at all. "
+        "The same command begins again from the start",
+    )

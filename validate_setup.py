@@ -6,6 +6,11 @@ python validate_setup.py --dataset dataset --size nano --check_images 1
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c, raise_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from pathlib import Path
 
 from rfdetr.cli import script_settings
@@ -20,8 +25,10 @@ TEST_ONLY = {"pytest", "hypothesis"}
 def main(argv: list[str] | None = None) -> None:
     settings = script_settings(ValidationSettings, __doc__, argv)
     versions = check_packages()
+    end_on_ctrl_c()
     from rfdetr.setup_check import check_setup  # needs the packages that were just looked for
 
+    raise_on_ctrl_c()
     check_setup(settings, versions)
 
 
@@ -41,4 +48,8 @@ def check_packages() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main,
+        interrupted="interrupted: the dataset is as it was. The same command begins again from the "
+        "start; delete a folder that --fix has begun before",
+    )

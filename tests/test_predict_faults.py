@@ -209,6 +209,14 @@ def test_an_interrupted_run_says_what_it_leaves(find, tmp_path, monkeypatch):
     assert "interrupted: 1 picture in found, predictions.json is not written" in err
     status, _, err = find("--input", "a.png")
     assert status == 130 and "interrupted: nothing is written" in err
+    monkeypatch.setattr(predict.Predictor, "predict", predict_one)
+    monkeypatch.setattr(predict, "tell", lambda *_: interrupted(None, None))
+    status, _, err = find("--input", "a.png")
+    assert status == 130 and err == "interrupted: all is written to found\n"
+    seen.clear()
+    monkeypatch.setattr(predict.Predictor, "predict", interrupted)
+    err = find("--input", "a.png", "b.png", "--batch", 1)[2]
+    assert "interrupted: 1 picture in found, predictions.json is from before" in err
 
 
 def test_no_object_at_all_leads_to_a_lower_threshold(find, tmp_path, weights):
