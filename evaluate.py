@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     if warning:
         warn(warning)
     if not tiling:
-        for problem in shrink_problems(split, resolution, model.size.block, letterbox):
+        for problem in shrink_problems(
+            split, resolution, model.size.block, letterbox, trained_with=content
+        ):
             warn(problem.message)
         tell_few_queries(settings.max_detections, model.size.queries)
     dataset = SplitDataset(

@@ -28,9 +28,10 @@ from functools import partial
 from pathlib import Path
 
 from rfdetr.console import Stopped, UserError, run_script, say, tick, warn
+from rfdetr.data.image_files import headers_of
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
-from rfdetr.data.statistics import image_warnings, longest_side
+from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place, pick_device
 from rfdetr.files import make_folder, write_json, writing_to
@@ -42,11 +43,11 @@ from rfdetr.inference.inputs import collect, free_name, names_of_inputs, refuse_
 from rfdetr.inference.originals import Page, file_of, pages_of, read_or_warn
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.records import as_records
-from rfdetr.inference.tracking import UNSURE_SCORE, Tracker
+from rfdetr.inference.tracking import UNSURE_SCORE, Tracker, lost_at_once
 from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
-from rfdetr.text import counted
+from rfdetr.text import counted, rounded_down
 from rfdetr.tiling import tell_tiles
 
 RECORDS = "predictions.json"
@@ -81,11 +82,20 @@ def predict_all(settings: PredictionSettings, results: Results) -> None:
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
+    headers = headers_of(images)
+    side = None
     if tiling:
-        tell_tiles(model.trained_with, tiling, None if videos else longest_side(images))
+        side = tiling.side
+        longest = max((max(header.size) for header in headers.values()), default=0)
+        tell_tiles(model.trained_with, tiling, None if videos else longest)
     else:
         tell_few_queries(settings.max_detections, model.model.size.queries)
     model.letterboxed(settings.letterbox)  # warns before the work
+    block = model.model.size.block
+    for message in image_warnings(
+        headers, model.resolution, block, model.trained_with, settings.pages, side
+    ):
+        warn(message)
     lowest = settings.threshold
     new_tracker = None
     if settings.track:
@@ -116,10 +126,6 @@ def predict_all(settings: PredictionSettings, results: Results) -> None:
         if is_new and not next(settings.output.iterdir(), None):
             settings.output.rmdir()
         raise UserError(none_read(len(paths)))
-    side = tiling.side if tiling else None
-    block = model.model.size.block
-    for message in image_warnings(images, model.resolution, block, settings.pages, side):
-        warn(message)
     write_json(settings.output / RECORDS, results.records)
     results.are_written = True
     tell(settings, results, len(paths), model.best_score)
@@ -143,11 +149,15 @@ def tell(settings: PredictionSettings, results: Results, files: int, best_score:
     read = len(results.read_files)
     where = counted(files, "file") if read == files else f"{read} of {counted(files, 'file')}"
     tick(f"{objects}{followed} in {where}: {settings.output} ({written})")
+    if settings.track:
+        lost = lost_at_once((record["track"] for record in results.records), settings.threshold)
+        if lost:
+            warn(lost)
     if not results.records and best_score < settings.threshold:
         say(
             f"  no score reaches --threshold {settings.threshold:g}, the best is "
-            f"{best_score:.2g}: a lower threshold shows more. Where even the best scores are low, "
-            "the model has not learned such objects"
+            f"{best_score:.2g}: --threshold {rounded_down(best_score)} shows more. Where even the "
+            "best scores are low, the model has not learned such objects"
         )
 
 

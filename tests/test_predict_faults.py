@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -225,6 +226,9 @@ def test_no_object_at_all_leads_to_a_lower_threshold(find, tmp_path, weights):
     status, out, _ = find("--input", path, "--threshold", 0.999)
     assert status == 0
     assert f"no score reaches --threshold 0.999, the best is {best:.2g}" in out
+    advised = re.search("(--threshold) ([0-9.]+) shows more", out).groups()
+    status, out, _ = find("--input", path, *advised)
+    assert status == 0 and "shows more" not in out and not out.startswith("✓ 0 objects")
 
 
 # ---------------------------------------------------------------- where --output may be
