@@ -11,7 +11,7 @@ if __name__ == "__main__":
     end_on_ctrl_c()  # while modules are imported
 
 from rfdetr.cli import check_command, script_settings
-from rfdetr.tool_settings import EvaluationSettings
+from rfdetr.tool_settings import EvaluationSettings, PredictionSettings
 
 # before torch, whose import takes seconds
 check_command(EvaluationSettings, __doc__, __name__)
@@ -32,10 +32,11 @@ from rfdetr.device import compile_in_place, pick_device, pick_inference_precisio
 from rfdetr.files import make_folder, make_place, write_json, writing_to
 from rfdetr.inference.detections import tell_few_queries
 from rfdetr.inference.evaluation import SplitEvaluator
+from rfdetr.metrics.overlap import SCORE_THRESHOLD
 from rfdetr.metrics.table import format_table
 from rfdetr.resolve import plain
 from rfdetr.sizes import size_from_dict
-from rfdetr.text import counted
+from rfdetr.text import counted, rounded_down
 from rfdetr.tiling import tell_tiles, tiling_of
 from rfdetr.training.next_commands import prediction
 from rfdetr.weights import checkpoint
@@ -95,6 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     place = f"{settings.dataset} ({settings.split}, {images}, {resolution} px)"
     print(f"{settings.checkpoint} on {place}")
     print(format_table(summary))
+    best = coco.best_score()
+    if masks and best < SCORE_THRESHOLD:
+        say(
+            f"No score reaches {SCORE_THRESHOLD}, the best is {best:.2g}: gIoU, cIoU and Dice "
+            "count no detection"
+        )
     if settings.json:
         write_json(settings.json, summary)
         tick(f"Scores: {settings.json}")
@@ -104,7 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         tick(f"COCO results: {settings.results}")
     if split.images:
         folder = split.images[0].path.parent
-        print(f"Next:  {prediction(settings.checkpoint, folder, plain(settings))}")
+        command = prediction(settings.checkpoint, folder, plain(settings))
+        if best < PredictionSettings.threshold:
+            command += f" --threshold {rounded_down(best)}"
+        print(f"Next:  {command}")
 
 
 def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:

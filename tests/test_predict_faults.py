@@ -446,3 +446,23 @@ def test_evaluate_judges_the_split_that_it_scores_alone(call, weights, few, caps
     next((data / "test").glob("*.png")).unlink()
     with pytest.raises(UserError, match="test.*whose file is missing"):
         call(evaluate.main, *words, "--split", "test")
+
+
+def test_evaluate_says_that_no_score_counts_in_the_overlap(call, few, capsys, tmp_path):
+    torch.manual_seed(0)
+    size, table = SIZES["tiny"], assign_rows(list(CLASS_NAMES), [1, 2, 3], "dataset")
+    model = Detector(size, table.rows_total, table.background_last, mask_head="nano")
+    state = model.state_dict()
+    for name in state:
+        if "class_embed" in name and name.endswith("bias"):
+            state[name] -= 9
+    content = checkpoint.make_content("single", size, 32, table, "nano", state)
+    checkpoint.save(tmp_path / "weak.pt", content)
+    call(evaluate.main, "--checkpoint", "weak.pt", "--dataset", few, "--device", "cpu")
+    out = capsys.readouterr().out
+    best = re.search("No score reaches 0.5, the best is ([0-9.e-]+): gIoU, cIoU and Dice", out)[1]
+    advised = out.splitlines()[-1].split()
+    assert advised[1:3] == ["python", "predict.py"]
+    assert 0 < float(advised[-1]) <= float(best)
+    call(predict.main, *advised[3:], "--device", "cpu")
+    assert "✓ 0 objects" not in capsys.readouterr().out
