@@ -29,7 +29,7 @@ from rfdetr.data.loaders import check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.statistics import shrink_problems
 from rfdetr.device import compile_in_place, pick_device, pick_inference_precision
-from rfdetr.files import make_folder, make_place, write_json, writing_to
+from rfdetr.files import make_folder, make_place, require_earlier_report, write_json, writing_to
 from rfdetr.inference.detections import tell_few_queries
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.overlap import SCORE_THRESHOLD
@@ -37,7 +37,7 @@ from rfdetr.metrics.table import format_table
 from rfdetr.resolve import plain
 from rfdetr.sizes import size_from_dict
 from rfdetr.text import counted, rounded_down
-from rfdetr.tiling import tell_tiles, tiling_of
+from rfdetr.tiling import tell_idle_flags, tell_tiles, tiling_of
 from rfdetr.training.next_commands import prediction
 from rfdetr.weights import checkpoint
 
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     content = checkpoint.load(settings.checkpoint)
     if settings.json:
         make_place(settings.json, "--json")
+        require_earlier_report(settings.json, "--json", "bbox")
     if settings.results:
         make_folder(settings.results, "--results")
     split = read_split(settings, content)
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         compile_in_place(model.encoder, device, weights_stay=True)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
     tiling = tiling_of(content, settings.tile, settings.tile_overlap, settings.tile_full)
+    tell_idle_flags(tiling, settings.tile_overlap, settings.tile_full)
     tell_tiles(content, tiling, int(split.images.sizes.max(initial=0)))
     letterbox, warning = letterbox_for(settings.letterbox, content)
     if warning:

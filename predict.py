@@ -48,7 +48,7 @@ from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.text import counted, rounded_down
-from rfdetr.tiling import tell_tiles
+from rfdetr.tiling import tell_idle_flags, tell_tiles
 
 RECORDS = "predictions.json"
 JPEG_QUALITY = 92  # Pillow's scale up to 95
@@ -90,6 +90,7 @@ def predict_all(settings: PredictionSettings, results: Results) -> None:
         tell_tiles(model.trained_with, tiling, None if videos else longest)
     else:
         tell_few_queries(settings.max_detections, model.model.size.queries)
+        tell_idle_flags(tiling, settings.tile_overlap, settings.tile_full)
     model.letterboxed(settings.letterbox)  # warns before the work
     block = model.model.size.block
     for message in image_warnings(

@@ -32,7 +32,7 @@ from rfdetr.data.statistics import (
 )
 from rfdetr.data.tiles import tile_problems, training_tiling
 from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
-from rfdetr.files import make_place, write_json, writing_to
+from rfdetr.files import make_place, require_earlier_report, write_json, writing_to
 from rfdetr.inference.augment_sheet import augment_sheet
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.renaming import rename_flags
@@ -140,6 +140,7 @@ def check_outputs(settings: ValidationSettings) -> None:
             raise UserError(f"{path} is a file of the dataset, which is only read: name another")
     if settings.json:
         make_place(settings.json, "--json")
+        require_earlier_report(settings.json, "--json", "problems")
     preview = settings.preview
     if preview and preview.suffix and not (is_picture(preview) or preview.is_dir()):
         raise UserError(

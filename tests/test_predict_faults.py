@@ -19,6 +19,7 @@ from PIL import Image
 
 import evaluate
 import predict
+import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError, run_script
 from rfdetr.data.demo import CLASS_NAMES
@@ -466,3 +467,37 @@ def test_evaluate_says_that_no_score_counts_in_the_overlap(call, few, capsys, tm
     assert 0 < float(advised[-1]) <= float(best)
     call(predict.main, *advised[3:], "--device", "cpu")
     assert "✓ 0 objects" not in capsys.readouterr().out
+
+
+def test_flags_of_tiles_without_tiles_are_told(call, find, weights, few, capsys, tmp_path):
+    photo(tmp_path / "a.png")
+    idle = ["--tile_overlap", 0.5, "--tile_full", 1]
+    for said in (
+        find("--input", "a.png", *idle)[1],
+        call(evaluate.main, "--checkpoint", weights, "--dataset", few, "--device", "cpu", *idle)
+        or capsys.readouterr().out,
+    ):
+        assert "--tile_overlap changes nothing without tiles" in said
+        assert "--tile_full 1 changes nothing without tiles" in said
+    assert "nothing" not in find("--input", "a.png", "--tile", 32, *idle)[1]
+
+
+def test_scores_replace_nothing_but_scores(call, weights, few, tmp_path):
+    words = ["--checkpoint", weights, "--dataset", few, "--device", "cpu", "--json"]
+    call(evaluate.main, *words, "scores.json")
+    call(evaluate.main, *words, "scores.json")
+    data = shutil.copy(few / "train/_annotations.coco.json", tmp_path / "mine.json")
+    model = shutil.copy(weights, tmp_path / "mine.pt")
+    for file in (data, model):
+        before = file.read_bytes()
+        with pytest.raises(UserError, match="is a file of another kind, which is not replaced"):
+            call(evaluate.main, *words, file)
+        with pytest.raises(UserError, match="is a file of another kind, which is not replaced"):
+            call(validate_setup.main, "--dataset", few, "--json", file)
+        assert file.read_bytes() == before
+
+
+def test_a_file_that_is_no_image_is_told_as_a_file(find, tmp_path):
+    (tmp_path / "a.txt").touch()
+    status, _, err = find("--input", "a.txt")
+    assert status == 2 and "a.txt: a file that is none of the images or videos by its" in err

@@ -153,7 +153,7 @@ def lost_at_once(tracks: Iterable[int], threshold: float) -> str:
     have = "has" if single == 1 else "have"
     return (
         f"{single} of {counted(len(lengths), 'track')} {have} one frame alone: what is there was "
-        "not found again in the next ones. --track 1 wants the frames of one scene, so close in "
+        "found in no other. --track 1 wants the frames of one scene, so close in "
         "time that an object overlaps itself from one to the next; a lower --threshold (it is "
         f"{threshold:g}) where objects are missed in between, a higher one where there are none"
     )
