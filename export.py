@@ -19,6 +19,7 @@ check_command(ExportSettings, __doc__, __name__)
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, note_of_earlier, refuse_same_file
 from rfdetr.text import counted
+from rfdetr.training.keeper import refuse_file_of_run
 from rfdetr.weights import checkpoint
 from rfdetr.weights.package import left_to_user, to_package
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     source = settings.checkpoint
     target = settings.out
     refuse_same_file(target, "--out", source, "--checkpoint")
+    refuse_file_of_run(target, "--out")
     content = checkpoint.load(source)
     size = content["size"]["name"]
     if size == "tiny":

@@ -23,12 +23,9 @@ from rfdetr.classes import ClassTable, background_row, is_class_head
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, note_of_earlier, refuse_same_file
 from rfdetr.runs.metrics_file import highest_box_map
-from rfdetr.runs.places import CONFIG, STATES, WEIGHTS
-from rfdetr.training.keeper import BEST_OF_EACH
+from rfdetr.training.keeper import refuse_file_of_run
 from rfdetr.training.next_commands import after_shrink
 from rfdetr.weights import checkpoint
-
-OF_TRAINING = {*WEIGHTS, *STATES, *BEST_OF_EACH.values()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     source = settings.in_ckpt
     target = settings.out_ckpt
     refuse_same_file(target, "--out_ckpt", source, "--in_ckpt")
-    refuse_file_of_run(target)
+    refuse_file_of_run(target, "--out_ckpt")
     content = checkpoint.load(source)
     table = checkpoint.table_of(content)
     keep = list(table.names)
@@ -83,15 +80,6 @@ def without_placeholders(keep: tuple[str, ...], content: dict, table: ClassTable
         else:
             kept.append(name)
     return kept
-
-
-def refuse_file_of_run(file: Path) -> None:
-    """Raise UserError where a training has written the file that would be replaced."""
-    if file.name in OF_TRAINING and file.exists() and (file.parent / CONFIG).exists():
-        raise UserError(
-            f"--out_ckpt {file} is a checkpoint of the training in {file.parent}: it is not "
-            f"replaced. Name another file, such as {file.parent / 'checkpoint_mydata.pth'}"
-        )
 
 
 def warn_of_other_classes(file: Path, names: list[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from conftest import quick_flags
 
 import evaluate
+import export
 import shrink_head
 import train_detector_stage1
 import train_seg_stage2
@@ -227,6 +228,8 @@ def test_no_checkpoint_that_a_training_wrote_is_replaced(few, call, tmp_path):
     (run / "config.yaml").touch()
     with pytest.raises(UserError, match="best.pt is a checkpoint of the training.*mydata.pth"):
         call(shrink_head.main, *flags)
+    with pytest.raises(UserError, match="--out .*best.pt is a checkpoint of the training"):
+        call(export.main, "--checkpoint", flags[1], "--out", kept)
     assert kept.read_bytes() == b"of the training"
 
 
