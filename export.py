@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     source = settings.checkpoint
     target = settings.out
     refuse_same_file(target, "--out", source, "--checkpoint")
-    refuse_file_of_run(target, "--out")
+    refuse_file_of_run(target, "--out", "exported.pth")
     content = checkpoint.load(source)
     size = content["size"]["name"]
     if size == "tiny":

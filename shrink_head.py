@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     source = settings.in_ckpt
     target = settings.out_ckpt
     refuse_same_file(target, "--out_ckpt", source, "--in_ckpt")
-    refuse_file_of_run(target, "--out_ckpt")
+    refuse_file_of_run(target, "--out_ckpt", "checkpoint_mydata.pth")
     content = checkpoint.load(source)
     table = checkpoint.table_of(content)
     keep = list(table.names)

@@ -25,13 +25,15 @@ METRICS = ("bbox/mAP", "segm/mAP")
 MOST = 2**31  # no run counts so far
 
 
-def refuse_file_of_run(file: Path, flag: str) -> None:
-    """Raise UserError where a training has written the file that would be replaced."""
+def refuse_file_of_run(file: Path, flag: str, usual: str) -> None:
+    """Raise UserError where a training has written the file that would be replaced; usual: another
+    name for what would be written.
+    """
     of_training = {"best.pt", *STATES, *BEST_OF_EACH.values()}
     if file.name in of_training and file.exists() and (file.parent / CONFIG).exists():
         raise UserError(
             f"{flag} {file} is a checkpoint of the training in {file.parent}: it is not "
-            f"replaced. Name another file, such as {file.parent / 'checkpoint_mydata.pth'}"
+            f"replaced. Name another file, such as {file.parent / usual}"
         )
 
 
