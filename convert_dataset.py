@@ -5,6 +5,11 @@ python convert_dataset.py --input DIR --output dataset
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
 from rfdetr.tool_settings import FORMS, ConvertSettings
 
@@ -206,4 +211,8 @@ def print_next(writer: CocoWriter, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main,
+        interrupted="interrupted: the dataset is written at the end, whole or not at all. "
+        "The same command begins again from the start",
+    )

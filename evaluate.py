@@ -5,8 +5,13 @@ python evaluate.py --checkpoint runs/segmentation_nano_384_1/best.pt --json scor
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
-from rfdetr.tool_settings import EvaluationSettings
+from rfdetr.tool_settings import EvaluationSettings, PredictionSettings
 
 # before torch, whose import takes seconds
 check_command(EvaluationSettings, __doc__, __name__)
@@ -24,14 +29,15 @@ from rfdetr.data.loaders import check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.statistics import shrink_problems
 from rfdetr.device import compile_in_place, pick_device, pick_inference_precision
-from rfdetr.files import make_folder, make_place, write_json, writing_to
+from rfdetr.files import make_folder, make_place, require_earlier_report, write_json, writing_to
 from rfdetr.inference.detections import tell_few_queries
 from rfdetr.inference.evaluation import SplitEvaluator
+from rfdetr.metrics.overlap import SCORE_THRESHOLD
 from rfdetr.metrics.table import format_table
 from rfdetr.resolve import plain
 from rfdetr.sizes import size_from_dict
-from rfdetr.text import counted
-from rfdetr.tiling import tell_tiles, tiling_of
+from rfdetr.text import counted, rounded_down
+from rfdetr.tiling import tell_idle_flags, tell_tiles, tiling_of
 from rfdetr.training.next_commands import prediction
 from rfdetr.weights import checkpoint
 
@@ -42,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     content = checkpoint.load(settings.checkpoint)
     if settings.json:
         make_place(settings.json, "--json")
+        require_earlier_report(settings.json, "--json", "bbox")
     if settings.results:
         make_folder(settings.results, "--results")
     split = read_split(settings, content)
@@ -56,12 +63,15 @@ def main(argv: list[str] | None = None) -> None:
         compile_in_place(model.encoder, device, weights_stay=True)
     resolution = checkpoint.input_side(content, settings.resolution, settings.checkpoint)
     tiling = tiling_of(content, settings.tile, settings.tile_overlap, settings.tile_full)
+    tell_idle_flags(tiling, settings.tile_overlap, settings.tile_full)
     tell_tiles(content, tiling, int(split.images.sizes.max(initial=0)))
     letterbox, warning = letterbox_for(settings.letterbox, content)
     if warning:
         warn(warning)
     if not tiling:
-        for problem in shrink_problems(split, resolution, model.size.block, letterbox):
+        for problem in shrink_problems(
+            split, resolution, model.size.block, letterbox, trained_with=content
+        ):
             warn(problem.message)
         tell_few_queries(settings.max_detections, model.size.queries)
     dataset = SplitDataset(
@@ -88,6 +98,12 @@ def main(argv: list[str] | None = None) -> None:
     place = f"{settings.dataset} ({settings.split}, {images}, {resolution} px)"
     print(f"{settings.checkpoint} on {place}")
     print(format_table(summary))
+    best = coco.best_score()
+    if masks and best < SCORE_THRESHOLD:
+        say(
+            f"No score reaches {SCORE_THRESHOLD}, the best is {best:.2g}: gIoU, cIoU and Dice "
+            "count no detection"
+        )
     if settings.json:
         write_json(settings.json, summary)
         tick(f"Scores: {settings.json}")
@@ -97,7 +113,10 @@ def main(argv: list[str] | None = None) -> None:
         tick(f"COCO results: {settings.results}")
     if split.images:
         folder = split.images[0].path.parent
-        print(f"Next:  {prediction(settings.checkpoint, folder, plain(settings))}")
+        command = prediction(settings.checkpoint, folder, plain(settings))
+        if best < PredictionSettings.threshold:
+            command += f" --threshold {rounded_down(best)}"
+        print(f"Next:  {command}")
 
 
 def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
@@ -188,4 +207,8 @@ def tell_trained_images(trained_on: set[int], split: CocoSplit, name: str) -> No
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main,
+        interrupted="interrupted: scores are printed and written at the end, once all images are "
+        "seen. The same command begins again from the start",
+    )

@@ -5,6 +5,11 @@ python export.py --checkpoint runs/detector_nano_384_1/best.pt --format rfdetr -
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
 from rfdetr.tool_settings import ExportSettings
 
@@ -14,6 +19,7 @@ check_command(ExportSettings, __doc__, __name__)
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, note_of_earlier, refuse_same_file
 from rfdetr.text import counted
+from rfdetr.training.keeper import refuse_file_of_run
 from rfdetr.weights import checkpoint
 from rfdetr.weights.package import left_to_user, to_package
 
@@ -23,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     source = settings.checkpoint
     target = settings.out
     refuse_same_file(target, "--out", source, "--checkpoint")
+    refuse_file_of_run(target, "--out", "exported.pth")
     content = checkpoint.load(source)
     size = content["size"]["name"]
     if size == "tiny":
@@ -55,4 +62,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main,
+        interrupted="interrupted: the file is written at the end, whole or not at all. "
+        "The same command begins again from the start",
+    )

@@ -6,6 +6,11 @@ python predict.py --checkpoint runs/segmentation_nano_384_1/best.pt
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
 from rfdetr.tool_settings import PredictionSettings
 
@@ -23,9 +28,10 @@ from functools import partial
 from pathlib import Path
 
 from rfdetr.console import Stopped, UserError, run_script, say, tick, warn
+from rfdetr.data.image_files import headers_of
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
-from rfdetr.data.statistics import image_warnings, longest_side
+from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
 from rfdetr.device import compile_in_place, pick_device
 from rfdetr.files import make_folder, write_json, writing_to
@@ -37,12 +43,12 @@ from rfdetr.inference.inputs import collect, free_name, names_of_inputs, refuse_
 from rfdetr.inference.originals import Page, file_of, pages_of, read_or_warn
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.records import as_records
-from rfdetr.inference.tracking import UNSURE_SCORE, Tracker
+from rfdetr.inference.tracking import UNSURE_SCORE, Tracker, lost_at_once
 from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
-from rfdetr.text import counted
-from rfdetr.tiling import tell_tiles
+from rfdetr.text import counted, rounded_down
+from rfdetr.tiling import tell_idle_flags, tell_tiles
 
 RECORDS = "predictions.json"
 JPEG_QUALITY = 92  # Pillow's scale up to 95
@@ -50,6 +56,16 @@ JPEG_QUALITY = 92  # Pillow's scale up to 95
 
 def main(argv: list[str] | None = None) -> None:
     settings = script_settings(PredictionSettings, __doc__, argv)
+    results = Results()
+    try:
+        predict_all(settings, results)
+    except KeyboardInterrupt:
+        tell_interrupted(settings.output, results)
+        raise Stopped(130) from None
+
+
+def predict_all(settings: PredictionSettings, results: Results) -> None:
+    """Look at all inputs, write what is found and tell it."""
     paths = collect(settings.input)
     images = [path for path in paths if path.suffix.lower() in IMAGES]
     videos = [path for path in paths if path.suffix.lower() in VIDEOS]
@@ -66,11 +82,21 @@ def main(argv: list[str] | None = None) -> None:
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
     tiling = model.tiling(settings.tile, settings.tile_overlap, settings.tile_full)
+    headers = headers_of(images)
+    side = None
     if tiling:
-        tell_tiles(model.trained_with, tiling, None if videos else longest_side(images))
+        side = tiling.side
+        longest = max((max(header.size) for header in headers.values()), default=0)
+        tell_tiles(model.trained_with, tiling, None if videos else longest)
     else:
         tell_few_queries(settings.max_detections, model.model.size.queries)
+        tell_idle_flags(tiling, settings.tile_overlap, settings.tile_full)
     model.letterboxed(settings.letterbox)  # warns before the work
+    block = model.model.size.block
+    for message in image_warnings(
+        headers, model.resolution, block, model.trained_with, settings.pages, side
+    ):
+        warn(message)
     lowest = settings.threshold
     new_tracker = None
     if settings.track:
@@ -87,32 +113,22 @@ def main(argv: list[str] | None = None) -> None:
         )
     taken_names = names_of_inputs(settings.output, paths)  # no input is overwritten
 
-    results = Results()
     singles = images
     if settings.pages:
         singles = [page for path in images for page in pages_of(path)]
     window = model.gray_window(singles, settings.gray)
     model.gray = None  # what it is given from here on has been read
-    try:
-        predict_images(
-            predictor, singles, window, settings.output, suffix, taken_names, results, new_tracker
-        )
-        predict_videos(
-            predictor, videos, settings.output, suffix, taken_names, results, new_tracker
-        )
-    except KeyboardInterrupt:
-        tell_interrupted(settings.output, results)
-        raise Stopped(130) from None
+    predict_images(
+        predictor, singles, window, settings.output, suffix, taken_names, results, new_tracker
+    )
+    predict_videos(predictor, videos, settings.output, suffix, taken_names, results, new_tracker)
     unread = [path for path in paths if path not in results.read_files]
     if len(unread) == len(paths):
         if is_new and not next(settings.output.iterdir(), None):
             settings.output.rmdir()
         raise UserError(none_read(len(paths)))
-    side = tiling.side if tiling else None
-    block = model.model.size.block
-    for message in image_warnings(images, model.resolution, block, settings.pages, side):
-        warn(message)
     write_json(settings.output / RECORDS, results.records)
+    results.are_written = True
     tell(settings, results, len(paths), model.best_score)
     if results.records and model.model.head is None:
         say("  boxes alone: this model has no mask head, which stage 2 trains on it")
@@ -134,11 +150,15 @@ def tell(settings: PredictionSettings, results: Results, files: int, best_score:
     read = len(results.read_files)
     where = counted(files, "file") if read == files else f"{read} of {counted(files, 'file')}"
     tick(f"{objects}{followed} in {where}: {settings.output} ({written})")
+    if settings.track:
+        lost = lost_at_once((record["track"] for record in results.records), settings.threshold)
+        if lost:
+            warn(lost)
     if not results.records and best_score < settings.threshold:
         say(
             f"  no score reaches --threshold {settings.threshold:g}, the best is "
-            f"{best_score:.2g}: a lower threshold shows more. Where even the best scores are low, "
-            "the model has not learned such objects"
+            f"{best_score:.2g}: --threshold {rounded_down(best_score)} shows more. Where even the "
+            "best scores are low, the model has not learned such objects"
         )
 
 
@@ -181,8 +201,12 @@ def tell_lacks(
 
 def tell_interrupted(output: Path, results: Results) -> None:
     """What an interrupted run leaves, and how to go on."""
+    if results.are_written:
+        print(f"interrupted: all is written to {output}", file=sys.stderr)
+        return
     if results.pictures:
-        left = f"{counted(results.pictures, 'picture')} in {output}, {RECORDS} is not written"
+        records = "is from before" if (output / RECORDS).exists() else "is not written"
+        left = f"{counted(results.pictures, 'picture')} in {output}, {RECORDS} {records}"
     else:
         left = "nothing is written"
     print(f"interrupted: {left}. The same command begins again from the start", file=sys.stderr)
@@ -195,7 +219,7 @@ class Results:
     records: of predictions.json; read_files: those of which something could be read; pages: of
     files that have several; pictures: how many are written, videos too; damaged: videos of which
     less than what they announce could be decoded; lacks_frames: whether there are such, or ones of
-    which nothing could be.
+    which nothing could be; are_written: to predictions.json.
     """
 
     records: list[dict] = field(default_factory=list)
@@ -204,6 +228,7 @@ class Results:
     pictures: int = 0
     damaged: list[Path] = field(default_factory=list)
     lacks_frames: bool = False
+    are_written: bool = False
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,8 @@ def run(arguments, python=sys.executable):
 def run_job(args):
     """Run the scripts one after the other, each on what the ones before have made."""
     begin = time.time()
+    if args.output_dir:
+        require_no_run(args.output_dir)
     job = Job(args)
     job.choose_dataset_and_size()
     checked = job.flags(*(DATA_FLAGS + MODEL_FLAGS + ("letterbox",))) + job.tile_flag()
@@ -345,6 +347,30 @@ def epochs_for(stage, steps, images, images_per_step, min_steps):
     reason = "%d images make %d steps an epoch, about %d are wanted" % (images, per_epoch, steps)
     print("\n%s: %d epochs (%s)" % (stage, epochs, reason))
     return epochs
+
+
+def require_no_run(output_dir):
+    """Stop where the folder for the job's runs is a run itself, with the command for another."""
+    from pathlib import Path
+
+    from rfdetr.commands import without_flag  # standard library only, too, as those below
+    from rfdetr.runs.places import CONFIG, STATES, WEIGHTS, first_file
+    from rfdetr.text import command_line
+
+    holds = first_file(Path(output_dir), WEIGHTS + STATES + (CONFIG,))
+    if not holds:
+        return
+    number = 1
+    free = os.path.normpath(output_dir) + "_job"
+    while os.path.exists(free + str(number)):
+        number += 1
+    free += str(number)
+    again = without_flag(sys.argv, "output_dir") + ["--output_dir", free]
+    message = (
+        "--output_dir %s is the folder of one run (it holds %s): detector/ and segmentation/ would "
+        "lie inside it. In a folder of their own: %s"
+    )
+    raise Stop(2, message % (output_dir, holds.name, command_line("python", *again)))
 
 
 def require_valid_split(dataset):

@@ -6,6 +6,11 @@ python shrink_head.py --in_ckpt RUN/checkpoint_best_regular.pth --out_ckpt RUN/c
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, script_settings
 from rfdetr.tool_settings import ShrinkSettings
 
@@ -18,12 +23,9 @@ from rfdetr.classes import ClassTable, background_row, is_class_head
 from rfdetr.console import UserError, run_script, tick, warn
 from rfdetr.files import make_place, note_of_earlier, refuse_same_file
 from rfdetr.runs.metrics_file import highest_box_map
-from rfdetr.runs.places import CONFIG, STATES, WEIGHTS
-from rfdetr.training.keeper import BEST_OF_EACH
+from rfdetr.training.keeper import refuse_file_of_run
 from rfdetr.training.next_commands import after_shrink
 from rfdetr.weights import checkpoint
-
-OF_TRAINING = {*WEIGHTS, *STATES, *BEST_OF_EACH.values()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     source = settings.in_ckpt
     target = settings.out_ckpt
     refuse_same_file(target, "--out_ckpt", source, "--in_ckpt")
-    refuse_file_of_run(target)
+    refuse_file_of_run(target, "--out_ckpt", "checkpoint_mydata.pth")
     content = checkpoint.load(source)
     table = checkpoint.table_of(content)
     keep = list(table.names)
@@ -80,15 +82,6 @@ def without_placeholders(keep: tuple[str, ...], content: dict, table: ClassTable
     return kept
 
 
-def refuse_file_of_run(file: Path) -> None:
-    """Raise UserError where a training has written the file that would be replaced."""
-    if file.name in OF_TRAINING and file.exists() and (file.parent / CONFIG).exists():
-        raise UserError(
-            f"--out_ckpt {file} is a checkpoint of the training in {file.parent}: it is not "
-            f"replaced. Name another file, such as {file.parent / 'checkpoint_mydata.pth'}"
-        )
-
-
 def warn_of_other_classes(file: Path, names: list[str]) -> None:
     """Warn where a checkpoint that is replaced has other classes than `names`."""
     if not file.exists():
@@ -133,4 +126,8 @@ def say_which_weights_are_better(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(
+        main,
+        interrupted="interrupted: the file is written at the end, whole or not at all. "
+        "The same command begins again from the start",
+    )

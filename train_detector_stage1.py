@@ -5,6 +5,11 @@ python train_detector_stage1.py --size nano --epochs 50 --batch 4 --accum 4 --wo
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, training_settings
 from rfdetr.settings import DetectorSettings
 

@@ -5,6 +5,11 @@ python train_seg_single_stage.py --size nano --epochs 50 --batch 4 --accum 4
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, training_settings
 from rfdetr.settings import SingleSettings
 from rfdetr.sizes import ModelSize

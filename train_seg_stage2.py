@@ -7,6 +7,11 @@ python train_seg_stage2.py --size nano --checkpoint rf-detr-nano.pth    (COCO's 
 
 from __future__ import annotations
 
+from rfdetr.sigterm import end_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # while modules are imported
+
 from rfdetr.cli import check_command, training_settings
 from rfdetr.resolve import plain
 from rfdetr.settings import SegmentationSettings

@@ -34,7 +34,7 @@ from rfdetr.runs.places import (
     what_is_there,
 )
 from rfdetr.settings import DataSettings, SingleSettings, TrainingSettings
-from rfdetr.sigterm import end_on_ctrl_c
+from rfdetr.sigterm import TOO_EARLY, end_on_ctrl_c
 from rfdetr.sizes import SIZES
 from rfdetr.text import as_typed, command_line, is_url
 from rfdetr.tool_settings import EvaluationSettings
@@ -53,7 +53,7 @@ def check_command(kind: type, description: str, name: str) -> None:
     `name` is their __name__.
     """
     if name == "__main__":
-        run_script(partial(_check, kind, description))
+        run_script(partial(_check, kind, description), interrupted=TOO_EARLY)
         end_on_ctrl_c()
 
 

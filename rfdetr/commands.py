@@ -66,3 +66,15 @@ def same_command(script: str, settings: object) -> str:
         off = value is False  # of a switch that is usually on
         words += [f"--{field.name}", "0"] if off else flags_of({field.name: value}, field.name)
     return command_line("python", script, *words)
+
+
+def without_flag(argv: list[str], name: str) -> list[str]:
+    """The words of a command without --name and its value, in either form."""
+    words = []
+    after_flag = False
+    for word in argv:
+        is_value = after_flag and not word.startswith("-")
+        after_flag = word == f"--{name}"
+        if not (after_flag or is_value or word.startswith(f"--{name}=")):
+            words.append(word)
+    return words

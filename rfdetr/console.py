@@ -102,9 +102,14 @@ def _is_first_to_say(message: str) -> bool:
 # ---------------------------------------------------------------- the end of a script
 
 
-def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+def run_script(
+    main: Callable[[list[str] | None], None],
+    argv: list[str] | None = None,
+    interrupted: str = "interrupted",
+) -> None:
     """Run a script's main(argv) and leave with its exit status.
 
+    interrupted: what Ctrl-C leaves, and how to go on.
     UserError and OSError: one paragraph on stderr, 2. Ctrl-C: 130. SIGTERM: 143, after GRACE
     seconds at the latest. Stopped: its own code. Any other error: 1. `--debug` shows tracebacks.
     A console that goes away changes nothing.
@@ -113,13 +118,15 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
         end_on_sigterm()
         raise_on_ctrl_c()
         try:
-            _run(main, argv)
+            _run(main, argv, interrupted)
         except SystemExit:
             kill_loaders()
             raise
 
 
-def _run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
+def _run(
+    main: Callable[[list[str] | None], None], argv: list[str] | None, interrupted: str
+) -> None:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         main(argv)
@@ -131,7 +138,7 @@ def _run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> No
     except Stopped as stopped:
         sys.exit(stopped.code)
     except KeyboardInterrupt:
-        _end("interrupted", 130)
+        _end(interrupted, 130)
     except Exception as error:
         if debug:
             raise

@@ -58,6 +58,21 @@ def make_place(file: Path, flag: str) -> None:
         raise UserError(f"{flag} {file} is a folder: name a file in it")
 
 
+def require_earlier_report(file: Path, flag: str, key: str) -> None:
+    """UserError where a JSON file to be written would replace anything but an earlier one of its
+    kind, an object that has `key`.
+    """
+    if not file.is_file() or file.stat().st_size == 0:
+        return
+    with contextlib.suppress(ValueError, OSError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and key in content:
+            return
+    raise UserError(
+        f"{flag} {file} is a file of another kind, which is not replaced: name a new one"
+    )
+
+
 def refuse_same_file(target: Path, flag: str, source: Path, source_flag: str) -> None:
     """Raise UserError where an output is the input, by whatever name."""
     if target.exists() and target.samefile(source):

@@ -32,7 +32,7 @@ from rfdetr.data.statistics import (
 )
 from rfdetr.data.tiles import tile_problems, training_tiling
 from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
-from rfdetr.files import make_place, write_json, writing_to
+from rfdetr.files import make_place, require_earlier_report, write_json, writing_to
 from rfdetr.inference.augment_sheet import augment_sheet
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.renaming import rename_flags
@@ -41,7 +41,7 @@ from rfdetr.runs.environment import environment
 from rfdetr.settings import VAL_FRACTION
 from rfdetr.sizes import SIZES, check_resolution, usual_size
 from rfdetr.text import counted, printable
-from rfdetr.tiling import Tiling
+from rfdetr.tiling import Tiling, tell_idle_flags
 from rfdetr.tool_settings import ValidationSettings
 from rfdetr.training.auto_batch import HEADROOM
 from rfdetr.training.estimate import estimate
@@ -87,6 +87,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         tiling = training_tiling(
             train, resolution, settings.tile, settings.tile_overlap, settings.tile_full
         )
+        tell_idle_flags(tiling, settings.tile_overlap, settings.tile_full)
     if tiling:
         problems += tile_problems(train, tiling)
     elif train:
@@ -135,11 +136,15 @@ def check_outputs(settings: ValidationSettings) -> None:
     or is no picture, and where --augment has nowhere to draw.
     """
     dataset = settings.dataset.resolve()
-    for path in (settings.json, settings.preview):
+    drawn = settings.preview and preview_file(settings.preview)
+    for path in (settings.json, settings.preview, drawn):
         if path and path.is_file() and dataset in path.resolve().parents:
-            raise UserError(f"{path} is a file of the dataset, which is only read: name another")
+            raise UserError(
+                f"{path} is a file in the dataset's folder, where nothing is replaced: name another"
+            )
     if settings.json:
         make_place(settings.json, "--json")
+        require_earlier_report(settings.json, "--json", "problems")
     preview = settings.preview
     if preview and preview.suffix and not (is_picture(preview) or preview.is_dir()):
         raise UserError(
@@ -251,6 +256,11 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURES
 
 
+def preview_file(path: Path) -> Path:
+    """Where --preview draws: the picture that it names, or one in the folder."""
+    return path if is_picture(path) else path / "preview.webp"
+
+
 def draw_preview(
     split: CocoSplit, settings: ValidationSettings, resolution: int, letterbox: bool
 ) -> None:
@@ -258,9 +268,7 @@ def draw_preview(
 
     As preview.webp where --preview is a folder.
     """
-    path = settings.preview
-    if not is_picture(path):
-        path = path / "preview.webp"
+    path = preview_file(settings.preview)
     with writing_to(path.parent, "--preview"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if settings.augment is None:

@@ -12,7 +12,7 @@ import threading
 import time
 
 GRACE = 8.0  # seconds from SIGTERM to the end of a script that hangs
-
+TOO_EARLY = "interrupted before anything was done"
 
 _scripts_begun = 0  # in this process; tests begin many
 
@@ -47,7 +47,7 @@ def raise_on_ctrl_c() -> None:
 
 def _end_interrupted(number: int, frame: object) -> None:
     with contextlib.suppress(OSError):  # a console that has gone
-        os.write(2, b"interrupted\n")
+        os.write(2, f"{TOO_EARLY}\n".encode())
     os._exit(128 + number)
 
 

@@ -10,6 +10,8 @@ from pathlib import PurePath
 EMPTY = "an empty text: is a variable of the shell unset?"  # where a path is wanted
 DOWNLOAD_FIRST = "is a URL: download it first, and give the file (of an archive: its folder)"
 
+MOST_DIGITS = 9  # of a score behind the point
+
 
 def is_control(character: str) -> bool:
     """Whether a character moves a cursor, breaks a line or cannot be encoded (half a surrogate)."""
@@ -28,6 +30,14 @@ def counted(number: int, noun: str) -> str:
     """1 class, 2 classes."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{number} {noun if number == 1 else plural}"
+
+
+def rounded_down(score: float) -> str:
+    """A number in 0..1 that is no larger than `score`, of one digit that is not 0, for a flag."""
+    digits = 1
+    while digits < MOST_DIGITS and score * 10**digits < 1:
+        digits += 1
+    return f"{int(score * 10**digits) / 10**digits:.{digits}f}"
 
 
 def with_article(noun: str) -> str:

@@ -147,6 +147,14 @@ def tiles_like(content: dict, side: int, overlap: float | None, full: bool | Non
     return Tiling(side, overlap, full)
 
 
+def tell_idle_flags(tiling: Tiling | None, overlap: float | None, full: bool | None) -> None:
+    """Warn of --tile_overlap and --tile_full where there are no tiles."""
+    given = {"--tile_overlap": overlap is not None, "--tile_full 1": bool(full)}
+    for flag, is_given in given.items():
+        if is_given and tiling is None:
+            warn(f"{flag} changes nothing without tiles, which --tile asks for")
+
+
 def tell_tiles(content: dict, tiling: Tiling | None, longest_side: int | None = None) -> None:
     """Say which tiles are looked at, and warn where they show objects at another scale than
     training did.

@@ -473,11 +473,15 @@ def test_fix_never_writes_over_anything(dataset, tmp_path, monkeypatch, capsys):
     for place in (dataset, dataset / "train", dataset / "train/1.png"):
         status, _, error, _ = doctor("--dataset", dataset, "--fix", place, capsys=capsys)
         assert status == 2 and "--fix" in error
-    with pytest.raises(UserError, match="is a file of the dataset"):
+    with pytest.raises(UserError, match="is a file in the dataset's folder"):
         validate_setup.main(["--dataset", str(dataset), "--preview", str(dataset / "train/1.png")])
-    with pytest.raises(UserError, match="is a file of the dataset"):
+    with pytest.raises(UserError, match="is a file in the dataset's folder"):
         validate_setup.main(["--dataset", str(dataset), "--json", str(dataset / "train" / FILE)])
     assert before == contents(dataset)
+    shutil.copy(dataset / "train/1.png", dataset / "train/preview.webp")
+    with pytest.raises(UserError, match="preview.webp is a file in the dataset's folder"):
+        validate_setup.main(["--dataset", str(dataset), "--preview", str(dataset / "train")])
+    (dataset / "train/preview.webp").unlink()
     text("{")(dataset)
     status, _, error, _ = doctor("--dataset", dataset, "--fix", "copy", capsys=capsys)
     assert status == 2 and "line 1, column 2" in error and not Path("copy").exists()

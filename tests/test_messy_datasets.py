@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -30,6 +31,7 @@ from rfdetr.resolve import plain, read_layer, resolve
 from rfdetr.runs.record import Run
 from rfdetr.settings import DetectorSettings
 from rfdetr.sizes import SIZES
+from rfdetr.tiling import tiling_of
 from rfdetr.training.engine import Progress
 from rfdetr.training.next_commands import after_detector
 from rfdetr.training.report import draw_pictures, print_banner
@@ -396,7 +398,27 @@ def test_large_images_are_told_with_the_factor_and_the_way_out():
     said = shrink_warning([640], 384, 32, np.array([3.0, 4.0, 90.0]))
     assert "the median 4.0" in said and "--resolution 768" in said
     assert shrink_warning([1536], 384, 32, np.array([8.0, 90.0])) == ""
+    assert shrink_warning([3000], 384, 32).startswith("the image is shrunk 7.8 times to the model")
     assert shrink_warning([], 384, 32) == shrink_warning([1536], 384, 32, np.array([])) == ""
+
+
+@pytest.mark.parametrize(
+    "trained_with, way_out",
+    [
+        ({"image_side": 600}, "--tile auto looks at parts of them; a model trained with --tile"),
+        ({"tile": 512, "image_side": 3000}, "--tile auto looks at parts of them, as its training"),
+        ({}, "--tile 768 looks at parts of them; a model trained with --tile auto, or with --res"),
+        ({"image_side": 3000}, "a model trained with --tile auto, or with --resolution 768, sees"),
+    ],
+)
+def test_a_trained_model_is_given_the_tile_that_helps_it_now(trained_with, way_out):
+    said = shrink_warning([3000, 700], 384, 32, trained_with=trained_with)
+    assert f": hardly seen; {way_out}" in said
+    advised = re.search("--tile (auto|[0-9]+) looks", said)
+    if advised:
+        tile = "auto" if advised[1] == "auto" else int(advised[1])
+        side = tiling_of(trained_with, tile, None, None).side
+        assert shrink_warning([side, side], 384, 32, trained_with=trained_with) == ""
 
 
 def test_validation_evaluation_and_prediction_say_it_once(dataset, few, tmp_path, call, capsys):

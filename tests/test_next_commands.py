@@ -15,13 +15,14 @@ import pytest
 from conftest import quick_flags
 
 import evaluate
+import export
 import shrink_head
 import train_detector_stage1
 import train_seg_stage2
 import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.cli import training_settings
-from rfdetr.commands import steadier
+from rfdetr.commands import steadier, without_flag
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.models.detector import Detector
@@ -29,7 +30,7 @@ from rfdetr.settings import DetectorSettings, SegmentationSettings
 from rfdetr.sizes import SIZES
 from rfdetr.text import command_line, quoted
 from rfdetr.training.health import RunHealth
-from rfdetr.training.next_commands import prediction, without_trial
+from rfdetr.training.next_commands import prediction
 from rfdetr.training.resume import require_stage
 from rfdetr.weights import checkpoint
 from testkit.datasets import changed_copy, drop_masks
@@ -122,10 +123,10 @@ def test_what_a_run_finds_goes_into_its_own_folder(tmp_path):
     assert prediction(weights, Path("images"), {}).endswith(f"--output {weights.parent / 'found'}")
 
 
-def test_a_trials_flag_leaves_its_command_in_every_form():
-    for words in (["--fast_dev_run"], ["--fast_dev_run", "3"], ["--fast_dev_run=3"]):
-        command = without_trial(["a.py", "--seed", "1", *words, "--batch", "2"])
-        assert command == "python a.py --seed 1 --batch 2"
+@pytest.mark.parametrize("words", [["--name"], ["--name", "3"], ["--name=3"], []])
+def test_a_flag_leaves_its_command_in_every_form(words):
+    argv = ["a.py", "--seed", "1", *words, "--names", "2"]
+    assert without_flag(argv, "name") == ["a.py", "--seed", "1", "--names", "2"]
 
 
 # ---------------------------------------------------------------- after --keep of a few classes
@@ -227,6 +228,8 @@ def test_no_checkpoint_that_a_training_wrote_is_replaced(few, call, tmp_path):
     (run / "config.yaml").touch()
     with pytest.raises(UserError, match="best.pt is a checkpoint of the training.*mydata.pth"):
         call(shrink_head.main, *flags)
+    with pytest.raises(UserError, match="--out .*best.pt is a checkpoint.*exported.pth"):
+        call(export.main, "--checkpoint", flags[1], "--out", kept)
     assert kept.read_bytes() == b"of the training"
 
 

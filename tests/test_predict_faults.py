@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 import evaluate
 import predict
+import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError, run_script
 from rfdetr.data.demo import CLASS_NAMES
@@ -209,6 +211,14 @@ def test_an_interrupted_run_says_what_it_leaves(find, tmp_path, monkeypatch):
     assert "interrupted: 1 picture in found, predictions.json is not written" in err
     status, _, err = find("--input", "a.png")
     assert status == 130 and "interrupted: nothing is written" in err
+    monkeypatch.setattr(predict.Predictor, "predict", predict_one)
+    monkeypatch.setattr(predict, "tell", lambda *_: interrupted(None, None))
+    status, _, err = find("--input", "a.png")
+    assert status == 130 and err == "interrupted: all is written to found\n"
+    seen.clear()
+    monkeypatch.setattr(predict.Predictor, "predict", interrupted)
+    err = find("--input", "a.png", "b.png", "--batch", 1)[2]
+    assert "interrupted: 1 picture in found, predictions.json is from before" in err
 
 
 def test_no_object_at_all_leads_to_a_lower_threshold(find, tmp_path, weights):
@@ -217,6 +227,9 @@ def test_no_object_at_all_leads_to_a_lower_threshold(find, tmp_path, weights):
     status, out, _ = find("--input", path, "--threshold", 0.999)
     assert status == 0
     assert f"no score reaches --threshold 0.999, the best is {best:.2g}" in out
+    advised = re.search("(--threshold) ([0-9.]+) shows more", out).groups()
+    status, out, _ = find("--input", path, *advised)
+    assert status == 0 and "shows more" not in out and not out.startswith("✓ 0 objects")
 
 
 # ---------------------------------------------------------------- where --output may be
@@ -434,3 +447,57 @@ def test_evaluate_judges_the_split_that_it_scores_alone(call, weights, few, caps
     next((data / "test").glob("*.png")).unlink()
     with pytest.raises(UserError, match="test.*whose file is missing"):
         call(evaluate.main, *words, "--split", "test")
+
+
+def test_evaluate_says_that_no_score_counts_in_the_overlap(call, few, capsys, tmp_path):
+    torch.manual_seed(0)
+    size, table = SIZES["tiny"], assign_rows(list(CLASS_NAMES), [1, 2, 3], "dataset")
+    model = Detector(size, table.rows_total, table.background_last, mask_head="nano")
+    state = model.state_dict()
+    for name in state:
+        if "class_embed" in name and name.endswith("bias"):
+            state[name] -= 9
+    content = checkpoint.make_content("single", size, 32, table, "nano", state)
+    checkpoint.save(tmp_path / "weak.pt", content)
+    call(evaluate.main, "--checkpoint", "weak.pt", "--dataset", few, "--device", "cpu")
+    out = capsys.readouterr().out
+    best = re.search("No score reaches 0.5, the best is ([0-9.e-]+): gIoU, cIoU and Dice", out)[1]
+    advised = out.splitlines()[-1].split()
+    assert advised[1:3] == ["python", "predict.py"]
+    assert 0 < float(advised[-1]) <= float(best)
+    call(predict.main, *advised[3:], "--device", "cpu")
+    assert "✓ 0 objects" not in capsys.readouterr().out
+
+
+def test_flags_of_tiles_without_tiles_are_told(call, find, weights, few, capsys, tmp_path):
+    photo(tmp_path / "a.png")
+    idle = ["--tile_overlap", 0.5, "--tile_full", 1]
+    for said in (
+        find("--input", "a.png", *idle)[1],
+        call(evaluate.main, "--checkpoint", weights, "--dataset", few, "--device", "cpu", *idle)
+        or capsys.readouterr().out,
+    ):
+        assert "--tile_overlap changes nothing without tiles" in said
+        assert "--tile_full 1 changes nothing without tiles" in said
+    assert "nothing" not in find("--input", "a.png", "--tile", 32, *idle)[1]
+
+
+def test_scores_replace_nothing_but_scores(call, weights, few, tmp_path):
+    words = ["--checkpoint", weights, "--dataset", few, "--device", "cpu", "--json"]
+    call(evaluate.main, *words, "scores.json")
+    call(evaluate.main, *words, "scores.json")
+    data = shutil.copy(few / "train/_annotations.coco.json", tmp_path / "mine.json")
+    model = shutil.copy(weights, tmp_path / "mine.pt")
+    for file in (data, model):
+        before = file.read_bytes()
+        with pytest.raises(UserError, match="is a file of another kind, which is not replaced"):
+            call(evaluate.main, *words, file)
+        with pytest.raises(UserError, match="is a file of another kind, which is not replaced"):
+            call(validate_setup.main, "--dataset", few, "--json", file)
+        assert file.read_bytes() == before
+
+
+def test_a_file_that_is_no_image_is_told_as_a_file(find, tmp_path):
+    (tmp_path / "a.txt").touch()
+    status, _, err = find("--input", "a.txt")
+    assert status == 2 and "a.txt: a file that is none of the images or videos by its" in err

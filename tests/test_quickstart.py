@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -429,6 +430,22 @@ def test_without_a_valid_split_the_own_command_is_advised(repository, tmp_path, 
     assert quickstart.main(["--size", "tiny"]) == 2
     said = capsys.readouterr().err
     assert "no valid split" in said and "--val_fraction 0.1" in said and not repository[0]
+
+
+def test_a_folder_of_one_run_is_none_of_a_job(repository, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "detector_tiny_128_1"
+    (run / "best.pt").touch()
+    (tmp_path / "runs" / "detector_tiny_128_1_job1").mkdir()
+    words = ["--size", "tiny", f"--output_dir={os.path.relpath(run)}", "--seed", "5"]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *words])
+    assert quickstart.main(words) == 2
+    said = capsys.readouterr().err
+    assert "is the folder of one run (it holds best.pt)" in said and not repository[0]
+    assert said.endswith(
+        "python quickstart.py --size tiny --seed 5 "
+        f"--output_dir {os.path.join('runs', 'detector_tiny_128_1_job2')}\n"
+    )
+    assert quickstart.main(shlex.split(said.split("python quickstart.py ")[1])) == 0
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from rfdetr.inference.batches import one_ahead
 from rfdetr.inference.originals import Original, pages_of
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.records import as_records
-from rfdetr.inference.tracking import KEPT_FRAMES, UNSURE_SCORE, Tracker, mask_iou
+from rfdetr.inference.tracking import KEPT_FRAMES, UNSURE_SCORE, Tracker, lost_at_once, mask_iou
 from rfdetr.inference.tracking import Shape as TrackedShape
 from rfdetr.inference.visualise import DrawnObject, colour_number, draw
 from testkit.moving import moving_scene, write_video
@@ -205,6 +205,13 @@ def test_whatever_is_detected_ids_are_unique_in_a_frame_and_of_one_class():
                     assert frame - last_seen.get(track, frame) <= KEPT_FRAMES + 1
                     last_seen[track] = frame
         assert set(class_of) == set(range(1, len(class_of) + 1))
+
+
+def test_tracks_that_end_at_once_are_told():
+    assert lost_at_once([], 0.5) == lost_at_once([1, 1, 2, 2, 3, 4], 0.5) == ""
+    said = lost_at_once([1, 1, 2, 3], 0.5)
+    assert "2 of 3 tracks have one frame alone" in said and "--threshold (it is 0.5)" in said
+    assert "1 of 1 track has one frame alone" in lost_at_once([1], 0.5)
 
 
 def test_tracking_does_without_torch():

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -246,6 +247,12 @@ def read_header(path: Path) -> ImageHeader | None:
             return ImageHeader(image.size, count_pages(image))
     except Exception:  # on damaged files Pillow raises OSError, struct.error and others
         return None
+
+
+def headers_of(files: Iterable[Path]) -> dict[Path, ImageHeader]:
+    """The headers of those image files that can be read."""
+    headers = {file: read_header(file) for file in files}
+    return {file: header for file, header in headers.items() if header}
 
 
 def count_pages(image: Image.Image) -> int:

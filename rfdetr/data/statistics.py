@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from rfdetr.data.faults import PLACES_KEPT, Problem, first_few
-from rfdetr.data.image_files import read_header
+from rfdetr.data.image_files import ImageHeader
 from rfdetr.data.records import CocoSplit
+from rfdetr.fields import LEAST_TILE
 from rfdetr.settings import VAL_FRACTION
-from rfdetr.tiling import Tiling
+from rfdetr.tiling import AUTO, Tiling
 
 HARDLY_SEEN = 8  # pixels: the side of objects of half a patch of most sizes
 MOST_SIDE = 2048  # pixels: larger inputs are no way out
@@ -65,16 +66,20 @@ def object_sides(
 
 
 def shrink_problems(
-    split: CocoSplit, resolution: int, step: int, letterbox: bool = False
+    split: CocoSplit,
+    resolution: int,
+    step: int,
+    letterbox: bool = False,
+    trained_with: dict | None = None,
 ) -> list[Problem]:
     """A warning where a split's images are shrunk so much that objects are lost, if they are.
 
-    step: what a resolution must be a multiple of; letterbox: as in object_sides.
+    step, trained_with: as in shrink_warning; letterbox: as in object_sides.
     """
     images = split.images
     sides = object_sides(split, resolution, letterbox)
     image_sides = images.sizes.max(axis=1, initial=0)
-    message = shrink_warning(image_sides, resolution, step, sides)
+    message = shrink_warning(image_sides, resolution, step, sides, trained_with)
     if not message:
         return []
     if is_hardly_seen(sides):
@@ -113,11 +118,13 @@ def shrink_warning(
     resolution: int,
     step: int,
     object_sides: np.ndarray | None = None,
+    trained_with: dict | None = None,
 ) -> str:
     """What is lost where images are shrunk to the model's input, and the way out; "" for nothing.
 
     image_sides: the images' longer sides in pixels.  resolution: the input's side, a multiple of
     `step`.  object_sides: of the objects' boxes in pixels of the input, where they are known.
+    trained_with: what the checkpoint of a trained model says of its training; None: it is to come.
     """
     if len(image_sides) == 0:
         return ""
@@ -132,7 +139,9 @@ def shrink_warning(
         return ""
     facts = []
     wanted = longest / MOST_SHRUNK if shrunk else 0
-    if shrunk:
+    if shrunk and len(image_sides) == 1:
+        facts.append(f"the image is shrunk {factor:.1f} times to the model's {resolution} px")
+    elif shrunk:
         verb = "is" if shrunk == 1 else "are"
         facts.append(
             f"{shrunk} of {len(image_sides)} images {verb} shrunk more than {MOST_SHRUNK} times to "
@@ -146,42 +155,66 @@ def shrink_warning(
         )
         wanted = resolution * HARDLY_SEEN / max(median, 0.1)
     better = -int(-wanted // step) * step  # rounded up
+    way_out = way_out_in_training(better)
+    if trained_with is not None:
+        way_out = way_out_of_trained(trained_with, resolution, longest, better)
+    return f"{'; '.join(facts)}: hardly seen; {way_out}"
+
+
+def way_out_in_training(better: int) -> str:
+    """better: the resolution with which images are not shrunk too much."""
     way_out = f"train with --resolution {better} (memory and time grow with its square)"
     if better > MOST_SIDE:
         way_out = f"it would take --resolution {better}"
-    return (
-        f"{'; '.join(facts)}: hardly seen; --tile auto looks at parts of them, best in training, "
-        f"too; or {way_out}"
-    )
+    return f"--tile auto looks at parts of them, best in training, too; or {way_out}"
+
+
+def way_out_of_trained(trained_with: dict, resolution: int, longest: int, better: int) -> str:
+    """What a trained model can do; the arguments as in tile_to_see_more and way_out_in_training."""
+    tile = tile_to_see_more(trained_with, resolution, longest)
+    if tile and trained_with.get("tile"):
+        return f"--tile {tile} looks at parts of them, as its training did"
+    now = f"--tile {tile} looks at parts of them; " if tile else ""
+    larger = "" if better > MOST_SIDE else f", or with --resolution {better},"
+    return f"{now}a model trained with --tile auto{larger} sees more"
+
+
+def tile_to_see_more(trained_with: dict, resolution: int, longest: int) -> str:
+    """The --tile with which a trained model sees more of an image that it sees shrunk; "" where its
+    training images were shrunk as much: parts of an image would show objects larger than then.
+
+    longest: side of the images, in pixels.
+    """
+    known = trained_with.get("tile") or trained_with.get("image_side")
+    if known:
+        return AUTO if known < min(longest, MOST_SHRUNK * resolution) else ""
+    tile = max(min(2 * resolution, longest // 2), LEAST_TILE)
+    return str(tile) if tile < longest else ""
 
 
 def image_warnings(
-    files: Sequence[Path], resolution: int, step: int, pages: bool = False, tile: int | None = None
+    headers: dict[Path, ImageHeader],
+    resolution: int,
+    step: int,
+    trained_with: dict,
+    pages: bool = False,
+    tile: int | None = None,
 ) -> list[str]:
     """What is to be said of image files without annotations: too large, or of several pages.
 
-    resolution, step: as in shrink_warning. pages: each page is seen. tile: the side of the tiles
-    that are looked at, in pixels. Files that cannot be read are passed over.
+    headers: of those that can be read. resolution, step, trained_with: as in shrink_warning.
+    pages: each page is seen. tile: the side of the tiles that are looked at, in pixels.
     """
-    headers = {file: read_header(file) for file in files}
-    image_sides = [max(header.size) for header in headers.values() if header]
+    image_sides = [max(header.size) for header in headers.values()]
     if tile:
         image_sides = [min(side, tile) for side in image_sides]
-    messages = [shrink_warning(image_sides, resolution, step)]
-    several = [
-        f"{file}: {header.pages}" for file, header in headers.items() if header and header.pages > 1
-    ]
+    messages = [shrink_warning(image_sides, resolution, step, trained_with=trained_with)]
+    several = [f"{file}: {header.pages}" for file, header in headers.items() if header.pages > 1]
     if several and not pages:
         noun = "image has" if len(several) == 1 else "images have"
         what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
         messages.append(f"{what}: the first of each is read, --pages 1 sees them all")
     return [message for message in messages if message]
-
-
-def longest_side(files: Sequence[Path]) -> int:
-    """Of image files, in pixels; 0 where none can be read."""
-    headers = filter(None, map(read_header, files))
-    return max((max(header.size) for header in headers), default=0)
 
 
 def typical_side(split: CocoSplit, letterbox: bool = False) -> int:

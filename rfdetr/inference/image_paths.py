@@ -53,7 +53,10 @@ def what_is_there_instead(path: Path, suffixes: Collection[str], what: str, flag
         return f"no {what} there, but in folders below: {flag}{pattern}"
     if not path.exists() and not glob.has_magic(str(path)):
         return what_is_there(path)
-    return f"no {what} there ({', '.join(sorted(suffixes))})"
+    endings = ", ".join(sorted(suffixes))
+    if path.is_file():
+        return f"a file that is none of the {what} by its ending ({endings})"
+    return f"no {what} there ({endings})"
 
 
 def is_image(file: Path) -> bool:

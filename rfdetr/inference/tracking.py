@@ -8,7 +8,8 @@ hidden keeps its id.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from pycocotools import mask as mask_api
 from scipy.optimize import linear_sum_assignment
 
 from rfdetr.inference.overlaps import box_ious
+from rfdetr.text import counted
 
 UNSURE_SCORE = 0.1  # detections that score less are never looked at
 KEPT_FRAMES = 30  # for so many frames an object may be hidden
@@ -137,6 +139,24 @@ class Tracker:
         for track in tracks:
             track.unseen += 1
         self.tracks = [track for track in self.tracks if track.unseen <= KEPT_FRAMES]
+
+
+def lost_at_once(tracks: Iterable[int], threshold: float) -> str:
+    """A warning where most tracks have a single detection, "" where not.
+
+    tracks: of each detection of a run; threshold: as in Tracker.
+    """
+    lengths = Counter(tracks)
+    single = sum(length == 1 for length in lengths.values())
+    if 2 * single <= len(lengths):
+        return ""
+    have = "has" if single == 1 else "have"
+    return (
+        f"{single} of {counted(len(lengths), 'track')} {have} one frame alone: what is there was "
+        "found in no other. --track 1 wants the frames of one scene, so close in "
+        "time that an object overlaps itself from one to the next; a lower --threshold (it is "
+        f"{threshold:g}) where objects are missed in between, a higher one where there are none"
+    )
 
 
 def overlaps(tracks: list[Track], shapes: list[Shape], labels: np.ndarray) -> np.ndarray:

@@ -265,6 +265,11 @@ class CocoEvaluator:
             finally:
                 temporary.unlink(missing_ok=True)
 
+    def best_score(self) -> float:
+        """Of all detections; 0 where there are none."""
+        best = [float(table.scores.max(initial=0)) for table in self.detections.values()]
+        return max(best, default=0.0)
+
     def summary(self) -> dict:
         """The figures of boxes as "bbox", and with masks those of masks as "segm" and "mask".
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rfdetr import distributed
 from rfdetr.classes import COCO_NAMES, ClassTable
-from rfdetr.commands import DATA_FLAGS, TRAIN_DETECTOR, flags_of, training_command
+from rfdetr.commands import DATA_FLAGS, TRAIN_DETECTOR, flags_of, training_command, without_flag
 from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
@@ -115,7 +115,9 @@ def unshrunk_message(rows: int, names: list[str], path: Path) -> str:
         f"({', '.join(names)}). "
     )
     if is_newer_shrunk(shrunk, path, names):
-        return f"{message}{shrunk} is cut to them already. Run:\n  {with_checkpoint(shrunk)}"
+        own = without_flag(sys.argv, "checkpoint")
+        again = command_line(*distributed.launcher(), *own, "--checkpoint", shrunk)
+        return f"{message}{shrunk} is cut to them already. Run:\n  {again}"
     words = command_line("python", "shrink_head.py", "--in_ckpt", path, "--out_ckpt", shrunk)
     return (
         f"{message}Run:\n"
@@ -133,19 +135,6 @@ def is_newer_shrunk(file: Path, path: Path, names: list[str]) -> bool:
     except UserError:
         return False
     return set(table.names) == set(names) and table.rows_total == len(names) + 1
-
-
-def with_checkpoint(file: Path) -> str:
-    """The command that runs now, with another --checkpoint."""
-    words = list(sys.argv)
-    for place, word in enumerate(words):
-        if word == "--checkpoint":
-            del words[place : place + 2]
-            break
-        if word.startswith("--checkpoint="):
-            del words[place]
-            break
-    return command_line(*distributed.launcher(), *words, "--checkpoint", file)
 
 
 def lacking_message(table: ClassTable, session: Session, path: Path) -> str:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from rfdetr import distributed
 from rfdetr.console import UserError, warn
-from rfdetr.runs.places import STATES
+from rfdetr.runs.places import CONFIG, STATES
 from rfdetr.text import command_line
 from rfdetr.training.engine import Trainer, random_states, set_random_states
 from rfdetr.weights import checkpoint
@@ -23,6 +23,18 @@ WEIGHTS = ("regular", "ema")
 BEST_OF_EACH = {weights: f"checkpoint_best_{weights}.pth" for weights in WEIGHTS}
 METRICS = ("bbox/mAP", "segm/mAP")
 MOST = 2**31  # no run counts so far
+
+
+def refuse_file_of_run(file: Path, flag: str, usual: str) -> None:
+    """Raise UserError where a training has written the file that would be replaced; usual: another
+    name for what would be written.
+    """
+    of_training = {"best.pt", *STATES, *BEST_OF_EACH.values()}
+    if file.name in of_training and file.exists() and (file.parent / CONFIG).exists():
+        raise UserError(
+            f"{flag} {file} is a checkpoint of the training in {file.parent}: it is not "
+            f"replaced. Name another file, such as {file.parent / usual}"
+        )
 
 
 class CheckpointKeeper:

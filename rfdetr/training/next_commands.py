@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rfdetr import distributed
 from rfdetr.classes import ClassTable
-from rfdetr.commands import DATA_FLAGS, flags_of, size_flags
+from rfdetr.commands import DATA_FLAGS, flags_of, size_flags, without_flag
 from rfdetr.console import UserError
 from rfdetr.data.layout import find_splits
 from rfdetr.resolve import plain
@@ -56,19 +56,8 @@ def after_trial(session: Session, argv: list[str]) -> tuple[str, str]:
         remark += f" Delete {session.folder} before you start the run itself"
     elif not session.resumed:
         remark += f" {session.folder} can be deleted"
-    return remark, without_trial(argv)
-
-
-def without_trial(argv: list[str]) -> str:
-    """A command without --fast_dev_run."""
-    words = []
-    after_flag = False
-    for word in argv:
-        is_value = after_flag and word.isdigit()
-        after_flag = word == "--fast_dev_run"
-        if not (after_flag or is_value or word.startswith("--fast_dev_run=")):
-            words.append(word)
-    return command_line(*distributed.launcher(), *words)
+    own = without_flag(argv, "fast_dev_run")
+    return remark, command_line(*distributed.launcher(), *own)
 
 
 def prediction(weights: Path, images: Path, args: dict) -> str:

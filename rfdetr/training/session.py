@@ -31,7 +31,7 @@ from rfdetr.runs.folder import given_run, new_run
 from rfdetr.runs.record import Run
 from rfdetr.settings import TrainingSettings
 from rfdetr.sizes import ModelSize
-from rfdetr.tiling import AUTO, Tiling
+from rfdetr.tiling import AUTO, Tiling, tell_idle_flags
 from rfdetr.training.auto_batch import find_micro_batch
 from rfdetr.training.engine import Progress, Trainer
 from rfdetr.training.optim import has_fused_adamw, make_schedule
@@ -130,6 +130,7 @@ def choose_tiles(session: Session, content: dict | None = None) -> None:
             warn(problem.message)
     elif tile == AUTO:
         tick("--tile auto: objects are large enough in whole images")
+    tell_idle_flags(session.tiling, settings.tile_overlap, settings.tile_full)
 
 
 def choose_letterbox(session: Session, content: dict | None = None) -> None:
