@@ -173,6 +173,20 @@ def test_errors_of_images_hide_no_problem_of_classes(dataset, call, capsys, is_f
     assert found["CLASS_NOT_SCORED"]["places"] == ["'vessel'"]
 
 
+@pytest.mark.parametrize("is_fault_in", [None, "train"])
+def test_crowd_regions_are_no_objects_of_a_class_beside_errors_either(
+    dataset, call, capsys, is_fault_in
+):
+    change(dataset, lambda data: [entry.update(iscrowd=1) for entry in data["annotations"][:2]])
+    if is_fault_in:
+        (dataset / is_fault_in / "2.png").unlink()
+        change(dataset, lambda data: data["annotations"][1].update(id="x"))
+    _, report = checked(dataset, call, capsys)
+    (few,) = [problem for problem in report["problems"] if problem["code"] == "CLASS_FEW"]
+    kind = " listed" if is_fault_in else ""
+    assert few["places"] == [f"'cell': 2{kind}", f"'vessel': 1{kind}"]
+
+
 def test_errors_of_categories_are_not_taken_for_missing_classes(dataset):
     change(dataset, lambda data: data["categories"].pop(1))
     assert codes(dataset) == {"ANN_CATEGORY_UNKNOWN": "error"}

@@ -235,7 +235,8 @@ class CocoSplit:
     images: ImageTable | ImageList
     class_names: list[str]  # by label, the same in all splits of a dataset
     category_ids: list[int]  # by label, this file's own; an unused number where it lacks a class
-    annotated: dict[str, int]  # class that this file lists -> its annotations, usable or not
+    # class that this file lists -> its annotations, usable or not, crowd regions aside
+    annotated: dict[str, int]
     left_out: list[str]  # names of placeholder categories
     exif: str  # "apply" or "ignore" the orientation of images whose size does not tell
     problems: list[Problem]  # errors first
