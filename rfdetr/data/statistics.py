@@ -168,14 +168,22 @@ def image_warnings(
     if tile:
         image_sides = [min(side, tile) for side in image_sides]
     messages = [shrink_warning(image_sides, resolution, step)]
+    if not pages:
+        messages.append(pages_warning(files, "--pages 1"))
+    return [message for message in messages if message]
+
+
+def pages_warning(files: Sequence[Path], way_out: str) -> str:
+    """What to say of image files of several pages, "" where there are none; way_out: to all."""
+    headers = {file: read_header(file) for file in files}
     several = [
         f"{file}: {header.pages}" for file, header in headers.items() if header and header.pages > 1
     ]
-    if several and not pages:
-        noun = "image has" if len(several) == 1 else "images have"
-        what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
-        messages.append(f"{what}: the first of each is read, --pages 1 sees them all")
-    return [message for message in messages if message]
+    if not several:
+        return ""
+    noun = "image has" if len(several) == 1 else "images have"
+    what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
+    return f"{what}: the first of each is read, {way_out} sees them all"
 
 
 def longest_side(files: Sequence[Path]) -> int:
