@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     model, table = checkpoint.build_model(content)
     where = f"{settings.dataset} ({settings.split})"
     again = training_command(plain(settings) | {"size": model.size.name, "resolution": None})
-    table = table.in_order_of(split.class_names, split.category_ids, where, again)
+    table = table.in_order_of(
+        split.class_names, split.category_ids, where, again, split.renames
+    )
     precision = pick_inference_precision(settings.amp, device, model.size.recipe.amp)
     model.to(device)
     if settings.compile:

@@ -38,13 +38,13 @@ from rfdetr.files import make_folder, write_json, writing_to
 from rfdetr.inference.batches import in_batches
 from rfdetr.inference.detections import tell_few_queries
 from rfdetr.inference.image_paths import IMAGE_SUFFIXES as IMAGES
+from rfdetr.inference.image_paths import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.image_paths import none_read, some_unread
 from rfdetr.inference.inputs import collect, free_name, names_of_inputs, refuse_output_among_inputs
 from rfdetr.inference.originals import Page, file_of, pages_of, read_or_warn
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.records import as_records
 from rfdetr.inference.tracking import UNSURE_SCORE, Tracker, lost_at_once
-from rfdetr.inference.videos import VIDEO_SUFFIXES as VIDEOS
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.text import counted, rounded_down

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rfdetr.console import UserError
-from rfdetr.renaming import rename_choices, suggest_renames
+from rfdetr.renaming import NO_RENAMES, Renames, suggest_renames
 
 COCO_ROWS = 91
 _COCO = (
@@ -93,12 +93,18 @@ class ClassTable:
         return self.names == tuple(COCO_NAMES.values())
 
     def in_order_of(
-        self, names: list[str], ids: list[int], where: str, train_again: str = ""
+        self,
+        names: list[str],
+        ids: list[int],
+        where: str,
+        train_again: str = "",
+        renames: Renames = NO_RENAMES,
     ) -> ClassTable:
         """The same rows in a dataset's label order.
 
-        where, train_again: the dataset, and a command, for the message. A dataset may have a part
-        of COCO's classes alone. Raises UserError with all names where they differ.
+        where, train_again, renames: the dataset, a command and the --rename given, for the message.
+        A dataset may have a part of COCO's classes alone. Raises UserError with all names where
+        they differ.
         """
         row_of = dict(zip(self.names, self.rows))
         missing = [name for name in names if name not in row_of]
@@ -115,7 +121,7 @@ class ClassTable:
                 message += f"Dataset: {list(names)}; checkpoint: {list(self.names)}. "
             meant = suggest_renames(missing, extra, self.names)
             if meant:
-                message += f"If they are the same, add: {rename_choices(meant)}. Otherwise: "
+                message += f"If they are the same, add: {renames.choices(meant)}. Otherwise: "
             message += "Use the checkpoint that was trained on these classes, or train again"
             raise UserError(f"{message}: {train_again}" if train_again else message)
         rows = tuple(row_of[name] for name in names)

@@ -7,7 +7,6 @@ prediction.picture().save("found.png")
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rfdetr.arguments import (
+    as_arguments,
+    checked_setting,
+    naming_arguments,
+    require_count,
+    require_share,
+    require_switch,
+)
 from rfdetr.console import UserError, warn
 from rfdetr.data.gray import look_at, scale_for, window_of
+from rfdetr.data.image_files import headers_of
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
 from rfdetr.data.letterbox import as_input, letterbox_for
-from rfdetr.device import Precision, pick_device, pick_inference_precision
+from rfdetr.data.statistics import pages_warning
+from rfdetr.device import pick_device, pick_inference_precision
 from rfdetr.inference.batches import in_batches
 from rfdetr.inference.detections import (
     DetectionRunner,
     Detections,
     make_predictions,
+    require_finite,
     sure_detections,
 )
 from rfdetr.inference.image_paths import none_read, some_unread
@@ -44,9 +54,9 @@ from rfdetr.inference.originals import (
 from rfdetr.inference.prediction import Prediction
 from rfdetr.inference.tiles import COMPARABLE, DetectedInWindow, in_windows, merge
 from rfdetr.placement import Placement
-from rfdetr.resolve import settings_of
 from rfdetr.settings import MOST_TILE_OVERLAP
 from rfdetr.sizes import SIZES
+from rfdetr.text import EMPTY, counted
 from rfdetr.tiling import Tiling, Window, crop, tiling_of
 from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load
@@ -91,7 +101,9 @@ class RFDETR:
         Raises UserError for a file that is missing, damaged or of another size, a side that does
         not fit, and another argument that is none.
         """
-        place = pick_device(device, in_python=True)
+        place = pick_device(str(device), in_python=True)
+        if checkpoint is not None and not str(checkpoint):
+            raise UserError(f"checkpoint is {EMPTY}")
         amp = checked_setting("amp", amp)
         if resolution is not None:
             require_count("resolution", resolution)
@@ -103,6 +115,7 @@ class RFDETR:
             )
         path = Path(checkpoint or find_weights("auto", size, OWN_FILE))
         content = load(path)
+        self.path = path
         own = content["size"]["name"]
         if size is not None and own != size.name:
             raise UserError(
@@ -133,6 +146,12 @@ class RFDETR:
     ) -> RFDETR:
         """Any checkpoint, whatever its size."""
         return RFDETR(path, device, amp, resolution)
+
+    def __repr__(self) -> str:
+        classes = counted(len(self.table.names), "class")
+        kind = "boxes" if self.model.head is None else "masks"
+        where = f"{self.resolution} px, {self.precision.device}, {kind}, {self.path}"
+        return f"{type(self).__name__}({self.model.size.name}, {classes}, {where})"
 
     @property
     def class_names(self) -> list[str]:
@@ -183,19 +202,26 @@ class RFDETR:
             require_share("tile_overlap", tile_overlap, MOST_TILE_OVERLAP)
         if max_detections is not None:
             require_count("max_detections", max_detections)
+        require_switch("pages", pages)
+        if tile_full is not None:
+            require_switch("tile_full", tile_full)
         # before the overlapping ones are left out
         self.runner.max_detections = max(max_detections or 0, self.model.size.select)
         if isinstance(images, Iterator) and not is_open_file(images):
             images = list(images)
         singles = flatten(images, pages)
+        if not pages:
+            self._warn_of_pages(singles)
+        with naming_arguments():
+            tiling = self.tiling(tile, tile_overlap, tile_full)
         choice = Choice(
             threshold=threshold,
             nms=nms,
             batch=batch,
             max_detections=max_detections,
             window=self.gray_window([single.image for single in singles], gray),
-            tiling=self.tiling(tile, tile_overlap, tile_full),
-            letterbox=self.letterboxed(letterbox),
+            tiling=tiling,
+            letterbox=self.letterboxed(letterbox, in_python=True),
         )
         is_one = len(singles) == 1 and singles[0].image is images
         if is_one:
@@ -215,9 +241,10 @@ class RFDETR:
         """
         return tiling_of(self.trained_with, tile, overlap, full)
 
-    def letterboxed(self, given: bool | None = None) -> bool:
+    def letterboxed(self, given: bool | None = None, in_python: bool = False) -> bool:
         """Whether predict() lets images keep their proportions; given: its argument.
 
+        in_python: what is said names that, not the flag of predict.py.
         Warns, once, where training did otherwise.  Raises UserError for another value.
         """
         if given not in (None, False, True):
@@ -225,7 +252,7 @@ class RFDETR:
         letterbox, warning = letterbox_for(given, self.trained_with)
         if warning and not self._warned_of_letterbox:
             self._warned_of_letterbox = True
-            warn(warning)
+            warn(as_arguments(warning) if in_python else warning)
         return letterbox
 
     def gray_window(
@@ -246,6 +273,12 @@ class RFDETR:
             self._warned_of_gray = True
             warn(warning)
         return window_of(scale)
+
+    def _warn_of_pages(self, singles: list[Single]) -> None:
+        files = filter(None, (file_of(single.image) for single in singles))
+        warning = pages_warning(headers_of(map(Path, files)), "pages=True")
+        if warning:
+            warn(warning)
 
     def _readable(
         self, singles: list[Single], choice: Choice
@@ -343,41 +376,6 @@ class RFDETR:
         height, width = pixels.shape[:2]
         window = window or Window(0, 0, width, height)
         return Placement.of_input(window, height, width, self.resolution, choice.letterbox)
-
-
-def require_share(name: str, value: float, most: float = 1) -> None:
-    """Raise UserError for what is no number in 0..most."""
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= most:  # never true of NaN
-        raise UserError(f"{name} must be a number in 0..{most}, got {value!r}")
-
-
-def require_count(name: str, value: int) -> None:
-    """Raise UserError for what is no whole number of 1 or more."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1 or isinstance(value, bool):
-        raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
-
-
-def checked_setting(name: str, value: str | float) -> str | float:
-    """A value that a flag of predict.py takes.  Raises UserError."""
-    try:
-        return settings_of(PredictionSettings)[name].read(value)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def require_finite(detections: Detections, precision: Precision) -> None:
-    """Raise UserError where a score or a box is NaN or infinite."""
-    if detections.scores.isfinite().all() and detections.boxes.isfinite().all():
-        return
-    advice = "The checkpoint is damaged: use another"
-    if precision.dtype is not None:
-        advice = 'Run again with --amp off (from Python: amp="off")'
-    raise UserError(f"the model's scores or boxes are NaN or infinite. {advice}")
 
 
 def _of_size(size: str) -> type[RFDETR]:

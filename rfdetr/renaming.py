@@ -6,11 +6,57 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
-from rfdetr.console import UserError
+from rfdetr.console import UserError, warn
 from rfdetr.text import quoted_name
 
 LETTERS = 4  # of a name; in shorter ones one edit makes another word
+AT_ONCE = "All --rename act at once, on the names in the files"
+
+
+@dataclass(frozen=True)
+class Renames:
+    """What --rename asks for: all of it at once, of the names in the files.
+
+    new_of: old name -> new name; listed: the classes that the files list.
+    """
+
+    new_of: dict[str, str] = field(default_factory=dict)
+    listed: frozenset[str] = frozenset()
+
+    def more(self, meant: dict[str, str]) -> list[str]:
+        """The OLD=NEW that also give classes of today's names their new ones."""
+        pairs = {}
+        for name, new in meant.items():
+            olds = [old for old in sorted(self.listed) if self.new_of.get(old, old) == name]
+            pairs |= dict.fromkeys(olds or [name], new)
+        changed = {old: new for old, new in pairs.items() if old != new}
+        return as_pairs(changed or pairs)
+
+    def replaced(self, names: Collection[str]) -> list[str]:
+        """The given OLD=NEW in whose place `more` puts others for classes of these names."""
+        return as_pairs({old: new for old, new in self.new_of.items() if new in names})
+
+    def flags(self, meant: dict[str, str]) -> str:
+        """The --rename flags of `more`, and in place of which they are."""
+        return rename_flags(self.more(meant)) + self.in_place(meant)
+
+    def choices(self, meant: dict[str, list[str]]) -> str:
+        """As `flags`, of what suggest_renames tells; those to choose among with "or"."""
+        parts = [rename_flags(self.more(certain_renames(meant)))]
+        for name, others in meant.items():
+            if len(others) > 1:
+                parts.append(" or ".join(rename_flags(self.more({name: one})) for one in others))
+        return "; ".join(part for part in parts if part) + self.in_place(meant)
+
+    def in_place(self, names: Collection[str]) -> str:
+        """What to add to the flags where given ones have to go."""
+        replaced = rename_flags(self.replaced(names))
+        return f" (in place of {replaced})" if replaced else ""
+
+
+NO_RENAMES = Renames()
 
 
 def without_style(name: str) -> str:
@@ -80,18 +126,9 @@ def nearest(name: str, partners: Collection[str], others: Collection[str]) -> li
     return difflib.get_close_matches(name, near, n=max(len(near), 1), cutoff=0)
 
 
-def certain_renames(meant: dict[str, list[str]]) -> list[str]:
-    """OLD=NEW of the names that can mean one other alone."""
-    return as_pairs({name: others[0] for name, others in meant.items() if len(others) == 1})
-
-
-def rename_choices(meant: dict[str, list[str]]) -> str:
-    """The --rename flags of what suggest_renames tells, those to choose among with "or"."""
-    parts = [rename_flags(certain_renames(meant))]
-    for name, others in meant.items():
-        if len(others) > 1:
-            parts.append(" or ".join(rename_flags([f"{name}={other}"]) for other in others))
-    return "; ".join(part for part in parts if part)
+def certain_renames(meant: dict[str, list[str]]) -> dict[str, str]:
+    """The names that can mean one other alone -> that."""
+    return {name: others[0] for name, others in meant.items() if len(others) == 1}
 
 
 def alike_classes(counts: dict[str, int]) -> dict[str, str]:
@@ -125,13 +162,12 @@ def rename_flags(pairs: Iterable[str]) -> str:
     return " ".join(words)
 
 
-def read_renames(
-    pairs: Sequence[str], names_by_split: dict[str, Collection[str]]
-) -> dict[str, str]:
-    """The values of --rename as old name -> new name.
+def read_renames(pairs: Sequence[str], names_by_split: dict[str, Collection[str]]) -> Renames:
+    """What the values of --rename ask for; warns of a new name that is itself renamed.
 
     names_by_split: the classes that each split lists. Raises UserError for a value that is no pair,
-    an old name that no split lists, and a new one that train should list and does not.
+    an old name that no split lists or that is given twice, and a new one that train should list and
+    does not.
     """
     listed = sorted(set().union(*names_by_split.values()))
     in_train = names_by_split.get("train")
@@ -145,13 +181,46 @@ def read_renames(
             )
         old, new = next((cut for cut in cuts if cut[0] in listed), cuts[0])
         if old not in listed:
-            raise UserError(f"--rename {pair!r}: {no_class(old, listed, 'the dataset')}")
-        if in_train is not None and not {old, new} & set(in_train):
-            raise UserError(f"--rename {pair!r}: {no_class(new, sorted(in_train), 'train')}")
+            message = f"--rename {pair!r}: {no_class(old, listed, 'the dataset')}"
+            before = [one for one, its_new in renames.items() if its_new == old]
+            if before:
+                flags = rename_flags(as_pairs(dict.fromkeys(before, new)))
+                message += f". {AT_ONCE}: in place of both give {flags}"
+            raise UserError(message)
         if not new:
             raise UserError(f"--rename {pair!r}: the new name is empty")
+        if renames.get(old, new) != new:
+            raise UserError(
+                f"--rename {pair!r}: {old!r} is renamed to {renames[old]!r} already; give one of "
+                "the two"
+            )
         renames[old] = new
-    return renames
+    if in_train is not None:
+        names = {renames.get(name, name) for name in in_train} | set(in_train)
+        for old, new in renames.items():
+            if new not in names:
+                pair = f"{old}={new}"
+                raise UserError(f"--rename {pair!r}: {no_class(new, sorted(names), 'train')}")
+    warn_of_chains(renames)
+    return Renames(renames, frozenset(listed))
+
+
+def warn_of_chains(renames: dict[str, str]) -> None:
+    """Warn where a class gets a name that another one loses, unless they swap their names."""
+    last = {}  # old name -> that at the end of its chain
+    for old, new in renames.items():
+        passed = {old}
+        while new in renames and new not in passed:
+            passed.add(new)
+            new = renames[new]
+        if new not in passed and len(passed) > 1:
+            last[old] = new
+    if not last:
+        return
+    became = ", ".join(f"{old!r} is now {renames[old]!r}, not {new!r}" for old, new in last.items())
+    flags = rename_flags(as_pairs(last))
+    replaced = rename_flags(as_pairs({old: renames[old] for old in last}))
+    warn(f"{AT_ONCE}: {became}. If the latter is meant, give {flags} in place of {replaced}")
 
 
 def no_class(name: str, listed: Sequence[str], where: str) -> str:

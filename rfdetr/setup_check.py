@@ -321,11 +321,13 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
 def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
     """What to do about errors; --fix is named where it can do some of it."""
     codes = {problem.code for problem in errors}
-    renames = rename_flags(pair for problem in errors for pair in problem.renames)
+    renames = rename_flags(dict.fromkeys(pair for one in errors for pair in one.renames))
     if "CLASS_UNKNOWN" in codes and not renames:
         renames = '--rename "OLD=NEW"'
     can_fix = bool(codes & REPAIRED) and "JSON_INVALID" not in codes and not settings.fix
-    command = same_check(settings)
+    replaced = {pair for one in errors for pair in one.renames_replaced}
+    kept = tuple(pair for pair in settings.rename if pair not in replaced)
+    command = same_check(replace(settings, rename=kept))
     if codes == {"CLASS_UNKNOWN"}:
         return f"If they are the same classes, run: {command} {renames}"
     if can_fix:

@@ -442,6 +442,17 @@ def test_difficult_objects_are_ignored_as_vocs_scores_do(convert, tmp_path):
     assert "difficult objects, written as crowds, which training and scores ignore: 1" in said
 
 
+def test_images_without_an_xml_are_told(convert, tmp_path):
+    root = voc(tmp_path / "theirs")
+    for name in "bcdefg":
+        picture(root / f"{name}.png")
+    put(root / "other.xml", voc_xml({**IMAGE, "file_name": "g.png"}, [BOX], 0))
+    picture(root / "elsewhere/h.png")
+    converted, said = convert(root)
+    assert len(images_of(converted)) == 2
+    assert "images without an .xml or a mask, left out: 5 (b.png; c.png; d.png; ...)" in said
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotation>&b;</annotation>'
 
 

@@ -257,6 +257,7 @@ def test_each_page_is_an_image(stack, tmp_path, call, capsys):
             assert_same(page, model.predict(np.asarray(image), 0.0))
             assert (page.image == read_image(np.asarray(image), window=(0.0, 4095.0))).all()
     assert_same(model.predict(stack, 0.0), pages[0])
+    assert "the first of each is read, pages=True sees them all" in capsys.readouterr().out
 
     (stack.parent / "broken.tif").write_bytes(b"II*\0")
     words = ["--checkpoint", weights, "--input", stack.parent, "--threshold", 0]

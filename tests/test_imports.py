@@ -16,6 +16,7 @@ from conftest import ROOT
 # A room may import from lower layers, and within its own as long as nothing goes round in a circle.
 LAYERS = [
     [
+        "arguments",
         "console",
         "files",
         "fields",

@@ -364,11 +364,11 @@ def test_another_way_than_in_training_is_told_once(mixed, tmp_path, capsys):
     assert not np.array_equal(plain.boxes, boxed.predict(file, 0.0).boxes)
     assert not capsys.readouterr().out
     np.testing.assert_array_equal(boxed.predict(file, 0.0, letterbox=False).boxes, plain.boxes)
-    assert "--letterbox 0: the model was trained on images with" in capsys.readouterr().out
+    assert "letterbox=False: the model was trained on images with" in capsys.readouterr().out
     boxed.predict(file, letterbox=False)
     assert not capsys.readouterr().out
     old.predict(file, letterbox=True)
-    assert "--letterbox 1: the model was trained on images resized" in capsys.readouterr().out
+    assert "letterbox=True: the model was trained on images resized" in capsys.readouterr().out
     assert letterbox_for(None, {"letterbox": True}) == (True, "")
     assert letterbox_for(None, {}) == letterbox_for(False, {}) == (False, "")
     with pytest.raises(UserError, match="letterbox must be True, False or None"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +22,7 @@ import quickstart
 import validate_setup
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
+from rfdetr.data.class_checks import rare_class_problems
 from rfdetr.data.coco import inspect_dataset, read_dataset
 from rfdetr.data.layout import ANNOTATIONS
 from rfdetr.data.repair import fix_dataset
@@ -173,6 +175,20 @@ def test_errors_of_images_hide_no_problem_of_classes(dataset, call, capsys, is_f
     assert found["CLASS_NOT_SCORED"]["places"] == ["'vessel'"]
 
 
+@pytest.mark.parametrize("is_fault_in", [None, "train"])
+def test_crowd_regions_are_no_objects_of_a_class_beside_errors_either(
+    dataset, call, capsys, is_fault_in
+):
+    change(dataset, lambda data: [entry.update(iscrowd=1) for entry in data["annotations"][:2]])
+    if is_fault_in:
+        (dataset / is_fault_in / "2.png").unlink()
+        change(dataset, lambda data: data["annotations"][1].update(id="x"))
+    _, report = checked(dataset, call, capsys)
+    (few,) = [problem for problem in report["problems"] if problem["code"] == "CLASS_FEW"]
+    kind = " listed" if is_fault_in else ""
+    assert few["places"] == [f"'cell': 2{kind}", f"'vessel': 1{kind}"]
+
+
 def test_errors_of_categories_are_not_taken_for_missing_classes(dataset):
     change(dataset, lambda data: data["categories"].pop(1))
     assert codes(dataset) == {"ANN_CATEGORY_UNKNOWN": "error"}
@@ -238,6 +254,50 @@ def test_names_can_be_swapped_and_handed_on(dataset, flags):
     assert renamed["train"].objects_per_class == before
 
 
+def test_a_new_name_that_is_renamed_itself_is_told_with_the_flags_for_a_chain(dataset, capsys):
+    for split in ("train", "valid"):
+        change(dataset, lambda data: add_class(data, "Cell", 5, 1), split)
+    read_dataset(dataset, rename=["cell=vessel", "vessel=cell"])
+    assert "at once" not in capsys.readouterr().out
+    read_dataset(dataset, rename=["Cell=vessel", "vessel=top"])
+    said = capsys.readouterr().out
+    assert "'Cell' is now 'vessel', not 'top'" in said
+    flags = '--rename "Cell=top" in place of --rename "Cell=vessel"'
+    assert flags in said
+    with pytest.raises(UserError, match=r'no class \'b\'.*in place of both give --rename "Cell=c"'):
+        read_dataset(dataset, rename=["Cell=b", "b=c"])
+    with pytest.raises(UserError, match="'Cell' is renamed to 'a' already"):
+        read_dataset(dataset, rename=["Cell=a", "Cell=b"])
+
+
+@pytest.mark.parametrize("given", [["vessel=Cell", "Cell=cell"], ["vessel=Cell"]])
+def test_flags_that_are_advised_beside_given_ones_work_when_pasted(dataset, given):
+    for split in ("train", "valid"):
+        change(dataset, lambda data: add_class(data, "Cell", 5, 1), split)
+    (alike,) = [
+        problem
+        for problem in rare_class_problems(read_dataset(dataset, rename=given)["train"], None)
+        if problem.code == "CLASS_ALIKE"
+    ]
+    advised = [*(set(given) - set(alike.renames_replaced)), *alike.renames]
+    joined = read_dataset(dataset, rename=advised)["train"]
+    assert (len(joined.class_names), joined.objects_per_class) == (1, [5])
+    assert f"--rename \"{alike.renames_replaced[0]}\")" in alike.message
+    assert "(in place of " in alike.message
+
+
+def test_the_check_that_is_advised_gives_no_flag_twice(dataset, call, capsys):
+    call_otherwise(dataset, cell="Cells", vessel="other")
+    shutil.copytree(dataset / "valid", dataset / "test")
+    flags = ["--dataset", dataset, "--size", "tiny", "--device", "cpu", "--check_images", "0"]
+    with pytest.raises(UserError) as error:
+        call(validate_setup.main, *flags, "--rename", "cell=cello", "--rename", "other=vessel")
+    words = shlex.split(str(error.value).partition("run: python validate_setup.py ")[2])
+    renames = [word for word in words if "=" in word]
+    assert renames == ["--rename=cell=cello", "--rename=other=vessel", "Cells=cello"]
+    call(validate_setup.main, *words)
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -285,7 +345,7 @@ def test_every_script_takes_rename_and_hands_it_on(dataset, tmp_path, call, caps
     call(validate_setup.main, *flags, "--size", "tiny")
     assert capsys.readouterr().out.strip().endswith(" --rename=Cell=cell --device cpu")
     save_model(tmp_path / "x.pt", ["Cell", "vessel"])
-    with pytest.raises(UserError, match=r'add: --rename "cell=Cell"\. Otherwise'):
+    with pytest.raises(UserError, match=r'add: --rename "cell=Cell" \(in place of '):
         call(evaluate.main, "--checkpoint", "x.pt", *flags)
     call(evaluate.main, "--checkpoint", "x.pt", *flags[:-1], "cell=Cell")
     assert "Cell " in capsys.readouterr().out

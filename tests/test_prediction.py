@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 import rfdetr
+from rfdetr.arguments import as_arguments
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
@@ -99,7 +101,8 @@ def test_gray_is_read_as_files_are(tmp_path):
     tensor = torch.from_numpy(bytes_)
     for kind in (bytes_, bytes_ / 255, bytes_[..., None], tensor, tensor[None]):
         assert (read_image(kind) == expected).all()
-    assert (read_image(bytes_ > 127) == 255 * (expected > 127)).all()
+    is_light = Image.fromarray(bytes_ > 127)
+    assert (read_image(is_light) == 255 * (expected > 127)).all()
     assert abs(read_image((tensor / 255).bfloat16()).astype(int) - expected).max() <= 1
 
 
@@ -114,6 +117,8 @@ def test_gray_is_read_as_files_are(tmp_path):
         (np.full((8, 8), -1.0), "before it is normalised"),
         (np.full((8, 8), np.nan), "NaN or infinite pixels"),
         (np.zeros((8, 8), int), r"int64.*astype\('uint8'\)"),
+        (np.ones((8, 8), bool), "this one is bool, as masks are. Give the image itself"),
+        (torch.ones(3, 8, 8, dtype=torch.bool), "this one is bool, as masks are"),
         (torch.zeros(8, 9, 3), r"permute\(2, 0, 1\)"),
         ("https://example.org/a.jpg", "is a URL: download it first"),
         ("nowhere.jpg", "cannot be read as an image: there is no such file"),
@@ -144,6 +149,48 @@ def test_errors_of_the_python_door_name_arguments():
         RFDETRNano(device="gpu")
     with pytest.raises(UserError, match=r"^device='meta' is not usable.* try device=\"cpu\"$"):
         RFDETRNano(device="meta")
+
+
+def test_a_model_is_told_in_a_line(model):
+    said = repr(model)
+    assert said == f"RFDETR(tiny, 3 classes, 32 px, cpu, masks, {model.path})"
+
+
+def test_a_video_and_further_pages_are_told(model, tmp_path, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"....ftyp")
+    with pytest.raises(UserError, match=r"a\.mp4 is a video.* predict\.py .*--input .*a\.mp4$"):
+        model.predict(str(tmp_path / "a.mp4"))
+    pages = [Image.new("L", (40, 30), gray) for gray in (0, 99)]
+    stack = tmp_path / "stack.tif"
+    pages[0].save(stack, save_all=True, append_images=pages[1:])
+    model.predict(stack)
+    line = f"1 image has several pages or frames ({stack}: 2): the first of each is read, "
+    assert f"{line}pages=True sees them all" in capsys.readouterr().out
+    model.predict(stack, pages=True)
+    assert "pages" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"tile": "auto"}, r'^tile="auto": .* such as tile=640$'),
+        ({"tile": -1}, "^tile must be 0, auto, or 32 pixels or more, got -1$"),
+        ({"tile": 64, "tile_full": "no"}, "^tile_full must be True or False, got 'no'$"),
+        ({"pages": "yes"}, "^pages must be True or False, got 'yes'$"),
+    ],
+)
+def test_messages_to_python_name_arguments(model, pixels, arguments, message, capsys):
+    with pytest.raises(UserError, match=message):
+        model.predict(pixels, **arguments)
+    assert as_arguments("--letterbox 1: leave the flag out") == "letterbox=True: leave it out"
+
+
+@pytest.mark.parametrize("checkpoint", ["", Path("")])
+def test_an_empty_checkpoint_is_no_download(checkpoint, model):
+    with pytest.raises(UserError):
+        RFDETRNano(checkpoint=checkpoint)
+    again = RFDETR.from_checkpoint(model.path, device=torch.device("cpu"))
+    assert repr(again) == repr(model)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class ListedSplit:
     files: dict[int | str, ImageFile] | None  # by id; None: images are not looked for
     decoded: bool  # whether the files were read as a whole
     annotations: FlatAnnotations  # not checked
-    annotated: dict[int, int]  # category id -> its annotations
+    annotated: dict[int, int]  # category id -> its annotations, crowd regions aside
     faults: Faults
     sha256: str = ""  # of the annotation file, where an index of it may be kept
 
@@ -75,7 +75,7 @@ class CheckedSplit:
     categories: list[dict]  # the sound entries
     # by id, those that cannot be read, too; empty where the split is known from an earlier start
     listed: dict[int | str, SizedImage]
-    annotated: dict[int, int]  # category id -> its annotations in the file, usable or not
+    annotated: dict[int, int]  # category id -> the same, usable or not
     columns: Columns  # of the usable ones
     exif: ExifDecision
     proofs: frozenset[bool]  # what this file's images add to it
@@ -114,8 +114,7 @@ def list_split(
     categories = table_of(data, "categories", faults)
     images = table_of(data, "images", faults)
     annotations = flat_annotations(data, faults)
-    annotated = annotations.category_counts
-    sound_categories = check_categories(categories, set(annotated), faults)
+    sound_categories = check_categories(categories, annotations.category_ids, faults)
     entries = check_image_entries(images, faults)
     del data, images  # of large files, as much memory as all that is found of them
     files = None
@@ -128,7 +127,7 @@ def list_split(
         files=files,
         decoded=decode,
         annotations=annotations,
-        annotated=annotated,
+        annotated=annotations.object_counts,
         faults=faults,
         sha256=sha256,
     )

@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from rfdetr.data.faults import FEW_OBJECTS, PLACES_KEPT, Faults, Problem, first_few
 from rfdetr.data.records import CocoSplit
-from rfdetr.renaming import (
-    alike_classes,
-    as_pairs,
-    certain_renames,
-    rename_choices,
-    rename_flags,
-    suggest_renames,
-)
+from rfdetr.renaming import Renames, alike_classes, certain_renames, suggest_renames
 from rfdetr.text import counted
 
 HIDE_CLASSES = ("JSON_", "CAT_", "ANN_CATEGORY_UNKNOWN")  # errors after which classes may lack
@@ -46,12 +39,19 @@ def class_problems(split: CocoSplit, train: CocoSplit) -> list[Problem]:
         listed = [repr(name) for name in train.class_names if name in train.annotated]
         known = first_few(listed, 20)
         message = f"{headline} ({first_few(places)}; train has {known}): "
-        message += advice_on(unknown, meant)
-        kept = places[:PLACES_KEPT]
-        renames = certain_renames(meant)
-        problems.append(
-            Problem("CLASS_UNKNOWN", "error", message, len(places), kept, headline, renames)
+        message += advice_on(unknown, meant, split.renames)
+        certain = certain_renames(meant)
+        problem = Problem(
+            "CLASS_UNKNOWN",
+            "error",
+            message,
+            len(places),
+            places[:PLACES_KEPT],
+            headline,
+            split.renames.more(certain),
+            split.renames.replaced(certain),
         )
+        problems.append(problem)
     return problems
 
 
@@ -85,7 +85,6 @@ def alike_problems(train: CocoSplit, taught: dict[str, int]) -> list[Problem]:
     alike = alike_classes(taught)
     if not alike:
         return []
-    pairs = as_pairs(alike)
     kind = kind_of_count(train)
     places = [
         f"{old!r}: {taught[old]}, {new!r}: {taught[new]} annotations{kind}"
@@ -95,10 +94,15 @@ def alike_problems(train: CocoSplit, taught: dict[str, int]) -> list[Problem]:
     headline = f"{train.annotation_file}: {count} whose name differs from another's in case alone"
     message = (
         f"{headline} ({first_few(places)}): they are learnt as classes of their own; if they are "
-        f"the same, add here and to every later command: {rename_flags(pairs)}"
+        f"the same, add here and to every later command: {train.renames.flags(alike)}"
     )
     kept = places[:PLACES_KEPT]
-    return [Problem("CLASS_ALIKE", "warning", message, len(alike), kept, headline, pairs)]
+    renames = train.renames.more(alike)
+    replaced = train.renames.replaced(alike)
+    problem = Problem(
+        "CLASS_ALIKE", "warning", message, len(alike), kept, headline, renames, replaced
+    )
+    return [problem]
 
 
 def hides_classes(split: CocoSplit) -> bool:
@@ -134,11 +138,11 @@ def meanings(here: dict[str, int], train: CocoSplit) -> dict[str, list[str]]:
     return suggest_renames(unknown, partners, train.annotated)
 
 
-def advice_on(unknown: list[str], meant: dict[str, list[str]]) -> str:
-    """meant: those of the unknown classes whose meaning can be guessed."""
+def advice_on(unknown: list[str], meant: dict[str, list[str]], renames: Renames) -> str:
+    """meant: those of the unknown classes whose meaning can be guessed; renames: the given ones."""
     sentences = []
     if meant:
-        sentences.append(f"if they are the same, add: {rename_choices(meant)}")
+        sentences.append(f"if they are the same, add: {renames.choices(meant)}")
     if len(meant) < len(unknown):
         sentences.append(
             "a class needs objects in train, or the name of one that has: "

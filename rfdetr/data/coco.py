@@ -29,7 +29,7 @@ from rfdetr.data.labels import number_classes
 from rfdetr.data.layout import SPLITS, find_splits, has_val_folder, read_json
 from rfdetr.data.records import CocoSplit, ImageTable
 from rfdetr.masks import annotation_area
-from rfdetr.renaming import class_names_of, read_renames, rename_classes
+from rfdetr.renaming import NO_RENAMES, Renames, class_names_of, read_renames, rename_classes
 
 NEEDED = ("train", "valid")  # splits, for training
 
@@ -96,11 +96,11 @@ def inspect_dataset(
         files = find_splits(root)
     except UserError as error:
         return {}, [dataset_error("DATASET_LAYOUT", str(error), root)]
-    listed, problems = list_files(files, decode, root, rename)
+    listed, problems, renames = list_files(files, decode, root, rename)
     problems += missing_splits(needed, files, val_fraction, root)
     decision = decide_exif(frozenset().union(*(split.proofs for split in listed.values())), exif)
     checked = {name: check_listed(listed.pop(name), *files[name], decision) for name in [*listed]}
-    splits = build_splits(checked)
+    splits = build_splits(checked, renames)
     faults = {name: split.faults for name, split in checked.items()}
     if val_fraction and "train" in splits and "valid" not in files:
         splits["train"], splits["valid"] = divide(splits["train"], val_fraction)
@@ -136,14 +136,15 @@ def inspect_dataset(
 
 def list_files(
     files: dict[str, tuple[Path, Path]], decode: bool, root: str | Path, rename: Sequence[str]
-) -> tuple[dict[str, ListedSplit | CheckedSplit], list[Problem]]:
-    """What the annotation files list, and a problem for each that is no JSON.
+) -> tuple[dict[str, ListedSplit | CheckedSplit], list[Problem], Renames]:
+    """What the annotation files list, a problem for each that is no JSON, and the renames.
 
     Splits that are known from an earlier start are checked already.
     """
     contents = {}
     problems = []
     listed = {}
+    renames = NO_RENAMES
     for name, (file, folder) in files.items():
         known = None if decode or rename else read_index(file, folder)
         if known is not None:
@@ -157,12 +158,12 @@ def list_files(
         names = {name: class_names_of(data) for name, (data, _) in contents.items()}
         renames = read_renames(rename, names)
         for data, _ in contents.values():
-            rename_classes(data, renames)
+            rename_classes(data, renames.new_of)
     for name in list(contents):
         file, folder = files[name]
         sha256 = "" if decode else contents[name][1]
         listed[name] = list_split(file, folder, decode, contents.pop(name)[0], sha256)
-    return {name: listed[name] for name in files if name in listed}, problems
+    return {name: listed[name] for name in files if name in listed}, problems, renames
 
 
 def read_annotation_file(file: Path, streamed: bool) -> tuple[dict, str]:
@@ -223,8 +224,13 @@ def dataset_error(code: str, message: str, root: str | Path) -> Problem:
 # ---------------------------------------------------------------- building
 
 
-def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
-    """The splits of a dataset with their classes numbered, each with its file's own problems."""
+def build_splits(
+    checked: dict[str, CheckedSplit], renames: Renames = NO_RENAMES
+) -> dict[str, CocoSplit]:
+    """The splits of a dataset with their classes numbered, each with its file's own problems.
+
+    renames: that were asked for.
+    """
     classes = number_classes(checked)
     splits = {}
     for name, split in checked.items():
@@ -241,6 +247,7 @@ def build_splits(checked: dict[str, CheckedSplit]) -> dict[str, CocoSplit]:
             left_out=classes.left_out,
             exif=split.exif.name,
             problems=split.faults.problems(),
+            renames=renames,
         )
     return splits
 

@@ -228,7 +228,8 @@ class Problem:
     count: int
     places: list[str]  # the first PLACES_KEPT of them
     headline: str = ""  # the message without examples and advice
-    renames: list[str] = field(default_factory=list)  # OLD=NEW of --rename that may mend it
+    renames: list[str] = field(default_factory=list)  # OLD=NEW of --rename that may mend it ...
+    renames_replaced: list[str] = field(default_factory=list)  # ... in place of these given ones
 
 
 class Faults:

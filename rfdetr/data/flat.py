@@ -90,9 +90,15 @@ class FlatAnnotations:
         return len(self.odd)
 
     @property
-    def category_counts(self) -> dict[int, int]:
-        """Category id -> how many annotations have it; of those that are whole numbers."""
-        counts = count_values(as_array(self.categories, np.int64))
+    def category_ids(self) -> set[int]:
+        """Those that annotations have and that are whole numbers."""
+        return {*np.unique(as_array(self.categories, np.int64)).tolist()} - {NO_CATEGORY}
+
+    @property
+    def object_counts(self) -> dict[int, int]:
+        """Category id -> how many annotations have it that are no crowd regions."""
+        is_object = as_array(self.crowd, np.int8) == 0
+        counts = count_values(as_array(self.categories, np.int64)[is_object])
         counts.pop(NO_CATEGORY, None)
         return counts
 
@@ -118,7 +124,8 @@ class FlatAnnotations:
         if not is_usual:
             annotation_id = annotation_id if is_whole(annotation_id) else 0
             category_id = category_id if is_whole(category_id) else NO_CATEGORY
-            crowd = area = None
+            crowd = crowd if type(crowd) is int and crowd in (0, 1) else None
+            area = None
             box = box if is_box(box) else NO_BOX
         self.ids.append(annotation_id)
         number = -1

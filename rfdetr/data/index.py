@@ -66,7 +66,7 @@ def read_index(annotation_file: Path, folder: Path) -> CheckedSplit | None:
                 annotation_file=annotation_file,
                 categories=meta["categories"],
                 listed={},
-                annotated=count_values(columns.categories),
+                annotated=count_values(columns.categories[~columns.is_crowd]),
                 columns=columns,
                 exif=ExifDecision(meta["apply_exif"], frozenset(meta["dataset_proofs"])),
                 proofs=frozenset(meta["proofs"]),

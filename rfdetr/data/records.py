@@ -14,6 +14,7 @@ from rfdetr.data.columns import PROOF_OF, Columns
 from rfdetr.data.faults import Problem
 from rfdetr.data.flat import NO_MASK
 from rfdetr.data.gray import GrayScale
+from rfdetr.renaming import NO_RENAMES, Renames
 from rfdetr.tiling import Window
 
 
@@ -234,11 +235,13 @@ class CocoSplit:
     images: ImageTable | ImageList
     class_names: list[str]  # by label, the same in all splits of a dataset
     category_ids: list[int]  # by label, this file's own; an unused number where it lacks a class
-    annotated: dict[str, int]  # class that this file lists -> its annotations, usable or not
+    # class that this file lists -> its annotations, usable or not, crowd regions aside
+    annotated: dict[str, int]
     left_out: list[str]  # names of placeholder categories
     exif: str  # "apply" or "ignore" the orientation of images whose size does not tell
     problems: list[Problem]  # errors first
     gray: GrayScale | None = None  # how gray of more than 8 bits is read; None: by its bits
+    renames: Renames = NO_RENAMES  # that were asked for, of all splits
 
     def __post_init__(self):
         if isinstance(self.images, list):

@@ -75,7 +75,7 @@ def fix_dataset(
     listed = [list_split(*files[name], data=data) for name, data in contents.items()]
     decision = decide_exif(frozenset().union(*(split.proofs for split in listed)), exif)
     cleaned = {
-        name: clean(contents.pop(name), *places, decode, decision, renames)
+        name: clean(contents.pop(name), *places, decode, decision, renames.new_of)
         for name, places in files.items()
     }
     for name, (data, _) in cleaned.items():

@@ -209,12 +209,19 @@ def image_warnings(
     if tile:
         image_sides = [min(side, tile) for side in image_sides]
     messages = [shrink_warning(image_sides, resolution, step, trained_with=trained_with)]
-    several = [f"{file}: {header.pages}" for file, header in headers.items() if header.pages > 1]
-    if several and not pages:
-        noun = "image has" if len(several) == 1 else "images have"
-        what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
-        messages.append(f"{what}: the first of each is read, --pages 1 sees them all")
+    if not pages:
+        messages.append(pages_warning(headers, "--pages 1"))
     return [message for message in messages if message]
+
+
+def pages_warning(headers: dict[Path, ImageHeader], way_out: str) -> str:
+    """What to say of image files of several pages, "" where there are none; way_out: to all."""
+    several = [f"{file}: {header.pages}" for file, header in headers.items() if header.pages > 1]
+    if not several:
+        return ""
+    noun = "image has" if len(several) == 1 else "images have"
+    what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
+    return f"{what}: the first of each is read, {way_out} sees them all"
 
 
 def typical_side(split: CocoSplit, letterbox: bool = False) -> int:

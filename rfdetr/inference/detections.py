@@ -289,3 +289,13 @@ def tell_few_queries(max_detections: int | None, queries: int) -> None:
             "many objects it finds in an image at most. With --tile it is as many in each tile; "
             "else train with more --num_queries"
         )
+
+
+def require_finite(detections: Detections, precision: Precision) -> None:
+    """Raise UserError where a score or a box is NaN or infinite."""
+    if detections.scores.isfinite().all() and detections.boxes.isfinite().all():
+        return
+    advice = "The checkpoint is damaged: use another"
+    if precision.dtype is not None:
+        advice = 'Run again with --amp off (from Python: amp="off")'
+    raise UserError(f"the model's scores or boxes are NaN or infinite. {advice}")

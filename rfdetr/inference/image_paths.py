@@ -15,6 +15,7 @@ from rfdetr.runs.places import what_is_there
 from rfdetr.text import quoted
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 
 
 def files_named_by(text: str, suffixes: Collection[str]) -> list[Path]:

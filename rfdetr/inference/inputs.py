@@ -10,8 +10,12 @@ from pathlib import Path
 
 from rfdetr.console import UserError
 from rfdetr.data.layout import ANNOTATIONS
-from rfdetr.inference.image_paths import IMAGE_SUFFIXES, files_named_by, what_is_there_instead
-from rfdetr.inference.videos import VIDEO_SUFFIXES
+from rfdetr.inference.image_paths import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    files_named_by,
+    what_is_there_instead,
+)
 from rfdetr.text import EMPTY
 
 

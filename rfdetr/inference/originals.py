@@ -29,9 +29,14 @@ from rfdetr.data.images import (
     to_rgb_array,
 )
 from rfdetr.data.large_images import ImageOnDisk, Pixels, read_for_tiles
-from rfdetr.inference.image_paths import IMAGE_SUFFIXES, files_named_by, what_is_there_instead
+from rfdetr.inference.image_paths import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    files_named_by,
+    what_is_there_instead,
+)
 from rfdetr.runs.places import what_is_there
-from rfdetr.text import DOWNLOAD_FIRST, is_url, with_article
+from rfdetr.text import DOWNLOAD_FIRST, command_line, is_url, with_article
 
 
 @dataclass(frozen=True)
@@ -249,6 +254,12 @@ def _checked_file(path: str | Path) -> str | Path:
         raise UserError(f"{path}: cannot be read as an image: {there} Looked from {os.getcwd()}")
     if not is_regular_file(path):
         raise UserError(f"{path} is not an image file, but a folder, pipe, socket or device")
+    if Path(path).suffix.lower() in VIDEO_SUFFIXES:
+        command = command_line("python", "predict.py", "--checkpoint", "FILE", "--input", path)
+        raise UserError(
+            f"{path} is a video, no image: give its frames as RGB arrays (OpenCV's are BGR: "
+            f"frame[:, :, ::-1]), or run: {command}"
+        )
     return path
 
 
@@ -326,7 +337,10 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
-        return array * np.uint8(255)
+        raise UserError(
+            "an image array must be uint8, uint16, or float in 0..1, this one is bool, as masks "
+            "are. Give the image itself; of a black and white one array.astype('uint8') * 255"
+        )
     if _is_16_bit(array):
         rows = np.ascontiguousarray(array, np.uint16).reshape(len(array), -1)
         return to_8_bit(Image.fromarray(rows)).reshape(array.shape)

@@ -22,7 +22,6 @@ from rfdetr.inference.tracking import Tracker
 from rfdetr.progress import ProgressBar
 from rfdetr.text import command_line
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 # where in a file, and what, tells a container of videos: MP4 and MOV, AVI, Matroska and WebM, MPEG,
 # Ogg, ASF, Flash
 VIDEO_SIGNS = [(4, name) for name in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")]

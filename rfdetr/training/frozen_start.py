@@ -101,7 +101,8 @@ def frozen_detector(session: Session, content: dict, path: Path) -> tuple[Detect
     detector.to(session.device).requires_grad_(False)
     where = f"{settings.dataset} (train)"
     again = training_command(plain(settings))
-    return detector, table.in_order_of(names, session.train.category_ids, where, again)
+    train = session.train
+    return detector, table.in_order_of(names, train.category_ids, where, again, train.renames)
 
 
 def unshrunk_message(rows: int, names: list[str], path: Path) -> str:

@@ -99,7 +99,9 @@ def class_table(session: Session, head: str) -> ClassTable:
     table = checkpoint.table_of(session.resumed)
     where = f"{session.settings.dataset} (train)"
     again = training_command(plain(session.settings), session.settings.script)
-    return table.in_order_of(train.class_names, train.category_ids, where, again)
+    return table.in_order_of(
+        train.class_names, train.category_ids, where, again, train.renames
+    )
 
 
 def choose_tiles(session: Session, content: dict | None = None) -> None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -110,6 +112,7 @@ class VocReader:
                 key = (item.folder, file.stem)
                 if item.is_xml or key not in items:
                     items[key] = item
+        self._note_unlabelled(items.values())
         lists = {folder: read_lists(folder) for folder in {item.folder for item in items.values()}}
         splits = {}
         for item in items.values():
@@ -121,6 +124,22 @@ class VocReader:
             else:
                 self.notes.add("images that no list in ImageSets names, left out", item.label)
         return splits
+
+    def _note_unlabelled(self, items: Iterable[VocImage]) -> None:
+        """Note the images in folders of labelled ones that no .xml and no mask is of."""
+        labelled = {item.label for item in items}
+        folders = set()
+        for item in items:
+            image = self._image_of(item, "")
+            if image is None and item.is_xml:
+                with suppress(Unusable):  # told when it is read
+                    image = self._image_of(item, read_xml(item.label).findtext("filename") or "")
+            if image:
+                labelled.add(image)
+                folders.add(image.parent)
+        for image in self.images.values():
+            if image.parent in folders and image not in labelled:
+                self.notes.add("images without an .xml or a mask, left out", image)
 
     def _image_of(self, item: VocImage, name: str) -> Path | None:
         """The image called as its label, else as the .xml says, beside it or in JPEGImages."""
