@@ -38,7 +38,7 @@ from rfdetr.data.formats.yolo import YoloReader
 from rfdetr.data.layout import describe_folder, holds_dataset
 from rfdetr.files import require_free, writing_to
 from rfdetr.progress import ProgressBar
-from rfdetr.renaming import alike_classes, as_pairs, rename_flags
+from rfdetr.renaming import STYLE, alike_classes, as_pairs, rename_flags
 from rfdetr.settings import VAL_FRACTION
 from rfdetr.text import command_line
 
@@ -197,7 +197,7 @@ def warn_of_alike_classes(taught: dict[str, int]) -> None:
         return
     names = ", ".join(f"{old!r} and {new!r}" for old, new in alike.items())
     warn(
-        f"classes whose names differ in case alone: {names}. If they are the same, add to the "
+        f"classes whose names differ in {STYLE} alone: {names}. If they are the same, add to the "
         f"next command and to every later one: {rename_flags(as_pairs(alike))}"
     )
 

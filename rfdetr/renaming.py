@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rfdetr.console import UserError, warn
 from rfdetr.text import quoted_name
 
+STYLE = "case, blanks, _ or -"  # in words: what is probably not meant to tell names apart
 LETTERS = 4  # of a name; in shorter ones one edit makes another word
 AT_ONCE = "All --rename act at once, on the names in the files"
 
@@ -132,14 +133,15 @@ def certain_renames(meant: dict[str, list[str]]) -> dict[str, str]:
 
 
 def alike_classes(counts: dict[str, int]) -> dict[str, str]:
-    """Classes whose names differ from another's in case and blanks alone -> the most frequent such.
+    """Classes whose names differ from another's in STYLE alone -> the most frequent such.
 
     counts: class name -> its objects; classes without any are passed over.
     """
     groups: dict[str, list[str]] = {}
     for name, count in counts.items():
         if count:
-            folded = re.sub(r"[\s_]+", "", unicodedata.normalize("NFKC", name).casefold())
+            folded = unicodedata.normalize("NFKC", name).casefold()
+            folded = re.sub(r"[\s_]+|(?<=\w)-(?=\w)", "", folded)  # CD4- is another name than CD4
             groups.setdefault(folded, []).append(name)
     alike = {}
     for names in groups.values():

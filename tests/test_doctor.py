@@ -233,7 +233,7 @@ ROWS = [
     ("31 some", without_masks(1), GOOD, {"ANN_NO_MASK"}),
     ("31 all", without_masks(0), BAD, {"MASKS_NONE"}),
     ("32 shapes", extremes, GOOD, {"IMG_SHRUNK"}),
-    ("32 one", one_image, GOOD, {"SPLIT_EMPTY"}),
+    ("32 one", one_image, GOOD, {"SPLIT_EMPTY", "CLASS_NOT_IN_TRAIN"}),
 ]  # fmt: skip
 
 

@@ -182,9 +182,28 @@ def test_the_sheet_of_guesses_says_that_it_counts_some_images(demo, tmp_path, ca
         monkeypatch.setattr("rfdetr.training.report.GUESSED_IMAGES", drawn)
         with Run(tmp_path / f"run_{drawn}", {}, tensorboard=False) as run:
             draw_guesses(run, dataset)
-    assert remarks == [" in 3 of 12 images (masks guessed)", " (masks guessed)"]
+    assert remarks == [" in 3 of 11 images (masks guessed)", " (masks guessed)"]
     said = capsys.readouterr().out
-    assert "to look at in 3 of 12 images: " in said and "to look at: " in said
+    assert "to look at in 3 of 11 images: " in said and "to look at: " in said
+
+
+def test_the_sheet_of_guesses_shows_no_drawn_mask(demo, tmp_path, monkeypatch):
+    sheets = []
+
+    def sheet(split: CocoSplit, remark: str) -> Image.Image:
+        sheets.append(split)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr("rfdetr.training.report.class_sheet", sheet)
+    split = without_masks(read_dataset(demo)["train"], keep=10)
+    mixed = split.images[0]
+    split.images[0] = replace(mixed, segmentations=[None, *mixed.segmentations[1:]])
+    with Run(tmp_path / "run", {}, tensorboard=False) as run:
+        draw_guesses(run, SplitDataset(split, 64, None, True, guess=True))
+    (shown,) = sheets
+    assert [image.id for image in shown.images] == [split.images[i].id for i in (0, 10, 11)]
+    assert len(shown.images[0].boxes) == 1
+    assert shown.object_count == shown.mask_count == 1 + sum(split.objects_per_image[10:])
 
 
 @settings(max_examples=40, deadline=None)

@@ -28,7 +28,7 @@ from rfdetr.data.layout import ANNOTATIONS
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.statistics import shrink_warning
 from rfdetr.models.detector import Detector
-from rfdetr.renaming import is_near
+from rfdetr.renaming import alike_classes, is_near
 from rfdetr.resolve import plain, read_layer, resolve
 from rfdetr.runs.record import Run
 from rfdetr.settings import DetectorSettings
@@ -217,6 +217,20 @@ def test_classes_that_differ_in_case_alone_are_told_with_the_flag_that_joins_the
     assert '--rename "Cell=cell"' in alike["message"]
     joined = read_dataset(dataset, rename=alike["renames"])["train"]
     assert (joined.class_names, joined.objects_per_class) == (["cell", "vessel"], [4, 1])
+
+
+@pytest.mark.parametrize("name", ["lymph node", "Lymph_Node", "lymph-node"])
+def test_names_that_differ_in_blanks_and_dashes_are_alike(name):
+    counts = {"lymph_node": 5, name: 2, "CD4": 1, "CD4-": 1}
+    assert alike_classes(counts) == {name: "lymph_node"}
+
+
+def test_a_class_that_no_split_shows_is_told(dataset, call, capsys):
+    for split in ("train", "valid"):
+        change(dataset, lambda data: add_class(data, "podocyte", 55), split)
+    _, report = checked(dataset, call, capsys)
+    (unused,) = [one for one in report["problems"] if one["code"] == "CLASS_NOT_IN_TRAIN"]
+    assert unused["severity"] == "warning" and "'podocyte'" in unused["message"]
 
 
 def test_names_that_are_as_near_are_all_offered(dataset, call, capsys):

@@ -353,7 +353,7 @@ def test_shared_images_and_classes_missing_in_train(dataset):
         "'vessel'",
         "1.png = train's 3.png",
     }
-    assert "without an annotation in train" in read_dataset(dataset)["valid"].warnings[-1]
+    assert "without a usable object in train" in read_dataset(dataset)["valid"].warnings[-1]
 
 
 def test_empty_splits(dataset):
@@ -644,7 +644,7 @@ def test_classes_that_train_or_valid_hardly_shows_are_told_in_a_line_each(datase
     few = told["[warning] CLASS_FEW"]
     assert "2 classes with fewer than 10 objects in train ('cell': 4, 'vessel': 1)" in few
     unscored = told["[warning] CLASS_NOT_SCORED"]
-    assert "1 class of train without an object here ('vessel')" in unscored
+    assert "1 class of train without an object in valid ('vessel')" in unscored
 
 
 def test_blanks_around_a_class_name_are_seen(dataset, capsys):

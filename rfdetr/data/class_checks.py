@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rfdetr.data.faults import FEW_OBJECTS, PLACES_KEPT, Faults, Problem, first_few
 from rfdetr.data.records import CocoSplit
-from rfdetr.renaming import Renames, alike_classes, certain_renames, suggest_renames
+from rfdetr.renaming import STYLE, Renames, alike_classes, certain_renames, suggest_renames
 from rfdetr.text import counted
 
 HIDE_CLASSES = ("JSON_", "CAT_", "ANN_CATEGORY_UNKNOWN")  # errors after which classes may lack
@@ -57,20 +57,22 @@ def class_problems(split: CocoSplit, train: CocoSplit) -> list[Problem]:
 
 def rare_class_problems(train: CocoSplit, valid: CocoSplit | None) -> list[Problem]:
     """Warnings for classes that train shows too rarely, that valid does not show, and whose names
-    differ in case alone.
+    differ in style alone, or that no split shows.
 
     None where errors of train may be why they lack.
     """
     if hides_classes(train):
         return []
     taught = counts_of(train)
+    here = counts_of(valid) if valid and not hides_classes(valid) else {}
     of_train = Faults(train.annotation_file)
     for name, count in taught.items():
+        if any(taught.values()) and count == 0 and not here.get(name):  # else valid's own warning
+            of_train.note("CLASS_NOT_IN_TRAIN", repr(name))
         if 0 < count < FEW_OBJECTS:
             of_train.note("CLASS_FEW", f"{name!r}: {count}{kind_of_count(train)}")
     problems = of_train.problems() + alike_problems(train, taught)
-    if valid and not hides_classes(valid):
-        here = counts_of(valid)
+    if here:
         meant = {name for names in meanings(here, train).values() for name in names}
         of_valid = Faults(valid.annotation_file)
         for name, count in taught.items():
@@ -81,7 +83,7 @@ def rare_class_problems(train: CocoSplit, valid: CocoSplit | None) -> list[Probl
 
 
 def alike_problems(train: CocoSplit, taught: dict[str, int]) -> list[Problem]:
-    """A warning where classes of train differ in the case of their names alone."""
+    """A warning where names of train's classes differ in style alone."""
     alike = alike_classes(taught)
     if not alike:
         return []
@@ -91,7 +93,8 @@ def alike_problems(train: CocoSplit, taught: dict[str, int]) -> list[Problem]:
         for old, new in alike.items()
     ]
     count = counted(len(alike), "class")
-    headline = f"{train.annotation_file}: {count} whose name differs from another's in case alone"
+    what = f"{count} whose name differs from another's in {STYLE} alone"
+    headline = f"{train.annotation_file}: {what}"
     message = (
         f"{headline} ({first_few(places)}): they are learnt as classes of their own; if they are "
         f"the same, add here and to every later command: {train.renames.flags(alike)}"

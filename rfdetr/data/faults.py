@@ -197,7 +197,7 @@ CODES: dict[str, FaultKind] = {
         "warning", "that exists already", "--val_fraction is not used"
     ),
     "CLASS_NOT_IN_TRAIN": FaultKind(
-        "warning", "without an annotation in train", "nothing can learn them"
+        "warning", "without a usable object in train", "nothing can learn them"
     ),
     "CLASS_FEW": FaultKind(
         "warning",
@@ -205,7 +205,7 @@ CODES: dict[str, FaultKind] = {
         "little can be learnt of them: label more",
     ),
     "CLASS_NOT_SCORED": FaultKind(
-        "warning", "of train without an object here", "no score tells how well they are found"
+        "warning", "of train without an object in valid", "no score tells how well they are found"
     ),
 }
 NOUNS = {  # first word of a code -> what it counts

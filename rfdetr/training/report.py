@@ -17,6 +17,7 @@ from torch import nn
 from rfdetr import distributed
 from rfdetr.console import UserError, banner, say, tick, warn
 from rfdetr.data.dataset import SplitDataset
+from rfdetr.data.records import ImageRecord
 from rfdetr.data.statistics import shrink_problems, without_scores
 from rfdetr.files import atomic_write
 from rfdetr.inference.class_sheet import class_sheet
@@ -219,17 +220,29 @@ def draw_guesses(run: Run, dataset: SplitDataset) -> None:
     file = run.folder / "guessed_masks.png"
     split = dataset.split
     with run.optional(f"drawing {file}"):
-        numbers = np.linspace(0, len(split.images) - 1, GUESSED_IMAGES).astype(int)
+        guessed = np.unique(split.places[~split.images.has_mask])  # images
+        numbers = np.linspace(0, len(guessed) - 1, GUESSED_IMAGES).astype(int)
         images = []
-        for number in np.unique(numbers).tolist():
+        for number in guessed[np.unique(numbers)].tolist():
             with contextlib.suppress(UserError):
                 masks = dataset.segmentations(number)
-                images.append(replace(split.images[number], segmentations=masks))
+                images.append(with_guesses_alone(split.images[number], masks))
         of_how_many = ""
-        if len(images) < len(split.images):
-            of_how_many = f" in {len(images)} of {counted(len(split.images), 'image')}"
+        if len(images) < len(guessed):
+            of_how_many = f" in {len(images)} of {counted(len(guessed), 'image')}"
         class_sheet(replace(split, images=images), f"{of_how_many} (masks guessed)").save(file)
         tick(f"Guessed masks to look at{of_how_many}: {file}")
+
+
+def with_guesses_alone(image: ImageRecord, masks: list[list | dict | None]) -> ImageRecord:
+    """An image with those of its objects that have no drawn mask; masks: of all its objects."""
+    indices = [i for i, drawn in enumerate(image.segmentations) if drawn is None]
+    return replace(
+        image,
+        boxes=image.boxes[indices],
+        labels=image.labels[indices],
+        segmentations=[masks[i] for i in indices],
+    )
 
 
 def draw_pictures(
