@@ -24,7 +24,7 @@ VENV = os.path.join(HERE, ".venv")
 
 # Optimizer steps of stage 1 and of stage 2, whatever the number of images; the epochs follow from
 # them. The tiny size starts from nothing; the demo data are easier than what microscopes see.
-STEPS = {"demo": (800, 300), "tiny": (3600, 600), "others": (1500, 1500)}
+STEPS = {"demo": (800, 600), "tiny": (3600, 1200), "others": (1500, 1500)}
 SEG_EVALUATIONS = 2  # of stage 2, whose epochs are shorter than a look at valid
 FEWEST_EPOCHS = 2
 MOST_EPOCHS = 100

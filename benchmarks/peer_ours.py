@@ -28,10 +28,10 @@ STAGE1, STAGE2, JOINT = (
     "train_seg_stage2.py",
     "train_seg_single_stage.py",
 )
-QUICKSTART_STEPS = (3600, 600)  # of stage 1 and stage 2, for tiny: quickstart.STEPS
-BATCH = {STAGE1: 4, STAGE2: 16, JOINT: 4}  # tiny's: rfdetr/sizes.py
+QUICKSTART_STEPS = (3600, 1200)  # of stage 1 and stage 2, for tiny: quickstart.STEPS
+BATCH = {STAGE1: 4, STAGE2: 8, JOINT: 4}  # tiny's: rfdetr/sizes.py
 EPOCHS = {STAGE1: 10, STAGE2: 5, JOINT: 10}  # quickstart's on 300 images
-REHEARSED = {STAGE1: 40, STAGE2: 80, JOINT: 40}  # steps of an epoch; stage 2's fill its cache
+REHEARSED = {STAGE1: 40, STAGE2: 160, JOINT: 40}  # steps of an epoch; stage 2's fill its cache
 
 
 class Script:

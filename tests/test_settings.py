@@ -302,7 +302,7 @@ def test_automatic_precision_is_the_sizes_own(word):
     assert resolve(DetectorSettings, {"size": "tiny", "amp": "bf16"}).amp == "bf16"
 
 
-@pytest.mark.parametrize("kind, usual", [(DetectorSettings, 4), (SegmentationSettings, 16)])
+@pytest.mark.parametrize("kind, usual", [(DetectorSettings, 4), (SegmentationSettings, 8)])
 def test_the_effective_batch_is_batch_times_accumulation(kind, usual):
     assert resolve(kind, {"size": "tiny", "batch": 3, "accum": 5}).effective_batch == 15
     automatic = resolve(kind, {"size": "tiny", "batch": "auto", "accum": 2})
