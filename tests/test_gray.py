@@ -123,6 +123,9 @@ def test_other_images_than_in_training_are_told():
     assert "--gray full" in warning
     scale, warning = scale_for(None, trained, plain)
     assert scale == trained and "these images have 8 bits" in warning
+    mixed = look_at([None, np.arange(1000), None], lambda image, values_too: image)
+    scale, warning = scale_for(None, trained, mixed)
+    assert scale == trained and "2 of 3 images looked at have 8 bits" in warning
     assert scale_for("full", trained, deep)[0].window is None
 
 

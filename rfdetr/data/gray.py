@@ -207,9 +207,12 @@ def scale_for(
         return here, (
             f"the checkpoint was trained on images of 8 bits, these have gray of more. {here.note}"
         )
-    if stored.window and not stored.plain and sample.plain and not sample.deep:
+    if stored.window and not stored.plain and sample.plain:
+        some = "these images have"
+        if sample.deep:
+            some = f"{sample.plain} of {sample.plain + sample.deep} images looked at have"
         return stored, (
-            "the checkpoint was trained on gray of more than 8 bits, these images have 8 bits: "
+            f"the checkpoint was trained on gray of more than 8 bits, {some} 8 bits: "
             "they are read as they are, 0 is black and 255 white"
         )
     return stored, None
