@@ -398,6 +398,19 @@ def test_a_valid_split_without_objects_is_told_before_and_in_training(
     assert told in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("epochs", "augment", "is_told"),
+    [(100, "dihedral", True), (99, "dihedral", False), (100, "none", False)],
+)
+def test_few_images_that_are_seen_often_are_to_be_varied(dataset, capsys, epochs, augment, is_told):
+    session = begun(dataset)
+    changes = {"epochs": epochs, "augment": augment}
+    session.settings = replace(session.settings, **changes)
+    print_banner(session, torch.nn.Linear(1, 1), "cpu")
+    told = "Each image is seen 100 times in all. --augment microscopy" in capsys.readouterr().out
+    assert told == is_told
+
+
 def test_a_part_of_train_without_objects_asks_for_another_part(dataset, capsys):
     shutil.rmtree(dataset / "valid")
     change(dataset, lambda data: data.update(annotations=data["annotations"][:1]))
