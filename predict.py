@@ -33,7 +33,7 @@ from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
 from rfdetr.data.statistics import image_warnings
 from rfdetr.detr import RFDETR
-from rfdetr.device import compile_in_place, pick_device
+from rfdetr.device import compile_in_place
 from rfdetr.files import make_folder, write_json, writing_to
 from rfdetr.inference.batches import in_batches
 from rfdetr.inference.detections import tell_few_queries
@@ -48,10 +48,14 @@ from rfdetr.inference.tracking import UNSURE_SCORE, Tracker, lost_at_once
 from rfdetr.inference.videos import predict_video
 from rfdetr.progress import ProgressBar
 from rfdetr.text import counted, rounded_down
-from rfdetr.tiling import tell_idle_flags, tell_tiles
+from rfdetr.tiling import tell_tiles
 
 RECORDS = "predictions.json"
 JPEG_QUALITY = 92  # Pillow's scale up to 95
+
+
+class Model(RFDETR):
+    in_python = False  # messages name flags
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,10 +78,7 @@ def predict_all(settings: PredictionSettings, results: Results) -> None:
     if suffix:
         names = [path.stem + suffix for path in images] + [f"{path.stem}.mp4" for path in videos]
     refuse_output_among_inputs(settings.output, settings.input, names)
-    pick_device(settings.device)  # what is wrong with it is said of the flag
-    model = RFDETR.from_checkpoint(
-        settings.checkpoint, settings.device, settings.amp, settings.resolution
-    )
+    model = Model(settings.checkpoint, settings.device, settings.amp, settings.resolution)
     model.exif = settings.exif or model.exif
     if settings.compile:
         compile_in_place(model.model.encoder, model.precision.device, weights_stay=True)
@@ -90,7 +91,6 @@ def predict_all(settings: PredictionSettings, results: Results) -> None:
         tell_tiles(model.trained_with, tiling, None if videos else longest)
     else:
         tell_few_queries(settings.max_detections, model.model.size.queries)
-        tell_idle_flags(tiling, settings.tile_overlap, settings.tile_full)
     model.letterboxed(settings.letterbox)  # warns before the work
     block = model.model.size.block
     for message in image_warnings(

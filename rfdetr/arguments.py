@@ -5,17 +5,31 @@ messages that are written for flags.
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
 from rfdetr.console import UserError
 from rfdetr.resolve import settings_of
+from rfdetr.text import EMPTY
 from rfdetr.tool_settings import PredictionSettings
 
-FLAG = re.compile(r"--(tile_overlap|tile_full|tile|letterbox)\b(?: (auto\b|\d+))?")
+FLAG = re.compile(
+    r"--(tile_overlap|tile_full|tile|letterbox|device|amp|resolution)\b"
+    r"(?: (auto\b|cpu\b|bf16\b|fp16\b|off\b|\d+))?"
+)
+
+
+def require_path(name: str, value: str | Path) -> None:
+    """Raise UserError for what is no path, or an empty one."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"{name} must be the path of a file, got {value!r}")
+    if not str(value):
+        raise UserError(f"{name} is {EMPTY}")
 
 
 def require_share(name: str, value: float, most: float = 1) -> None:
@@ -50,7 +64,7 @@ def checked_setting(name: str, value: str | float) -> str | float:
 
 
 def as_arguments(message: str) -> str:
-    """A message that names flags, as it is to name predict()'s arguments."""
+    """A message that names flags, as it is to name the Python door's arguments."""
     return FLAG.sub(as_argument, message).replace("leave the flag out", "leave it out")
 
 
@@ -61,13 +75,16 @@ def as_argument(flag: re.Match) -> str:
         return name
     if name in ("letterbox", "tile_full"):
         value = str(value != "0")
-    return f'{name}="{value}"' if value == "auto" else f"{name}={value}"
+        return f"{name}={value}"
+    return f"{name}={value}" if value.isdigit() else f'{name}="{value}"'
 
 
 @contextmanager
-def naming_arguments() -> Iterator[None]:
-    """UserErrors of what is done in it name arguments, not flags."""
+def naming_arguments(in_python: bool) -> Iterator[None]:
+    """UserErrors of what is done in it name arguments where that is in Python, not flags."""
     try:
         yield
     except UserError as error:
+        if not in_python:
+            raise
         raise UserError(as_arguments(str(error))) from error

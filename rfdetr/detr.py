@@ -8,7 +8,6 @@ prediction.picture().save("found.png")
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from rfdetr.arguments import (
     checked_setting,
     naming_arguments,
     require_count,
+    require_path,
     require_share,
     require_switch,
 )
@@ -32,6 +32,7 @@ from rfdetr.data.letterbox import as_input, letterbox_for
 from rfdetr.data.statistics import pages_warning
 from rfdetr.device import pick_device, pick_inference_precision
 from rfdetr.inference.batches import in_batches
+from rfdetr.inference.choice import Choice
 from rfdetr.inference.detections import (
     DetectionRunner,
     Detections,
@@ -56,27 +57,14 @@ from rfdetr.inference.tiles import COMPARABLE, DetectedInWindow, in_windows, mer
 from rfdetr.placement import Placement
 from rfdetr.settings import MOST_TILE_OVERLAP
 from rfdetr.sizes import SIZES
-from rfdetr.text import EMPTY, counted
-from rfdetr.tiling import Tiling, Window, crop, tiling_of
+from rfdetr.text import counted
+from rfdetr.tiling import Tiling, Window, crop, idle_flags, tiling_of
 from rfdetr.tool_settings import PredictionSettings
 from rfdetr.weights.checkpoint import build_model, gray_of, input_side, load
 from rfdetr.weights.download import find_weights
 
 # beside a download that failed
 OWN_FILE = "with checkpoint=PATH. A checkpoint of your own needs no download"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What predict() was asked for; window: what is black and white in gray of many bits."""
-
-    threshold: float
-    nms: float
-    batch: int
-    max_detections: int | None
-    window: GrayWindow | None
-    tiling: Tiling | None
-    letterbox: bool
 
 
 class RFDETR:
@@ -87,6 +75,7 @@ class RFDETR:
     """
 
     size_name: str | None = None  # the official weights a subclass starts from
+    in_python = True  # what is said names arguments, not the flags of predict.py
 
     def __init__(
         self,
@@ -101,9 +90,9 @@ class RFDETR:
         Raises UserError for a file that is missing, damaged or of another size, a side that does
         not fit, and another argument that is none.
         """
-        place = pick_device(str(device), in_python=True)
-        if checkpoint is not None and not str(checkpoint):
-            raise UserError(f"checkpoint is {EMPTY}")
+        place = pick_device(str(device), self.in_python)
+        if checkpoint is not None:
+            require_path("checkpoint", checkpoint)
         amp = checked_setting("amp", amp)
         if resolution is not None:
             require_count("resolution", resolution)
@@ -122,19 +111,19 @@ class RFDETR:
                 f"{path} is a {own} checkpoint, and {type(self).__name__} is for {size.name}: "
                 f"RFDETR.from_checkpoint({str(path)!r}) takes every size"
             )
-        self.resolution = input_side(content, resolution, path)
-        model, self.table = build_model(content)
+        with naming_arguments(self.in_python):
+            self.resolution = input_side(content, resolution, path)
+            model, self.table = build_model(content)
+            self.precision = pick_inference_precision(amp, place, model.size.recipe.amp)
         self.model = model.to(place)
-        self.precision = pick_inference_precision(amp, place, model.size.recipe.amp)
         self.runner = DetectionRunner(self.table, self.precision)
         self.exif = content.get("exif") or "apply"  # as the images it was trained on were read
         # as in a checkpoint
         known = ("tile", "tile_overlap", "tile_full", "image_side", "letterbox", "args")
         self.trained_with = {name: content[name] for name in known if name in content}
         self.gray = gray_of(content)
-        self.best_score = 0.0  # of all that predict() has looked at, below its threshold too
-        self._warned_of_gray = False
-        self._warned_of_letterbox = False
+        self.best_score = 0.0  # of all that predict() has seen in images, below its threshold too
+        self._warned_of: set[str] = set()
 
     @classmethod
     def from_checkpoint(
@@ -212,16 +201,14 @@ class RFDETR:
         singles = flatten(images, pages)
         if not pages:
             self._warn_of_pages(singles)
-        with naming_arguments():
-            tiling = self.tiling(tile, tile_overlap, tile_full)
         choice = Choice(
             threshold=threshold,
             nms=nms,
             batch=batch,
             max_detections=max_detections,
             window=self.gray_window([single.image for single in singles], gray),
-            tiling=tiling,
-            letterbox=self.letterboxed(letterbox, in_python=True),
+            tiling=self.tiling(tile, tile_overlap, tile_full),
+            letterbox=self.letterboxed(letterbox),
         )
         is_one = len(singles) == 1 and singles[0].image is images
         if is_one:
@@ -237,22 +224,24 @@ class RFDETR:
     ) -> Tiling | None:
         """The tiles that predict() looks at, by its arguments; None for none.
 
-        Raises UserError where there is nothing to tell what "auto" is.
+        Warns, once, of those that change nothing.  Raises UserError where there is nothing to tell
+        what "auto" is.
         """
-        return tiling_of(self.trained_with, tile, overlap, full)
+        with naming_arguments(self.in_python):
+            tiling = tiling_of(self.trained_with, tile, overlap, full)
+        for warning in idle_flags(tiling, overlap, full):
+            self._warn_once(warning, warning)
+        return tiling
 
-    def letterboxed(self, given: bool | None = None, in_python: bool = False) -> bool:
+    def letterboxed(self, given: bool | None = None) -> bool:
         """Whether predict() lets images keep their proportions; given: its argument.
 
-        in_python: what is said names that, not the flag of predict.py.
         Warns, once, where training did otherwise.  Raises UserError for another value.
         """
-        if given not in (None, False, True):
-            raise UserError(f"letterbox must be True, False or None, got {given!r}")
+        if given is not None:
+            require_switch("letterbox", given)
         letterbox, warning = letterbox_for(given, self.trained_with)
-        if warning and not self._warned_of_letterbox:
-            self._warned_of_letterbox = True
-            warn(as_arguments(warning) if in_python else warning)
+        self._warn_once("letterbox", warning)
         return letterbox
 
     def gray_window(
@@ -269,10 +258,14 @@ class RFDETR:
         is_known = gray is None and self.gray.window is not None
         sample = look_at(images, deep_pixels_of, values_too=not is_known)
         scale, warning = scale_for(gray, self.gray, sample)
-        if warning and not self._warned_of_gray:
-            self._warned_of_gray = True
-            warn(warning)
+        self._warn_once("gray", warning)
         return window_of(scale)
+
+    def _warn_once(self, subject: str, warning: str) -> None:
+        """Of each subject once; an empty text is no warning."""
+        if warning and subject not in self._warned_of:
+            self._warned_of.add(subject)
+            warn(as_arguments(warning) if self.in_python else warning)
 
     def _warn_of_pages(self, singles: list[Single]) -> None:
         files = filter(None, (file_of(single.image) for single in singles))
@@ -322,9 +315,7 @@ class RFDETR:
         inputs = torch.stack([self._as_input(array, choice) for array in pixels])
         placements = [self._placed(None, array, choice) for array in pixels]
         predictions = []
-        indices = list(range(len(images)))
-        for detections in self.runner.run(self.model, inputs, placements, indices):
-            self._check(detections)
+        for detections in self._detect(inputs, placements):
             predictions += make_predictions(
                 detections,
                 [originals[i] for i in detections.indices],
@@ -346,9 +337,7 @@ class RFDETR:
             part = windows[first : first + choice.batch]
             inputs = torch.stack([self._as_input(crop(pixels, window), choice) for window in part])
             placements = [self._placed(window, pixels, choice) for window in part]
-            indices = list(range(len(part)))
-            for detections in self.runner.run(self.model, inputs, placements, indices):
-                self._check(detections)
+            for detections in self._detect(inputs, placements):
                 of_detections = [part[i] for i in detections.indices]
                 least = choice.threshold * COMPARABLE
                 chosen = sure_detections(detections, least, choice.nms)
@@ -361,10 +350,19 @@ class RFDETR:
             prediction = prediction.without_duplicates(choice.nms)
         return prediction[: choice.max_detections]
 
-    def _check(self, detections: Detections) -> None:
-        """Keep the best score.  Raises UserError where a score or a box is NaN or infinite."""
-        require_finite(detections, self.precision)
-        self.best_score = max([self.best_score, *detections.scores.flatten().tolist()])
+    def _detect(self, inputs: Tensor, placements: list[Placement]) -> Iterator[Detections]:
+        """As DetectionRunner.run; keeps the best score.
+
+        Raises UserError where a score or a box is NaN or infinite.
+        """
+        indices = list(range(len(inputs)))
+        with naming_arguments(self.in_python):
+            for detections in self.runner.run(self.model, inputs, placements, indices):
+                require_finite(detections, self.precision)
+                for i, scores in enumerate(detections.scores.numpy()):
+                    seen = scores[detections.in_sight(i)]
+                    self.best_score = max([self.best_score, *seen.tolist()])
+                yield detections
 
     def _as_input(self, pixels: np.ndarray, choice: Choice) -> Tensor:
         """(H, W, 3) uint8 -> the model's input, (3, R, R) uint8."""

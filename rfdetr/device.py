@@ -76,6 +76,8 @@ def pick_device(name: str, in_python: bool = False) -> torch.device:
             torch.cuda.set_device(device)
             # what stays fp32 is multiplied in TF32, as the official package does
             torch.set_float32_matmul_precision("high")
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one CPU, of whatever number of cores")
         torch.zeros(1, device=device).item()  # fails where it does not work; "meta" has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -103,7 +103,7 @@ def choose_tile(tile: int | str | None, trained_tile: int, trained_side: int | N
     """
     if tile is None:
         return trained_tile
-    if tile == AUTO:
+    if isinstance(tile, str) and tile == AUTO:
         if trained_tile or trained_side:
             return trained_tile or trained_side
         raise UserError(
@@ -147,12 +147,19 @@ def tiles_like(content: dict, side: int, overlap: float | None, full: bool | Non
     return Tiling(side, overlap, full)
 
 
-def tell_idle_flags(tiling: Tiling | None, overlap: float | None, full: bool | None) -> None:
-    """Warn of --tile_overlap and --tile_full where there are no tiles."""
+def idle_flags(tiling: Tiling | None, overlap: float | None, full: bool | None) -> list[str]:
+    """What to warn of --tile_overlap and --tile_full where there are no tiles."""
     given = {"--tile_overlap": overlap is not None, "--tile_full 1": bool(full)}
-    for flag, is_given in given.items():
-        if is_given and tiling is None:
-            warn(f"{flag} changes nothing without tiles, which --tile asks for")
+    return [
+        f"{flag} changes nothing without tiles, which --tile asks for"
+        for flag, is_given in given.items()
+        if is_given and tiling is None
+    ]
+
+
+def tell_idle_flags(tiling: Tiling | None, overlap: float | None, full: bool | None) -> None:
+    for warning in idle_flags(tiling, overlap, full):
+        warn(warning)
 
 
 def tell_tiles(content: dict, tiling: Tiling | None, longest_side: int | None = None) -> None:

@@ -201,6 +201,14 @@ def test_nothing_is_detected_in_the_border():
     assert detections.in_sight(0).all()
 
 
+def test_the_best_score_is_of_what_is_in_sight(tmp_path):
+    model = RFDETR.from_checkpoint(saved_model(tmp_path / "boxed.pt", letterbox=True), "cpu")
+    image = np.random.default_rng(0).integers(0, 256, (16, 200, 3), dtype=np.uint8)
+    shown = model.predict(image, 0.0, nms=0)
+    assert 0 < len(shown) < model.model.size.select
+    assert model.best_score == shown.scores[0]
+
+
 # ---------------------------------------------------------------- what training sees
 
 
@@ -371,8 +379,9 @@ def test_another_way_than_in_training_is_told_once(mixed, tmp_path, capsys):
     assert "letterbox=True: the model was trained on images resized" in capsys.readouterr().out
     assert letterbox_for(None, {"letterbox": True}) == (True, "")
     assert letterbox_for(None, {}) == letterbox_for(False, {}) == (False, "")
-    with pytest.raises(UserError, match="letterbox must be True, False or None"):
-        old.predict(file, letterbox="yes")
+    for wrong in ("yes", np.ones(2)):
+        with pytest.raises(UserError, match="letterbox must be True or False, got"):
+            old.predict(file, letterbox=wrong)
     with pytest.raises(UserError, match="letterbox"):
         checkpoint.load(saved_model(tmp_path / "broken.pt", letterbox="yes"))
 

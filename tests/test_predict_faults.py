@@ -469,6 +469,21 @@ def test_evaluate_says_that_no_score_counts_in_the_overlap(call, few, capsys, tm
     assert "✓ 0 objects" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--resolution", 100], "--resolution 100 does not fit tiny"),
+        (["--amp", "fp16"], "--amp fp16 needs a GPU"),
+        (["--device", "cpu:1"], "--device cpu:1 is not usable"),
+        (["--tile", "auto"], "--tile auto: this checkpoint does not say"),
+    ],
+)
+def test_what_the_python_door_refuses_names_flags(find, tmp_path, flags, message):
+    photo(tmp_path / "a.png")
+    status, _, err = find("--input", "a.png", *flags)
+    assert status == 2 and message in err
+
+
 def test_flags_of_tiles_without_tiles_are_told(call, find, weights, few, capsys, tmp_path):
     photo(tmp_path / "a.png")
     idle = ["--tile_overlap", 0.5, "--tile_full", 1]

@@ -21,6 +21,7 @@ from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.detr import RFDETR, RFDETRNano
+from rfdetr.inference import detections
 from rfdetr.inference.detections import DetectionRunner
 from rfdetr.inference.originals import Original, read_image
 from rfdetr.inference.prediction import Prediction
@@ -149,6 +150,8 @@ def test_errors_of_the_python_door_name_arguments():
         RFDETRNano(device="gpu")
     with pytest.raises(UserError, match=r"^device='meta' is not usable.* try device=\"cpu\"$"):
         RFDETRNano(device="meta")
+    with pytest.raises(UserError, match="^device='cpu:1' is not usable"):
+        RFDETRNano(device="cpu:1")
 
 
 def test_a_model_is_told_in_a_line(model):
@@ -185,7 +188,22 @@ def test_messages_to_python_name_arguments(model, pixels, arguments, message, ca
     assert as_arguments("--letterbox 1: leave the flag out") == "letterbox=True: leave it out"
 
 
-@pytest.mark.parametrize("checkpoint", ["", Path("")])
+def test_idle_arguments_are_told_once(model, pixels, capsys):
+    for _ in range(2):
+        model.predict(pixels, tile_overlap=0.3, tile_full=True)
+    said = capsys.readouterr().out
+    assert said.count("tile_overlap changes nothing without tiles, which tile asks for") == 1
+    assert said.count("tile_full=True changes nothing without tiles") == 1
+
+
+def test_where_memory_runs_out_arguments_are_advised(model, pixels, monkeypatch):
+    monkeypatch.setattr(detections, "unless_out_of_memory", lambda *_: None)
+    advice = 'use device="cpu", or a model of a smaller resolution'
+    with pytest.raises(UserError, match=f"^out of memory with a single image: {advice}$"):
+        model.predict(pixels)
+
+
+@pytest.mark.parametrize("checkpoint", ["", Path(""), 3, b"best.pt", []])
 def test_an_empty_checkpoint_is_no_download(checkpoint, model):
     with pytest.raises(UserError):
         RFDETRNano(checkpoint=checkpoint)
@@ -198,7 +216,8 @@ def test_an_empty_checkpoint_is_no_download(checkpoint, model):
     [
         ({"amp": "bf61"}, r"amp: invalid choice: 'bf61' \(did you mean bf16\?"),
         ({"resolution": "64"}, "resolution must be a whole number of 1 or more, got '64'"),
-        ({"resolution": 65}, "the nearest are"),
+        ({"resolution": 65}, "^resolution=65 does not fit tiny: .* the nearest are"),
+        ({"amp": "fp16"}, '^amp="fp16" needs a GPU .*: use amp="auto", bf16 or off$'),
     ],
 )
 def test_a_models_arguments_are_checked(arguments, message, tmp_path, model):
@@ -302,6 +321,8 @@ def test_duplicates_are_left_out_unless_nms_is_0(model, pixels):
     unique = everything.without_duplicates()
     np.testing.assert_array_equal(default.boxes, unique.boxes)
     assert default.rles == unique.rles and (np.diff(default.scores) <= 0).all()
+    with pytest.raises(UserError, match=r"iou must be a number in 0\.\.1, got 7"):
+        everything.without_duplicates(7)
 
 
 # ---------------------------------------------------------------- a Prediction
@@ -335,6 +356,10 @@ def test_parts_of_a_prediction_are_predictions():
     assert prediction[np.array([2, 0])].scores.tolist() == prediction.scores[[2, 0]].tolist()
     with pytest.raises(TypeError, match="compare each"):
         prediction[prediction.names == "cells"]
+    for wrong in ("cells", 0.5, None, ["cells"], [0.5]):
+        with pytest.raises(TypeError, match="is a number, a slice, or a list of numbers or"):
+            prediction[wrong]
+    assert prediction[torch.tensor(1)].name == "vessel"
     with pytest.raises(IndexError):
         prediction[[True, False]]
 

@@ -297,5 +297,5 @@ def require_finite(detections: Detections, precision: Precision) -> None:
         return
     advice = "The checkpoint is damaged: use another"
     if precision.dtype is not None:
-        advice = 'Run again with --amp off (from Python: amp="off")'
+        advice = "Run again with --amp off"
     raise UserError(f"the model's scores or boxes are NaN or infinite. {advice}")

@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from torchvision.ops import batched_nms, nms
 
+from rfdetr.arguments import require_share
 from rfdetr.classes import ClassTable
 from rfdetr.console import UserError
 from rfdetr.data.large_images import ImageOnDisk
@@ -122,12 +123,9 @@ class Prediction:
     def __getitem__(
         self, chosen: int | slice | Sequence[int | bool] | np.ndarray
     ) -> DetectedObject | Prediction:
-        if isinstance(chosen, (bool, np.bool_)):
-            raise TypeError(
-                "a Prediction takes no single True or False as its index. To choose by class, "
-                "compare each: prediction[[name == 'cells' for name in prediction.names]]"
-            )
-        if isinstance(chosen, (int, np.integer)):
+        if not isinstance(chosen, slice):
+            chosen = _as_index(chosen)
+        if isinstance(chosen, int):
             return DetectedObject(
                 box=self.boxes[chosen],
                 score=float(self.scores[chosen]),
@@ -136,10 +134,6 @@ class Prediction:
                 rle=None if self.rles is None else self.rles[chosen],
                 track=None if self.tracks is None else int(self.tracks[chosen]),
             )
-        if not isinstance(chosen, slice):
-            chosen = np.asarray(chosen)
-            if not chosen.size and chosen.dtype != bool:
-                chosen = chosen.astype(int)  # an empty list makes an array of floats
         indices = np.arange(len(self))[chosen]
         return replace(
             self,
@@ -164,7 +158,11 @@ class Prediction:
         return f"Prediction({', '.join(parts)})"
 
     def without_duplicates(self, iou: float = PredictionSettings.nms) -> Prediction:
-        """The same without the boxes that `without_overlaps` drops."""
+        """The same without the boxes that `without_overlaps` drops.
+
+        Raises UserError for an iou that is not in 0..1.
+        """
+        require_share("iou", iou)
         return self[without_overlaps(self.boxes, self.scores, self.labels, iou)]
 
     def tracked(self, tracker: Tracker) -> Prediction:
@@ -280,6 +278,22 @@ class Prediction:
             min_side,
             None if self.tracks is None else self.tracks.tolist(),
         )
+
+
+def _as_index(chosen: int | Sequence[int | bool] | np.ndarray) -> int | np.ndarray:
+    """The index of one object, or numbers or booleans.  Raises TypeError for anything else."""
+    array = np.asarray(chosen)
+    if not array.size and array.dtype != bool:
+        array = array.astype(int)  # an empty list makes an array of floats
+    if array.dtype.kind in "iu":
+        return array if array.ndim else int(array)
+    if array.dtype == bool and array.ndim:
+        return array
+    raise TypeError(
+        f"the index of a Prediction is a number, a slice, or a list of numbers or booleans, got "
+        f"{chosen!r}. To choose by class, compare each: "
+        "prediction[[name == 'cells' for name in prediction.names]]"
+    )
 
 
 def without_overlaps(

@@ -150,7 +150,7 @@ def input_side(content: dict, resolution: int | None, path: Path) -> int:
         raise UserError(
             f"{path} asks for {own} x {own} pixels, and its position grid is for {grid_side} x "
             f"{grid_side}: that takes much memory and time. If it was trained at this resolution, "
-            f"add --resolution {own} (from Python: resolution={own})"
+            f"add --resolution {own}"
         )
     return check_resolution(size, resolution or own)
 
