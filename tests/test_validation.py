@@ -356,6 +356,23 @@ def test_shared_images_and_classes_missing_in_train(dataset):
     assert "without a usable object in train" in read_dataset(dataset)["valid"].warnings[-1]
 
 
+def test_an_image_that_is_listed_twice_is_told(dataset):
+    copied = (dataset / "train/1.png").read_bytes()
+    (dataset / "train/copy.png").write_bytes(copied)
+
+    def list_again(data: dict) -> None:
+        first = data["images"][0]
+        for new_id, name in ((801, first["file_name"]), (802, "copy.png")):
+            data["images"].append(first | {"id": new_id, "file_name": name})
+
+    rewrite(dataset / "train/_annotations.coco.json", list_again)
+    for decoded, expected in ((False, 1), (True, 2)):
+        problems = check_dataset(dataset, check_images=decoded)
+        (told,) = [problem for problem in problems if problem.code == "IMG_TWICE"]
+        assert told.severity == "warning" and len(told.places) == expected
+        assert told.places[0].startswith("1.png = 1.png: ")
+
+
 def test_empty_splits(dataset):
     def clear(data: dict) -> None:
         data.update(annotations=[], images=[])

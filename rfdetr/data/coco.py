@@ -111,6 +111,7 @@ def inspect_dataset(
             if need_masks and split.object_count:
                 problems.append(no_masks_problem(name, split, root))
         note_too_many_objects(split, queries, faults[name])
+        note_repeated_images(split, faults[name])
         if name == "valid" and name in files and val_fraction is not None:
             faults[name].note("SPLIT_FRACTION_UNUSED", name)
         if split.object_count == 0 and not faults[name].has_errors:
@@ -307,6 +308,23 @@ def note_too_many_objects(split: CocoSplit, queries: int, faults: Faults) -> Non
         image = split.images[number]
         place = f"image {image.id} ({image.file_name}): {counts[number]}, queries: {queries}"
         faults.note("IMG_MANY_OBJECTS", place)
+
+
+def note_repeated_images(split: CocoSplit, faults: Faults) -> None:
+    """Images that are listed more than once, by name or, where files were decoded, by content; if
+    they show objects.
+    """
+    names = split.file_names
+    keys = names
+    if split.images.is_decoded:
+        keys = [image.file_sha256 or image.file_name for image in split.images]
+    counts = split.objects_per_image
+    first: dict[str | bytes, int] = {}
+    for index, key in enumerate(keys):
+        twin = first.setdefault(key, index)
+        if twin != index and (counts[twin] or counts[index]):
+            objects = f"{counts[twin]} and {counts[index]} objects"
+            faults.note("IMG_TWICE", f"{names[index]} = {names[twin]}: {objects}")
 
 
 def note_shared_images(split: CocoSplit, train: CocoSplit, faults: Faults) -> None:

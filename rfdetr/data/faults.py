@@ -113,6 +113,11 @@ CODES: dict[str, FaultKind] = {
     "IMG_MANY_OBJECTS": FaultKind(
         "warning", "with more objects than the model has queries", "train with more: --num_queries"
     ),
+    "IMG_TWICE": FaultKind(
+        "warning",
+        "that the split lists before (same name or equal content)",
+        "what one entry lacks of the other's objects is learnt as background: join such entries",
+    ),
     "IMG_SHARED": FaultKind(
         "warning", "that train has too (equal content)", "scores on them say little"
     ),
