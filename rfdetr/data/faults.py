@@ -115,7 +115,7 @@ CODES: dict[str, FaultKind] = {
     ),
     "IMG_TWICE": FaultKind(
         "warning",
-        "that the split lists before (same name or equal content)",
+        "listed again (same name or equal content)",
         "what one entry lacks of the other's objects is learnt as background: join such entries",
     ),
     "IMG_SHARED": FaultKind(
