@@ -16,6 +16,7 @@ from rfdetr.tool_settings import EvaluationSettings, PredictionSettings
 # before torch, whose import takes seconds
 check_command(EvaluationSettings, __doc__, __name__)
 
+import math
 from dataclasses import replace
 
 from rfdetr.commands import training_command
@@ -138,7 +139,9 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
             "it is divided as in the checkpoint's training"
         )
     exif = settings.exif or content.get("exif")
-    queries = size_from_dict(content["size"]).queries
+    tile = content.get("tile") if settings.tile is None else settings.tile
+    # those of a model in tiles are of a tile
+    queries = math.inf if tile else size_from_dict(content["size"]).queries
     # a train split could be divided; else the splits that there are are named below
     needed = ("valid",) if settings.split == "valid" and "train" in files else ()
     judged = {settings.split}

@@ -35,7 +35,7 @@ from rfdetr.runs.places import (
 )
 from rfdetr.settings import DataSettings, SingleSettings, TrainingSettings
 from rfdetr.sigterm import TOO_EARLY, end_on_ctrl_c
-from rfdetr.sizes import SIZES
+from rfdetr.sizes import SIZES, with_queries
 from rfdetr.text import as_typed, command_line, is_url
 from rfdetr.tool_settings import EvaluationSettings
 
@@ -212,9 +212,12 @@ def require_size_of_run(resumed: dict, size: str, folder: Path) -> None:
 
 def own_choices_of_an_earlier_run(kind: type, stored: dict, resumed: dict) -> dict:
     """What a run of an earlier version decided without writing it into its settings."""
-    if issubclass(kind, SingleSettings) and stored.get("num_select") is None:
-        return {"num_select": resumed["size"]["select"]}  # it did not follow --num_queries
-    return {}
+    if not issubclass(kind, SingleSettings) or stored.get("num_select") is not None:
+        return {}
+    kept = resumed["size"]["select"]  # which did not follow --num_queries
+    size = SIZES[resumed["size"]["name"]]
+    follows = kept == with_queries(size, stored.get("num_queries"), None).select
+    return {} if follows else {"num_select": kept}
 
 
 def make_parser(kind: type, description: str) -> Parser:

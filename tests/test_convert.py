@@ -325,7 +325,10 @@ def test_nothing_usable_is_an_error_of_one_paragraph(refused, tmp_path):
 
 
 def test_classes_without_a_name_are_called_by_their_number(convert, tmp_path):
-    converted, said = convert(yolo(tmp_path / "theirs", "7 .5 .5 .5 .5\n0 .5 .5 .2 .2"))
+    root = yolo(tmp_path / "theirs", "7 .5 .5 .5 .5\n0 .5 .5 .2 .2")
+    put(root / "labels/train/b.txt", "7 .5 .5 .5 .5\n7 .5")  # damaged: left out with its image
+    picture(root / "images/train/b.png")
+    converted, said = convert(root)
     assert [entry["name"] for entry in objects_of(converted)] == ["class_7", "cell"]
     line = (
         "objects of a class that has a number only (data.yaml names 1 class; it is kept as one "

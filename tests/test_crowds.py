@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,12 +16,17 @@ import shrink_head
 import train_detector_stage1
 import train_seg_stage2
 from rfdetr.classes import assign_rows
+from rfdetr.cli import own_choices_of_an_earlier_run
+from rfdetr.console import UserError
 from rfdetr.detr import RFDETR
 from rfdetr.metrics import coco_eval
 from rfdetr.metrics.coco_eval import FIGURES, CocoEvaluator, counting
 from rfdetr.metrics.table import format_table
 from rfdetr.models.detector import Detector
+from rfdetr.resolve import resolve
+from rfdetr.settings import SingleSettings
 from rfdetr.sizes import SIZES, with_queries
+from rfdetr.tool_settings import EvaluationSettings
 from rfdetr.weights import checkpoint
 from rfdetr.weights.fitting import load_pretrained
 
@@ -34,6 +40,30 @@ def grid_boxes() -> np.ndarray:
     y, x = np.divmod(np.arange(ROWS * COLUMNS), COLUMNS)
     corner = np.stack([x, y], axis=1) * CELL
     return np.concatenate([corner + 1, corner + CELL - 1], axis=1).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "most"),
+    [(None, None, 100), (64, None, np.inf), (64, 0, 100), (None, 64, np.inf)],
+)
+def test_queries_are_no_limit_of_an_image_that_is_seen_in_tiles(monkeypatch, trained, asked, most):
+    def read_dataset(folder, fraction, queries, *more) -> dict:
+        raise UserError(str(queries))
+
+    monkeypatch.setattr(evaluate, "read_dataset", read_dataset)
+    monkeypatch.setattr(evaluate, "find_splits", lambda folder: {"valid": None})
+    settings = resolve(EvaluationSettings, {"checkpoint": "best.pt", "tile": asked})
+    with pytest.raises(UserError, match=str(most)):
+        evaluate.read_split(settings, {"size": asdict(SIZES["tiny"]), "tile": trained})
+
+
+@pytest.mark.parametrize(
+    ("queries", "select", "own"), [(None, 100, {}), (7, 7, {}), (7, 100, {"num_select": 100})]
+)
+def test_a_run_that_counted_its_detections_by_itself_goes_on_so(queries, select, own):
+    resumed = {"size": asdict(SIZES["tiny"]) | {"select": select}}
+    stored = {"num_queries": queries, "num_select": None}
+    assert own_choices_of_an_earlier_run(SingleSettings, stored, resumed) == own
 
 
 @pytest.fixture

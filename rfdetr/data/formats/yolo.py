@@ -77,12 +77,13 @@ class YoloReader:
             for number, line in enumerate(text.splitlines(), start=1):
                 if line.strip():
                     where = f"line {number}"
-                    objects.append(self._object_of(line, width, height, item.labels, where))
+                    objects.append(self._object_of(line, width, height, where))
+        for one in objects:
+            if one.name not in self.class_names:
+                self.notes.add(self.nameless, item.labels, one.name)
         return LabelledImage(item.image, width, height, objects)
 
-    def _object_of(
-        self, line: str, width: int, height: int, file: Path, where: str
-    ) -> LabelledObject:
+    def _object_of(self, line: str, width: int, height: int, where: str) -> LabelledObject:
         words = line.split()
         if "kpt_shape" in self.config:  # a dataset of poses: their points follow the box
             words = words[:5]
@@ -91,10 +92,7 @@ class YoloReader:
         except ValueError as error:
             raise Unusable(NO_YOLO, f"{where}: {error}") from error
         label = int(values[0])
-        name = self.names.get(label)
-        if name is None:
-            name = f"class_{label}"
-            self.notes.add(self.nameless, file, name)
+        name = self.names.get(label, f"class_{label}")
         points = values[1:]
         if len(points) == 4:
             x, y, w, h = points
