@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rfdetr.commands import flags_of, same_command, training_command
-from rfdetr.console import UserError, banner, tick, warn
+from rfdetr.console import UserError, banner, say, tick, warn
 from rfdetr.data.augment import find_preset
 from rfdetr.data.class_checks import rare_class_problems
 from rfdetr.data.coco import inspect_dataset
@@ -129,6 +129,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     if errors:
         raise UserError(errors_message(errors, settings))
     say_what_is_possible(settings, splits, sum(row["images"] for row in counts.values()))
+    print_next(settings, problems)
 
 
 def check_outputs(settings: ValidationSettings) -> None:
@@ -346,7 +347,7 @@ def same_check(settings: ValidationSettings) -> str:
 def say_what_is_possible(
     settings: ValidationSettings, splits: dict[str, CocoSplit], images: int
 ) -> None:
-    """... and the next command."""
+    """Which trainings, and what they will lack."""
     train = splits["train"]
     how = "images were opened, not decoded (--check_images)"
     if settings.check_images:
@@ -369,6 +370,15 @@ def say_what_is_possible(
         )
     if unscored:
         warn(unscored)
+
+
+def print_next(settings: ValidationSettings, problems: list[Problem]) -> None:
+    """The next command; flags that warnings advise and that it has not are named before it."""
+    messages = " ".join(problem.message for problem in problems)
+    advised = [flag for flag in ("--tile auto", "--num_queries") if flag in messages]
+    if advised:
+        flags = " and ".join(advised)
+        say(f"The next command is without {flags}, which warnings advise: add it if you wish")
     views = flags_of(plain(settings), "augment")
     if not settings.flip:
         views += ["--flip", "0"]

@@ -723,6 +723,7 @@ def test_validate_setup_judges_the_size_resolution_and_device_to_be_trained(data
     advised = said.splitlines()[-1]
     assert " --size tiny --resolution 64 " in advised
     assert advised.endswith(" --val_fraction 0.2 --device cpu")
+    assert "--num_queries, which warnings advise" in said.splitlines()[-2]
     validate_setup.main(flags)  # nano takes days without a GPU
     said = capsys.readouterr().out
     assert "tiny, 160 px (usual on cpu; --size checks another)" in said
