@@ -26,7 +26,7 @@ MB = 2**20
 # ---------------------------------------------------------------- the default
 
 
-@pytest.mark.parametrize("kind, images", [(DetectorSettings, 4), (SegmentationSettings, 16)])
+@pytest.mark.parametrize("kind, images", [(DetectorSettings, 4), (SegmentationSettings, 8)])
 def test_the_batch_left_open_is_auto_on_cuda_and_the_recipes_elsewhere(kind, images):
     settings = resolve(kind, {"size": "tiny"})
     on_cuda = settings.on_device("cuda")
