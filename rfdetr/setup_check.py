@@ -22,7 +22,7 @@ from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
 from rfdetr.data.gray import look_at_records, scale_by
 from rfdetr.data.layout import has_val_folder
 from rfdetr.data.records import CocoSplit
-from rfdetr.data.repair import REPAIRED, fix_dataset
+from rfdetr.data.repair import can_repair, fix_dataset
 from rfdetr.data.statistics import (
     COCO_AREAS,
     count_by_size,
@@ -174,7 +174,7 @@ def write_cleaned_copy(settings: ValidationSettings) -> dict[str, dict[str, int]
             settings.dataset, settings.fix, settings.check_images, settings.exif, settings.rename
         )
     for split, counts in done.items():
-        print(f"{split + ':':<7}" + ("repaired" if counts else "nothing to repair"))
+        print(f"{split + ':':<7}" + ("repaired" if counts else "nothing repaired"))
         for what, count in counts.items():
             print(f"{count:>9}  {what}")
     tick(
@@ -325,7 +325,7 @@ def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
     renames = rename_flags(dict.fromkeys(pair for one in errors for pair in one.renames))
     if "CLASS_UNKNOWN" in codes and not renames:
         renames = '--rename "OLD=NEW"'
-    can_fix = bool(codes & REPAIRED) and "JSON_INVALID" not in codes and not settings.fix
+    can_fix = can_repair(codes) and "JSON_INVALID" not in codes and not settings.fix
     replaced = {pair for one in errors for pair in one.renames_replaced}
     kept = tuple(pair for pair in settings.rename if pair not in replaced)
     command = same_check(replace(settings, rename=kept))

@@ -204,6 +204,8 @@ ROWS = [
     ("22 zero", both(lambda d: _renumber(d, {1: 0, 2: 1})), GOOD, set()),
     ("22 huge", both(lambda d: _renumber(d, {1: 2**40, 2: 7})), GOOD, set()),
     ("22 text", both(lambda d: _renumber(d, {1: "1", 2: "2"})),
+     BAD, {"CAT_ID_TYPE", "ANN_CATEGORY_TYPE"}),
+    ("22 nameless", both(lambda d: d["categories"][0].pop("name")),
      BAD, {"CAT_INVALID", "ANN_CATEGORY_UNKNOWN"}),
     ("23 twice", both(lambda d: d["categories"][1].update(name="cell")),
      BAD, {"CAT_NAME_DUPLICATE"}),
@@ -320,7 +322,7 @@ HARMLESS = TOO_SMALL | {
 ODD_PATHS = [row[0] for row in ROWS if row[3] == {"IMG_PATH"}]
 ODD_PATHS += [f"table {n} {code}" for n, (_, code) in enumerate(DATA_FAULTS) if code == "IMG_PATH"]
 FOR_THE_USER = {  # row -> the error that a guess would be needed for
-    "15 size": "IMG_SIZE", "21 images": "IMG_ID_DUPLICATE", "22 text": "CAT_INVALID",
+    "15 size": "IMG_SIZE", "21 images": "IMG_ID_DUPLICATE", "22 nameless": "CAT_INVALID",
     "23 twice": "CAT_NAME_DUPLICATE", "table 4 IMG_ID_DUPLICATE": "IMG_ID_DUPLICATE",
     "29 train": "SPLIT_EMPTY", "32 one": "SPLIT_VALID_MISSING",
     **dict.fromkeys(ODD_PATHS, "IMG_PATH"),

@@ -10,7 +10,7 @@ from math import inf
 from typing import NamedTuple
 
 from rfdetr.data.coordinates import FEW_PIXELS
-from rfdetr.data.flat import LIMIT, NUMBERS, is_whole
+from rfdetr.data.flat import LIMIT, NUMBERS, is_whole, whole_id
 
 Box = tuple[float, float, float, float]  # xyxy in pixels
 Extent = tuple[float, float, float, float]  # of a mask: left, top, right, bottom in pixels
@@ -32,10 +32,11 @@ NOTHING = CheckedMask(None, set(), None)
 
 
 def entry_faults(
-    entry: dict, image_known: bool, category_ids: set[int], first_with_id: dict[int, dict]
+    entry: dict, image_fault: str | None, category_ids: set[int], first_with_id: dict[int, dict]
 ) -> list[str]:
     """The codes of an annotation's numbers, its box and mask aside.
 
+    image_fault: that of its image_id, if any.
     first_with_id: id -> the first entry that has it; this entry is added.
     """
     codes = []
@@ -47,10 +48,12 @@ def entry_faults(
         codes.append("ANN_ID_DUPLICATE")
     if entry.get("iscrowd") not in (0, 1, None):
         codes.append("ANN_CROWD_INVALID")
-    if not is_whole(category_id) or category_id not in category_ids:
+    if whole_id(category_id) not in category_ids:
         codes.append("ANN_CATEGORY_UNKNOWN")
-    if not image_known:
-        codes.append("ANN_IMAGE_UNKNOWN")
+    elif not is_whole(category_id):
+        codes.append("ANN_CATEGORY_TYPE")
+    if image_fault:
+        codes.append(image_fault)
     return codes
 
 

@@ -31,6 +31,7 @@ from rfdetr.data.flat import (
     RLE_TEXT,
     FlatAnnotations,
     as_array,
+    other_form,
     row_slices,
 )
 from rfdetr.data.rle import rle_extents, run_sums
@@ -297,10 +298,14 @@ class EntryCheck:
         # ids of other types may not be hashable
         known = type(image_id) in (int, str) and image_id in self.images
         image = self.images[image_id] if known else NOT_LISTED
+        image_fault = None
+        if not known:
+            meant = other_form(image_id) in self.images
+            image_fault = "ANN_IMAGE_TYPE" if meant else "ANN_IMAGE_UNKNOWN"
         place = f"annotation {entry.get('id')} of image {image_id} ({image.file_name})"
         box, box_fault = clip_box(entry, image.width, image.height)
         mask = check_segmentation(entry.get("segmentation"), image.width, image.height, sums)
-        codes = entry_faults(entry, known, self.category_ids, self.first_with_id)
+        codes = entry_faults(entry, image_fault, self.category_ids, self.first_with_id)
         wrong_area = area_is_wrong(entry, box, mask)
         if wrong_area and box:  # what is dropped needs none
             codes.append("ANN_AREA_INVALID")

@@ -19,7 +19,7 @@ from rfdetr.data.checked_annotations import check_annotations
 from rfdetr.data.columns import Columns, build_columns
 from rfdetr.data.exif import ExifDecision, SizedImage, exif_proofs, settle_size, size_is_wrong
 from rfdetr.data.faults import FEW_SKIPPED, Faults
-from rfdetr.data.flat import FlatAnnotations, is_whole
+from rfdetr.data.flat import FlatAnnotations, is_whole, whole_id
 from rfdetr.data.image_cache import ImageCache
 from rfdetr.data.image_files import (
     NOT_INSPECTED,
@@ -185,14 +185,17 @@ def check_categories(entries: list[dict], used: set[int], faults: Faults) -> lis
     """The sound entries, one an id.  used: the category ids that have annotations."""
     sound: dict[int, dict] = {}
     for index, entry in enumerate(entries):
-        category_id = entry.get("id")
         name = entry.get("name")
-        place = f"categories[{index}]: id {category_id!r}, name {name!r}"
-        if not is_whole(category_id) or not isinstance(name, str):
+        place = f"categories[{index}]: id {entry.get('id')!r}, name {name!r}"
+        category_id = whole_id(entry.get("id"))
+        if category_id is None or not isinstance(name, str):
             faults.note("CAT_INVALID", place, entry)
             continue
-        if sound.setdefault(category_id, entry) is not entry:
+        if category_id in sound:
             faults.note("CAT_ID_DUPLICATE", place, entry)
+        elif not is_whole(entry["id"]):
+            faults.note("CAT_ID_TYPE", place, entry)
+        sound.setdefault(category_id, entry | {"id": category_id})
         if any(map(is_control, name)):
             faults.note("CAT_NAME_CONTROL", place, entry)
     # Labelling tools give the placeholder the name of the class where there is only one class:

@@ -11,7 +11,8 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.renaming import STYLE, Renames, alike_classes, certain_renames, suggest_renames
 from rfdetr.text import counted
 
-HIDE_CLASSES = ("JSON_", "CAT_", "ANN_CATEGORY_UNKNOWN")  # errors after which classes may lack
+# errors after which classes may lack
+HIDE_CLASSES = ("JSON_", "CAT_INVALID", "CAT_NAME_", "CAT_ID_DUPLICATE", "ANN_CATEGORY_UNKNOWN")
 
 
 def class_problems(split: CocoSplit, train: CocoSplit) -> list[Problem]:

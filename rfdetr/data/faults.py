@@ -23,6 +23,7 @@ NO_MASKS = (
     "segmentation. Export the dataset with masks (polygons or RLE), or leave out {}"
 )
 GUESSED_INSTEAD = "stage 2 and single-stage training then guess masks from the boxes"
+WRITE_NUMBERS = "write whole numbers; validate_setup.py --fix DIR writes a copy with them"
 SKIPS = f"training skips up to {FEW_SKIPPED} of a split, or 1 %, and refuses more"
 
 
@@ -41,6 +42,7 @@ CODES: dict[str, FaultKind] = {
     "CAT_INVALID": FaultKind(
         "error", "without a whole number as id or without a text as name", "give it both"
     ),
+    "CAT_ID_TYPE": FaultKind("error", "whose id is a text or a decimal", WRITE_NUMBERS),
     "CAT_NAME_CONTROL": FaultKind(
         "error",
         "whose name holds a line break, another control character or half a surrogate pair",
@@ -129,6 +131,14 @@ CODES: dict[str, FaultKind] = {
     ),
     "ANN_CATEGORY_UNKNOWN": FaultKind(
         "error", "of a category_id that is not under categories", "add the category"
+    ),
+    "ANN_IMAGE_TYPE": FaultKind(
+        "error",
+        "whose image_id is a text where the image's id is a number, or the other way round",
+        "write it as images has it; validate_setup.py --fix DIR writes such a copy",
+    ),
+    "ANN_CATEGORY_TYPE": FaultKind(
+        "error", "whose category_id is a text or a decimal", WRITE_NUMBERS
     ),
     "ANN_CROWD_INVALID": FaultKind("error", "with an iscrowd other than 0 or 1", "write 0 or 1"),
     "ANN_AREA_INVALID": FaultKind(

@@ -7,6 +7,7 @@ judged one by one.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -123,7 +124,8 @@ class FlatAnnotations:
         )
         if not is_usual:
             annotation_id = annotation_id if is_whole(annotation_id) else 0
-            category_id = category_id if is_whole(category_id) else NO_CATEGORY
+            category_id = whole_id(category_id)
+            category_id = NO_CATEGORY if category_id is None else category_id
             crowd = crowd if type(crowd) is int and crowd in (0, 1) else None
             area = None
             box = box if is_box(box) else NO_BOX
@@ -237,6 +239,21 @@ def is_whole(value: object) -> bool:
     True and false are none.
     """
     return type(value) is int and -WHOLE < value < WHOLE
+
+
+def other_form(value: object) -> int | str | None:
+    """The number that a text or a decimal means, the text of a number; None for anything else."""
+    if is_whole(value):
+        return str(value)
+    if type(value) is float and value.is_integer() and is_whole(int(value)):
+        return int(value)
+    is_number = type(value) is str and re.fullmatch("0|-?[1-9][0-9]{0,17}", value)
+    return int(value) if is_number and is_whole(int(value)) else None
+
+
+def whole_id(value: object) -> int | None:
+    """The whole number that an id is, or means in another form."""
+    return value if is_whole(value) else other_form(value)
 
 
 def is_box(box: object) -> bool:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 
-from rfdetr.data.annotation_checks import check_segmentation, clip_box, is_whole
+from rfdetr.data.annotation_checks import check_segmentation, clip_box
 from rfdetr.data.checks import CheckedSplit, check_file, list_split
 from rfdetr.data.exif import ExifDecision, SizedImage, decide_exif
+from rfdetr.data.flat import is_whole, other_form
 from rfdetr.data.image_files import find_image, is_regular_file, stays_inside
 from rfdetr.data.layout import ANNOTATIONS, COPY_NOTE, find_splits, read_json
 from rfdetr.files import require_free
@@ -49,7 +50,10 @@ REPAIRED = {  # all or some of what has these codes
     *NO_MASK_LEFT,
     *POLYGONS,
     "JSON_STRUCTURE",
+    "CAT_ID_TYPE",
     "CAT_NAME_CONTROL",
+    "ANN_CATEGORY_TYPE",
+    "ANN_IMAGE_TYPE",
     "IMG_ID_INVALID",
     "IMG_ID_DUPLICATE",
     "IMG_PATH",
@@ -84,6 +88,14 @@ def fix_dataset(
     note = f"A cleaned copy of {root.absolute()}. Its images are links to those, not copies.\n"
     (out / COPY_NOTE).write_text(note, encoding="utf-8", errors="backslashreplace")
     return {name: dict(done) for name, (_, done) in cleaned.items()}
+
+
+def can_repair(codes: set[str]) -> bool:
+    """Whether fix_dataset would change something in a dataset with faults of these codes."""
+    consequences = set()  # where the category is there, its annotations are not dropped
+    if codes & {"CAT_INVALID", "CAT_ID_DUPLICATE"}:
+        consequences.add("ANN_CATEGORY_UNKNOWN")
+    return bool(codes & REPAIRED - consequences)
 
 
 def write_split(data: dict, folder: Path, out: Path) -> None:
@@ -161,8 +173,13 @@ def next_id(table: list[dict]) -> int:
 
 
 def repair_categories(categories: list[dict], split: CheckedSplit, done: Counter) -> None:
-    """Write blanks for the control characters in names, and in the names of parents, too."""
+    """Write numbers for ids that are texts or decimals, blanks for control characters in names,
+    and in the names of parents, too.
+    """
     for entry in categories:
+        if "CAT_ID_TYPE" in split.faults.codes_of(entry):
+            done["CAT_ID_TYPE: the number is written"] += 1
+            entry["id"] = other_form(entry["id"])
         if "CAT_NAME_CONTROL" in split.faults.codes_of(entry):
             done["CAT_NAME_CONTROL: blanks are written"] += 1
             entry["name"] = without_controls(entry["name"])
@@ -272,6 +289,12 @@ def repair_annotations(
     spare_id = next_id(data["annotations"])
     for entry in data["annotations"]:
         codes = set(split.faults.codes_of(entry))
+        if "ANN_CATEGORY_TYPE" in codes:
+            done["ANN_CATEGORY_TYPE: the number is written"] += 1
+            entry["category_id"] = other_form(entry["category_id"])
+        if "ANN_IMAGE_TYPE" in codes:
+            done["ANN_IMAGE_TYPE: the image's id is written"] += 1
+            entry["image_id"] = other_form(entry["image_id"])
         image_id = entry.get("image_id")
         can_be_id = type(image_id) in (int, str)
         if can_be_id and image_id in dropped:
