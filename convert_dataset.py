@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     tick(f"Written: {output}, from {FORMS[form]} in {place}")
     for line in writer.table():
         say(line)
+    if form == "masks" and settings.class_name == ConvertSettings.class_name:
+        say(f"Mask images name no class: all is {settings.class_name!r} (--class_name NAME)")
     if notes.counts:
         warn("; ".join(notes.lines()))
     warn_of_alike_classes(writer.taught)

@@ -245,7 +245,11 @@ class Job(object):
         script = " ".join(arguments).split(" --")[0]
         message = "%s ended with exit code %d: see its message above." % (script, code)
         if code > 128:
-            message = "Stopped in %s. The same command begins the job anew." % script
+            message = "Stopped in %s. " % script
+            if self.args.output_dir:
+                message += "To begin the job anew: " + in_free_folder(self.args.output_dir)
+            else:
+                message += "The same command begins the job anew."
         for line in self.stands:
             message += "\nWhat stands: " + line
         raise Stop(code, message)
@@ -350,27 +354,37 @@ def epochs_for(stage, steps, images, images_per_step, min_steps):
 
 
 def require_no_run(output_dir):
-    """Stop where the folder for the job's runs is a run itself, with the command for another."""
+    """Stop where the folder for the job's runs is a run itself, or has another job's runs."""
     from pathlib import Path
 
+    from rfdetr.runs.places import CONFIG, STATES, WEIGHTS, first_file  # standard library only
+
+    files = WEIGHTS + STATES + (CONFIG,)
+    holds = first_file(Path(output_dir), files)
+    if holds:
+        message = (
+            "--output_dir %s is the folder of one run (it holds %s): detector/ and segmentation/ "
+            "would lie inside it. In a folder of their own: %s"
+        )
+        raise Stop(2, message % (output_dir, holds.name, in_free_folder(output_dir)))
+    for kind in ("detector", "segmentation"):
+        folder = os.path.join(output_dir, kind)
+        if os.path.isdir(folder) and os.listdir(folder):
+            message = "%s is not empty: it has another job's run. In a folder of its own: %s"
+            raise Stop(2, message % (folder, in_free_folder(output_dir)))
+
+
+def in_free_folder(output_dir):
+    """This command with another --output_dir, which does not exist."""
     from rfdetr.commands import without_flag  # standard library only, too, as those below
-    from rfdetr.runs.places import CONFIG, STATES, WEIGHTS, first_file
     from rfdetr.text import command_line
 
-    holds = first_file(Path(output_dir), WEIGHTS + STATES + (CONFIG,))
-    if not holds:
-        return
     number = 1
     free = os.path.normpath(output_dir) + "_job"
     while os.path.exists(free + str(number)):
         number += 1
-    free += str(number)
-    again = without_flag(sys.argv, "output_dir") + ["--output_dir", free]
-    message = (
-        "--output_dir %s is the folder of one run (it holds %s): detector/ and segmentation/ would "
-        "lie inside it. In a folder of their own: %s"
-    )
-    raise Stop(2, message % (output_dir, holds.name, command_line("python", *again)))
+    again = without_flag(sys.argv, "output_dir") + ["--output_dir", free + str(number)]
+    return command_line("python", *again)
 
 
 def require_valid_split(dataset):

@@ -157,13 +157,15 @@ def test_numbers_in_16_bits_there_and_back(few, convert, tmp_path):
     converted, said = convert(write_masks(few, tmp_path / "theirs"), "--class_name", "nucleus")
     require_painted(few, converted)
     assert {entry["name"] for entry in objects_of(converted)} == {"nucleus"}
+    assert "--class_name" not in said
     assert not inspect_dataset(converted, decode=True)[1]
 
 
 def test_a_mask_an_object_there_and_back(few, convert, tmp_path):
     root = write_bowl(few, tmp_path / "theirs")
     assert find_form(root) == "masks"
-    converted, _ = convert(root)
+    converted, said = convert(root)
+    assert "all is 'object' (--class_name NAME)" in said
     for split, image, objects, _ in read_coco(few):
         name = image["file_name"]
         entry = next((i for i in images_of(converted, split) if i["file_name"] == name), None)

@@ -355,7 +355,7 @@ def test_every_script_takes_rename_and_hands_it_on(dataset, tmp_path, call, caps
     call_otherwise(dataset, cell="Cell")
     flags = ["--dataset", dataset, "--device", "cpu", "--rename", "Cell=cell"]
     call(validate_setup.main, *flags, "--size", "tiny", "--fix", "fixed")
-    assert "1  --rename: the new name is written" in capsys.readouterr().out
+    assert "1  --rename: categories with their new name" in capsys.readouterr().out
     call(validate_setup.main, *flags, "--size", "tiny")
     assert capsys.readouterr().out.strip().endswith(" --rename=Cell=cell --device cpu")
     save_model(tmp_path / "x.pt", ["Cell", "vessel"])

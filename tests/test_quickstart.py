@@ -448,6 +448,23 @@ def test_a_folder_of_one_run_is_none_of_a_job(repository, tmp_path, monkeypatch,
     assert quickstart.main(shlex.split(said.split("python quickstart.py ")[1])) == 0
 
 
+def test_a_stopped_job_names_a_command_that_works(repository, tmp_path, monkeypatch, capsys):
+    repository[1]["validate_setup.py"] = 130
+    assert quickstart.main([]) == 130
+    assert "The same command begins the job anew." in capsys.readouterr().err
+    words = ["--output_dir", "new", "--size", "tiny"]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *words])
+    assert quickstart.main(words) == 130
+    again = "python quickstart.py --size tiny --output_dir new_job1\n"
+    assert f"To begin the job anew: {again}" in capsys.readouterr().err
+    (tmp_path / "new" / "detector" / "tensorboard").mkdir(parents=True)
+    repository[0].clear()
+    assert quickstart.main(words) == 2
+    said = capsys.readouterr().err
+    assert "detector is not empty: it has another job's run" in said and said.endswith(again)
+    assert not repository[0]
+
+
 @pytest.mark.parametrize(
     "words",
     ["--epochs 0", "--seg_epochs -1", "--size tinny", "--size seg-nano", "--val_fraction 5"],

@@ -63,6 +63,12 @@ def ids_of(tracker: Tracker, objects: dict, masks: bool = False) -> dict:
 # ---------------------------------------------------------------- association
 
 
+@pytest.mark.parametrize("threshold", [7, -0.1, float("nan"), "0.5"])
+def test_a_threshold_that_no_score_reaches_is_refused(threshold):
+    with pytest.raises(UserError, match="threshold must be a number in 0..1"):
+        Tracker(threshold)
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_crossing_hidden_leaving_and_entering_objects_keep_their_ids(masks):
     tracker = Tracker(0.5)

@@ -725,6 +725,7 @@ def test_validate_setup_judges_the_size_resolution_and_device_to_be_trained(data
     validate_setup.main([*flags, "--size", "tiny", "--resolution", "64"])
     said = capsys.readouterr().out
     assert "[warning] IMG_MANY_OBJECTS" in said and "image 1 (1.png): 103, queries: 100" in said
+    assert ": train with more: --num_queries 200" in said
     advised = said.splitlines()[-1]
     assert " --size tiny --resolution 64 " in advised
     assert advised.endswith(" --val_fraction 0.2 --device cpu")

@@ -32,6 +32,7 @@ from rfdetr.masks import annotation_area
 from rfdetr.renaming import NO_RENAMES, Renames, class_names_of, read_renames, rename_classes
 
 NEEDED = ("train", "valid")  # splits, for training
+ROUND_QUERIES = 100  # to whose multiple the advised number of queries is rounded up
 
 
 def read_dataset(
@@ -308,6 +309,9 @@ def note_too_many_objects(split: CocoSplit, queries: int, faults: Faults) -> Non
         image = split.images[number]
         place = f"image {image.id} ({image.file_name}): {counts[number]}, queries: {queries}"
         faults.note("IMG_MANY_OBJECTS", place)
+    if faults.count("IMG_MANY_OBJECTS"):
+        enough = ROUND_QUERIES * (int(counts.max()) // ROUND_QUERIES + 1)
+        faults.advise("IMG_MANY_OBJECTS", f"train with more: --num_queries {enough}")
 
 
 def note_repeated_images(split: CocoSplit, faults: Faults) -> None:

@@ -256,6 +256,7 @@ class Faults:
         self._counts: dict[str, int] = {}
         self._places: dict[str, list[str]] = {}
         self._codes: dict[int, set[str]] = {}  # id() of what is at fault -> its codes
+        self._advice: dict[str, str] = {}  # by code, what to do in place of what CODES says
         self._errors: set[str] = set()  # codes that are errors here although CODES says warning
 
     def note(self, code: str, place: str, of: object = None) -> None:
@@ -275,6 +276,10 @@ class Faults:
         """Let what CODES calls a warning be an error in this file."""
         self._errors.add(code)
 
+    def advise(self, code: str, advice: str) -> None:
+        """Let the message on this code end with another advice than that of CODES."""
+        self._advice[code] = advice
+
     def count(self, code: str) -> int:
         return self._counts.get(code, 0)
 
@@ -293,7 +298,8 @@ class Faults:
             severity = self._severity(code)
             count = self._counts[code]
             headline = self._headline(code, count)
-            message = f"{headline} ({first_few(places)}): {CODES[code].advice}"
+            advice = self._advice.get(code, CODES[code].advice)
+            message = f"{headline} ({first_few(places)}): {advice}"
             problems.append(Problem(code, severity, message, count, list(places), headline))
         return sorted(problems, key=lambda problem: problem.severity)
 

@@ -139,7 +139,7 @@ def clean(
     """
     done = Counter()
     if renames:
-        done["--rename: the new name is written"] += rename_classes(data, renames)
+        done["--rename: categories with their new name"] += rename_classes(data, renames)
     for number in range(ROUNDS):
         before = done.total()
         is_first = number == 0

@@ -16,6 +16,7 @@ import numpy as np
 from pycocotools import mask as mask_api
 from scipy.optimize import linear_sum_assignment
 
+from rfdetr.arguments import require_share
 from rfdetr.inference.overlaps import box_ious
 from rfdetr.text import counted
 
@@ -87,10 +88,12 @@ class Tracker:
 
     threshold: detections that score as much begin a track if they continue none; those below, down
     to UNSURE_SCORE, continue tracks that no sure detection continues. ids: the numbers that tracks
-    get; several trackers that share them give none twice.
+    get; several trackers that share them give none twice. Raises UserError for a threshold that is
+    no number in 0..1.
     """
 
     def __init__(self, threshold: float, ids: Iterator[int] | None = None):
+        require_share("threshold", threshold)
         self.threshold = threshold
         self.ids = itertools.count(1) if ids is None else ids
         self.tracks: list[Track] = []
