@@ -470,6 +470,14 @@ def test_without_valid_the_error_is_said_once_with_the_command(
     assert doctor(*command[1:], capsys=capsys)[0] == 0
 
 
+def test_without_train_nothing_is_said_of_dividing_what_is_not_there(dataset, capsys):
+    shutil.rmtree(dataset / "valid")
+    (dataset / "train").rename(dataset / "test")
+    status, output, _, _ = doctor("--dataset", dataset, capsys=capsys)
+    assert status == 2 and "has no train split, only test: training needs one" in output
+    assert "has no valid split: --val_fraction 0.1 will split train/" in output
+
+
 def test_fix_never_writes_over_anything(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = contents(dataset)

@@ -201,10 +201,15 @@ def missing_splits(
 ) -> list[Problem]:
     problems = []
     if "train" in needed and "train" not in files:
-        message = f"{root} has no train split: training needs one"
+        message = (
+            f"{root} has no train split, only {' and '.join(files)}: training needs one, the "
+            "images and annotations to learn from in train/"
+        )
         problems.append(dataset_error("SPLIT_TRAIN_MISSING", message, root))
     if "valid" in needed and "valid" not in files and not val_fraction:
         message = f"{root} has no valid split: add one, or split train/ with --val_fraction 0.1"
+        if "train" not in files:
+            message = f"{root} has no valid split: --val_fraction 0.1 will split train/"
         if has_val_folder(root):
             message = f"{root} has no valid split, but val/: call that folder valid/"
         problems.append(dataset_error("SPLIT_VALID_MISSING", message, root))
