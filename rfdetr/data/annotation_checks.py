@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from rfdetr.data.coordinates import FEW_PIXELS
 from rfdetr.data.flat import LIMIT, NUMBERS, is_whole, whole_id
+from rfdetr.data.rle import rle_extents
 
 Box = tuple[float, float, float, float]  # xyxy in pixels
 Extent = tuple[float, float, float, float]  # of a mask: left, top, right, bottom in pixels
@@ -132,7 +133,10 @@ def check_segmentation(
         return NOTHING
     if not isinstance(segmentation, list):
         fault = rle_fault(segmentation, width, height, sums)
-        return CheckedMask(None, {fault}, None) if fault else CheckedMask(segmentation, set(), None)
+        if fault:
+            return CheckedMask(None, {fault}, None)
+        is_empty = rle_extents([segmentation]) == [None]
+        return NOTHING if is_empty else CheckedMask(segmentation, set(), None)
     far = 2 * max(width, height)
     sound = []
     extents = []
@@ -154,14 +158,12 @@ def check_segmentation(
 
 def check_polygon(polygon: object, far: float) -> tuple[str | None, Extent | None]:
     """(fault code, None) or (None, extent).  far: pixels that it may lead away from the corner."""
-    if type(polygon) is not list:
+    if type(polygon) is not list or not set(map(type, polygon)) <= NUMBERS:
         return "ANN_SEG_TYPE", None
     if len(polygon) % 2:
         return "ANN_POLYGON_ODD", None
     if len(polygon) < 6:  # pycocotools would take 4 numbers for a box
         return "ANN_POLYGON_SHORT", None
-    if not set(map(type, polygon)) <= NUMBERS:
-        return "ANN_SEG_TYPE", None
     xs = polygon[::2]
     ys = polygon[1::2]
     left = min(xs)

@@ -186,6 +186,7 @@ def is_doubtful(
             fits = np.isin(sizes[indices, 0] - widths, (0, inf))
             fits &= np.isin(sizes[indices, 1] - heights, (0, inf))
         fits &= as_array(flat.rle_sums, np.int64) == heights * widths
+        fits &= np.isfinite(extents[indices, 0])  # else no pixel is set
         doubtful[indices] |= ~fits
     known = list(category_ids)
     for rows in row_slices(len(flat)):
