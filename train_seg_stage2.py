@@ -31,7 +31,7 @@ from rfdetr.data.augment import find_preset
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.loaders import training_loader
 from rfdetr.data.mask_source import choose_masks
-from rfdetr.files import file_sha256, write_json
+from rfdetr.files import file_sha256
 from rfdetr.main import begin, finish, fit, open_run
 from rfdetr.models.cpu_copy import for_inference
 from rfdetr.models.detector import Detector
@@ -43,13 +43,14 @@ from rfdetr.training.frozen_start import (
     detector_file,
     frozen_detector,
     mask_head_name,
+    warn_of_newer_weights,
     warn_of_other_exif,
     warn_of_own_mask_head,
 )
 from rfdetr.training.next_commands import predict_with
 from rfdetr.training.objective import input_sides
 from rfdetr.training.optim import parameter_group
-from rfdetr.training.report import draw_guesses
+from rfdetr.training.report import detector_of_config, draw_guesses, write_stage2_config
 from rfdetr.training.session import (
     Session,
     choose_letterbox,
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     warn_of_other_exif(content, session.train, path)
     if not resumed:
         warn_of_own_mask_head(content, path)
+        warn_of_newer_weights(path, checkpoint.table_of(content).names)
     session.trained_on = checkpoint.trained_on(content)
     session.resolution = checkpoint.input_side(content, settings.resolution, path)
     choose_tiles(session, content)
@@ -117,8 +119,12 @@ def main(argv: list[str] | None = None) -> None:
             )
         if session.run and session.guess_masks:
             draw_guesses(session.run, dataset)
-        if session.run and not resumed:  # then it is there, and the detector's file may be gone
-            write_stage2_config(session, path, head_name, choice.where, detector, head)
+        if session.run:
+            session.stage2_config = stage2_config(
+                session, path, head_name, choice.where, detector, head
+            )
+            if not resumed:  # a resumed run writes it when it has something to save
+                write_stage2_config(session)
         if choice.where == "off":
             pin = session.device.type == "cuda"
             loader = training_loader(dataset, sampler, settings.workers, pin)
@@ -174,20 +180,25 @@ def packer(
     return pack
 
 
-def write_stage2_config(
+def stage2_config(
     session: Session, path: Path, head_name: str, cache: str, detector: Detector, head: nn.Module
-) -> None:
-    config = plain(session.settings) | {
+) -> dict:
+    """What stage2_config.json says.  path: of the detector, or of a resumed run."""
+    parameters = {"detector": count_parameters(detector), "mask_head": count_parameters(head)}
+    return {
+        **plain(session.settings),
         "resolution": session.resolution,
-        "detector_file": str(path),
-        "detector_sha256": file_sha256(path),
+        **(detector_of_config(session.folder) if session.resumed else described_file(path)),
         "mask_head": head_name,
         "cache": cache,
         "guessed_masks": session.guess_masks,
         "class_names": list(session.train.class_names),
-        "parameters": {"detector": count_parameters(detector), "mask_head": count_parameters(head)},
+        "parameters": parameters,
     }
-    write_json(session.folder / "stage2_config.json", config)
+
+
+def described_file(path: Path) -> dict[str, str]:
+    return {"detector_file": str(path), "detector_sha256": file_sha256(path)}
 
 
 def count_parameters(module: nn.Module) -> int:

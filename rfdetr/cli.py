@@ -166,12 +166,13 @@ def with_own_dataset(settings: S, tell: Callable[[str], object] = lambda text: N
     if not dataset.exists():
         again = same_command("evaluate.py", settings)
         raise UserError(
-            f"{checkpoint} was trained on the dataset {dataset}, and {missing(dataset)} (looked "
-            f"from {Path.cwd()}). Name the folder where it is now: {again} --dataset DIR"
+            f"the run in {checkpoint.parent} was trained on the dataset {dataset}, and "
+            f"{missing(dataset)} (looked from {Path.cwd()}). Name the folder where it is now: "
+            f"{again} --dataset DIR"
         )
     settings = replace(settings, dataset=dataset)
     words = command_line(*flags_of(vars(settings), "dataset", "rename"))
-    tell(f"{words}: what {checkpoint} was trained on")
+    tell(f"{words}: of the run in {checkpoint.parent}")
     return settings
 
 

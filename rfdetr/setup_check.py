@@ -40,7 +40,7 @@ from rfdetr.resolve import plain
 from rfdetr.runs.environment import environment
 from rfdetr.settings import VAL_FRACTION
 from rfdetr.sizes import SIZES, check_resolution, usual_size
-from rfdetr.text import counted, printable
+from rfdetr.text import counted, printable, with_its_blanks
 from rfdetr.tiling import Tiling, tell_idle_flags
 from rfdetr.tool_settings import ValidationSettings
 from rfdetr.training.auto_batch import HEADROOM
@@ -63,6 +63,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     banner("SETUP CHECK", {"size": f"{size.name}, {resolution} px{chosen}", **machine})
     settings = replace(settings, size=size.name)
     repaired = None
+    original = settings.dataset
     if settings.fix:
         repaired = write_cleaned_copy(settings)
         settings = replace(settings, dataset=settings.fix, rename=())  # the copy has the new names
@@ -127,7 +128,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     if settings.json:
         write_json(settings.json, report)
     if errors:
-        raise UserError(errors_message(errors, settings))
+        raise UserError(errors_message(errors, settings, original))
     say_what_is_possible(settings, splits, sum(row["images"] for row in counts.values()))
     print_next(settings, problems)
 
@@ -238,11 +239,6 @@ def print_splits(splits: dict[str, dict]) -> None:
         print(f"Left out (placeholder, parent of other classes): {printable(name)}")
 
 
-def with_its_blanks(name: str) -> str:
-    """A class name, in quotes where it begins or ends with a blank, or is empty."""
-    return printable(name) if name and name == name.strip() else f'"{printable(name)}"'
-
-
 def print_problems(problems: list[Problem], report: Path | None) -> None:
     """One line each, with three examples.  report: the file of --json, which has more of them."""
     for problem in problems:
@@ -306,8 +302,11 @@ def estimate_sizes(name: str, resolution: int, precision: Precision, images: int
     return rows
 
 
-def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
-    """How the script ends: the first error in short, and the others' codes; all is said above."""
+def errors_message(errors: list[Problem], settings: ValidationSettings, original: Path) -> str:
+    """How the script ends: the first error in short, and the others' codes; all is said above.
+
+    original: the dataset that --fix copied.
+    """
     if errors[0].code == "DATASET_LAYOUT":
         return errors[0].message
     is_valid_missing = {problem.code for problem in errors} == {"SPLIT_VALID_MISSING"}
@@ -316,6 +315,11 @@ def errors_message(errors: list[Problem], settings: ValidationSettings) -> str:
         return f"there is no valid split. To check with a tenth of train/ as one: {command}"
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
     advice = advice_on(errors, settings)
+    if settings.fix:
+        advice = (
+            f"This is left to you: mend it in {original} and write another copy, since this one "
+            "lacks what it could not keep"
+        )
     return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {advice}"
 
 
@@ -325,7 +329,7 @@ def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
     renames = rename_flags(dict.fromkeys(pair for one in errors for pair in one.renames))
     if "CLASS_UNKNOWN" in codes and not renames:
         renames = '--rename "OLD=NEW"'
-    can_fix = can_repair(codes) and "JSON_INVALID" not in codes and not settings.fix
+    can_fix = can_repair(codes) and "JSON_INVALID" not in codes
     replaced = {pair for one in errors for pair in one.renames_replaced}
     kept = tuple(pair for pair in settings.rename if pair not in replaced)
     command = same_check(replace(settings, rename=kept))
@@ -334,7 +338,7 @@ def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
     if can_fix:
         command = f"{command} --fix NEW_DIR {renames}".strip()
         return f"Correct them and run this again, or repair what can be in a copy: {command}"
-    if settings.fix or codes <= {"MASKS_NONE", "ANN_NO_TILE"}:
+    if codes <= {"MASKS_NONE", "ANN_NO_TILE"}:
         return "This is left to you"
     return "Correct them and run this again"
 

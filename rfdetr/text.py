@@ -26,6 +26,11 @@ def printable(text: object) -> str:
     return "".join(repr(c)[1:-1] if is_control(c) else c for c in text)
 
 
+def with_its_blanks(name: str) -> str:
+    """A class name, in quotes where it begins or ends with a blank, or is empty."""
+    return printable(name) if name and name == name.strip() else f'"{printable(name)}"'
+
+
 def counted(number: int, noun: str) -> str:
     """1 class, 2 classes."""
     plural = noun + ("es" if noun.endswith("s") else "s")

@@ -153,6 +153,20 @@ def test_there_and_back(write: Callable, form: str, masks: bool, few, convert, t
     assert "warning" not in said
 
 
+@pytest.mark.parametrize("names", ["[1, yes, null]", "{0: 1, 1: yes, 2: null}"])
+def test_yolo_names_are_what_is_written(names, convert, tmp_path):
+    lines = "0 .5 .5 .5 .5\n1 .3 .3 .2 .2\n2 .3 .3 .2 .2"
+    converted, _ = convert(yolo(tmp_path / "theirs", lines, f"names: {names}"))
+    assert {entry["name"] for entry in objects_of(converted)} == {"1", "yes", "null"}
+
+
+def test_yolo_classes_of_one_name_are_told(convert, tmp_path):
+    root = yolo(tmp_path / "theirs", "0 .5 .5 .5 .5\n2 .3 .3 .2 .2", "names: [a, b, a]")
+    said = convert(root)[1]
+    words = "names of several class numbers, whose objects become one class: 1 "
+    assert words + "(data.yaml: 'a' is 0 and 2)" in said
+
+
 def test_numbers_in_16_bits_there_and_back(few, convert, tmp_path):
     converted, said = convert(write_masks(few, tmp_path / "theirs"), "--class_name", "nucleus")
     require_painted(few, converted)
@@ -456,6 +470,17 @@ def test_images_without_an_xml_are_told(convert, tmp_path):
     converted, said = convert(root)
     assert len(images_of(converted)) == 2
     assert "images without an .xml or a mask, left out: 5 (b.png; c.png; d.png; ...)" in said
+
+
+def test_corners_of_a_box_in_another_order_are_the_same_box(convert, tmp_path):
+    root = voc(tmp_path / "theirs")
+    (file,) = root.rglob("a.xml")
+    text = file.read_text()
+    for axis in "xy":
+        text = text.replace(f"{axis}min>", "other>").replace(f"{axis}max>", f"{axis}min>")
+        text = text.replace("other>", f"{axis}max>")
+    file.write_text(text)
+    assert [one["bbox"] for one in objects_of(convert(root)[0])] == [BOX["bbox"]]
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotation>&b;</annotation>'

@@ -206,7 +206,7 @@ ROWS = [
     ("22 text", both(lambda d: _renumber(d, {1: "1", 2: "2"})),
      BAD, {"CAT_ID_TYPE", "ANN_CATEGORY_TYPE"}),
     ("22 nameless", both(lambda d: d["categories"][0].pop("name")),
-     BAD, {"CAT_INVALID", "ANN_CATEGORY_UNKNOWN"}),
+     BAD, {"CAT_INVALID"}),
     ("23 twice", both(lambda d: d["categories"][1].update(name="cell")),
      BAD, {"CAT_NAME_DUPLICATE"}),
     ("23 any", both(lambda d: [c.update(name=n) for c, n in zip(d["categories"], ODD_NAMES)]),

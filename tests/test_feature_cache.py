@@ -632,6 +632,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(mode, few, shrunk, call, monkeypatch,
     assert (len(computed) == 2 * drawn) == (
         mode != "ram"
     )  # what lay in memory alone was computed again
+    config = config_of("b/stopped")
+    assert config["detector_sha256"] == config_of("a/whole")["detector_sha256"]
+    call(train_seg_stage2.main, "--resume", "b/stopped", "--epochs", 3)
+    assert config_of("b/stopped") == config | {"epochs": 3}
 
 
 @pytest.mark.slow

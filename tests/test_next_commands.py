@@ -266,6 +266,36 @@ def write_scores(folder: Path, regular: float, ema: float) -> None:
     (folder / "metrics.json").write_text(json.dumps({"epochs": [scores]}))
 
 
+def test_a_shrunk_file_older_than_its_run_is_told(few, call, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(RunHealth, "check_matches", lambda *_: None)
+    run = tmp_path / "run"
+    run.mkdir()
+    source = detector({}, run / "checkpoint_best_ema.pth")
+    write_scores(run, 0.2, 0.3)
+    shrunk = run / "checkpoint_mydata.pth"
+    call(shrink_head.main, "--in_ckpt", source, "--out_ckpt", shrunk)
+    flags = [*quick_flags(few), "--checkpoint", shrunk, "--epochs", 1]
+    call(train_seg_stage2.main, *flags)
+    assert "was trained on since" not in capsys.readouterr().out
+    earlier = source.stat().st_mtime - 10
+    os.utime(shrunk, (earlier, earlier))
+    call(train_seg_stage2.main, *flags)
+    said = capsys.readouterr().out
+    assert f"{shrunk} is older than {source}: its run was trained on since" in said
+    words = shlex.split(said.split("cut them first: ")[1].splitlines()[0])
+    call(shrink_head.main, *words[2:])
+    call(train_seg_stage2.main, *flags)
+    assert "was trained on since" not in capsys.readouterr().out
+
+
+def test_a_shrink_says_that_the_dataset_has_moved(call, capsys, tmp_path):
+    source = detector({"dataset": "gone", "size": "tiny"}, tmp_path / "best.pt")
+    call(shrink_head.main, "--in_ckpt", source, "--out_ckpt", "small.pt")
+    said = capsys.readouterr().out
+    assert "DIR is where the dataset gone is now" in said
+    assert " --dataset DIR " in next_line(said)
+
+
 def test_weights_that_score_alike_are_not_said_to_score_higher(call, capsys, tmp_path):
     source = detector({}, tmp_path / "best_ema.pt")
     flags = ["--in_ckpt", source, "--out_ckpt", "small.pt"]

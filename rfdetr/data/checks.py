@@ -6,6 +6,7 @@ whole dataset; then its images and annotations are checked (`check_split`).
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -182,7 +183,10 @@ def flat_annotations(data: dict, faults: Faults) -> FlatAnnotations:
 
 
 def check_categories(entries: list[dict], used: set[int], faults: Faults) -> list[dict]:
-    """The sound entries, one an id.  used: the category ids that have annotations."""
+    """The entries with an id, one an id; a name that is no text is written as JSON.
+
+    used: the category ids that have annotations.
+    """
     sound: dict[int, dict] = {}
     for index, entry in enumerate(entries):
         name = entry.get("name")
@@ -190,12 +194,15 @@ def check_categories(entries: list[dict], used: set[int], faults: Faults) -> lis
         category_id = whole_id(entry.get("id"))
         if category_id is None or not isinstance(name, str):
             faults.note("CAT_INVALID", place, entry)
+        if category_id is None:
             continue
+        if not isinstance(name, str):  # its annotations are of a category that is there
+            name = json.dumps(name)
         if category_id in sound:
             faults.note("CAT_ID_DUPLICATE", place, entry)
         elif not is_whole(entry["id"]):
             faults.note("CAT_ID_TYPE", place, entry)
-        sound.setdefault(category_id, entry | {"id": category_id})
+        sound.setdefault(category_id, entry | {"id": category_id, "name": name})
         if any(map(is_control, name)):
             faults.note("CAT_NAME_CONTROL", place, entry)
     # Labelling tools give the placeholder the name of the class where there is only one class:

@@ -35,12 +35,11 @@ def number_classes(splits: dict[str, CheckedSplit]) -> ClassNumbers:
         listed = {(entry["id"], entry["name"]) for entry in split.categories}
         kept = sorted(listed - left_out)
         is_first = not ids_by_name
-        class_names += [
-            class_name
-            for category_id, class_name in kept
-            if class_name not in class_names and (is_first or category_id in used[name])
-        ]
-        ids_by_name[name] = {class_name: category_id for category_id, class_name in kept}
+        for category_id, class_name in kept:
+            if class_name not in class_names and (is_first or category_id in used[name]):
+                class_names.append(class_name)
+        # of several with one name, which is an error, the first
+        ids_by_name[name] = {class_name: category_id for category_id, class_name in reversed(kept)}
     # ids that no split uses, for classes that a split does not list
     spare = 1 + max((entry["id"] for entry in entries), default=0)
     category_ids = {}

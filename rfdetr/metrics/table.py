@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rfdetr.metrics.coco_eval import FIGURES
 from rfdetr.metrics.overlap import SCORE_THRESHOLD
+from rfdetr.text import with_its_blanks
 
 TABLE_COLUMNS = [*FIGURES[:6], "AR100"]
 TABLE_CLASSES = 12  # more are counted, not listed
@@ -42,6 +43,7 @@ def format_table(summary: dict) -> str:
 
 
 def _shortened(name: str) -> str:
+    name = with_its_blanks(name)
     if len(name) <= TABLE_LETTERS:
         return name
     return name[: TABLE_LETTERS - 3] + "..."

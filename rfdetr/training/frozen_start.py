@@ -12,9 +12,11 @@ from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
 from rfdetr.resolve import plain
+from rfdetr.runs.metrics_file import highest_box_map
 from rfdetr.runs.places import STATES, detector_of_run, first_file
 from rfdetr.settings import STAGES, SegmentationSettings
 from rfdetr.text import command_line, counted, keep_flags
+from rfdetr.training.keeper import BEST_OF_EACH, OF_TRAINING
 from rfdetr.training.session import Session
 from rfdetr.weights import checkpoint
 
@@ -56,6 +58,24 @@ def warn_of_own_mask_head(content: dict, path: Path) -> None:
     warn(
         f"{path} has a mask head already: of that file the detector alone is used, and a new mask "
         f"head is trained on it{advice}"
+    )
+
+
+def warn_of_newer_weights(path: Path, names: list[str]) -> None:
+    """Warn where the run of a shrunk detector was trained on since, and its best weights are newer.
+
+    names: of the detector's classes.
+    """
+    best = highest_box_map(path.parent)
+    if not best or path.name in OF_TRAINING:
+        return
+    newer = path.parent / BEST_OF_EACH[max(best, key=best.get)]
+    if not newer.is_file() or newer.stat().st_mtime <= path.stat().st_mtime:
+        return
+    words = command_line("python", "shrink_head.py", "--in_ckpt", newer, "--out_ckpt", path)
+    warn(
+        f"{path} is older than {newer}: its run was trained on since. To take those weights, cut "
+        f"them first: {words} {keep_flags(names)}"
     )
 
 

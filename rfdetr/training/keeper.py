@@ -21,6 +21,7 @@ from rfdetr.weights.archive import require_plain
 
 WEIGHTS = ("regular", "ema")
 BEST_OF_EACH = {weights: f"checkpoint_best_{weights}.pth" for weights in WEIGHTS}
+OF_TRAINING = {"best.pt", *STATES, *BEST_OF_EACH.values()}  # checkpoints in a run's folder
 METRICS = ("bbox/mAP", "segm/mAP")
 MOST = 2**31  # no run counts so far
 
@@ -29,8 +30,7 @@ def refuse_file_of_run(file: Path, flag: str, usual: str) -> None:
     """Raise UserError where a training has written the file that would be replaced; usual: another
     name for what would be written.
     """
-    of_training = {"best.pt", *STATES, *BEST_OF_EACH.values()}
-    if file.name in of_training and file.exists() and (file.parent / CONFIG).exists():
+    if file.name in OF_TRAINING and file.exists() and (file.parent / CONFIG).exists():
         raise UserError(
             f"{flag} {file} is a checkpoint of the training in {file.parent}: it is not "
             f"replaced. Name another file, such as {file.parent / usual}"

@@ -96,7 +96,12 @@ def after_shrink(content: dict, shrunk: dict, file: Path) -> tuple[str, str]:
     is_official = bool(content.get("official")) or not args
     if is_official or not dropped:
         args["size"] = content["size"]["name"]
-        return "", mask_training(args, content["resolution"], file)
+        remark = ""
+        dataset = args.get("dataset")
+        if dataset and not Path(dataset).exists():
+            remark = f"DIR is where the dataset {dataset} is now: it is no longer there"
+            args["dataset"] = "DIR"
+        return remark, mask_training(args, content["resolution"], file)
     remark = (
         f"It no longer knows {', '.join(dropped)}. Stage 2 and evaluate.py need a dataset whose "
         f"classes are {', '.join(kept)} alone; for the one it was trained on, leave out --keep"

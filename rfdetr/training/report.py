@@ -5,6 +5,7 @@ TensorBoard.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from rfdetr.console import UserError, banner, say, tick, warn
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.records import ImageRecord
 from rfdetr.data.statistics import shrink_problems, without_scores
-from rfdetr.files import atomic_write
+from rfdetr.files import atomic_write, write_json
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.metrics.table import format_table
@@ -37,6 +38,7 @@ from rfdetr.training.resume import changed_settings
 from rfdetr.training.session import Session
 
 GUESSED_IMAGES = 48  # training images that are drawn with their guessed masks
+STAGE2_CONFIG = "stage2_config.json"
 MANY_TIMES = 100  # that an image is seen; 27 times are better with mild augmentation
 PICTURES = 4  # images of valid, always the same
 PICTURE_TIMES = 10  # as many pictures as TensorBoard shows of a tag
@@ -141,6 +143,26 @@ def note_begun(session: Session) -> None:
         return
     run.begin()
     write_config(run, session.settings)
+    if session.stage2_config:
+        write_stage2_config(session)
+
+
+def write_stage2_config(session: Session) -> None:
+    file = session.folder / STAGE2_CONFIG
+    with session.run.optional(f"writing {file}"):
+        write_json(file, session.stage2_config)
+
+
+def detector_of_config(folder: Path) -> dict[str, str | None]:
+    """A stage 2 run's detector file and its sha256, which may be gone since the run began; None
+    where stage2_config.json does not tell.
+    """
+    names = ("detector_file", "detector_sha256")
+    try:
+        config = json.loads((folder / STAGE2_CONFIG).read_text(encoding="utf-8"))
+        return {name: config.get(name) for name in names}
+    except (OSError, ValueError, AttributeError):  # AttributeError: no JSON object
+        return dict.fromkeys(names)
 
 
 def write_config(run: Run, settings: TrainingSettings) -> None:

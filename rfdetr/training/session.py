@@ -56,6 +56,7 @@ class Session:
     guess_masks: bool = False  # of training objects that have none
     tiling: Tiling | None = None  # of the images
     letterbox: bool = False  # whether images and tiles keep their proportions
+    stage2_config: dict | None = None  # content of stage 2's own file
     folder: Path | None = None
     run: Run | None = None  # open on rank 0 alone
 

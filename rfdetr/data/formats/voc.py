@@ -254,7 +254,8 @@ def read_object(entry: ElementTree.Element, root: ElementTree.Element) -> Labell
     sides = [number(entry.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
     if any(math.isnan(side) for side in sides):
         raise Unusable(NO_VOC, f"{name}: no bndbox with xmin, ymin, xmax, ymax")
-    left, top, right, bottom = sides
+    left, right = sorted(sides[::2])
+    top, bottom = sorted(sides[1::2])
     if "PASCAL VOC" in (root.findtext("source/annotation") or "").upper():
         left -= 1
         top -= 1

@@ -58,6 +58,7 @@ class YoloReader:
         self.config = read_config(self.yaml) if self.yaml else {}
         self.class_list = self._find_class_list()
         self.names = self._find_names()
+        self._note_equal_names()
         self.nameless = without_name(len(self.names), self.class_list or self.yaml)
         self.class_names = [self.names[number] for number in sorted(self.names)]
         images = self._described_images()
@@ -129,6 +130,16 @@ class YoloReader:
             raise UserError(
                 f"{self.yaml}: names: expected a list of class names, or lines of `0: name`"
             ) from error
+
+    def _note_equal_names(self) -> None:
+        numbers: dict[str, list[int]] = {}
+        for number in sorted(self.names):
+            numbers.setdefault(self.names[number], []).append(number)
+        for name, equal in numbers.items():
+            if len(equal) > 1:
+                listed = f"{name!r} is {' and '.join(map(str, equal))}"
+                what = "names of several class numbers, whose objects become one class"
+                self.notes.add(what, self.class_list or self.yaml, listed)
 
     # ------------------------------------------------------------ images
 
@@ -291,21 +302,24 @@ def without_name(named: int, list_file: Path | None) -> str:
 
 
 def read_config(file: Path) -> dict:
-    """The content of data.yaml.  Raises UserError."""
+    """The content of data.yaml; class names as they are written there.  Raises UserError."""
+    text = read_text(file, str(file))
     try:
-        config = yaml.safe_load(read_text(file, str(file)))
+        config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is no YAML: {reason}") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: expected lines such as `train: images/train` and `names: [...]`")
+    if isinstance(config.get("names"), (list, dict)):  # where `yes` is a name, not true
+        config["names"] = yaml.load(text, yaml.BaseLoader)["names"]
     return config
 
 
 def plain_name(name: object) -> str:
-    """A class name; YAML reads some as numbers or as true and false."""
-    if not isinstance(name, (str, int, float)):
-        raise ValueError(f"{type(name).__name__} is no name")
+    """A class name, on one line.  ValueError where it is none."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{name!r} is no name")
     return printable(name)
 
 
