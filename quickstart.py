@@ -9,6 +9,7 @@ Standard library only, and no syntax that an old Python cannot parse: it tells i
 
 import argparse
 import glob
+import json
 import math
 import os
 import shlex
@@ -181,7 +182,7 @@ def run_job(args):
     job = Job(args)
     job.choose_dataset_and_size()
     checked = job.flags(*(DATA_FLAGS + MODEL_FLAGS + ("letterbox",))) + job.tile_flag()
-    job.step("validate_setup.py", *checked)
+    job.step("validate_setup.py", *(checked + ("--json", job.report)))
     job.count_images()
     detector, weights = job.train_detector()
     checkpoint = job.shrink(detector, weights)
@@ -190,7 +191,9 @@ def run_job(args):
     pictures = os.path.join(masks, "found")
     job.step(*job.predict_command(masks, job.annotated_images(), pictures))
     print("\n" + "=" * 60)
-    print("Done in %.0f s. On the valid split, %s;" % (time.time() - begin, ";\n".join(job.stands)))
+    print("Done in %.0f s. Scores are those of the valid split:" % (time.time() - begin))
+    for line in job.stands:
+        print(line)
     print("Pictures: %s" % pictures)
     print("Your own images: %s" % shown(job.predict_command(masks, "IMAGES", "found")))
 
@@ -201,9 +204,11 @@ class Job(object):
     def __init__(self, args):
         self.args = args
         self.output_dir = args.output_dir or "runs"
+        self.report = os.path.join(self.output_dir, "setup_check.json")
         self.stands = []  # one line for each finished training
         self.steps = None  # of stage 1 and of stage 2
-        self.images = 0  # of the training split
+        self.images = 0  # that there are to be trained on, or their tiles
+        self.noun = "tiles" if args.tile else "images"
         self.recipe = None  # the size's own numbers (rfdetr/sizes.py)
 
     def choose_dataset_and_size(self):
@@ -268,14 +273,15 @@ class Job(object):
         from rfdetr.sizes import SIZES
 
         self.recipe = SIZES[self.args.size].recipe
-        self.images = training_images(self.args.dataset)
+        with open(self.report, encoding="utf-8") as file:
+            self.images = json.load(file)["images_an_epoch"]
 
     def train_detector(self):
         """Stage 1; returns the run's folder and the weights that scored best there."""
         if not self.args.epochs:
             batch = self.recipe.batch * self.recipe.accum
             self.args.epochs = epochs_for(
-                "Stage 1", self.steps[0], self.images, batch, self.recipe.min_steps
+                "Stage 1", self.steps[0], self.images, batch, self.recipe.min_steps, self.noun
             )
         own = self.flags("seed", "epochs", "letterbox", "pretrain_weights") + self.tile_flag()
         return self.train("train_detector_stage1.py", "detector", "the detector is", own)
@@ -294,7 +300,7 @@ class Job(object):
         if not epochs:
             batch = self.recipe.seg_batch * self.recipe.seg_accum
             epochs = epochs_for(
-                "Stage 2", self.steps[1], self.images, batch, self.recipe.seg_min_steps
+                "Stage 2", self.steps[1], self.images, batch, self.recipe.seg_min_steps, self.noun
             )
             own += ("--eval_every", str(math.ceil(epochs / SEG_EVALUATIONS)))
         own += ("--epochs", str(epochs))
@@ -343,12 +349,13 @@ def default_size(device):
     return usual_size(has_gpu)
 
 
-def epochs_for(stage, steps, images, images_per_step, min_steps):
+def epochs_for(stage, steps, images, images_per_step, min_steps, noun="images"):
     """Epochs of at least `min_steps` that make about `steps` optimizer steps; says why."""
     per_epoch = max(images // images_per_step, min_steps)  # a small dataset is repeated
     rounded_up = -(-steps // per_epoch)
     epochs = min(max(rounded_up, FEWEST_EPOCHS), MOST_EPOCHS)
-    reason = "%d images make %d steps an epoch, about %d are wanted" % (images, per_epoch, steps)
+    reason = "%d %s make %d steps an epoch, about %d are wanted"
+    reason = reason % (images, noun, per_epoch, steps)
     print("\n%s: %d epochs (%s)" % (stage, epochs, reason))
     return epochs
 
@@ -401,13 +408,6 @@ def require_valid_split(dataset):
         again = command_line("python", *(sys.argv + ["--val_fraction", "0.1"]))
         message = "%s has no valid split. To take a tenth of train/ as one: %s"
         raise Stop(2, message % (dataset, again))
-
-
-def training_images(dataset):
-    """How many images the training annotations list, in either of the two layouts."""
-    from rfdetr.data.layout import find_splits, read_json
-
-    return len(read_json(find_splits(dataset)["train"][0])["images"])
 
 
 def scores(run_folder):

@@ -30,7 +30,7 @@ from rfdetr.data.statistics import (
     shrink_problems,
     without_scores,
 )
-from rfdetr.data.tiles import tile_problems, training_tiling
+from rfdetr.data.tiles import images_an_epoch, tile_problems, training_tiling
 from rfdetr.device import Precision, free_on_device_mb, pick_device, pick_precision
 from rfdetr.files import make_place, require_earlier_report, write_json, writing_to
 from rfdetr.inference.augment_sheet import augment_sheet
@@ -118,6 +118,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         "exif": train.exif if train else None,
         "gray": gray.to_dict() if gray else None,
         "splits": counts,
+        "images_an_epoch": images_an_epoch(train.images, tiling) if train else 0,
         # masks are guessed where there are none: splits has their numbers
         "stages": dict.fromkeys(("detector", "segmentation", "single"), not errors),
         "problems": [asdict(problem) for problem in problems],
@@ -316,10 +317,7 @@ def errors_message(errors: list[Problem], settings: ValidationSettings, original
     kinds = ", ".join(dict.fromkeys(problem.code for problem in errors))
     advice = advice_on(errors, settings)
     if settings.fix:
-        advice = (
-            f"This is left to you: mend it in {original} and write another copy, since this one "
-            "lacks what it could not keep"
-        )
+        advice = f"This is left to you: mend it in {original}, and write another copy"
     return f"{errors[0].headline.rstrip('.')}. All errors (see above): {kinds}. {advice}"
 
 

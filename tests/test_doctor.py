@@ -499,6 +499,19 @@ def test_fix_never_writes_over_anything(dataset, tmp_path, monkeypatch, capsys):
     assert before.keys() == contents(dataset).keys()
 
 
+def test_no_object_is_dropped_for_an_id_that_is_left_to_the_user(dataset, tmp_path):
+    """Mended in the copy, too, the image has its objects."""
+    change("images", 1, id=1)(dataset)
+    objects = len(json.loads((dataset / "train" / FILE).read_text())["annotations"])
+    fix_dataset(dataset, tmp_path / "fixed", decode=False)
+    fixed = tmp_path / "fixed/train" / FILE
+    content = json.loads(fixed.read_text())
+    assert len(content["annotations"]) == objects
+    content["images"][1]["id"] = 2
+    fixed.write_text(json.dumps(content))
+    assert not any(severity == "error" for severity in codes_of(tmp_path / "fixed").values())
+
+
 def test_what_cannot_be_fixed_is_left_to_the_user(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     change("images", width=41)(dataset)
@@ -507,6 +520,7 @@ def test_what_cannot_be_fixed_is_left_to_the_user(dataset, tmp_path, monkeypatch
         status == 2
         and "IMG_SIZE" in found
         and "All errors (see above): IMG_SIZE. This is left to you" in error
+        and f"mend it in {dataset}, and write another copy" in error
     )
 
 

@@ -192,6 +192,8 @@ def test_crowd_regions_are_no_objects_of_a_class_beside_errors_either(
 def test_errors_of_categories_are_not_taken_for_missing_classes(dataset):
     change(dataset, lambda data: data["categories"].pop(1))
     assert codes(dataset) == {"ANN_CATEGORY_UNKNOWN": "error"}
+    change(dataset, lambda data: add_class(data, "lymph node", 9, 1), "valid")
+    assert codes(dataset) == {"ANN_CATEGORY_UNKNOWN": "error", "CLASS_UNKNOWN": "error"}
 
 
 def test_no_category_id_is_made_up_in_the_report(dataset, call, capsys):

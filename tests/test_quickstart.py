@@ -299,17 +299,6 @@ def test_epochs_keep_the_number_of_steps_and_say_why(
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["train/_annotations.coco.json", "annotations/instances_train2017.json"]
-)
-def test_training_images_are_counted_in_both_layouts(tmp_path, name):
-    file = tmp_path / "a [1] folder" / name
-    file.parent.mkdir(parents=True)
-    (tmp_path / "a [1] folder/train2017").mkdir()
-    file.write_text(json.dumps({"images": [{}, {}, {}]}), encoding="utf-8-sig")
-    assert quickstart.training_images(str(tmp_path / "a [1] folder")) == 3
-
-
 def metrics_of(**tables) -> dict:
     tables = {name: {"mAP50": 0.5, "mAP": value} for name, value in tables.items()}
     record = {"epoch": 2, "valid": {}, "valid_ema": tables}
@@ -327,6 +316,9 @@ def test_scores_are_those_of_the_best_epoch_and_weights(tmp_path):
     assert quickstart.scores(str(tmp_path)) == ("no scores", "regular")
 
 
+REPORT = os.path.join("runs", "setup_check.json")
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A dataset; the scripts are run in name only, and `failing` ones end with their code."""
@@ -340,6 +332,10 @@ def repository(tmp_path, monkeypatch):
 
     def run(arguments, python=None):
         commands.append(" ".join(arguments))
+        if arguments[0] == "validate_setup.py":
+            report = Path(arguments[arguments.index("--json") + 1])
+            report.parent.mkdir(exist_ok=True)
+            report.write_text(json.dumps({"images_an_epoch": 200}))
         stem = {"train_detector_stage1.py": "detector", "train_seg_stage2.py": "segmentation"}.get(
             arguments[0]
         )
@@ -371,7 +367,7 @@ def test_the_job_runs_the_scripts_in_order_on_what_each_made(repository, capsys)
     said = capsys.readouterr().out
     epochs = re.findall(r"Stage [12]: (\d+) epochs", said)
     assert repository[0] == [
-        "validate_setup.py --dataset dataset --size tiny",
+        f"validate_setup.py --dataset dataset --size tiny --json {REPORT}",
         f"train_detector_stage1.py --dataset dataset --size tiny --seed 0 --epochs {epochs[0]}",
         f"shrink_head.py --in_ckpt {trained} --out_ckpt {shrunk}",
         "train_seg_stage2.py --dataset dataset --size tiny --seed 0 "
@@ -392,7 +388,8 @@ def test_flags_reach_the_scripts(repository, tmp_path):
     flags += "--device cpu --output_dir out --pretrain_weights none --seed 5 --val_fraction 0.1"
     assert quickstart.main(flags.split()) == 0
     common = "--dataset dataset --val_fraction 0.1 --size nano --device cpu --resolution 320"
-    assert repository[0][0] == f"validate_setup.py {common}"
+    report = os.path.join("out", "setup_check.json")
+    assert repository[0][0] == f"validate_setup.py {common} --json {report}"
     folder = os.path.join("out", "detector")
     own = f"--epochs 2 --pretrain_weights none --output_dir {folder}"
     assert repository[0][1] == f"train_detector_stage1.py {common} --seed 5 {own}"
@@ -406,13 +403,13 @@ def test_without_a_dataset_demo_data_is_generated_once(repository, tmp_path):
     assert quickstart.main([]) == 9
     assert repository[0] == [
         f"-m rfdetr.data.demo {demo} --seed 0",
-        f"validate_setup.py --dataset {demo} --size tiny",
+        f"validate_setup.py --dataset {demo} --size tiny --json {REPORT}",
     ]
     (tmp_path / demo / "valid").mkdir(parents=True)
     (tmp_path / demo / "valid" / "_annotations.coco.json").touch()
     repository[0].clear()
     assert quickstart.main([]) == 9
-    assert repository[0] == [f"validate_setup.py --dataset {demo} --size tiny"]
+    assert repository[0] == [f"validate_setup.py --dataset {demo} --size tiny --json {REPORT}"]
 
 
 def test_a_dataset_without_masks_says_what_stands(repository, capsys):
@@ -480,7 +477,7 @@ def test_paths_are_the_users_wherever_it_is_started(repository, tmp_path, monkey
     repository[1]["validate_setup.py"] = 9
     assert quickstart.main(["--dataset", "mine", "--size", "tiny"]) == 9
     assert repository[0] == [
-        f"validate_setup.py --dataset {tmp_path / 'elsewhere' / 'mine'} --size tiny"
+        f"validate_setup.py --dataset {tmp_path / 'elsewhere' / 'mine'} --size tiny --json {REPORT}"
     ]
 
 

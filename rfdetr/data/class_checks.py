@@ -11,8 +11,9 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.renaming import STYLE, Renames, alike_classes, certain_renames, suggest_renames
 from rfdetr.text import counted
 
-# errors after which classes may lack
-HIDE_CLASSES = ("JSON_", "CAT_INVALID", "CAT_NAME_", "CAT_ID_DUPLICATE", "ANN_CATEGORY_UNKNOWN")
+# errors after which classes may lack, and those after which objects of known ones may
+HIDE_CLASSES = ("JSON_", "CAT_INVALID", "CAT_NAME_", "CAT_ID_DUPLICATE")
+HIDE_OBJECTS = (*HIDE_CLASSES, "ANN_CATEGORY_UNKNOWN")
 
 
 def class_problems(split: CocoSplit, train: CocoSplit) -> list[Problem]:
@@ -20,19 +21,23 @@ def class_problems(split: CocoSplit, train: CocoSplit) -> list[Problem]:
 
     None where errors of train may be why they lack.
     """
-    if hides_classes(train):
+    if has_any(train, HIDE_CLASSES):
         return []
     here = counts_of(split)
     taught = counts_of(train)
     faults = Faults(split.annotation_file)
-    if any(taught.values()):  # else train is empty, which is told
+    # else train is empty, or has faults, which is told
+    if any(taught.values()) and not has_any(train, HIDE_OBJECTS):
         for name, count in here.items():
             if count and name in train.annotated and not taught[name]:
                 faults.note("CLASS_NOT_IN_TRAIN", repr(name))
     problems = faults.problems()
-    unknown = unknown_classes(here, train)
+    ids = dict(zip(split.class_names, split.category_ids))
+    # train's annotations may be of a class that its list has lost
+    unknown = [name for name in unknown_classes(here, train) if ids[name] not in train.unlisted]
     if unknown:
-        meant = meanings(here, train)
+        guessed = meanings(here, train)
+        meant = {name: guessed[name] for name in unknown if name in guessed}
         places = [f"{name!r}: {here[name]} annotations" for name in unknown]
         headline = (
             f"{split.annotation_file}: {counted(len(unknown), 'class')} that train does not have"
@@ -62,10 +67,10 @@ def rare_class_problems(train: CocoSplit, valid: CocoSplit | None) -> list[Probl
 
     None where errors of train may be why they lack.
     """
-    if hides_classes(train):
+    if has_any(train, HIDE_OBJECTS):
         return []
     taught = counts_of(train)
-    here = counts_of(valid) if valid and not hides_classes(valid) else {}
+    here = counts_of(valid) if valid and not has_any(valid, HIDE_OBJECTS) else {}
     of_train = Faults(train.annotation_file)
     for name, count in taught.items():
         if any(taught.values()) and count == 0 and not here.get(name):  # else valid's own warning
@@ -109,8 +114,9 @@ def alike_problems(train: CocoSplit, taught: dict[str, int]) -> list[Problem]:
     return [problem]
 
 
-def hides_classes(split: CocoSplit) -> bool:
-    return any(problem.code.startswith(HIDE_CLASSES) for problem in split.problems)
+def has_any(split: CocoSplit, codes: tuple[str, ...]) -> bool:
+    """Whether a split has faults of codes that begin so."""
+    return any(problem.code.startswith(codes) for problem in split.problems)
 
 
 def counts_of(split: CocoSplit) -> dict[str, int]:

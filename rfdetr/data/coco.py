@@ -254,6 +254,9 @@ def build_splits(
             left_out=classes.left_out,
             exif=split.exif.name,
             problems=split.faults.problems(),
+            unlisted=frozenset(
+                split.annotated.keys() - {entry["id"] for entry in split.categories}
+            ),
             renames=renames,
         )
     return splits

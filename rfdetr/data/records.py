@@ -241,6 +241,7 @@ class CocoSplit:
     exif: str  # "apply" or "ignore" the orientation of images whose size does not tell
     problems: list[Problem]  # errors first
     gray: GrayScale | None = None  # how gray of more than 8 bits is read; None: by its bits
+    unlisted: frozenset[int] = frozenset()  # category ids of annotations that the file lacks
     renames: Renames = NO_RENAMES  # that were asked for, of all splits
 
     def __post_init__(self):

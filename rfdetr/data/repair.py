@@ -271,7 +271,7 @@ def same_file_inside(folder: Path, name: object) -> str | None:
 def repair_size(entry: dict, image: SizedImage, codes: set[str], done: Counter) -> None:
     lacks_a_side = None in (entry.get("width"), entry.get("height"))
     if lacks_a_side or "IMG_SIZE_INVALID" in codes:
-        done["Images without a size: the file's is written"] += 1
+        done["Images without a usable size: the file's is written"] += 1
         entry["width"] = image.width
         entry["height"] = image.height
 
@@ -287,6 +287,8 @@ def repair_annotations(
     image_ids = texts_of(data["images"], "id")
     category_ids = texts_of(data["categories"], "id")
     spare_id = next_id(data["annotations"])
+    wrong_image_ids = has_any(split, "IMG_ID_INVALID", "IMG_ID_DUPLICATE")
+    wrong_category_ids = has_any(split, "CAT_INVALID", "CAT_ID_DUPLICATE")
     for entry in data["annotations"]:
         codes = set(split.faults.codes_of(entry))
         if "ANN_CATEGORY_TYPE" in codes:
@@ -304,10 +306,10 @@ def repair_annotations(
             done["ANN_CROWD_INVALID: written as a number"] += 1
             entry["iscrowd"] = int(entry["iscrowd"])
             codes.remove("ANN_CROWD_INVALID")
-        # what its id belongs to is there, only not sound: the annotation is not to blame
-        if repr(image_id) in image_ids:
+        # what its id belongs to is there, only not sound, or may be: it is not to blame
+        if repr(image_id) in image_ids or wrong_image_ids:
             codes.discard("ANN_IMAGE_UNKNOWN")
-        if repr(entry.get("category_id")) in category_ids:
+        if repr(entry.get("category_id")) in category_ids or wrong_category_ids:
             codes.discard("ANN_CATEGORY_UNKNOWN")
         if codes & UNUSABLE:
             done[f"{min(codes & UNUSABLE)}: dropped"] += 1
@@ -323,6 +325,10 @@ def repair_annotations(
         repair_mask(entry, image, codes, done)
         repair_box_and_area(entry, image, codes, done)
     data["annotations"] = kept
+
+
+def has_any(split: CheckedSplit, *codes: str) -> bool:
+    return any(split.faults.count(code) for code in codes)
 
 
 def repair_mask(entry: dict, image: SizedImage, codes: set[str], done: Counter) -> None:

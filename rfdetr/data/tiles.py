@@ -31,6 +31,11 @@ def places_of_tiles(images: ImageTable | ImageList, tiling: Tiling) -> list[tupl
     ]
 
 
+def images_an_epoch(images: ImageTable | ImageList, tiling: Tiling | None) -> int:
+    """How many images, or their tiles, there are to be trained on."""
+    return len(places_of_tiles(images, tiling)) if tiling else len(images)
+
+
 class TileTable(FromRecords, Sequence):
     """The tiles of images, as records of them with a window and the objects that are seen in it."""
 

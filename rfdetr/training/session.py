@@ -21,7 +21,7 @@ from rfdetr.data.loaders import EpochSampler, evaluation_loader
 from rfdetr.data.mask_source import images_with_drawn_masks
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import make_mix, say_counts
-from rfdetr.data.tiles import places_of_tiles, tile_problems, training_tiling
+from rfdetr.data.tiles import images_an_epoch, tile_problems, training_tiling
 from rfdetr.device import Precision, compile_in_place
 from rfdetr.inference.evaluation import SplitEvaluator
 from rfdetr.models.detector import Detector
@@ -67,10 +67,7 @@ class Session:
     @property
     def images_an_epoch(self) -> int:
         """Images, or their tiles, that there are to be trained on."""
-        images = self.train.images
-        if self.tiling is None:
-            return len(images)
-        return len(places_of_tiles(images, self.tiling))
+        return images_an_epoch(self.train.images, self.tiling)
 
     @property
     def train(self) -> CocoSplit:
