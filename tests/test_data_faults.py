@@ -272,6 +272,27 @@ def test_loose_boxes_and_masks_of_visible_parts_are_no_fault():
     assert found(crowd([polygon(x - 1, y - 1, w + 2, h + 2) for x, y, w, h in BOXES], BOXES)) == {}
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_boxes_that_are_corners_are_an_error_that_says_so(form):
+    corners = [[x, y, x + w, y + h] for x, y, w, h in BOXES]
+    masks = [FORMS[form](*box) for box in BOXES]
+    code, (severity, count) = next(iter(found(crowd(masks, corners)).items()))
+    assert (code, severity) == ("ANN_BBOX_CORNERS", "error") and count >= 18
+    # the same by chance, and whole images
+    chance = crowd(masks, corners[:5] + BOXES[5:])
+    assert "ANN_BBOX_CORNERS" not in found(chance)
+    at_zero = [[0, 0, 20.0 + n, 30] for n in range(20)]
+    assert "ANN_BBOX_CORNERS" not in found(crowd([FORMS[form](*box) for box in at_zero], at_zero))
+
+
+def test_many_boxes_that_leave_their_image_may_be_corners():
+    corners = [[x, y, x + w, y + h] for x, y, w, h in [(90 + n, 80, 30, 40) for n in range(9)]]
+    for boxes, is_said in ((corners, True), (corners[:2] + BOXES[2:], False)):
+        problems = check_file("x.json", data=crowd([[]] * len(boxes), boxes)).faults.problems()
+        (clipped,) = [one for one in problems if one.code == "ANN_BBOX_CLIPPED"]
+        assert ("are they x1, y1, x2, y2" in clipped.message) == is_said
+
+
 def test_boxes_and_polygons_in_0_to_1_are_an_error_that_says_so():
     share = [[side / 200 for side in box] for box in BOXES]
     masks = [polygon(*box) for box in BOXES]

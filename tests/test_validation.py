@@ -304,6 +304,21 @@ def test_no_content_makes_the_check_itself_fail(data):
         )
 
 
+@pytest.mark.parametrize(
+    ("listed", "there"), [("1.PNG", "1.png"), ("u\u0308.png", "\u00fc.png"), ("1.png ", "1.png")]
+)
+def test_a_missing_image_names_the_file_that_is_called_almost_so(dataset, listed, there):
+    os.rename(dataset / "train/1.png", dataset / "train" / there)
+    if (dataset / "train" / listed).exists():
+        pytest.skip("this disk takes both names for one")
+    rewrite(
+        dataset / "train/_annotations.coco.json",
+        lambda data: data["images"][0].update(file_name=listed),
+    )
+    (problem,) = [one for one in check_dataset(dataset) if one.code == "IMG_MISSING"]
+    assert problem.places == [f"{dataset / 'train' / listed} (there is {there!r})"]
+
+
 def test_missing_images_are_listed(dataset):
     for number in (1, 2):
         (dataset / f"train/{number}.png").unlink()

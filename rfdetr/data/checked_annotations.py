@@ -38,6 +38,11 @@ from rfdetr.data.rle import rle_extents, run_sums
 
 Note = tuple[int, str, str, object]  # of a fault: index, code, place, the entry or None
 
+MANY_CLIPPED = 0.5  # share of the sound boxes
+PERHAPS_CORNERS = (
+    "as so many are, are they x1, y1, x2, y2 where COCO has x, y, width, height? Look with "
+    "validate_setup.py --preview"
+)
 AT_ONCE = 1000  # entries in doubt that are read together
 NOT_LISTED = SizedImage("", "not listed", inf, inf)
 
@@ -95,6 +100,8 @@ def check_annotations(
                 faults.note(code, entries.place(index))
             if severity == "error":
                 faults.make_error(code)
+    if faults.count("ANN_BBOX_CLIPPED") > MANY_CLIPPED * sound.is_sound.sum():
+        faults.advise("ANN_BBOX_CLIPPED", f"{CODES['ANN_BBOX_CLIPPED'].advice}; {PERHAPS_CORNERS}")
     return sound
 
 

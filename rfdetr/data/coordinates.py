@@ -14,6 +14,7 @@ ONE = 1.001  # the largest coordinate of what is in 0..1, with what rounding add
 FEW_PIXELS = 8  # an image's side up to which a box may well lie within its first pixel
 OFF_WARNING = 0.05  # share of a split's masks that do not lie on their boxes
 OFF_ERROR = 0.5
+CORNERS_ERROR = 0.5  # share of a split's masks whose boxes are corners
 MARGIN = 0.1  # share of a box's side that its mask may stand out by,
 MARGIN_PIXELS = 2.0  # and so many pixels more
 
@@ -41,8 +42,13 @@ def coordinate_faults(
         wrong_unit = True
         yield "ANN_POLYGON_NORMALISED", "error", tiny_masks
     is_off = is_mask.copy()
+    is_corners = is_mask.copy()
     for rows in row_slices(len(is_off)):
         is_off[rows] &= lies_off(boxes[rows], extents[rows])
+        is_corners[rows] &= are_corners(boxes[rows], extents[rows])
+    corners = np.flatnonzero(is_corners)
+    if not wrong_unit and len(corners) >= max(SEVERAL, CORNERS_ERROR * is_mask.sum()):
+        yield "ANN_BBOX_CORNERS", "error", corners
     off_box = np.flatnonzero(is_off)
     off = len(off_box)
     if not wrong_unit and off >= SEVERAL and off > OFF_WARNING * is_mask.sum():
@@ -63,3 +69,15 @@ def lies_off(boxes: np.ndarray, extents: np.ndarray) -> np.ndarray:
     inside_y = np.minimum(bottom, y + height + above) - np.maximum(top, y - above)
     inside = np.maximum(inside_x, 0) * np.maximum(inside_y, 0)
     return inside < 0.5 * (right - left) * (bottom - top)
+
+
+def are_corners(boxes: np.ndarray, extents: np.ndarray) -> np.ndarray:
+    """Which boxes hold the corners x1, y1, x2, y2 of their masks.  Arguments as above.
+
+    At the image's own corner, where both forms are the same, none do.
+    """
+    left, top, _, _ = extents.T
+    sides = np.maximum(extents[:, 2:] - extents[:, :2], 1)
+    slack = np.tile(MARGIN * sides + MARGIN_PIXELS, 2)
+    fits = (np.abs(boxes - extents) <= slack).all(axis=1)
+    return fits & (np.maximum(left, top) > 2 * slack.max(axis=1, initial=0))

@@ -60,7 +60,9 @@ CODES: dict[str, FaultKind] = {
         "write it relative, without ..",
     ),
     "IMG_MISSING": FaultKind(
-        "error", "whose file is missing", "put the files there or delete their entries"
+        "error",
+        "whose file is missing",
+        "put the files there, write the names as the files have them, or delete the entries",
     ),
     "IMG_TYPE": FaultKind(
         "error",
@@ -160,6 +162,11 @@ CODES: dict[str, FaultKind] = {
         "with a bbox in 0..1",
         "COCO boxes are in pixels: multiply x and width by the image's width, y and height by its "
         "height",
+    ),
+    "ANN_BBOX_CORNERS": FaultKind(
+        "error",
+        "whose bbox is the corners x1, y1, x2, y2 of its mask",
+        "COCO boxes are x, y, width, height: subtract x1 from x2 and y1 from y2",
     ),
     "ANN_POLYGON_NORMALISED": FaultKind(
         "error",
@@ -306,7 +313,12 @@ class Faults:
     def as_plain(self) -> dict:
         """What was noted, as JSON holds it; not which entry has which fault."""
         errors = sorted(self._errors)
-        return {"counts": self._counts, "places": self._places, "errors": errors}
+        return {
+            "counts": self._counts,
+            "places": self._places,
+            "errors": errors,
+            "advice": self._advice,
+        }
 
     @classmethod
     def from_plain(cls, annotation_file: Path, plain: dict) -> Faults:
@@ -314,6 +326,7 @@ class Faults:
         faults._counts = dict(plain["counts"])
         faults._places = {code: list(places) for code, places in plain["places"].items()}
         faults._errors = set(plain["errors"])
+        faults._advice = dict(plain["advice"])
         return faults
 
     def _severity(self, code: str) -> str:

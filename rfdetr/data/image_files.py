@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
@@ -155,6 +156,8 @@ def inspect_image_file(
     faults, orientation, stored_size, whole_sha256, hashed = finding
     if not decode:  # as if no earlier check had decoded the file
         faults = {code: more for code, more in faults.items() if code != "IMG_ALPHA"}
+    if "IMG_MISSING" in faults:
+        faults = {"IMG_MISSING": words_on_near_file(path)}
     if is_behind_link(path, folder):
         faults = {"IMG_LINK": ""} | faults
     return ImageFile(
@@ -165,6 +168,28 @@ def inspect_image_file(
         file_sha256=bytes.fromhex(whole_sha256),
         content_hash=hashed,
     )
+
+
+def words_on_near_file(path: Path) -> str:
+    """Names a file beside a missing one that is called alike but for case, blanks or the form of
+    its umlauts, which Windows and macOS take for the same; "" where there is none.
+    """
+    try:
+        listed = folded_names(path.parent, path.parent.stat().st_mtime_ns)
+    except OSError:
+        return ""
+    near = listed.get(folded(path.name))
+    return f" (there is {near!r})" if near else ""
+
+
+@functools.lru_cache(maxsize=100)
+def folded_names(folder: Path, changed: int) -> dict[str, str]:
+    """Folded name -> name of a folder's files; changed: its time, so that it is listed anew."""
+    return {folded(name): name for name in os.listdir(folder)}
+
+
+def folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold().strip()
 
 
 @functools.lru_cache(maxsize=1000)
