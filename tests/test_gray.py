@@ -324,6 +324,7 @@ def test_the_range_goes_with_the_checkpoint(grays, call, tmp_path, capsys):
         "--gray 99.0: the frozen detector's images were read otherwise" in capsys.readouterr().out
     )
     call(train_seg_stage2.main, *quick_flags(data), *words[:3], "three", *words[4:])
+    assert "As in training: Gray of more than 8 bits in 12 of 12" in capsys.readouterr().out
     assert checkpoint.gray_of(checkpoint.load(tmp_path / "three/best.pt")) == scale
 
     call(evaluate.main, "--checkpoint", "one", "--dataset", data, "--results", "deep")

@@ -226,7 +226,7 @@ def told_scale(
     if warning:
         warn(warning)
     elif scale and scale.note:
-        tick(scale.note)
+        tick(f"As in training: {scale.note}" if scale is stored else scale.note)
     return scale
 
 
