@@ -23,7 +23,8 @@ LEAST_SHARE = 0.1  # of the images: a cache of fewer is not worth its disk
 
 
 def in_mb(size: int) -> str:
-    return f"{size / 1e6:,.{0 if size > 1e7 else 1}f} MB"
+    digits = 0 if size >= 1e7 else 1
+    return f"{size / 1e6:,.{digits}f} MB"
 
 
 @dataclass(frozen=True)
