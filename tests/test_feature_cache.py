@@ -469,6 +469,14 @@ def test_a_full_folder_is_used_whatever_the_disk_has_free(cache_of, monkeypatch)
     assert choose_cache("auto", cache, multi_scale=False).where == "disk"
 
 
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(1, "0.1 MB"), (1_053_756, "1.1 MB"), (10_000_001, "11 MB"), (4e9, "4,000 MB")],
+)
+def test_bytes_are_rounded_up(size, words):
+    assert feature_room.in_mb(size) == words
+
+
 def test_what_fits_is_kept_and_the_rest_said_and_computed(cache_of, monkeypatch, computed, capsys):
     cache = cache_of()
     two_images = cache.offset_of(2) - cache.offset_of(0)
@@ -478,7 +486,8 @@ def test_what_fits_is_kept_and_the_rest_said_and_computed(cache_of, monkeypatch,
     monkeypatch.setattr(FeatureCache, "seconds_a_view", lambda cache: 3600.0)
     choice = choose_cache("auto", cache, multi_scale=False)
     assert (choice.where, choice.images) == ("disk", 2)
-    assert "in part" in choice.why and "2 of 3 images, at most 1 MB" in choice.why
+    most = feature_room.in_mb(two_images)
+    assert "in part" in choice.why and f"2 of 3 images, at most {most}" in choice.why
     assert "about 1:00:00 (h:mm:ss) an epoch" in choice.why
     part = FeatureCache(cache.objective, cache.dataset, 2, cache.path.parent.parent)
     part.open(True, choice.images)

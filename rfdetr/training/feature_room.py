@@ -23,8 +23,10 @@ LEAST_SHARE = 0.1  # of the images: a cache of fewer is not worth its disk
 
 
 def in_mb(size: int) -> str:
-    digits = 0 if size >= 1e7 else 1
-    return f"{size / 1e6:,.{digits}f} MB"
+    """Rounded up, since it is what is needed: to a tenth, from 10 MB on to a whole one."""
+    if size < 1e7:
+        return f"{math.ceil(size / 1e5) / 10:.1f} MB"
+    return f"{math.ceil(size / 1e6):,} MB"
 
 
 @dataclass(frozen=True)
