@@ -499,6 +499,35 @@ def test_fix_never_writes_over_anything(dataset, tmp_path, monkeypatch, capsys):
     assert before.keys() == contents(dataset).keys()
 
 
+@pytest.mark.parametrize("form", [str, float])
+def test_ids_in_another_form_are_written_as_numbers(dataset, tmp_path, form):
+    before = json.loads((dataset / "train" / FILE).read_text())
+
+    def change_ids(data: dict) -> None:
+        for entry in data["categories"]:
+            entry["id"] = form(entry["id"])
+        for entry in data["annotations"]:
+            entry["category_id"] = form(entry["category_id"])
+            entry["image_id"] = form(entry["image_id"])
+        if form is float:
+            for entry in data["images"]:
+                entry["id"] = form(entry["id"])
+
+    rewrite(dataset / "train" / FILE, change_ids)
+    fix_dataset(dataset, tmp_path / "fixed", decode=False)
+    after = json.loads((tmp_path / "fixed/train" / FILE).read_text())
+    assert after == before and type(after["images"][0]["id"]) is int
+
+
+def test_a_number_and_its_text_are_never_taken_for_one_class(dataset, tmp_path):
+    change("categories", 1, id="1")(dataset)
+    change("annotations", 1, category_id="1")(dataset)
+    fix_dataset(dataset, tmp_path / "fixed", decode=False)
+    after = json.loads((tmp_path / "fixed/train" / FILE).read_text())
+    assert [entry["id"] for entry in after["categories"]] == [1, "1"]
+    assert after["annotations"][1]["category_id"] == "1"
+
+
 def test_no_object_is_dropped_for_an_id_that_is_left_to_the_user(dataset, tmp_path):
     """Mended in the copy, too, the image has its objects."""
     change("images", 1, id=1)(dataset)

@@ -176,6 +176,8 @@ DATA_FAULTS = [
     (lambda d: d["categories"].append([1]), "JSON_STRUCTURE"),
     (lambda d: d["images"].append(dict(d["images"][0], file_name="9.png")), "IMG_ID_DUPLICATE"),
     (lambda d: d["images"][1].update(id=None), "IMG_ID_INVALID"),
+    (lambda d: d["images"][1].update(id=2.0), "IMG_ID_TYPE"),
+    (lambda d: d["images"][1].update(id=2.5), "IMG_ID_INVALID"),
     (lambda d: d["images"][1].update(id={}), "IMG_ID_INVALID"),
     (lambda d: d["images"][1].update(file_name="../2.png"), "IMG_PATH"),
     (lambda d: d["images"][1].update(file_name=3), "IMG_PATH"),

@@ -246,6 +246,9 @@ def check_image_entries(entries: list[dict], faults: Faults) -> dict[int | str, 
         image_id = entry.get("id")
         file_name = entry.get("file_name")
         place = f"images[{index}]: id {image_id!r}, file {file_name!r}"
+        if type(image_id) is float and whole_id(image_id) is not None:
+            faults.note("IMG_ID_TYPE", place, entry)
+            image_id = whole_id(image_id)
         if not is_whole(image_id) and type(image_id) is not str:
             faults.note("IMG_ID_INVALID", place, entry)
             continue

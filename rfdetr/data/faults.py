@@ -53,6 +53,7 @@ CODES: dict[str, FaultKind] = {
     "IMG_ID_INVALID": FaultKind(
         "error", "without a whole number or a text as id", "give each its own id"
     ),
+    "IMG_ID_TYPE": FaultKind("error", "whose id is a decimal", WRITE_NUMBERS),
     "IMG_ID_DUPLICATE": FaultKind("error", "with the id of another", "give each its own id"),
     "IMG_PATH": FaultKind(
         "error",

@@ -55,6 +55,7 @@ REPAIRED = {  # all or some of what has these codes
     "ANN_CATEGORY_TYPE",
     "ANN_IMAGE_TYPE",
     "IMG_ID_INVALID",
+    "IMG_ID_TYPE",
     "IMG_ID_DUPLICATE",
     "IMG_PATH",
     "IMG_SIZE_INVALID",
@@ -176,8 +177,9 @@ def repair_categories(categories: list[dict], split: CheckedSplit, done: Counter
     """Write numbers for ids that are texts or decimals, blanks for control characters in names,
     and in the names of parents, too.
     """
+    is_clear = not split.faults.count("CAT_ID_DUPLICATE")  # else 1 and "1" may be two classes
     for entry in categories:
-        if "CAT_ID_TYPE" in split.faults.codes_of(entry):
+        if is_clear and "CAT_ID_TYPE" in split.faults.codes_of(entry):
             done["CAT_ID_TYPE: the number is written"] += 1
             entry["id"] = other_form(entry["id"])
         if "CAT_NAME_CONTROL" in split.faults.codes_of(entry):
@@ -205,6 +207,9 @@ def repair_images(data: dict, split: CheckedSplit, folder: Path, done: Counter) 
     used_ids = texts_of(data["annotations"], "image_id")
     spare_id = next_id(data["images"])
     for entry in data["images"]:
+        if "IMG_ID_TYPE" in split.faults.codes_of(entry):
+            done["IMG_ID_TYPE: the number is written"] += 1
+            entry["id"] = other_form(entry["id"])
         image_id = entry.get("id")
         is_used = repr(image_id) in used_ids
         image = listed_image(split, entry)
@@ -291,10 +296,10 @@ def repair_annotations(
     wrong_category_ids = has_any(split, "CAT_INVALID", "CAT_ID_DUPLICATE")
     for entry in data["annotations"]:
         codes = set(split.faults.codes_of(entry))
-        if "ANN_CATEGORY_TYPE" in codes:
+        if "ANN_CATEGORY_TYPE" in codes and not wrong_category_ids:
             done["ANN_CATEGORY_TYPE: the number is written"] += 1
             entry["category_id"] = other_form(entry["category_id"])
-        if "ANN_IMAGE_TYPE" in codes:
+        if "ANN_IMAGE_TYPE" in codes and not wrong_image_ids:
             done["ANN_IMAGE_TYPE: the image's id is written"] += 1
             entry["image_id"] = other_form(entry["image_id"])
         image_id = entry.get("image_id")
