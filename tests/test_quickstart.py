@@ -20,6 +20,7 @@ import pytest
 from conftest import environment
 
 import quickstart
+import validate_setup
 from rfdetr import requirements
 from rfdetr.data.demo import make_demo
 
@@ -297,6 +298,19 @@ def test_epochs_keep_the_number_of_steps_and_say_why(
         f"Stage 1: {epochs} epochs" in said
         and f"{images} images make {per_epoch} steps an epoch" in said
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "images"), [([], 4), (["--val_fraction", "0.5"], 2), (["--tile", "48"], 4 * 4)]
+)
+def test_the_setup_check_counts_what_is_trained_on(few, call, tmp_path, flags, images):
+    """4 images of 64 x 64 pixels."""
+    shutil.copytree(few / "train", tmp_path / "data/train")
+    if "--val_fraction" not in flags:
+        shutil.copytree(few / "valid", tmp_path / "data/valid")
+    check = ["--dataset", "data", "--size", "tiny", "--json", "runs/setup_check.json"]
+    call(validate_setup.main, *check, *flags)
+    assert json.loads(Path("runs/setup_check.json").read_text())["images_an_epoch"] == images
 
 
 def metrics_of(**tables) -> dict:
