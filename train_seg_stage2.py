@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     warn_of_other_exif(content, session.train, path)
     if not resumed:
         warn_of_own_mask_head(content, path)
-        warn_of_newer_weights(path, checkpoint.table_of(content).names)
+        warn_of_newer_weights(content, path)
     session.trained_on = checkpoint.trained_on(content)
     session.resolution = checkpoint.input_side(content, settings.resolution, path)
     choose_tiles(session, content)

@@ -132,13 +132,13 @@ def test_a_flag_leaves_its_command_in_every_form(words):
 # ---------------------------------------------------------------- after --keep of a few classes
 
 
-def detector(args: dict, file: Path) -> Path:
+def detector(args: dict, file: Path, **more: object) -> Path:
     """A stage-1 checkpoint of the demo's classes, its weights as they begin."""
     size = SIZES["tiny"]
     table = assign_rows(list(CLASS_NAMES), [1, 2, 3], "coco91")
     model = Detector(size, table.rows_total, table.background_last)
     content = checkpoint.make_content("detector", size, 32, table, None, model.state_dict())
-    checkpoint.save(file, content | {"args": args})
+    checkpoint.save(file, content | {"args": args} | more)
     return file
 
 
@@ -263,6 +263,7 @@ def test_a_shrunk_file_that_lies_there_already_is_named(few, call, capsys, tmp_p
 
 def write_scores(folder: Path, regular: float, ema: float) -> None:
     scores = {"valid": {"bbox": {"mAP": regular}}, "valid_ema": {"bbox": {"mAP": ema}}}
+    scores["epoch"] = 1
     (folder / "metrics.json").write_text(json.dumps({"epochs": [scores]}))
 
 
@@ -270,18 +271,20 @@ def test_a_shrunk_file_older_than_its_run_is_told(few, call, capsys, monkeypatch
     monkeypatch.setattr(RunHealth, "check_matches", lambda *_: None)
     run = tmp_path / "run"
     run.mkdir()
-    source = detector({}, run / "checkpoint_best_ema.pth")
+    source = detector({}, run / "checkpoint_best_ema.pth", weights="ema", epoch=1)
     write_scores(run, 0.2, 0.3)
     shrunk = run / "checkpoint_mydata.pth"
     call(shrink_head.main, "--in_ckpt", source, "--out_ckpt", shrunk)
     flags = [*quick_flags(few), "--checkpoint", shrunk, "--epochs", 1]
     call(train_seg_stage2.main, *flags)
     assert "was trained on since" not in capsys.readouterr().out
-    earlier = source.stat().st_mtime - 10
-    os.utime(shrunk, (earlier, earlier))
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["epochs"].append({"epoch": 2, "valid": None, "valid_ema": {"bbox": {"mAP": 0.4}}})
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    detector({}, source, weights="ema", epoch=2)
     call(train_seg_stage2.main, *flags)
     said = capsys.readouterr().out
-    assert f"{shrunk} is older than {source}: its run was trained on since" in said
+    assert f"{shrunk} is of epoch 1 of its run, which was trained on since" in said
     words = shlex.split(said.split("cut them first: ")[1].splitlines()[0])
     call(shrink_head.main, *words[2:])
     call(train_seg_stage2.main, *flags)

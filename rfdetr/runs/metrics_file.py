@@ -85,14 +85,20 @@ def highest_box_map(folder: Path) -> dict[str, float]:
 
     {} where there is no metrics.json, or another kind of file.
     """
+    return {weights: value for weights, (value, _) in best_box_epochs(folder).items()}
+
+
+def best_box_epochs(folder: Path) -> dict[str, tuple[float, int]]:
+    """As highest_box_map, each with the first epoch that had it."""
     try:
         records = read_metrics(folder)["epochs"]
-        highest = {}
+        best = {}
         for weights, key in SCORES_OF.items():
-            values = [record[key]["bbox"]["mAP"] for record in records if record.get(key)]
-            numbers = [value for value in values if value is not None]
-            if numbers:
-                highest[weights] = max(numbers)
+            for record in records:
+                value = record[key]["bbox"]["mAP"] if record.get(key) else None
+                if value is not None and (weights not in best or value > best[weights][0]):
+                    best[weights] = (value, record["epoch"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return highest
+    return best
+

@@ -12,7 +12,7 @@ from rfdetr.console import UserError, warn
 from rfdetr.data.records import CocoSplit
 from rfdetr.models.detector import Detector
 from rfdetr.resolve import plain
-from rfdetr.runs.metrics_file import highest_box_map
+from rfdetr.runs.metrics_file import best_box_epochs
 from rfdetr.runs.places import STATES, detector_of_run, first_file
 from rfdetr.settings import STAGES, SegmentationSettings
 from rfdetr.text import command_line, counted, keep_flags
@@ -61,21 +61,23 @@ def warn_of_own_mask_head(content: dict, path: Path) -> None:
     )
 
 
-def warn_of_newer_weights(path: Path, names: list[str]) -> None:
-    """Warn where the run of a shrunk detector was trained on since, and its best weights are newer.
-
-    names: of the detector's classes.
-    """
-    best = highest_box_map(path.parent)
-    if not best or path.name in OF_TRAINING:
+def warn_of_newer_weights(content: dict, path: Path) -> None:
+    """Warn where a shrunk detector was cut before its run found better weights."""
+    best = best_box_epochs(path.parent)
+    weights = content.get("weights")
+    if path.name in OF_TRAINING or weights not in best or "epoch" not in content:
         return
-    newer = path.parent / BEST_OF_EACH[max(best, key=best.get)]
-    if not newer.is_file() or newer.stat().st_mtime <= path.stat().st_mtime:
+    if best[weights][1] <= content["epoch"]:
+        return
+    better = max(best, key=best.get)
+    newer = path.parent / BEST_OF_EACH[better]
+    if not newer.is_file():
         return
     words = command_line("python", "shrink_head.py", "--in_ckpt", newer, "--out_ckpt", path)
     warn(
-        f"{path} is older than {newer}: its run was trained on since. To take those weights, cut "
-        f"them first: {words} {keep_flags(names)}"
+        f"{path} is of epoch {content['epoch']} of its run, which was trained on since and has "
+        f"better weights, of epoch {best[better][1]}. To take those, cut them first: {words} "
+        f"{keep_flags(checkpoint.table_of(content).names)}"
     )
 
 
