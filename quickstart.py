@@ -462,7 +462,7 @@ def parse(argv):
     add("--tile", help="train on tiles of so many pixels of larger images; auto: by the objects")
     add("--letterbox", metavar="0|1",
         help="1: images keep their proportions, 0: they are resized to a square "
-        "(default: the size's own)")
+        "(default: 0)")
     add("--seed", type=int, default=0, help="of every random number (default: 0)")
     add("--config", metavar="FILE", help="these settings in YAML; flags win")
     add("--test", nargs=argparse.REMAINDER,

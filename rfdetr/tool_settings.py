@@ -74,8 +74,8 @@ class EvaluationSettings(InferenceSettings, DataSettings):
 
     dataset: Path | None = path(
         None,
-        "COCO-format folder (default: what the run of --checkpoint was trained on; of a file "
-        f"outside of a run {DataSettings.dataset})",
+        "COCO-format folder (default: that of --checkpoint's run; where it lies in none: "
+        f"{DataSettings.dataset}/)",
     )
     val_fraction: float | None = decimal(
         None, "without valid/: the share of train/ (default: training's)", low=0.001, high=0.9
