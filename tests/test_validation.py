@@ -154,7 +154,7 @@ def test_annotation_faults(tmp_path, change, code, severity):
     problem = next(problem for problem in problems if problem.code == code)
     assert problem.count == 1 and problem.message.startswith(f"{file}: 1 annotation ")
     entry = data["annotations"][0]
-    where = "1.png" if entry["image_id"] == 1 else "not listed"
+    where = "1.png" if entry["image_id"] in (1, "1") else "not listed"
     assert problem.places == [f"annotation {entry['id']} of image {entry['image_id']} ({where})"]
     if severity == "error":
         with pytest.raises(UserError, match="validate_setup.py --dataset") as caught:

@@ -305,11 +305,11 @@ class EntryCheck:
         image_id = entry.get("image_id")
         # ids of other types may not be hashable
         known = type(image_id) in (int, str) and image_id in self.images
-        image = self.images[image_id] if known else NOT_LISTED
+        meant = image_id if known else other_form(image_id)
+        image = self.images.get(meant, NOT_LISTED)
         image_fault = None
         if not known:
-            meant = other_form(image_id) in self.images
-            image_fault = "ANN_IMAGE_TYPE" if meant else "ANN_IMAGE_UNKNOWN"
+            image_fault = "ANN_IMAGE_TYPE" if meant in self.images else "ANN_IMAGE_UNKNOWN"
         place = f"annotation {entry.get('id')} of image {image_id} ({image.file_name})"
         box, box_fault = clip_box(entry, image.width, image.height)
         mask = check_segmentation(entry.get("segmentation"), image.width, image.height, sums)

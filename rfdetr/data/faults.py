@@ -137,7 +137,8 @@ CODES: dict[str, FaultKind] = {
     ),
     "ANN_IMAGE_TYPE": FaultKind(
         "error",
-        "whose image_id is a text where the image's id is a number, or the other way round",
+        "whose image_id is a decimal, or a text where the image's id is a number, or the other way "
+        "round",
         "write it as images has it; validate_setup.py --fix DIR writes such a copy",
     ),
     "ANN_CATEGORY_TYPE": FaultKind(
