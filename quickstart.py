@@ -179,6 +179,7 @@ def run_job(args):
     begin = time.time()
     if args.output_dir:
         require_no_run(args.output_dir)
+    require_weights(args.pretrain_weights)
     job = Job(args)
     job.choose_dataset_and_size()
     checked = job.flags(*(DATA_FLAGS + MODEL_FLAGS + ("letterbox",))) + job.tile_flag()
@@ -379,6 +380,24 @@ def require_no_run(output_dir):
         if os.path.isdir(folder) and os.listdir(folder):
             message = "%s is not empty: it has another job's run. In a folder of its own: %s"
             raise Stop(2, message % (folder, in_free_folder(output_dir)))
+
+
+def require_weights(weights):
+    """Stop where --pretrain_weights names a file that is missing, not after the checks."""
+    from pathlib import Path
+
+    from rfdetr.console import UserError  # standard library only, too, as those below
+    from rfdetr.runs.places import find_checkpoint
+    from rfdetr.text import is_url
+
+    if weights in (None, "auto", "none") or is_url(weights):
+        return
+    try:
+        find_checkpoint(Path(weights))
+        return
+    except UserError as error:
+        reason = str(error)
+    raise Stop(2, "--pretrain_weights %s: %s" % (weights, reason))
 
 
 def in_free_folder(output_dir):

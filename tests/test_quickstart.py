@@ -459,6 +459,15 @@ def test_a_folder_of_one_run_is_none_of_a_job(repository, tmp_path, monkeypatch,
     assert quickstart.main(shlex.split(said.split("python quickstart.py ")[1])) == 0
 
 
+def test_weights_that_are_missing_are_told_at_once(repository, tmp_path, capsys):
+    assert quickstart.main(["--pretrain_weights", "no.pth"]) == 2
+    assert "--pretrain_weights no.pth: " in capsys.readouterr().err and not repository[0]
+    (tmp_path / "own.pth").touch()
+    for weights in ("own.pth", "none", "auto", "https://example.org/own.pth"):
+        shutil.rmtree(tmp_path / "runs")
+        assert quickstart.main(["--pretrain_weights", weights]) == 0
+
+
 def test_a_stopped_job_names_a_command_that_works(repository, tmp_path, monkeypatch, capsys):
     repository[1]["validate_setup.py"] = 130
     assert quickstart.main([]) == 130
