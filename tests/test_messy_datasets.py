@@ -159,6 +159,14 @@ def checked(root: Path, call, capsys) -> tuple[list[str], dict]:
     return capsys.readouterr().out.splitlines(), report
 
 
+def test_categories_of_one_name_are_one_row_with_the_first_id(dataset, call, capsys):
+    change(dataset, lambda data: data["categories"][1].update(name="cell"))
+    _, report = checked(dataset, call, capsys)
+    assert "CAT_NAME_DUPLICATE" in {problem["code"] for problem in report["problems"]}
+    rows = report["splits"]["train"]["classes"]
+    assert [row["category_id"] for row in rows if row["name"] == "cell"] == [1]
+
+
 @pytest.mark.parametrize("is_fault_in", ["train", "valid"])
 def test_errors_of_images_hide_no_problem_of_classes(dataset, call, capsys, is_fault_in):
     change(dataset, lambda data: add_class(data, "CELL", 2, 1), "valid")

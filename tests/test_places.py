@@ -104,8 +104,9 @@ def test_a_run_is_scored_on_what_it_was_trained_on(run, weights, few, call, caps
     call(evaluate.main, *flags)
     said = capsys.readouterr().out
     assert "--dataset 'my data' --rename=" in said and "my data (valid, 2 images" in said
+    assert f": of the run in {run}\n" in said
     call(evaluate.main, *flags, "--dataset", few)
-    assert "trained on\n" not in capsys.readouterr().out
+    assert "of the run in" not in capsys.readouterr().out
     data.rename("moved")
     message = refusal(call, evaluate.main, *flags)
     assert "was trained on the dataset my data, and there is no" in message
