@@ -470,7 +470,10 @@ def test_without_valid_the_error_is_said_once_with_the_command(
     assert doctor(*command[1:], capsys=capsys)[0] == 0
 
 
-def test_without_train_nothing_is_said_of_dividing_what_is_not_there(dataset, capsys):
+def test_without_train_nothing_is_said_of_dividing_what_is_not_there(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
     shutil.rmtree(dataset / "valid")
     (dataset / "train").rename(dataset / "test")
     status, output, _, _ = doctor("--dataset", dataset, capsys=capsys)
