@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from rfdetr.data.coordinates import FEW_PIXELS
 from rfdetr.data.flat import LIMIT, NUMBERS, is_whole, whole_id
-from rfdetr.data.rle import rle_extents
+from rfdetr.data.rle import is_blank
 
 Box = tuple[float, float, float, float]  # xyxy in pixels
 Extent = tuple[float, float, float, float]  # of a mask: left, top, right, bottom in pixels
@@ -135,8 +135,7 @@ def check_segmentation(
         fault = rle_fault(segmentation, width, height, sums)
         if fault:
             return CheckedMask(None, {fault}, None)
-        is_empty = rle_extents([segmentation]) == [None]
-        return NOTHING if is_empty else CheckedMask(segmentation, set(), None)
+        return NOTHING if is_blank(segmentation) else CheckedMask(segmentation, set(), None)
     far = 2 * max(width, height)
     sound = []
     extents = []

@@ -40,6 +40,9 @@ UNUSABLE = {  # annotations of which nothing is left to learn from
     "ANN_BBOX_EMPTY",
     "ANN_BBOX_OUTSIDE",
 }
+# where these are left, nobody knows what annotations of other ids belong to
+CATEGORIES_IN_DOUBT = {"CAT_INVALID", "CAT_ID_DUPLICATE"}
+IMAGES_IN_DOUBT = {"IMG_ID_INVALID", "IMG_ID_DUPLICATE"}
 WRONG_ID = {"ANN_ID_INVALID", "ANN_ID_DUPLICATE"}
 NO_MASK_LEFT = {"ANN_SEG_TYPE", "ANN_SEG_NAN", "ANN_RLE_SIZE", "ANN_RLE_COUNTS", "ANN_RLE_TYPE"}
 POLYGONS = {"ANN_POLYGON_SHORT", "ANN_POLYGON_ODD", "ANN_POLYGON_FAR"}
@@ -94,7 +97,7 @@ def fix_dataset(
 def can_repair(codes: set[str]) -> bool:
     """Whether fix_dataset would change something in a dataset with faults of these codes."""
     consequences = set()  # where the category is there, its annotations are not dropped
-    if codes & {"CAT_INVALID", "CAT_ID_DUPLICATE"}:
+    if codes & CATEGORIES_IN_DOUBT:
         consequences.add("ANN_CATEGORY_UNKNOWN")
     return bool(codes & REPAIRED - consequences)
 
@@ -292,8 +295,8 @@ def repair_annotations(
     image_ids = texts_of(data["images"], "id")
     category_ids = texts_of(data["categories"], "id")
     spare_id = next_id(data["annotations"])
-    wrong_image_ids = has_any(split, "IMG_ID_INVALID", "IMG_ID_DUPLICATE")
-    wrong_category_ids = has_any(split, "CAT_INVALID", "CAT_ID_DUPLICATE")
+    wrong_image_ids = has_any(split, IMAGES_IN_DOUBT)
+    wrong_category_ids = has_any(split, CATEGORIES_IN_DOUBT)
     for entry in data["annotations"]:
         codes = set(split.faults.codes_of(entry))
         if "ANN_CATEGORY_TYPE" in codes and not wrong_category_ids:
@@ -332,7 +335,7 @@ def repair_annotations(
     data["annotations"] = kept
 
 
-def has_any(split: CheckedSplit, *codes: str) -> bool:
+def has_any(split: CheckedSplit, codes: set[str]) -> bool:
     return any(split.faults.count(code) for code in codes)
 
 

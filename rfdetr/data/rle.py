@@ -98,6 +98,12 @@ def rle_extents(rles: list[dict], at_once: int = AT_ONCE) -> list[tuple[int, int
     return extents
 
 
+def is_blank(rle: dict) -> bool:
+    """Whether a sound RLE sets no pixel."""
+    runs = runs_of(rle) if type(rle["counts"]) is str else rle["counts"]
+    return not any(runs[1::2])
+
+
 def columns_of(rle: dict, left: int, right: int) -> np.ndarray:
     """(H, right - left) bool: the columns from `left` on of a sound compressed RLE; memory is taken
     for these alone.

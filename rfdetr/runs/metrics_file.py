@@ -101,4 +101,3 @@ def best_box_epochs(folder: Path) -> dict[str, tuple[float, int]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
     return best
-
