@@ -505,7 +505,8 @@ def config_words(config, known):
         raise Stop(2, str(error))  # noqa: B904 (Python 2 cannot parse `from`)
     words = []
     for name, value in content.items():
-        for one in value if isinstance(value, list) else [value]:
+        several = name == "rename" and isinstance(value, list)
+        for one in value if several else [value]:
             if one is not None:
                 words.append("--%s=%s" % (name, one))
     return words

@@ -261,6 +261,8 @@ def test_a_signal_lets_the_child_save_and_its_code_is_passed_on(tmp_path):
         ("epoch: 3", [], "--config own.yaml has no setting 'epoch' (did you mean epochs?)"),
         ("test: 3", [], "has no setting 'test'"),
         ("- epochs", [], "expected lines of `name: value`"),
+        ("epochs: [3]", [], "--epochs: expected a whole number from 1 to 1,000,000,000"),
+        ("rename: [Date=date, A=b]", [], {"rename": ["Date=date", "A=b"]}),
     ],
 )
 def test_a_file_gives_settings_and_flags_win(text, words, said, tmp_path, monkeypatch, capsys):
