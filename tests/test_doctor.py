@@ -356,6 +356,20 @@ def test_a_fixed_copy_is_sound_and_the_original_untouched(dataset, row, spoil):
     assert bool(faults) <= (bool(done["train"]) or row in FOR_THE_USER), done
 
 
+@pytest.mark.parametrize(
+    ("codes", "can"),
+    [
+        ({"ANN_CATEGORY_TYPE"}, True),
+        ({"ANN_CATEGORY_TYPE", "CAT_INVALID"}, False),
+        ({"ANN_CATEGORY_UNKNOWN", "CAT_ID_DUPLICATE"}, False),
+        ({"ANN_CATEGORY_UNKNOWN", "CAT_INVALID", "ANN_DUPLICATE"}, True),
+        ({"CAT_NAME_DUPLICATE"}, False),
+    ],
+)
+def test_a_repair_is_advised_where_it_changes_something(codes, can):
+    assert repair.can_repair(codes) == can
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("any") / "train", coco(4)).parent

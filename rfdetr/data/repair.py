@@ -96,9 +96,9 @@ def fix_dataset(
 
 def can_repair(codes: set[str]) -> bool:
     """Whether fix_dataset would change something in a dataset with faults of these codes."""
-    consequences = set()  # where the category is there, its annotations are not dropped
+    consequences = set()  # of categories in doubt, which are left as they are
     if codes & CATEGORIES_IN_DOUBT:
-        consequences.add("ANN_CATEGORY_UNKNOWN")
+        consequences = {"ANN_CATEGORY_UNKNOWN", "ANN_CATEGORY_TYPE"}
     return bool(codes & REPAIRED - consequences)
 
 
