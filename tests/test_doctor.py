@@ -356,6 +356,22 @@ def test_a_fixed_copy_is_sound_and_the_original_untouched(dataset, row, spoil):
     assert bool(faults) <= (bool(done["train"]) or row in FOR_THE_USER), done
 
 
+def test_a_fixed_copy_names_files_as_they_are_called(dataset):
+    """On Linux a name in another case is another file; the image is not lost for that."""
+    folder = dataset / "train"
+    content = json.loads((folder / FILE).read_text())
+    names = [entry["file_name"] for entry in content["images"]]
+    (folder / names[0]).rename(folder / names[0].upper())
+    content["images"][1]["file_name"] = f" {names[2].upper()}"  # that file is listed already
+    (folder / FILE).write_text(json.dumps(content))
+    done = fix_dataset(dataset, dataset.parent / "fixed", decode=True)["train"]
+    assert done["IMG_MISSING: the name of the file that is there is written"] == 1
+    assert done["IMG_MISSING: dropped"] == 1
+    fixed = json.loads((dataset.parent / "fixed" / "train" / FILE).read_text())
+    kept = {entry["file_name"] for entry in fixed["images"]}
+    assert kept == {names[0].upper(), *names[2:]}
+
+
 @pytest.mark.parametrize(
     ("codes", "can"),
     [

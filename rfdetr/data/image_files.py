@@ -171,15 +171,20 @@ def inspect_image_file(
 
 
 def words_on_near_file(path: Path) -> str:
-    """Names a file beside a missing one that is called alike but for case, blanks or the form of
-    its umlauts, which Windows and macOS take for the same; "" where there is none.
+    """Names the file that near_file finds; "" where there is none."""
+    near = near_file(path)
+    return f" (there is {near!r})" if near else ""
+
+
+def near_file(path: Path) -> str | None:
+    """The name of a file beside a missing one that is called alike but for case, blanks or the form
+    of its umlauts, which Windows and macOS take for the same.
     """
     try:
         listed = folded_names(path.parent, path.parent.stat().st_mtime_ns)
     except OSError:
-        return ""
-    near = listed.get(folded(path.name))
-    return f" (there is {near!r})" if near else ""
+        return None
+    return listed.get(folded(path.name))
 
 
 @functools.lru_cache(maxsize=100)

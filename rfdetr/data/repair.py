@@ -18,7 +18,7 @@ from rfdetr.data.annotation_checks import check_segmentation, clip_box
 from rfdetr.data.checks import CheckedSplit, check_file, list_split
 from rfdetr.data.exif import ExifDecision, SizedImage, decide_exif
 from rfdetr.data.flat import is_whole, other_form
-from rfdetr.data.image_files import find_image, is_regular_file, stays_inside
+from rfdetr.data.image_files import find_image, is_regular_file, near_file, stays_inside
 from rfdetr.data.layout import ANNOTATIONS, COPY_NOTE, find_splits, read_json
 from rfdetr.files import require_free
 from rfdetr.masks import annotation_area
@@ -208,6 +208,7 @@ def repair_images(data: dict, split: CheckedSplit, folder: Path, done: Counter) 
     dropped = set()
     kept_texts = set()
     used_ids = texts_of(data["annotations"], "image_id")
+    listed_names = texts_of(data["images"], "file_name")
     spare_id = next_id(data["images"])
     for entry in data["images"]:
         if "IMG_ID_TYPE" in split.faults.codes_of(entry):
@@ -217,6 +218,7 @@ def repair_images(data: dict, split: CheckedSplit, folder: Path, done: Counter) 
         is_used = repr(image_id) in used_ids
         image = listed_image(split, entry)
         codes = split.faults.codes_of(entry) | split.faults.codes_of(image)
+        near = near_name(folder, entry["file_name"]) if "IMG_MISSING" in codes else None
         if "IMG_ID_DUPLICATE" in codes:
             if repr(entry) in kept_texts:
                 done["IMG_ID_DUPLICATE: dropped, identical to another"] += 1
@@ -225,6 +227,10 @@ def repair_images(data: dict, split: CheckedSplit, folder: Path, done: Counter) 
                 done["IMG_ID_DUPLICATE: renumbered, no annotation uses them"] += 1
                 entry["id"] = spare_id
                 spare_id += 1
+        elif near and repr(near) not in listed_names:
+            done["IMG_MISSING: the name of the file that is there is written"] += 1
+            entry["file_name"] = near
+            listed_names.add(repr(near))
         elif codes & UNREADABLE:
             done[f"{min(codes & UNREADABLE)}: dropped"] += 1
             dropped.add(image_id)
@@ -240,6 +246,13 @@ def repair_images(data: dict, split: CheckedSplit, folder: Path, done: Counter) 
         kept_texts.add(repr(entry))
     data["images"] = kept
     return dropped
+
+
+def near_name(folder: Path, file_name: str) -> str | None:
+    """What a missing file's name would be if it were written as that of a file beside it."""
+    missing = find_image(folder, file_name)
+    near = near_file(missing)
+    return near and missing.with_name(near).relative_to(folder).as_posix()
 
 
 def listed_image(split: CheckedSplit, entry: dict) -> SizedImage | None:
