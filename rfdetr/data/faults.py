@@ -63,7 +63,8 @@ CODES: dict[str, FaultKind] = {
     "IMG_MISSING": FaultKind(
         "error",
         "whose file is missing",
-        "put the files there, write the names as the files have them, or delete the entries",
+        "put the files there, or write the names as the files have them (--fix DIR does, and drops "
+        "images that have no file)",
     ),
     "IMG_TYPE": FaultKind(
         "error",
