@@ -209,7 +209,7 @@ class Job(object):
         self.stands = []  # one line for each finished training
         self.steps = None  # of stage 1 and of stage 2
         self.images = 0  # that there are to be trained on, or their tiles
-        self.noun = "tiles" if args.tile else "images"
+        self.noun = "images" if args.tile in (None, "0") else "tiles"
         self.recipe = None  # the size's own numbers (rfdetr/sizes.py)
 
     def choose_dataset_and_size(self):

@@ -280,6 +280,14 @@ def test_a_file_gives_settings_and_flags_win(text, words, said, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
+    ("words", "noun"),
+    [([], "images"), (["--tile", "0"], "images"), (["--tile", "auto"], "tiles")],
+)
+def test_an_epoch_is_counted_in_what_it_is_made_of(words, noun):
+    assert quickstart.Job(quickstart.parse(words)).noun == noun
+
+
+@pytest.mark.parametrize(
     ("steps", "images", "per_step", "min_steps", "per_epoch", "epochs"),
     [
         (3000, 200, 4, 5, 50, 60),
