@@ -60,7 +60,7 @@ class DataSettings:
     exif: str | None = choice(
         None, "orientation of images whose size does not tell (default: apply)", EXIF
     )
-    gray: str | float | None = gray_range("auto; stage 2: as the detector's images")
+    gray: str | float | None = gray_range("auto")
     rename: tuple[str, ...] = texts(
         (), 'call classes otherwise: "Date=date" where valid says Date, train date', "OLD=NEW"
     )
@@ -77,16 +77,21 @@ def tile_full_of(default_means: str):
     return switch(None, f"with tiles: look at the whole image, too (default: {default_means})")
 
 
+def training_tile_of(default_means: str):
+    """--tile of a training; default_means: what is done where it is not given."""
+    return tile_of(
+        "train on tiles of so many pixels of larger images; auto: by the objects' sizes; 0: on "
+        f"whole images (default: {default_means})"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TileSettings:
     """Large images in parts."""
 
-    tile: int | str | None = tile_of(
-        "train on tiles of so many pixels of larger images; auto: by the objects' sizes; 0: on "
-        "whole images (default: whole images, stage 2 as its detector)"
-    )
-    tile_overlap: float | None = overlap_of(f"{TILE_OVERLAP}, stage 2 as its detector")
-    tile_full: bool | None = tile_full_of("0, stage 2 as its detector")
+    tile: int | str | None = training_tile_of("whole images")
+    tile_overlap: float | None = overlap_of(str(TILE_OVERLAP))
+    tile_full: bool | None = tile_full_of("0")
 
 
 def letterbox_of(default_means: str):
@@ -115,9 +120,7 @@ class TrainingSettings(TileSettings, DataSettings):
     )
     device: str = text("auto", "auto, cpu, cuda, cuda:1, mps")
     resolution: int | None = integer(None, f"input side in pixels (default: {OWN_RESOLUTION})")
-    letterbox: bool | None = letterbox_of(
-        f"as the checkpoint that stage 2, --init_ckpt or --resume begins with; else {OWN_LETTERBOX}"
-    )
+    letterbox: bool | None = letterbox_of(OWN_LETTERBOX)
     epochs: int = integer(OF_SIZE, "passes over the training images")
     batch: int | str | None = batch_of({name: size.recipe.batch for name, size in SIZES.items()})
     accum: int = integer(OF_SIZE, "forward passes per optimizer step", high=65536)
@@ -282,7 +285,12 @@ class SegmentationSettings(MaskSettings, TrainingSettings):
     metric = "segm/mAP"
     recipe_prefix = "seg_"
 
+    gray: str | float | None = gray_range("as the detector's images")
+    tile: int | str | None = training_tile_of("as the detector")
+    tile_overlap: float | None = overlap_of("as the detector")
+    tile_full: bool | None = tile_full_of("as the detector")
     resolution: int | None = integer(None, "input side in pixels (default: the detector's)")
+    letterbox: bool | None = letterbox_of("as the detector")
     batch: int | str | None = batch_of({n: size.recipe.seg_batch for n, size in SIZES.items()})
     stage1_run: Path | None = path(None, "run folder of stage 1")
     checkpoint: Path | None = checkpoint_file(
@@ -321,6 +329,7 @@ class SingleSettings(MaskSettings, DetectorTraining):
     metric = "segm/mAP"
     recipe_prefix = "single_"
 
+    letterbox: bool | None = letterbox_of(f"as --init_ckpt; without it {OWN_LETTERBOX}")
     warmup_epochs: float = decimal(0.0, "epochs of linear warm-up")
     init_ckpt: Path | None = checkpoint_file(
         None, "start from this checkpoint instead of --pretrain_weights"

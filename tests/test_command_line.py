@@ -155,6 +155,14 @@ def test_help_tells_the_defaults_of_each_size():
     assert f"tiny: {SIZES['tiny'].resolution}; nano" in text
 
 
+def test_help_speaks_of_its_own_script_alone():
+    for kind in (*STAGES.values(), ValidationSettings):
+        text = " ".join(make_parser(kind, "").format_help().split())
+        assert ("as the detector" in text) == (kind is STAGES["segmentation"])
+        assert "stage 2" not in text
+        assert ("--init_ckpt" in text) == (kind is STAGES["single"])
+
+
 # a script whose imports swallow an exception, as those of C++ modules may: an interrupted one ends
 IMPORTS = f"""
 import signal, sys
