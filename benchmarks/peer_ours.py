@@ -6,9 +6,9 @@ python benchmarks/peer_ours.py --way joint --dataset D --out DIR --minutes 10
 `two-stage`: train_detector_stage1.py, shrink_head.py, train_seg_stage2.py, with optimizer steps in
 the proportion of quickstart.py; `joint`: train_seg_single_stage.py. Size tiny and its own recipe.
 A rehearsal of a few steps, not counted, tells how many steps fit into the minutes; the schedules
-end there. Stage 2 takes what stage 1 has left of them. Averaged weights are handed in after each
-epoch. Every script is a process of its own, whose imports count. Stage 2 gets the epoch of stage 1
-that was best on the valid split.
+end there, whatever time they turn out to take, which is told beside the scores. Averaged weights
+are handed in after each epoch. Every script is a process of its own, whose imports count. Stage 2
+gets the epoch of stage 1 that was best on the valid split.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REHEARSED = {STAGE1: 40, STAGE2: 160, JOINT: 40}  # steps of an epoch; stage 2's
 
 
 class Script:
-    """One training script: a rehearsal tells its times, then it is run on what is left."""
+    """One training script: a rehearsal tells its times, then it is run for as many steps as fit."""
 
     def __init__(self, args: argparse.Namespace, script: str, folder: Path):
         self.args = args
@@ -99,16 +99,15 @@ def two_stage(args: argparse.Namespace, folder: Path) -> None:
     second = Script(args, STAGE2, folder / "masks_rehearsal")
     second.rehearse(folder / "rehearsed2", ["--checkpoint", shrunk])
     steps1, steps2 = QUICKSTART_STEPS
-    left = args.minutes * 60 - first.start_s - shrink_s - second.start_s
-    factor = left / (steps1 * first.step_s + steps2 * second.step_s)
+    for_steps = args.minutes * 60 - first.start_s - shrink_s - second.start_s
+    factor = for_steps / (steps1 * first.step_s + steps2 * second.step_s)
     epochs1, per_epoch1 = first.length(factor * steps1)
 
     length = ["--epochs", epochs1, "--min_steps", per_epoch1]
     detector = Script(args, STAGE1, folder / "detector")
     spent = detector.run(args.out, 0.0, scratch + length)["seconds"]
     shrunk, shrink_s = shrink(detector.folder)
-    left = args.minutes * 60 - spent - shrink_s - second.start_s
-    epochs2, per_epoch2 = second.length(left / second.step_s)
+    epochs2, per_epoch2 = second.length(factor * steps2)
     length = ["--epochs", epochs2, "--min_steps", per_epoch2, "--checkpoint", shrunk]
     masks = Script(args, STAGE2, folder / "masks")
     facts = masks.run(args.out, spent + shrink_s, length)
