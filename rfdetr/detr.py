@@ -24,7 +24,7 @@ from rfdetr.arguments import (
     require_switch,
 )
 from rfdetr.console import UserError, warn
-from rfdetr.data.gray import look_at, scale_for, window_of
+from rfdetr.data.gray import FEW, IMAGES, look_at, scale_for, window_of
 from rfdetr.data.image_files import headers_of
 from rfdetr.data.images import GrayWindow
 from rfdetr.data.large_images import Pixels
@@ -256,7 +256,7 @@ class RFDETR:
         elif self.gray is None or self.gray.by == "full":
             return None
         is_known = gray is None and self.gray.window is not None
-        sample = look_at(images, deep_pixels_of, values_too=not is_known)
+        sample = look_at(images, deep_pixels_of, FEW if is_known else IMAGES)
         scale, warning = scale_for(gray, self.gray, sample)
         self._warn_once("gray", warning)
         return window_of(scale)

@@ -19,7 +19,7 @@ from rfdetr.data.class_checks import rare_class_problems
 from rfdetr.data.coco import inspect_dataset
 from rfdetr.data.exif import exif_note
 from rfdetr.data.faults import PLACES_KEPT, PLACES_NAMED, Problem
-from rfdetr.data.gray import look_at_records, scale_by
+from rfdetr.data.gray import look_at_records, other_ranges, scale_for
 from rfdetr.data.layout import has_val_folder
 from rfdetr.data.records import CocoSplit
 from rfdetr.data.repair import can_repair, fix_dataset
@@ -80,10 +80,13 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     letterbox = size.recipe.letterbox if settings.letterbox is None else settings.letterbox
     train = splits.get("train")
     gray = None
+    gray_warnings = []
     tiling = None
     if train:
         problems += rare_class_problems(train, splits.get("valid"))
-        gray = scale_by(settings.gray or "auto", look_at_records(train.images))
+        sample = look_at_records(train.images)
+        gray, told = scale_for(settings.gray or "auto", None, sample)
+        gray_warnings = [*filter(None, [told]), *other_ranges(splits, gray)]
         train = replace(train, gray=gray)
         tiling = training_tiling(
             train, resolution, settings.tile, settings.tile_overlap, settings.tile_full
@@ -105,6 +108,8 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     for line in (note, gray and gray.note):
         if line:
             tick(line)
+    for message in gray_warnings:
+        warn(message)
     print_problems(problems, settings.json)
     if settings.preview and train:
         draw_preview(train, settings, resolution, letterbox)

@@ -22,7 +22,15 @@ from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.data import images
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.gray import EIGHT_BIT, GrayScale, look_at, look_at_records, scale_by, scale_for
+from rfdetr.data.gray import (
+    EIGHT_BIT,
+    GrayScale,
+    look_at,
+    look_at_records,
+    other_ranges,
+    scale_by,
+    scale_for,
+)
 from rfdetr.data.images import load_image, read_pixels
 from rfdetr.detr import RFDETR
 from rfdetr.inference.originals import deep_pixels_of, read_image
@@ -114,7 +122,8 @@ def test_other_images_than_in_training_are_told():
     deep = look_at([np.arange(1000)], lambda image, values_too: image)
     plain = look_at([1], lambda image, values_too: None)
     trained = GrayScale("auto", (10.0, 200.0), 9, 0)
-    assert scale_for(None, trained, deep) == (trained, None)
+    alike = look_at([np.arange(200)], lambda image, values_too: image)
+    assert scale_for(None, trained, alike) == (trained, None)
     assert scale_for(None, None, deep) == (None, None)
     scale, warning = scale_for(None, EIGHT_BIT, deep)
     assert (
@@ -127,6 +136,56 @@ def test_other_images_than_in_training_are_told():
     scale, warning = scale_for(None, trained, mixed)
     assert scale == trained and "2 of 3 images looked at have 8 bits" in warning
     assert scale_for("full", trained, deep)[0].window is None
+
+
+def sampled(*images: np.ndarray):
+    return look_at(images, lambda image, values_too: image)
+
+
+def test_images_of_another_bit_depth_than_in_training_are_told():
+    gray = np.arange(4096, dtype=np.uint16)
+    trained = scale_by("auto", sampled(gray))
+    assert scale_for(None, trained, sampled(gray)) == (trained, None)
+    assert scale_for(None, trained, sampled(gray // 4)) == (trained, None)  # a dim image
+    scale, warning = scale_for(None, trained, sampled(gray * 16))
+    assert scale is trained and "as if of another bit depth, they are far too bright" in warning
+    assert "up to 65454.5, of the training images' up to 4090.91" in warning
+    back, warning = scale_for(None, scale_by("auto", sampled(gray * 16)), sampled(gray))
+    assert back.window[1] > 65000 and "they are nearly black to the model" in warning
+    assert "--gray auto" in warning
+    assert scale_for("auto", trained, sampled(gray * 16))[1] is None
+
+
+def test_images_of_two_bit_depths_in_one_set_are_told():
+    gray = np.arange(4096, dtype=np.uint16)
+    mixed = sampled(gray, gray * 16, gray, gray)
+    scale, warning = scale_for("auto", None, mixed)
+    assert scale.window[1] > 60_000
+    assert "nearly black by that range: 3 (an array: hardly a pixel above 4090.91)" in warning
+    bytes_too = sampled(gray, np.arange(256, dtype=np.int32), gray, gray)
+    scale, warning = scale_for("auto", None, bytes_too)
+    assert "nearly black by that range: 1 (an array: hardly a pixel above 254.745)" in warning
+    assert scale_for("full", None, bytes_too)[1] is None
+    assert "nearly black" in scale_for(None, EIGHT_BIT, bytes_too)[1]
+
+
+def test_a_valid_split_of_another_bit_depth_is_told(grays, tmp_path, call, capsys):
+    """By the setup check, training and evaluation."""
+    mixed = shutil.copytree(grays["12"], tmp_path / "mixed")
+    shutil.rmtree(mixed / "valid")
+    shutil.copytree(grays["16"] / "valid", mixed / "valid")
+    for dataset, expected in ((mixed, 1), (grays["12"], 0)):
+        splits = read_dataset(dataset)
+        told = other_ranges(splits, scale_by("auto", look_at_records(splits["train"].images)))
+        assert len(told) == expected
+    told = "warning: valid: 99.9 % of these images' pixels are up to"
+    call(validate_setup.main, "--dataset", mixed)
+    said = capsys.readouterr().out
+    assert told in said and "they are far too bright to the model. Scale all alike first" in said
+    call(train_detector_stage1.main, *quick_flags(mixed), "--output_dir", "one")
+    assert told in capsys.readouterr().out
+    call(evaluate.main, "--checkpoint", "one", "--device", "cpu")
+    assert "--gray auto takes the range of these images" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- predict

@@ -28,20 +28,31 @@ from rfdetr.data.images import (
 )
 
 if TYPE_CHECKING:
-    from rfdetr.data.records import ImageList, ImageTable
+    from rfdetr.data.records import CocoSplit, ImageList, ImageTable
 
 USUAL_PERCENT = 99.9  # of "auto"; black is the same share from below
 IMAGES = 100  # that are looked at, evenly spaced
 PIXELS = 1 << 16  # of each
+FEW = 5  # whose values are read where the range is known
+LEVELS = 256
+FEW_LEVELS = 20  # of an image that is nearly black: 12 bits scaled as 16 leave 17
+# times the white of the training images: a dim image is no rarity, one so much brighter is
+TOO_BRIGHT = 3
+TOO_DARK = 1 / 8
+OWN_RANGE = "--gray auto takes the range of these images"  # where a model is used
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What some images are: how many have gray of more than 8 bits, and some of its values."""
+    """What some images are: how many have gray of more than 8 bits, and some of its values.
+
+    brightest: (name, value that 99.9 % of its pixels reach at most) of those that were read.
+    """
 
     deep: int
     plain: int
     values: np.ndarray
+    brightest: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -103,32 +114,45 @@ def percent_of(by: str | float) -> float:
 def look_at(
     images: Sequence,
     pixels_of: Callable[[object, bool], np.ndarray | None],
-    values_too: bool = True,
+    most_read: int = IMAGES,
 ) -> Sample:
     """A bounded part of the images, evenly spaced, always the same.
 
     pixels_of: an image's array where it is gray of more than 8 bits, else None; raises an error
-    for what counts as neither. values_too: False: files are opened, not decoded.
+    for what counts as neither.  most_read: images of which values are read, too; of the others
+    the files are opened, not decoded.
     """
     deep = 0
     plain = 0
-    values = []
-    for image in images[:: -(-len(images) // IMAGES) or 1]:
+    values = [np.empty(0)]
+    brightest = []
+    chosen = images[:: -(-len(images) // IMAGES) or 1]
+    stride = -(-len(chosen) // most_read)
+    for number, image in enumerate(chosen):
         try:
-            pixels = pixels_of(image, values_too)
+            pixels = pixels_of(image, number % stride == 0)
         except Exception:  # a damaged file; what reads it in earnest tells of it
             continue
         if pixels is None:
             plain += 1
-        else:
-            deep += 1
-            values.append(some_of(pixels))
-    return Sample(deep, plain, np.concatenate([np.empty(0), *values]))
+            continue
+        deep += 1
+        own = some_of(pixels)
+        if len(own):
+            values.append(own)
+            brightest.append((name_of(image), float(np.percentile(own, USUAL_PERCENT))))
+    return Sample(deep, plain, np.concatenate(values), brightest)
 
 
-def look_at_records(images: ImageTable | ImageList) -> Sample:
+def name_of(image: object) -> str:
+    """The file of an image, a record or a page; an array has none."""
+    path = getattr(image, "path", image)
+    return str(path) if isinstance(path, (str, Path)) else "an array"
+
+
+def look_at_records(images: ImageTable | ImageList, most_read: int = IMAGES) -> Sample:
     """As look_at, of a split's images."""
-    return look_at(images, lambda image, values_too: deep_pixels(image.path, values_too))
+    return look_at(images, lambda image, values_too: deep_pixels(image.path, values_too), most_read)
 
 
 def deep_pixels(path: str | Path, values_too: bool = True) -> np.ndarray | None:
@@ -191,22 +215,22 @@ def scale_by(by: str | float, sample: Sample) -> GrayScale:
 
 
 def scale_for(
-    given: str | float | None, stored: GrayScale | None, sample: Sample
+    given: str | float | None, stored: GrayScale | None, sample: Sample, advice: str = OWN_RANGE
 ) -> tuple[GrayScale | None, str | None]:
     """How images are read for a checkpoint, and what to warn of.
 
     given: --gray, which goes before what the checkpoint has (`stored`). None: each image by its
-    bits, as it was before checkpoints kept this.
+    bits, as it was before checkpoints kept this.  advice: what to do with images of another range.
     """
     if given is not None:
-        return scale_by(given, sample), None
+        scale = scale_by(given, sample)
+        return scale, words_on_dark(scale, sample)
     if stored is None or stored.by == "full":
         return stored, None
     if stored.window is None and sample.deep:
         here = replace(scale_by(stored.by, sample), plain=sample.plain)
-        return here, (
-            f"the checkpoint was trained on images of 8 bits, these have gray of more. {here.note}"
-        )
+        told = "the checkpoint was trained on images of 8 bits, these have gray of more"
+        return here, ". ".join(filter(None, [told, here.note, words_on_dark(here, sample)]))
     if stored.window and not stored.plain and sample.plain:
         some = "these images have"
         if sample.deep:
@@ -215,18 +239,68 @@ def scale_for(
             f"the checkpoint was trained on gray of more than 8 bits, {some} 8 bits: "
             "they are read as they are, 0 is black and 255 white"
         )
-    return stored, None
+    warning = words_on_other_range(stored, sample)
+    return stored, warning and f"{warning}. {advice}"
+
+
+def words_on_dark(scale: GrayScale, sample: Sample) -> str | None:
+    """Which of a range's own images are nearly black in it; None without any."""
+    if scale.window is None:
+        return None
+    black, white = scale.window
+    least = black + (white - black) * FEW_LEVELS / LEVELS
+    dark = [(name, value) for name, value in sample.brightest if value < least]
+    if not dark:
+        return None
+    name, value = max(dark, key=lambda image: image[1])
+    return (
+        f"nearly black by that range: {len(dark)} ({name}: hardly a pixel above {value:.6g}). "
+        "Unless they are meant to be, as empty images are, they are of another bit depth than the "
+        "others: scale all alike first"
+    )
+
+
+def words_on_other_range(stored: GrayScale, sample: Sample) -> str | None:
+    """What to warn of where images are far brighter or darker than those that a range is of."""
+    here = scale_by(stored.by, sample)
+    if stored.window is None or here.window is None:
+        return None
+    black, white = stored.window
+    times = (here.window[1] - black) / (white - black)
+    if TOO_DARK < times < TOO_BRIGHT:
+        return None
+    seen = "nearly black" if times <= TOO_DARK else "far too bright"
+    percent = percent_of(stored.by)
+    return (
+        f"{percent:.4g} % of these images' pixels are up to {here.window[1]:.6g}, of the training "
+        f"images' up to {white:.6g}: as if of another bit depth, they are {seen} to the model"
+    )
+
+
+def other_ranges(splits: dict[str, CocoSplit], scale: GrayScale | None) -> list[str]:
+    """What to warn of splits whose gray is of another range than that of train (`scale`)."""
+    found = []
+    if scale is None or scale.window is None:
+        return found
+    for name in splits.keys() - {"train"}:
+        told = words_on_other_range(scale, look_at_records(splits[name].images, FEW))
+        if told:
+            found.append(f"{name}: {told}. Scale all alike first")
+    return found
 
 
 def told_scale(
-    given: str | float | None, stored: GrayScale | None, images: ImageTable | ImageList
+    given: str | float | None,
+    stored: GrayScale | None,
+    images: ImageTable | ImageList,
+    advice: str = OWN_RANGE,
 ) -> GrayScale | None:
     """As scale_for, of a split's images; what is done is said."""
-    scale, warning = scale_for(given, stored, look_at_records(images))
+    scale, warning = scale_for(given, stored, look_at_records(images), advice)
+    if scale and scale.note and scale.note not in (warning or ""):
+        tick(f"As in training: {scale.note}" if scale is stored else scale.note)
     if warning:
         warn(warning)
-    elif scale and scale.note:
-        tick(f"As in training: {scale.note}" if scale is stored else scale.note)
     return scale
 
 

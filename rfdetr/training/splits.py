@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from rfdetr.console import warn
 from rfdetr.data.coco import read_dataset
-from rfdetr.data.gray import told_scale
+from rfdetr.data.gray import other_ranges, told_scale
 from rfdetr.data.records import CocoSplit
 from rfdetr.settings import TrainingSettings
 from rfdetr.weights import checkpoint
+
+ONE_RANGE = "Scale these images as those were, or begin with these anew"
 
 
 def read_splits(settings: TrainingSettings, queries: int) -> dict[str, CocoSplit]:
@@ -47,5 +49,7 @@ def with_gray(
         given = given or "auto"
     if frozen and not resumed and given is not None and given != (stored.by if stored else "full"):
         warn(f"--gray {given}: the frozen detector's images were read otherwise; leave it out")
-    scale = told_scale(given, stored, splits["train"].images)
+    scale = told_scale(given, stored, splits["train"].images, ONE_RANGE)
+    for message in other_ranges(splits, scale):
+        warn(message)
     return {name: replace(split, gray=scale) for name, split in splits.items()}
