@@ -64,6 +64,8 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
     settings = replace(settings, size=size.name)
     repaired = None
     original = settings.dataset
+    if settings.drop_rectangles and not settings.fix:
+        raise UserError("--drop_rectangles 1 is for a cleaned copy: add --fix NEW_DIR")
     if settings.fix:
         repaired = write_cleaned_copy(settings)
         settings = replace(settings, dataset=settings.fix, rename=())  # the copy has the new names
@@ -178,7 +180,12 @@ def write_cleaned_copy(settings: ValidationSettings) -> dict[str, dict[str, int]
     """Write --fix's copy and say what was done: split -> what -> how often."""
     with writing_to(settings.fix, "--fix"):
         done = fix_dataset(
-            settings.dataset, settings.fix, settings.check_images, settings.exif, settings.rename
+            settings.dataset,
+            settings.fix,
+            settings.check_images,
+            settings.exif,
+            settings.rename,
+            settings.drop_rectangles,
         )
     for split, counts in done.items():
         print(f"{split + ':':<7}" + ("repaired" if counts else "nothing repaired"))
@@ -348,7 +355,7 @@ def advice_on(errors: list[Problem], settings: ValidationSettings) -> str:
 
 def same_check(settings: ValidationSettings) -> str:
     """The command of another check; what --fix has written is what `settings` are about by now."""
-    return same_command("validate_setup.py", replace(settings, fix=None))
+    return same_command("validate_setup.py", replace(settings, fix=None, drop_rectangles=False))
 
 
 def say_what_is_possible(

@@ -179,6 +179,9 @@ class ValidationSettings(TileSettings, DataSettings):
     fix: Path | None = path(
         None, "write a cleaned copy of the annotations there, and check the copy", metavar="DIR"
     )
+    drop_rectangles: bool = switch(
+        False, "--fix: leave out masks that are rectangles; training then guesses them"
+    )
     preview: Path | None = path(
         None, "draw objects of each class: a .webp, .png or .jpg, or a folder", metavar="PATH"
     )

@@ -34,6 +34,7 @@ from rfdetr.data.demo import make_demo
 from rfdetr.data.exif import exif_note
 from rfdetr.data.images import ORIENTATION, load_image
 from rfdetr.data.layout import ANNOTATIONS
+from rfdetr.data.rectangles import is_rectangle
 from rfdetr.data.repair import fix_dataset
 from rfdetr.data.rle import rle_extents
 from rfdetr.detr import RFDETR, read_image
@@ -220,7 +221,8 @@ def crowd(masks: list, boxes: list, side: int = 200) -> dict:
 
 
 def polygon(x: float, y: float, w: float, h: float) -> list:
-    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    """Of five corners: of four, it might be a box that was exported as an outline."""
+    return [[x, y, x + w, y, x + w, y + h, x + w / 2, y + h, x, y + h]]
 
 
 def rle(x: float, y: float, w: float, h: float, packed: bool) -> dict:
@@ -261,6 +263,62 @@ def test_masks_beside_their_boxes_are_told(form):
     swapped = [FORMS[form](y, x, h, w) for x, y, w, h in BOXES]
     severity, count = found(crowd(swapped, BOXES))["ANN_MASK_OFF_BOX"]
     assert severity == "error" and count >= 15
+
+
+def rectangle(x: float, y: float, w: float, h: float, kind: str = "open") -> list:
+    corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
+    if kind == "closed":
+        corners.append(corners[0])
+    elif kind == "back":
+        corners = [corners[2], *corners[1::-1], corners[3]]
+    elif kind == "rounded":
+        corners[1] = (x + w - 0.4, y + 0.4)
+    elif kind == "turned":
+        corners = [(x + w / 2, y), (x + w, y + h / 2), (x + w / 2, y + h), (x, y + h / 2)]
+    elif kind == "crossed":
+        corners[2:] = corners[:1:-1]
+    return [[float(number) for corner in corners for number in corner]]
+
+
+@pytest.mark.parametrize("kind", ["open", "closed", "back", "rounded", "turned", "crossed"])
+def test_boxes_that_were_exported_as_outlines_are_told(kind):
+    told = {"ANN_MASK_RECTANGLE": ("warning", 20)} if kind not in ("turned", "crossed") else {}
+    masks = [rectangle(*box, kind) for box in BOXES]
+    assert found(crowd(masks, BOXES)) == told
+    others = [polygon(*box) for box in BOXES]
+    assert found(crowd(masks[:9] + others[9:], BOXES)) == {}  # nine of twenty
+    assert found(crowd(masks[:9], BOXES)) == {}  # nine in all
+    assert [is_rectangle(mask) for mask in masks] == [bool(told)] * 20
+
+
+def test_what_is_no_polygon_is_no_rectangle():
+    for segmentation in (None, [], [[]], [[1.0, 2.0]], [7], {"counts": [4], "size": [2, 2]}):
+        assert not is_rectangle(segmentation)
+    assert not is_rectangle(rectangle(*BOXES[0]) * 2)
+
+
+def test_a_cleaned_copy_leaves_rectangles_out_where_that_is_asked(few, tmp_path, call, capsys):
+    data = shutil.copytree(few, tmp_path / "data")
+    for split in ("train", "valid"):
+        file = data / split / ANNOTATIONS
+        content = json.loads(file.read_text())
+        for entry in content["annotations"]:
+            entry["segmentation"] = rectangle(*entry["bbox"])
+        first = content["annotations"][0]
+        first["segmentation"] = drawn = polygon(*first["bbox"])
+        file.write_text(json.dumps(content))
+    call(validate_setup.main, "--dataset", data, "--check_images", 0)
+    said = capsys.readouterr().out
+    assert "whose mask is a rectangle" in said
+    assert "validate_setup.py --fix NEW_DIR --drop_rectangles 1" in said
+    flags = ["--dataset", data, "--drop_rectangles", 1]
+    with pytest.raises(UserError, match="add --fix NEW_DIR"):
+        call(validate_setup.main, *flags)
+    call(validate_setup.main, *flags, "--fix", "copy")
+    assert "ANN_MASK_RECTANGLE: the mask is dropped, the box stays" in capsys.readouterr().out
+    fixed = json.loads(Path("copy/valid", ANNOTATIONS).read_text())["annotations"]
+    assert fixed[0]["segmentation"] == drawn
+    assert all(entry["segmentation"] == [] for entry in fixed[1:])
 
 
 def test_loose_boxes_and_masks_of_visible_parts_are_no_fault():

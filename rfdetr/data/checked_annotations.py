@@ -34,6 +34,7 @@ from rfdetr.data.flat import (
     other_form,
     row_slices,
 )
+from rfdetr.data.rectangles import rectangular_masks
 from rfdetr.data.rle import rle_extents, run_sums
 
 Note = tuple[int, str, str, object]  # of a fault: index, code, place, the entry or None
@@ -100,6 +101,9 @@ def check_annotations(
                 faults.note(code, entries.place(index))
             if severity == "error":
                 faults.make_error(code)
+        is_mask = np.isfinite(extents[:, 0])
+        for index in rectangular_masks(flat, sound.mask_kinds, sound.spans, is_mask).tolist():
+            faults.note("ANN_MASK_RECTANGLE", entries.place(index))
     if faults.count("ANN_BBOX_CLIPPED") > MANY_CLIPPED * sound.is_sound.sum():
         faults.advise("ANN_BBOX_CLIPPED", f"{CODES['ANN_BBOX_CLIPPED'].advice}; {PERHAPS_CORNERS}")
     return sound

@@ -182,6 +182,13 @@ CODES: dict[str, FaultKind] = {
         "x and y swapped, shifted or scaled? Look with validate_setup.py --preview, and export "
         "them again",
     ),
+    "ANN_MASK_RECTANGLE": FaultKind(
+        "warning",
+        "whose mask is a rectangle",
+        "are these boxes that were exported as outlines? Masks will be rectangles, too. "
+        "validate_setup.py --fix NEW_DIR --drop_rectangles 1 writes a copy without them, and "
+        "stage 2 guesses masks from its boxes",
+    ),
     "ANN_SEG_TYPE": FaultKind(
         "error",
         "whose segmentation is neither lists of numbers nor an RLE",

@@ -20,6 +20,7 @@ from rfdetr.data.exif import ExifDecision, SizedImage, decide_exif
 from rfdetr.data.flat import is_whole, other_form
 from rfdetr.data.image_files import find_image, is_regular_file, near_file, stays_inside
 from rfdetr.data.layout import ANNOTATIONS, COPY_NOTE, find_splits, read_json
+from rfdetr.data.rectangles import is_rectangle
 from rfdetr.files import require_free
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
@@ -66,12 +67,18 @@ REPAIRED = {  # all or some of what has these codes
 
 
 def fix_dataset(
-    root: Path, out: Path, decode: bool, exif: str | None = None, rename: Sequence[str] = ()
+    root: Path,
+    out: Path,
+    decode: bool,
+    exif: str | None = None,
+    rename: Sequence[str] = (),
+    drop_rectangles: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Write OUT/<split>/_annotations.coco.json for all splits, with links to the images beside it.
 
     decode: read images as a whole, to drop the damaged ones.  exif, rename: as for
-    coco.inspect_dataset; sizes and names that are written follow from them.  Returns split ->
+    coco.inspect_dataset; sizes and names that are written follow from them.  drop_rectangles:
+    masks that are rectangles are left out.  Returns split ->
     {"CODE: what was done": how often}. What could not be repaired is still in the copy: check it.
     Raises UserError where `out` holds files, an annotation file is no JSON or `rename` names no
     class (then nothing is written), and OSError.
@@ -86,12 +93,22 @@ def fix_dataset(
         name: clean(contents.pop(name), *places, decode, decision, renames.new_of)
         for name, places in files.items()
     }
-    for name, (data, _) in cleaned.items():
+    for name, (data, done) in cleaned.items():
+        if drop_rectangles:
+            leave_out_rectangles(data, done)
         _, folder = files[name]
         write_split(data, folder, out / name)
     note = f"A cleaned copy of {root.absolute()}. Its images are links to those, not copies.\n"
     (out / COPY_NOTE).write_text(note, encoding="utf-8", errors="backslashreplace")
     return {name: dict(done) for name, (_, done) in cleaned.items()}
+
+
+def leave_out_rectangles(data: dict, done: Counter) -> None:
+    """Empty the segmentations that are one upright rectangle."""
+    for entry in data["annotations"]:
+        if is_rectangle(entry.get("segmentation")):
+            done["ANN_MASK_RECTANGLE: the mask is dropped, the box stays"] += 1
+            entry["segmentation"] = []
 
 
 def can_repair(codes: set[str]) -> bool:
