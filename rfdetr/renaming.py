@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rfdetr.console import UserError, warn
+from rfdetr.ids import whole_id
 from rfdetr.text import quoted_name
 
 STYLE = "case, blanks, _ or -"  # in words: what is probably not meant to tell names apart
@@ -267,12 +268,12 @@ def rename_classes(data: dict, renames: dict[str, str]) -> int:
             continue
         count += 1
         entry["name"] = renames[entry["name"]]
-        own_id = entry.get("id")
-        other_id = id_of.setdefault(entry["name"], own_id)
-        if other_id != own_id and type(own_id) is int:
+        own_id = whole_id(entry.get("id"))
+        other_id = whole_id(id_of.setdefault(entry["name"], own_id))
+        if None not in (own_id, other_id) and own_id != other_id:
             merged[own_id] = other_id
             data["categories"].remove(entry)
     for entry in entries_of(data, "annotations") if merged else ():
-        if type(entry.get("category_id")) is int:
-            entry["category_id"] = merged.get(entry["category_id"], entry["category_id"])
+        category_id = whole_id(entry.get("category_id"))
+        entry["category_id"] = merged.get(category_id, entry.get("category_id"))
     return count

@@ -574,6 +574,35 @@ def test_no_object_is_dropped_for_an_id_that_is_left_to_the_user(dataset, tmp_pa
     assert not any(severity == "error" for severity in codes_of(tmp_path / "fixed").values())
 
 
+@pytest.mark.parametrize("form", [str, float])
+def test_images_of_one_id_are_left_to_the_user_in_whatever_form_it_is_used(dataset, tmp_path, form):
+    change("images", 1, id=1)(dataset)
+    used = form(1)
+    rewrite(
+        dataset / "train" / FILE,
+        lambda data: [entry.update(image_id=used) for entry in data["annotations"]],
+    )
+    fix_dataset(dataset, tmp_path / "fixed", decode=False)
+    after = json.loads((tmp_path / "fixed/train" / FILE).read_text())
+    assert [entry["id"] for entry in after["images"][:2]] == [1, 1]
+
+
+@pytest.mark.parametrize("form", [int, str, float])
+def test_a_renamed_class_keeps_its_objects_in_whatever_form_its_id_is_used(dataset, tmp_path, form):
+    before = json.loads((dataset / "train" / FILE).read_text())
+    old, new = (entry["name"] for entry in before["categories"][:2])
+    rewrite(
+        dataset / "train" / FILE,
+        lambda data: [
+            entry.update(category_id=form(entry["category_id"])) for entry in data["annotations"]
+        ],
+    )
+    fix_dataset(dataset, tmp_path / "fixed", decode=False, rename=[f"{old}={new}"])
+    after = json.loads((tmp_path / "fixed/train" / FILE).read_text())
+    assert len(after["annotations"]) == len(before["annotations"])
+    assert {entry["category_id"] for entry in after["annotations"]} == {after["categories"][0]["id"]}
+
+
 def test_what_cannot_be_fixed_is_left_to_the_user(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     change("images", width=41)(dataset)

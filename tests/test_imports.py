@@ -26,6 +26,7 @@ LAYERS = [
         "boxes",
         "masks",
         "distributed",
+        "ids",
         "classes",
         "commands",
         "memory",

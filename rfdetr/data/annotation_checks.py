@@ -10,8 +10,9 @@ from math import inf
 from typing import NamedTuple
 
 from rfdetr.data.coordinates import FEW_PIXELS
-from rfdetr.data.flat import LIMIT, NUMBERS, is_whole, whole_id
+from rfdetr.data.flat import LIMIT, NUMBERS
 from rfdetr.data.rle import is_blank
+from rfdetr.ids import is_whole, whole_id
 
 Box = tuple[float, float, float, float]  # xyxy in pixels
 Extent = tuple[float, float, float, float]  # of a mask: left, top, right, bottom in pixels

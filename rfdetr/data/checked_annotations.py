@@ -31,11 +31,11 @@ from rfdetr.data.flat import (
     RLE_TEXT,
     FlatAnnotations,
     as_array,
-    other_form,
     row_slices,
 )
 from rfdetr.data.rectangles import rectangular_masks
 from rfdetr.data.rle import rle_extents, run_sums
+from rfdetr.ids import other_form
 
 Note = tuple[int, str, str, object]  # of a fault: index, code, place, the entry or None
 

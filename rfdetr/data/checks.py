@@ -20,7 +20,7 @@ from rfdetr.data.checked_annotations import check_annotations
 from rfdetr.data.columns import Columns, build_columns
 from rfdetr.data.exif import ExifDecision, SizedImage, exif_proofs, settle_size, size_is_wrong
 from rfdetr.data.faults import FEW_SKIPPED, Faults
-from rfdetr.data.flat import FlatAnnotations, is_whole, whole_id
+from rfdetr.data.flat import FlatAnnotations
 from rfdetr.data.image_cache import ImageCache
 from rfdetr.data.image_files import (
     NOT_INSPECTED,
@@ -31,6 +31,7 @@ from rfdetr.data.image_files import (
 )
 from rfdetr.data.layout import COPY_NOTE, read_json
 from rfdetr.data.rle import chunks
+from rfdetr.ids import is_whole, whole_id
 from rfdetr.progress import ProgressBar
 from rfdetr.text import is_control, with_article
 

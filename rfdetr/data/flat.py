@@ -7,7 +7,6 @@ judged one by one.
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -15,11 +14,11 @@ from typing import Protocol
 import numpy as np
 
 from rfdetr.data.rle import AT_ONCE, rle_extents, run_sums
+from rfdetr.ids import WHOLE, is_whole, whole_id
 
 NUMBERS = {int, float}
 IDS = {int, str}
 LIMIT = 1e7  # pixels; for larger coordinates pycocotools would allocate in proportion to them
-WHOLE = 2**53  # below it, float64 holds all whole numbers
 NO_CATEGORY = WHOLE
 NO_BOX = [np.nan] * 4
 NO_EXTENT = (np.nan,) * 4
@@ -231,29 +230,6 @@ def row_slices(count: int) -> Iterator[slice]:
     """So many rows, ROWS at a time."""
     for begin in range(0, count, ROWS):
         yield slice(begin, begin + ROWS)
-
-
-def is_whole(value: object) -> bool:
-    """Whether it is a whole number that float64 holds: pycocotools keeps ids in such arrays.
-
-    True and false are none.
-    """
-    return type(value) is int and -WHOLE < value < WHOLE
-
-
-def other_form(value: object) -> int | str | None:
-    """The number that a text or a decimal means, the text of a number; None for anything else."""
-    if is_whole(value):
-        return str(value)
-    if type(value) is float and value.is_integer() and is_whole(int(value)):
-        return int(value)
-    is_number = type(value) is str and re.fullmatch("0|-?[1-9][0-9]{0,17}", value)
-    return int(value) if is_number and is_whole(int(value)) else None
-
-
-def whole_id(value: object) -> int | None:
-    """The whole number that an id is, or means in another form."""
-    return value if is_whole(value) else other_form(value)
 
 
 def is_box(box: object) -> bool:

@@ -17,11 +17,11 @@ from pathlib import Path
 from rfdetr.data.annotation_checks import check_segmentation, clip_box
 from rfdetr.data.checks import CheckedSplit, check_file, list_split
 from rfdetr.data.exif import ExifDecision, SizedImage, decide_exif
-from rfdetr.data.flat import is_whole, other_form
 from rfdetr.data.image_files import find_image, is_regular_file, near_file, stays_inside
 from rfdetr.data.layout import ANNOTATIONS, COPY_NOTE, find_splits, read_json
 from rfdetr.data.rectangles import is_rectangle
 from rfdetr.files import require_free
+from rfdetr.ids import is_whole, other_form
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
 from rfdetr.text import is_control
@@ -225,6 +225,7 @@ def repair_images(data: dict, split: CheckedSplit, folder: Path, done: Counter) 
     dropped = set()
     kept_texts = set()
     used_ids = texts_of(data["annotations"], "image_id")
+    used_ids |= {repr(other_form(entry.get("image_id"))) for entry in data["annotations"]}
     listed_names = texts_of(data["images"], "file_name")
     spare_id = next_id(data["images"])
     for entry in data["images"]:
