@@ -18,6 +18,12 @@ def is_control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
+def without_controls(name: str) -> str:
+    """A name with single blanks where control characters and blanks were."""
+    characters = [" " if is_control(character) else character for character in name]
+    return " ".join("".join(characters).split())
+
+
 def printable(text: object) -> str:
     """`text` on one line, with control characters as escapes."""
     text = str(text)

@@ -167,6 +167,21 @@ def test_yolo_classes_of_one_name_are_told(convert, tmp_path):
     assert words + "(data.yaml: 'a' is 0 and 2)" in said
 
 
+def test_a_yolo_class_number_is_its_line(convert, tmp_path):
+    root = yolo(tmp_path / "theirs", "0 .5 .5 .5 .5\n1 .3 .3 .2 .2\n2 .3 .3 .2 .2")
+    (root / "data.yaml").unlink()
+    put(root / "classes.txt", "car\n\ndog\n\n")
+    converted, said = convert(root)
+    assert [entry["name"] for entry in objects_of(converted)] == ["car", "class_1", "dog"]
+    assert "objects of a class that has a number only (classes.txt names 2 classes" in said
+
+
+def test_yolo_names_that_differ_in_blanks_alone_are_told(convert, tmp_path):
+    lines = "0 .5 .5 .5 .5\n1 .3 .3 .2 .2"
+    said = convert(yolo(tmp_path / "theirs", lines, 'names: ["red cell", "red  cell"]'))[1]
+    assert "whose objects become one class: 1 (data.yaml: 'red cell' is 0 and 1)" in said
+
+
 def test_numbers_in_16_bits_there_and_back(few, convert, tmp_path):
     converted, said = convert(write_masks(few, tmp_path / "theirs"), "--class_name", "nucleus")
     require_painted(few, converted)
@@ -668,6 +683,21 @@ def test_8_bits_and_colours(convert, tmp_path):
     assert {tuple(entry["bbox"]) for entry in objects[:3]} == {
         (0, 3, 6, 6), (8, 3, 6, 6), (16, 3, 6, 6)
     }  # fmt: skip
+
+
+def test_values_that_lie_in_several_places_are_told(convert, tmp_path):
+    """Classes, or the shades of soft edges: objects one by one they are not."""
+    classes = numbers_of(1, 2)
+    classes[20:26] = classes[3:9]
+    root = masked(tmp_path / "theirs", classes, "classes.png")
+    soft = Image.fromarray(numbers_of(255, 255)).resize((80, 60), Image.Resampling.BICUBIC)
+    masked(root, np.asarray(soft.resize((40, 30), Image.Resampling.BICUBIC)), "soft.png")
+    cut = numbers_of(1, 2, 3)
+    cut[5, :6] = 0  # one of three objects in two pieces
+    masked(root, cut, "cut.png")
+    _, said = convert(root)
+    told = "masks most of whose values lie in several places, and become one object each"
+    assert told in said and "value of its own): 2 (masks/classes.png; masks/soft.png)" in said
 
 
 def test_masks_that_cannot_be_used(convert, tmp_path):

@@ -24,7 +24,7 @@ from rfdetr.files import require_free
 from rfdetr.ids import is_whole, other_form
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import class_names_of, read_renames, rename_classes
-from rfdetr.text import is_control
+from rfdetr.text import is_control, without_controls
 
 # A repair may bring another fault to light: two boxes may be the same once they are clipped.
 ROUNDS = 6
@@ -208,12 +208,6 @@ def repair_categories(categories: list[dict], split: CheckedSplit, done: Counter
         parent = entry.get("supercategory")
         if isinstance(parent, str) and any(map(is_control, parent)):
             entry["supercategory"] = without_controls(parent)
-
-
-def without_controls(name: str) -> str:
-    """A name with single blanks where control characters and blanks were."""
-    characters = [" " if is_control(character) else character for character in name]
-    return " ".join("".join(characters).split())
 
 
 # ---------------------------------------------------------------- images

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import find_objects
+from scipy.ndimage import find_objects, label
 
 from rfdetr.data.formats.source import (
     LabelledImage,
@@ -32,6 +32,11 @@ from rfdetr.data.images import open_image
 from rfdetr.masks import encode_window
 
 UNREADABLE = "images whose mask cannot be read"
+SCATTERED = (
+    "masks most of whose values lie in several places, and become one object each (are they "
+    "classes, or soft edges? Give each object a value of its own)"
+)
+EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 MOST_OBJECTS = 10_000  # of an image: a photograph has more values
 
 
@@ -83,12 +88,20 @@ class MasksReader:
                 self.notes.add("masks without a pixel, left out", path)
             if len(found) == 1 and not item.is_one_each:
                 self.notes.add("masks of one value, whose objects become one", path)
+            if len(found) > 1 and not item.is_one_each and are_scattered(found):
+                self.notes.add(SCATTERED, path)
             objects += [self._object_of(part, height, width) for part in found]
         return LabelledImage(item.image, *size, objects)
 
     def _object_of(self, part: Part, height: int, width: int) -> LabelledObject:
         rle = encode_window(part.left, part.top, part.pixels, height, width)
         return LabelledObject(self.class_names[0], part.box, rle)
+
+
+def are_scattered(found: list[Part]) -> bool:
+    """Whether most parts lie in several places: they are no objects, or pieces of several."""
+    scattered = [part for part in found if label(part.pixels, EIGHT_NEIGHBOURS)[1] > 1]
+    return 2 * len(scattered) > len(found)
 
 
 def find_masks(root: Path, notes: Notes) -> Iterator[MaskedImage]:

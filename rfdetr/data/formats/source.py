@@ -22,7 +22,7 @@ from rfdetr.data.exif import turned
 from rfdetr.data.formats.detect import split_named
 from rfdetr.data.image_files import ImageFile, fault_of, is_regular_file, read_orientation
 from rfdetr.data.images import FORMATS, open_image
-from rfdetr.text import printable
+from rfdetr.text import printable, without_controls
 
 EXAMPLES = 3  # files that a note names
 MOST_BYTES = 1 << 28  # of a label file: LabelMe's may hold an image
@@ -98,6 +98,11 @@ class Notes:
             more = "; ..." if count > len(self.examples[what]) else ""
             told.append(f"{what}: {count} ({examples}{more})")
         return told
+
+
+def plain_name(name: str) -> str:
+    """A class name as it is written: without control characters, and with single blanks."""
+    return without_controls(name) or "unnamed"
 
 
 # ---------------------------------------------------------------- folders

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rfdetr.data.annotation_checks import THINNEST, check_segmentation
-from rfdetr.data.formats.source import Box, LabelledImage, LabelledObject, Notes
+from rfdetr.data.formats.source import Box, LabelledImage, LabelledObject, Notes, plain_name
 from rfdetr.data.layout import ANNOTATIONS, SPLITS
 from rfdetr.files import require_free
 from rfdetr.masks import annotation_area
@@ -85,7 +85,7 @@ class CocoWriter(contextlib.AbstractContextManager):
             split.finish([{"id": number, "name": name} for number, name in names.items()])
 
     def _category(self, name: str) -> int:
-        name = plain(name)
+        name = plain_name(name)
         return self.categories.setdefault(name, len(self.categories) + 1)
 
     # ------------------------------------------------------------ what was written
@@ -220,9 +220,3 @@ def safe_name(name: str) -> str:
 def folded(name: str) -> str:
     """What names have in common that some file system takes for the same."""
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def plain(name: str) -> str:
-    """A class name without control characters, and with single blanks."""
-    letters = [" " if is_control(letter) else letter for letter in name]
-    return " ".join("".join(letters).split()) or "unnamed"

@@ -27,12 +27,13 @@ from rfdetr.data.formats.source import (
     inside,
     is_image_name,
     joined,
+    plain_name,
     read_image,
     read_text,
     replaced_folder,
     split_of,
 )
-from rfdetr.text import counted, printable
+from rfdetr.text import counted
 
 NO_YOLO = "images whose .txt is not YOLO's"
 CLASS_LISTS = ("classes.txt", "labels/classes.txt", "obj.names")  # a name a line
@@ -118,14 +119,15 @@ class YoloReader:
         names = self.config.get("names")
         if self.class_list:
             lines = read_text(self.class_list, str(self.class_list)).splitlines()
-            names = [line.strip() for line in lines if line.strip()]
+            numbered = enumerate(line.strip() for line in lines)
+            names = {number: name for number, name in numbered if name}  # a class number a line
         if names is None:
             return {}
         if not isinstance(names, (list, dict)):
             names = [names] if isinstance(names, str) else [None]
         numbered = names.items() if isinstance(names, dict) else enumerate(names)
         try:
-            return {int(number): plain_name(name) for number, name in numbered}
+            return {int(number): read_name(name) for number, name in numbered}
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{self.yaml}: names: expected a list of class names, or lines of `0: name`"
@@ -316,11 +318,11 @@ def read_config(file: Path) -> dict:
     return config
 
 
-def plain_name(name: object) -> str:
-    """A class name, on one line.  ValueError where it is none."""
+def read_name(name: object) -> str:
+    """A class name as it is written.  ValueError where it is none."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{name!r} is no name")
-    return printable(name)
+    return plain_name(name)
 
 
 def read_numbers(words: list[str]) -> list[float]:
