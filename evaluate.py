@@ -28,7 +28,7 @@ from rfdetr.data.layout import find_splits
 from rfdetr.data.letterbox import letterbox_for
 from rfdetr.data.loaders import check_unread, evaluation_loader
 from rfdetr.data.records import CocoSplit
-from rfdetr.data.statistics import shrink_problems
+from rfdetr.data.statistics import shrink_problems, words_on_trained
 from rfdetr.device import compile_in_place, pick_device, pick_inference_precision
 from rfdetr.files import make_folder, make_place, require_earlier_report, write_json, writing_to
 from rfdetr.inference.detections import tell_few_queries
@@ -192,23 +192,16 @@ def refuse_other_division(
 
 
 def tell_trained_images(trained_on: set[int], split: CocoSplit, name: str) -> None:
-    """Warn where images of a split, by their content, are among those that the checkpoint was
-    trained on.
-    """
-    files = [image.file_name for image in split.images if image.content_hash in trained_on]
-    if not files:
-        return
-    count = f"{len(files)} of the {len(split.images)} images"
+    """Say where images of a split are among those that the checkpoint was trained on."""
     if name == "train":
-        tick(f"--split train: the checkpoint was trained on {count}")
+        count = sum(image.content_hash in trained_on for image in split.images)
+        if count:
+            of_all = f"{count} of the {len(split.images)} images"
+            tick(f"--split train: the checkpoint was trained on {of_all}")
         return
-    examples = ", ".join(files[:3])
-    if len(files) > 3:
-        examples += ", ..."
-    warn(
-        f"{count} of {name} were trained on, by their content ({examples}): "
-        "scores on them say little"
-    )
+    told = words_on_trained(split, name, trained_on)
+    if told:
+        warn(told)
 
 
 if __name__ == "__main__":

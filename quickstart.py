@@ -514,6 +514,10 @@ def config_words(config, known):
 
 def from_here(path):
     """A path as the scripts see it, which run in the repository's folder."""
+    from rfdetr.text import EMPTY  # standard library only, too
+
+    if not path:
+        raise argparse.ArgumentTypeError("expected a path, got " + EMPTY)
     is_path = path not in ("auto", "none") and "://" not in path
     return os.path.abspath(path) if is_path and os.getcwd() != HERE else path
 

@@ -234,7 +234,10 @@ def make_parser(kind: type, description: str) -> Parser:
         add_flag(parser, field.name, setting, default)
     if issubclass(kind, TrainingSettings):
         parser.add_argument("--no_amp", action="store_true", help="the same as --amp off")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML; flags win")
+    read_path = flag_type(Setting(Path, ""))
+    parser.add_argument(
+        "--config", type=read_path, metavar="FILE", help="settings in YAML; flags win"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

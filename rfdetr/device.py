@@ -65,7 +65,7 @@ def pick_device(name: str, in_python: bool = False) -> torch.device:
     except RuntimeError as error:  # which would list all that torch has ever known
         meant = re.sub(r"^(gpu|nvidia)(?=$|:)|^(?=\d+$)", "cuda", name.lower())
         meant = re.sub(r"^cuda(?=\d)", "cuda:", meant)
-        hint = f" Did you mean {meant}?" if re.match("cuda", meant) else ""
+        hint = f" Did you mean {meant}?" if re.fullmatch(r"cuda(:\d+)?", meant) else ""
         raise UserError(
             f"{given}: there is no such device.{hint} There are auto, cpu, cuda, cuda:1 and mps"
         ) from error

@@ -75,6 +75,8 @@ class Setting:
             raise ValueError("expected no NUL character")
         if self.read_one is Path and not text:  # which Path takes for the folder one is in
             raise ValueError(f"expected a path, got {EMPTY}")
+        if self.read_one is str and not (text or self.several or self.choices):
+            raise ValueError(f"expected a value, got {EMPTY}")
         if text in self.words:
             return text
         if self.choices and text not in self.choices:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
+import quickstart
 from rfdetr.cli import make_parser, script_settings
 from rfdetr.console import UserError
 from rfdetr.resolve import settings_of
@@ -130,6 +131,15 @@ def test_what_a_flag_takes_is_told_in_words():
         (["--drop_path", "2"], "expected a number from 0 to 0.9, got '2'"),
     ):
         assert words in error_of(DetectorSettings, *flags)
+
+
+@pytest.mark.parametrize("flag", ["--resume=", "--pretrain_weights=", "--config=", "--dataset="])
+def test_an_empty_value_is_refused_whatever_the_flag(flag):
+    with pytest.raises(UserError, match=r"got an empty text: is a variable of the shell unset\?"):
+        make_parser(DetectorSettings, "").parse_args([flag])
+    if flag in ("--pretrain_weights=", "--dataset="):
+        with pytest.raises(UserError, match="got an empty text"):
+            quickstart.parse([flag])
 
 
 def test_a_missing_flag_is_answered_with_the_command_that_lists_all():

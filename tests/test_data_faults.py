@@ -25,6 +25,7 @@ from pycocotools import mask as mask_utils
 import evaluate
 import predict
 import train_detector_stage1
+import train_seg_stage2
 import validate_setup
 from rfdetr import console
 from rfdetr.console import UserError, warn
@@ -468,6 +469,27 @@ def test_train_is_divided_in_evaluation_as_in_training(undivided, call, capsys):
         "✓ --split train: the checkpoint was trained on 6 of the 6 images" in said
         and "scores on them" not in said
     )
+
+
+def test_stage_2_tells_that_it_is_scored_on_images_of_its_detector(undivided, call, capsys):
+    data, best = undivided
+    flags = [*quick_flags(data), "--checkpoint", best, "--auto_shrink", 1, "--fast_dev_run", 1]
+    call(train_seg_stage2.main, *flags, "--val_fraction", 0.25, "--output_dir", "same")
+    assert "were trained on" not in capsys.readouterr().out
+    call(train_seg_stage2.main, *flags, "--val_fraction", 0.5, "--output_dir", "other")
+    told = "2 of the 4 images of valid were trained on, by their content (demo_"
+    assert f"warning: {told}" in capsys.readouterr().out
+
+
+def test_ids_as_decimals_bring_no_other_fault(undivided, tmp_path):
+    data = shutil.copytree(undivided[0], tmp_path / "data")
+
+    def write_decimals(content: dict) -> None:
+        for entry in content["annotations"]:
+            entry["image_id"] = float(entry["image_id"])
+
+    rewrite(data / "train" / ANNOTATIONS, write_decimals)
+    assert {problem.code for problem in inspect_dataset(data, 0.25)[1]} == {"ANN_IMAGE_TYPE"}
 
 
 def test_scored_images_that_were_trained_on_are_told_by_content(undivided, tmp_path, call, capsys):

@@ -148,6 +148,8 @@ def test_an_open_file_is_not_taken_for_a_list_of_its_lines(model, photo):
 def test_errors_of_the_python_door_name_arguments():
     with pytest.raises(UserError, match=r"^device='gpu': .* Did you mean cuda\?"):
         RFDETRNano(device="gpu")
+    with pytest.raises(UserError, match=r"^device='cuda:x': there is no such device\. There are"):
+        RFDETRNano(device="cuda:x")
     with pytest.raises(UserError, match=r"^device='meta' is not usable.* try device=\"cpu\"$"):
         RFDETRNano(device="meta")
     with pytest.raises(UserError, match="^device='cpu:1' is not usable"):

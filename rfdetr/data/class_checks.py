@@ -13,7 +13,7 @@ from rfdetr.text import counted
 
 # errors after which classes may lack, and those after which objects of known ones may
 HIDE_CLASSES = ("JSON_", "CAT_INVALID", "CAT_NAME_", "CAT_ID_DUPLICATE")
-HIDE_OBJECTS = (*HIDE_CLASSES, "ANN_CATEGORY_UNKNOWN")
+HIDE_OBJECTS = (*HIDE_CLASSES, "ANN_CATEGORY_", "ANN_IMAGE_")
 
 
 def class_problems(split: CocoSplit, train: CocoSplit) -> list[Problem]:

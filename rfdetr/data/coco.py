@@ -103,7 +103,8 @@ def inspect_dataset(
     checked = {name: check_listed(listed.pop(name), *files[name], decision) for name in [*listed]}
     splits = build_splits(checked, renames)
     faults = {name: split.faults for name, split in checked.items()}
-    if val_fraction and "train" in splits and "valid" not in files:
+    is_divided = bool(val_fraction) and "train" in splits and "valid" not in files
+    if is_divided:
         splits["train"], splits["valid"] = divide(splits["train"], val_fraction)
         faults["valid"] = Faults(splits["valid"].annotation_file)
     for name, split in splits.items():
@@ -115,7 +116,8 @@ def inspect_dataset(
         note_repeated_images(split, faults[name])
         if name == "valid" and name in files and val_fraction is not None:
             faults[name].note("SPLIT_FRACTION_UNUSED", name)
-        if split.object_count == 0 and not faults[name].has_errors:
+        of_file = faults["train"] if is_divided and name == "valid" else faults[name]
+        if split.object_count == 0 and not of_file.has_errors:
             faults[name].note("SPLIT_EMPTY", f"{name}: {len(split.images)} images")
         if name == "train":
             faults[name].make_error("SPLIT_EMPTY")

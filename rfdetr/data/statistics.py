@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +222,19 @@ def pages_warning(headers: dict[Path, ImageHeader], way_out: str) -> str:
     noun = "image has" if len(several) == 1 else "images have"
     what = f"{len(several)} {noun} several pages or frames ({first_few(several)})"
     return f"{what}: the first of each is read, {way_out} sees them all"
+
+
+def words_on_trained(split: CocoSplit, name: str, trained_on: Collection[int]) -> str | None:
+    """What to warn of where images of a split, by their content, are among those that a model was
+    trained on.
+    """
+    files = [image.file_name for image in split.images if image.content_hash in trained_on]
+    if not files:
+        return None
+    return (
+        f"{len(files)} of the {len(split.images)} images of {name} were trained on, by their "
+        f"content ({first_few(files)}): scores on them say little"
+    )
 
 
 def typical_side(split: CocoSplit, letterbox: bool = False) -> int:

@@ -19,7 +19,7 @@ from rfdetr import distributed
 from rfdetr.console import UserError, banner, say, tick, warn
 from rfdetr.data.dataset import SplitDataset
 from rfdetr.data.records import ImageRecord
-from rfdetr.data.statistics import shrink_problems, without_scores
+from rfdetr.data.statistics import shrink_problems, without_scores, words_on_trained
 from rfdetr.files import atomic_write, write_json
 from rfdetr.inference.class_sheet import class_sheet
 from rfdetr.inference.evaluation import SplitEvaluator
@@ -72,6 +72,12 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
         ):
             warn(problem.message)
     valid = session.splits["valid"]
+    if session.trained_on is not None:
+        # what train and valid share is told with the dataset
+        of_start = set(session.trained_on.tolist()) - set(session.train.content_hashes)
+        told = words_on_trained(valid, "valid", of_start)
+        if told:
+            warn(told)
     unscored = without_scores(session.splits)
     if unscored:
         warn(unscored)
