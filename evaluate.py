@@ -18,6 +18,7 @@ check_command(EvaluationSettings, __doc__, __name__)
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from rfdetr.commands import training_command
 from rfdetr.console import UserError, run_script, say, tick, warn
@@ -39,7 +40,7 @@ from rfdetr.resolve import plain
 from rfdetr.sizes import size_from_dict
 from rfdetr.text import counted, rounded_down
 from rfdetr.tiling import tell_idle_flags, tell_tiles, tiling_of
-from rfdetr.training.next_commands import prediction
+from rfdetr.training.next_commands import prediction, words_on_trained_folder
 from rfdetr.weights import checkpoint
 
 
@@ -116,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         tick(f"COCO results: {settings.results}")
     if split.images:
         folder = split.images[0].path.parent
+        if is_divided_as_in_training(settings, content):
+            print(words_on_trained_folder(folder))
         command = prediction(settings.checkpoint, folder, plain(settings))
         if best < PredictionSettings.threshold:
             command += f" --threshold {rounded_down(best)}"
@@ -164,6 +167,13 @@ def read_split(settings: EvaluationSettings, content: dict) -> CocoSplit:
     tell_trained_images(trained_on, split, settings.split)
     scale = told_scale(settings.gray, checkpoint.gray_of(content), split.images)
     return replace(split, gray=scale)
+
+
+def is_divided_as_in_training(settings: EvaluationSettings, content: dict) -> bool:
+    """Whether the scored images lie among those that the checkpoint was trained on."""
+    dataset = Path(content.get("args", {}).get("dataset") or "")
+    is_own = dataset.absolute() == settings.dataset.absolute()
+    return is_own and settings.split == "valid" and "valid" not in find_splits(settings.dataset)
 
 
 def trained_fraction(content: dict) -> float | None:

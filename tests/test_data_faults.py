@@ -462,7 +462,9 @@ def test_train_is_divided_in_evaluation_as_in_training(undivided, call, capsys):
     capsys.readouterr()
     call(evaluate.main, *words)
     said = capsys.readouterr().out
-    assert "--val_fraction 0.25" in said and "(valid, 2 images" in said and "trained on" not in said
+    assert "--val_fraction 0.25" in said and "(valid, 2 images" in said
+    assert "were trained on, by their content" not in said
+    assert f"{data / 'train'} holds the images that were trained on, too" in said.splitlines()[-2]
     call(evaluate.main, *words, "--val_fraction", 0.25, "--split", "train")
     said = capsys.readouterr().out
     assert (

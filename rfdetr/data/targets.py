@@ -12,6 +12,8 @@ from rfdetr.data.tiles import cut_objects, visible_boxes
 from rfdetr.masks import draw_masks, extent, inside_window, is_turned
 from rfdetr.tiling import Window
 
+CUT = 0.5  # pixels of the view by which a box has to stand out of it to be cut
+
 
 def seen_of(record: ImageRecord) -> Window:
     """What is seen of an image: a tile, or all of it."""
@@ -50,8 +52,7 @@ def target_of(
     else:
         cut = np.zeros(len(boxes), bool)
         cut[cut_objects(record)] = True
-        if in_part:
-            cut |= (clipped(boxes, shown) != boxes).any(1)
+        cut |= np.abs(clipped(boxes, shown) - boxes).max(axis=1, initial=0) > CUT
         for i in np.flatnonzero(cut & has_mask & kept):
             seen = inside_window(segmentations[i], *size, window)
             drawn = draw_masks([seen], *size, matrix, side)

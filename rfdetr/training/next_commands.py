@@ -44,8 +44,13 @@ def predict_with(session: Session) -> tuple[str, str]:
     command = prediction(session.folder / "best.pt", folder, plain(session.settings))
     remark = ""
     if folder == session.train.images[0].path.parent:
-        remark = f"{folder} holds the images that were trained on, too: finding them proves little"
+        remark = words_on_trained_folder(folder)
     return remark, command
+
+
+def words_on_trained_folder(folder: Path) -> str:
+    """What to say of a folder of valid images that were divided from the training images."""
+    return f"{folder} holds the images that were trained on, too: finding them proves little"
 
 
 def after_trial(session: Session, argv: list[str]) -> tuple[str, str]:
