@@ -45,6 +45,7 @@ from rfdetr.training.frozen_start import (
     mask_head_name,
     warn_of_newer_weights,
     warn_of_other_exif,
+    warn_of_other_resolution,
     warn_of_own_mask_head,
 )
 from rfdetr.training.next_commands import predict_with
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint.require_size(content, session.size, path)
     warn_of_other_exif(content, session.train, path)
     if not resumed:
+        warn_of_other_resolution(content, settings.resolution, path)
         warn_of_own_mask_head(content, path)
         warn_of_newer_weights(content, path)
     session.trained_on = checkpoint.trained_on(content)

@@ -560,6 +560,7 @@ def begun(dataset: Path, **options: object) -> SimpleNamespace:
         resolution=32,
         tiling=None,
         letterbox=False,
+        trained_on=None,
         images_an_epoch=4,
         progress=Progress(micro_batch=1, steps=1),
         precision=SimpleNamespace(name="fp32"),

@@ -8,12 +8,11 @@ import numpy as np
 
 from rfdetr.data.flat import row_slices
 
-SEVERAL = 3  # annotations; fewer prove nothing about their unit or about where masks lie
+SEVERAL = 3  # annotations; fewer prove nothing about all others
 MOST = 0.9  # of a split's boxes or polygons in 0..1: then it is not in pixels
 ONE = 1.001  # the largest coordinate of what is in 0..1, with what rounding adds
 FEW_PIXELS = 8  # an image's side up to which a box may well lie within its first pixel
-OFF_WARNING = 0.05  # share of a split's masks that do not lie on their boxes
-OFF_ERROR = 0.5
+OFF_ERROR = 0.5  # share of a split's masks that do not lie on their boxes
 CORNERS_ERROR = 0.5  # share of a split's masks whose boxes are corners
 MARGIN = 0.1  # share of a box's side that its mask may stand out by,
 MARGIN_PIXELS = 2.0  # and so many pixels more
@@ -50,9 +49,8 @@ def coordinate_faults(
     if not wrong_unit and len(corners) >= max(SEVERAL, CORNERS_ERROR * is_mask.sum()):
         yield "ANN_BBOX_CORNERS", "error", corners
     off_box = np.flatnonzero(is_off)
-    off = len(off_box)
-    if not wrong_unit and off >= SEVERAL and off > OFF_WARNING * is_mask.sum():
-        severity = "error" if off > OFF_ERROR * is_mask.sum() else "warning"
+    if not wrong_unit and len(off_box) >= SEVERAL:
+        severity = "error" if len(off_box) > OFF_ERROR * is_mask.sum() else "warning"
         yield "ANN_MASK_OFF_BOX", severity, off_box
 
 

@@ -58,7 +58,7 @@ CODES: dict[str, FaultKind] = {
     "IMG_PATH": FaultKind(
         "error",
         "whose file_name is no plain path inside the dataset",
-        "write it relative, without ..",
+        "write it relative, without parent folders (..)",
     ),
     "IMG_MISSING": FaultKind(
         "error",

@@ -71,15 +71,16 @@ def shrink_problems(
     step: int,
     letterbox: bool = False,
     trained_with: dict | None = None,
+    is_frozen: bool = False,
 ) -> list[Problem]:
     """A warning where a split's images are shrunk so much that objects are lost, if they are.
 
-    step, trained_with: as in shrink_warning; letterbox: as in object_sides.
+    step, trained_with, is_frozen: as in shrink_warning; letterbox: as in object_sides.
     """
     images = split.images
     sides = object_sides(split, resolution, letterbox)
     image_sides = images.sizes.max(axis=1, initial=0)
-    message = shrink_warning(image_sides, resolution, step, sides, trained_with)
+    message = shrink_warning(image_sides, resolution, step, sides, trained_with, is_frozen)
     if not message:
         return []
     if is_hardly_seen(sides):
@@ -119,12 +120,14 @@ def shrink_warning(
     step: int,
     object_sides: np.ndarray | None = None,
     trained_with: dict | None = None,
+    is_frozen: bool = False,
 ) -> str:
     """What is lost where images are shrunk to the model's input, and the way out; "" for nothing.
 
     image_sides: the images' longer sides in pixels.  resolution: the input's side, a multiple of
     `step`.  object_sides: of the objects' boxes in pixels of the input, where they are known.
     trained_with: what the checkpoint of a trained model says of its training; None: it is to come.
+    is_frozen: it is a detector that stage 2 leaves as it is.
     """
     if len(image_sides) == 0:
         return ""
@@ -156,7 +159,10 @@ def shrink_warning(
         wanted = resolution * HARDLY_SEEN / max(median, 0.1)
     better = -int(-wanted // step) * step  # rounded up
     way_out = way_out_in_training(better)
-    if trained_with is not None:
+    if is_frozen:
+        larger = "" if better > MOST_SIDE else f", or with --resolution {better},"
+        way_out = f"a detector that stage 1 trains with --tile auto{larger} sees more"
+    elif trained_with is not None:
         way_out = way_out_of_trained(trained_with, resolution, longest, better)
     return f"{'; '.join(facts)}: hardly seen; {way_out}"
 

@@ -46,6 +46,17 @@ def warn_of_other_exif(content: dict, train: CocoSplit, path: Path) -> None:
         )
 
 
+def warn_of_other_resolution(content: dict, asked: int | None, path: Path) -> None:
+    """Warn where the detector is to look at another resolution than the one it was trained at."""
+    own = content["resolution"]
+    if asked in (None, own):
+        return
+    warn(
+        f"--resolution {asked}: {path} was trained at {own} px, and finds objects of other sizes "
+        f"less well. Leave it out, or train stage 1 with --resolution {asked}, too"
+    )
+
+
 def warn_of_own_mask_head(content: dict, path: Path) -> None:
     """Warn where the detector's file has a mask head, too: another one is trained."""
     if content["mask_head"] is None:

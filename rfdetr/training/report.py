@@ -31,7 +31,7 @@ from rfdetr.runs.curves import best_score, score_curves, train_curves
 from rfdetr.runs.metrics_file import earlier_commands
 from rfdetr.runs.places import CONFIG
 from rfdetr.runs.record import Run
-from rfdetr.settings import DetectorTraining, TrainingSettings
+from rfdetr.settings import DetectorTraining, SegmentationSettings, TrainingSettings
 from rfdetr.text import command_line, counted
 from rfdetr.training.engine import Progress
 from rfdetr.training.resume import changed_settings
@@ -68,7 +68,11 @@ def print_banner(session: Session, model: nn.Module, device: str) -> None:
             tick(words)
     if not session.tiling:
         for problem in shrink_problems(
-            session.train, session.resolution, session.size.block, session.letterbox
+            session.train,
+            session.resolution,
+            session.size.block,
+            session.letterbox,
+            is_frozen=isinstance(settings, SegmentationSettings),
         ):
             warn(problem.message)
     valid = session.splits["valid"]
