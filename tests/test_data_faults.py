@@ -293,7 +293,8 @@ def test_boxes_that_were_exported_as_outlines_are_told(kind):
 
 
 def test_what_is_no_polygon_is_no_rectangle():
-    for segmentation in (None, [], [[]], [[1.0, 2.0]], [7], {"counts": [4], "size": [2, 2]}):
+    rle = {"counts": [4], "size": [2, 2]}
+    for segmentation in (None, [], [[]], [[1.0, 2.0]], [7], [["a"] * 8], [[None] * 8], rle):
         assert not is_rectangle(segmentation)
     assert not is_rectangle(rectangle(*BOXES[0]) * 2)
 

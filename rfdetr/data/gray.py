@@ -229,8 +229,8 @@ def scale_for(
         return stored, None
     if stored.window is None and sample.deep:
         here = replace(scale_by(stored.by, sample), plain=sample.plain)
-        told = "the checkpoint was trained on images of 8 bits, these have gray of more"
-        return here, ". ".join(filter(None, [told, here.note, words_on_dark(here, sample)]))
+        told = "the checkpoint was trained on images of 8 bits, these have gray of more. "
+        return here, told + "; ".join(filter(None, [here.note, words_on_dark(here, sample)]))
     if stored.window and not stored.plain and sample.plain:
         some = "these images have"
         if sample.deep:
@@ -282,8 +282,10 @@ def other_ranges(splits: dict[str, CocoSplit], scale: GrayScale | None) -> list[
     found = []
     if scale is None or scale.window is None:
         return found
-    for name in splits.keys() - {"train"}:
-        told = words_on_other_range(scale, look_at_records(splits[name].images, FEW))
+    for name, split in splits.items():
+        if name == "train":
+            continue
+        told = words_on_other_range(scale, look_at_records(split.images, FEW))
         if told:
             found.append(f"{name}: {told}. Scale all alike first")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rfdetr.data.flat import POLYGONS, FlatAnnotations, as_array, row_slices
+from rfdetr.data.flat import NUMBERS, POLYGONS, FlatAnnotations, as_array, row_slices
 
 LENGTHS = (8, 10)  # numbers of a polygon of four corners; of one that ends where it begins
 SLACK = 0.5  # pixels that a corner may be off
@@ -61,5 +61,7 @@ def is_rectangle(segmentation: object) -> bool:
         return False
     polygon = segmentation[0]
     if not isinstance(polygon, list) or len(polygon) not in LENGTHS:
+        return False
+    if not set(map(type, polygon)) <= NUMBERS:
         return False
     return bool(are_rectangles(np.array([polygon], np.float64))[0])

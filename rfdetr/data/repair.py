@@ -23,7 +23,7 @@ from rfdetr.data.rectangles import is_rectangle
 from rfdetr.files import require_free
 from rfdetr.ids import is_whole, other_form
 from rfdetr.masks import annotation_area
-from rfdetr.renaming import class_names_of, read_renames, rename_classes
+from rfdetr.renaming import class_names_of, entries_of, read_renames, rename_classes
 from rfdetr.text import is_control, without_controls
 
 # A repair may bring another fault to light: two boxes may be the same once they are clipped.
@@ -105,7 +105,7 @@ def fix_dataset(
 
 def leave_out_rectangles(data: dict, done: Counter) -> None:
     """Empty the segmentations that are one upright rectangle."""
-    for entry in data["annotations"]:
+    for entry in entries_of(data, "annotations"):
         if is_rectangle(entry.get("segmentation")):
             done["ANN_MASK_RECTANGLE: the mask is dropped, the box stays"] += 1
             entry["segmentation"] = []
