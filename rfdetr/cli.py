@@ -25,6 +25,7 @@ from rfdetr.resolve import (
     settings_of,
 )
 from rfdetr.runs.places import (
+    CONFIG,
     data_of_run,
     detector_of_run,
     find_checkpoint,
@@ -287,6 +288,8 @@ def take_config(kind: type, given: dict) -> dict:
     path = given.pop("config", None)
     if path is None:
         return {}
+    if path.is_dir():  # a run's
+        path /= CONFIG
     values = read_yaml(path)
     owner = script_of_config(path)
     if owner not in (None, getattr(kind, "script", None)) and values.keys() - settings_of(kind):

@@ -468,6 +468,7 @@ def test_the_config_of_another_scripts_run_is_told_to_be_one(tmp_path):
         with pytest.raises(UserError, match="is the config of train_seg_stage2.py: run that"):
             take_config(kind, {"config": file})
     assert take_config(SegmentationSettings, {"config": file})["masks"] == "auto"
+    assert take_config(SegmentationSettings, {"config": tmp_path})["masks"] == "auto"  # its run
     file.write_text("masks: auto\n")
     with pytest.raises(UserError, match="has no setting 'masks'"):
         take_config(DetectorSettings, {"config": file})
