@@ -88,9 +88,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     pin = device.type == "cuda"
     loader = evaluation_loader(dataset, settings.batch, settings.workers, pin=pin)
-    masks = model.head is not None and split.mask_count > 0
-    if model.head is not None and not masks:
+    has_masks = split.mask_count > 0
+    if model.head is not None and not has_masks:
         say(f"{settings.dataset} ({settings.split}) has no masks: boxes alone are scored")
+    # what two tiles have found is told to be one object by its masks
+    masks = model.head is not None and (has_masks or tiling is not None)
     evaluator = SplitEvaluator(
         loader, table, precision, masks, max_detections=settings.max_detections
     )
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{settings.checkpoint} on {place}")
     print(format_table(summary))
     best = coco.best_score()
-    if masks and best < SCORE_THRESHOLD:
+    if masks and has_masks and best < SCORE_THRESHOLD:
         say(
             f"No score reaches {SCORE_THRESHOLD}, the best is {best:.2g}: gIoU, cIoU and Dice "
             "count no detection"

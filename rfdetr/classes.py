@@ -122,6 +122,8 @@ class ClassTable:
             meant = suggest_renames(missing, extra, self.names)
             if meant:
                 message += f"If they are the same, add: {renames.choices(meant)}. Otherwise: "
+            if missing and not extra:
+                message += "If shrink_head.py --keep left them out, run it again without --keep. "
             message += "Use the checkpoint that was trained on these classes, or train again"
             raise UserError(f"{message}: {train_again}" if train_again else message)
         rows = tuple(row_of[name] for name in names)

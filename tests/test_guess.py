@@ -19,6 +19,7 @@ from pycocotools import mask as mask_api
 from scipy.special import expit
 
 import evaluate
+import train_seg_single_stage
 import train_seg_stage2
 from rfdetr.data import guess_weights
 from rfdetr.data.coco import read_dataset
@@ -32,6 +33,7 @@ from rfdetr.data.records import CocoSplit
 from rfdetr.data.sampling import make_mix
 from rfdetr.masks import to_rle
 from rfdetr.runs.record import Run
+from rfdetr.tiling import Tiling
 from rfdetr.training.report import draw_guesses
 from testkit.datasets import changed_copy
 
@@ -251,6 +253,26 @@ def boxes_only(few, tmp_path_factory) -> Path:
             entry["segmentation"] = []
 
     return changed_copy(few, tmp_path_factory.mktemp("data") / "boxes", empty_masks)
+
+
+def test_the_sheet_shows_guesses_in_tiles(demo, tmp_path, capsys):
+    split = without_masks(read_dataset(demo)["train"])
+    dataset = SplitDataset(split, 64, None, masks=True, guess=True, tiling=Tiling(96))
+    with Run(tmp_path / "run", {}, tensorboard=False) as run:
+        draw_guesses(run, dataset)
+    assert Image.open(tmp_path / "run/guessed_masks.png").height > 300
+    assert "failed" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.slow
+def test_boxes_in_tiles_are_scored_as_in_training(boxes_only, call, tmp_path):
+    """With masks, by which duplicates of two tiles are told, though there are none to score."""
+    flags = [*quick_flags(boxes_only), "--tile", 48, "--output_dir", "run"]
+    call(train_seg_single_stage.main, *flags)
+    call(evaluate.main, "--checkpoint", "run", "--json", "scores.json")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    weights = "valid_ema" if metrics["best"]["weights"] == "ema" else "valid"
+    assert json.loads((tmp_path / "scores.json").read_text()) == metrics["epochs"][-1][weights]
 
 
 @pytest.mark.slow

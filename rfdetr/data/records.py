@@ -206,6 +206,11 @@ class FromRecords:
     def boxes(self) -> np.ndarray:
         return np.concatenate([np.zeros((0, 4), np.float32), *(image.boxes for image in self)])
 
+    @property
+    def has_mask(self) -> np.ndarray:
+        masks = [mask for image in self for mask in image.segmentations]
+        return np.array([mask is not None for mask in masks], bool)
+
 
 class ImageList(FromRecords, list):
     """Records that were chosen or changed one by one, as an ImageTable to look at."""
@@ -215,11 +220,6 @@ class ImageList(FromRecords, list):
 
     def file_name(self, index: int) -> str:
         return self[index].file_name
-
-    @property
-    def has_mask(self) -> np.ndarray:
-        masks = [mask for image in self for mask in image.segmentations]
-        return np.array([mask is not None for mask in masks], bool)
 
     @property
     def content_hashes(self) -> list[int]:

@@ -227,7 +227,8 @@ def stopped_early(session: Session, evaluations: int) -> str:
     """What to say of a run after so many evaluations without gain, and how it goes on."""
     words = ["--resume", session.folder, "--patience", 2 * evaluations]
     more = command_line("python", session.settings.script, *words)
-    return f"Stopped early: {evaluations} evaluations without gain. To train on: {more}"
+    without = f"{counted(evaluations, 'evaluation')} without gain"
+    return f"Stopped early: {without}. To train on: {more}"
 
 
 def describe_run(run: Run, settings: TrainingSettings, header: dict) -> None:
@@ -279,7 +280,8 @@ def draw_guesses(run: Run, dataset: SplitDataset) -> None:
                 images.append(with_guesses_alone(split.images[number], masks))
         of_how_many = ""
         if len(images) < len(guessed):
-            of_how_many = f" in {len(images)} of {counted(len(guessed), 'image')}"
+            noun = "tile" if dataset.tiling else "image"
+            of_how_many = f" in {len(images)} of {counted(len(guessed), noun)}"
         class_sheet(replace(split, images=images), f"{of_how_many} (masks guessed)").save(file)
         tick(f"Guessed masks to look at{of_how_many}: {file}")
 
