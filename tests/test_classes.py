@@ -102,6 +102,12 @@ def test_names_that_have_nothing_in_common_are_said_once():
     assert [str(error.value).count(f"'{name}'") for name in ("cells", "dog")] == [1, 1]
 
 
+def test_a_head_that_was_cut_to_some_classes_is_said_how_to_have_all():
+    table = assign_rows(["cells"], [1], "dataset")
+    with pytest.raises(UserError, match=r"shrink_head\.py --keep left them out, run it again"):
+        table.in_order_of(["cells", "vessel"], [1, 2], "there")
+
+
 def test_a_coco_checkpoint_serves_a_dataset_with_some_of_its_classes():
     table = coco_table().in_order_of(["dog", "cat"], [7, 8], "there")
     assert table.rows == (18, 17) and table.ids == (7, 8)
