@@ -40,7 +40,7 @@ from rfdetr.resolve import plain
 from rfdetr.sizes import size_from_dict
 from rfdetr.text import counted, rounded_down
 from rfdetr.tiling import tell_idle_flags, tell_tiles, tiling_of
-from rfdetr.training.next_commands import prediction, words_on_trained_folder
+from rfdetr.training.next_commands import prediction, where_all_lie, words_on_trained_folder
 from rfdetr.weights import checkpoint
 
 
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = split.images[0].path.parent
         if is_divided_as_in_training(settings, content):
             print(words_on_trained_folder(folder))
-        command = prediction(settings.checkpoint, folder, plain(settings))
+        command = prediction(settings.checkpoint, where_all_lie(split.images), plain(settings))
         if best < PredictionSettings.threshold:
             command += f" --threshold {rounded_down(best)}"
         print(f"Next:  {command}")

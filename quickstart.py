@@ -336,7 +336,9 @@ class Job(object):
         """A folder of images to draw in: of the valid split where it has its own."""
         names = ("valid", "val2017", "train", "train2017")
         folders = [os.path.join(self.args.dataset, name) for name in names]
-        return next(filter(os.path.isdir, folders), self.args.dataset)
+        folder = next(filter(os.path.isdir, folders), self.args.dataset)
+        has_folders = any(entry.is_dir() for entry in os.scandir(folder))
+        return os.path.join(folder, "**", "*") if has_folders else folder
 
 
 def default_size(device):
@@ -378,7 +380,10 @@ def require_no_run(output_dir):
     for kind in ("detector", "segmentation"):
         folder = os.path.join(output_dir, kind)
         if os.path.isdir(folder) and os.listdir(folder):
-            message = "%s is not empty: it has another job's run. In a folder of its own: %s"
+            message = (
+                "%s is not empty: an earlier job's run lies there, which its training script's "
+                "--resume would go on with. To begin a job in a folder of its own: %s"
+            )
             raise Stop(2, message % (folder, in_free_folder(output_dir)))
 
 

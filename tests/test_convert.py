@@ -700,6 +700,13 @@ def test_values_that_lie_in_several_places_are_told(convert, tmp_path):
     assert told in said and "value of its own): 2 (masks/classes.png; masks/soft.png)" in said
 
 
+def test_a_part_of_one_split_leads_to_the_dataset_with_all_splits(convert, tmp_path):
+    for split in ("train", "valid"):
+        masked(tmp_path / "theirs" / split, numbers_of(1, 2))
+    with pytest.raises(UserError, match=r"is a part of a dataset: .* in \S*theirs\. Run: "):
+        convert(tmp_path / "theirs/train/masks")
+
+
 def test_masks_that_cannot_be_used(convert, tmp_path):
     root = masked(tmp_path / "theirs", numbers_of(1, 2))
     masked(root, np.zeros((20, 20), np.uint8), "small.png")

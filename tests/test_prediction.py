@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +24,13 @@ from rfdetr.data.demo import CLASS_NAMES
 from rfdetr.detr import RFDETR, RFDETRNano
 from rfdetr.inference import detections
 from rfdetr.inference.detections import DetectionRunner
+from rfdetr.inference.inputs import collect
 from rfdetr.inference.originals import Original, read_image
 from rfdetr.inference.prediction import Prediction
 from rfdetr.models.detector import Detector
 from rfdetr.sizes import SIZES
 from rfdetr.tool_settings import PredictionSettings
+from rfdetr.training.next_commands import where_all_lie
 from rfdetr.weights import checkpoint
 
 HEIGHT, WIDTH = 40, 50
@@ -300,6 +303,21 @@ def test_what_is_missing_is_told_with_what_may_be_meant(model, photo):
         model.predict(photo.parent / "*.jpg")
     with pytest.raises(UserError, match=r"but in folders below: .*\*.png"):
         model.predict(photo.parents[1])
+
+
+def test_images_in_folders_below_are_told_and_named_by_the_next_command(tmp_path, capsys):
+    for name in ("a.png", "in/b.png", "in/deep/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [path.name for path in collect([str(tmp_path)])] == ["a.png"]
+    pattern = tmp_path / "**" / "*"
+    told = f"{tmp_path}: images in folders below it are left out. All of them: --input {pattern}"
+    assert told in capsys.readouterr().out.replace("'", "")
+    records = [SimpleNamespace(path=path) for path in sorted(tmp_path.rglob("*.png"))]
+    assert where_all_lie(records[:1]) == tmp_path and where_all_lie(records) == pattern
+    assert collect([str(pattern)]) == [record.path for record in records]
+    collect([str(tmp_path), str(tmp_path / "in"), str(tmp_path / "in/deep")])
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["threshold", "nms"])

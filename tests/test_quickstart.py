@@ -279,6 +279,14 @@ def test_a_file_gives_settings_and_flags_win(text, words, said, tmp_path, monkey
         assert code == 0 and said.items() <= vars(jobs[0]).items()
 
 
+def test_pictures_are_of_images_in_folders_below_too(tmp_path):
+    (tmp_path / "valid").mkdir()
+    job = quickstart.Job(quickstart.parse(["--dataset", str(tmp_path)]))
+    assert job.annotated_images() == str(tmp_path / "valid")
+    (tmp_path / "valid/images").mkdir()
+    assert job.annotated_images() == str(tmp_path / "valid/**/*")
+
+
 @pytest.mark.parametrize(
     ("words", "noun"),
     [([], "images"), (["--tile", "0"], "images"), (["--tile", "auto"], "tiles")],
@@ -491,7 +499,7 @@ def test_a_stopped_job_names_a_command_that_works(repository, tmp_path, monkeypa
     repository[0].clear()
     assert quickstart.main(words) == 2
     said = capsys.readouterr().err
-    assert "detector is not empty: it has another job's run" in said and said.endswith(again)
+    assert "detector is not empty: an earlier job's run lies there" in said and said.endswith(again)
     assert not repository[0]
 
 

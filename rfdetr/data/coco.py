@@ -30,6 +30,7 @@ from rfdetr.data.layout import SPLITS, find_splits, has_val_folder, read_json
 from rfdetr.data.records import CocoSplit, ImageTable
 from rfdetr.masks import annotation_area
 from rfdetr.renaming import NO_RENAMES, Renames, class_names_of, read_renames, rename_classes
+from rfdetr.text import counted
 
 NEEDED = ("train", "valid")  # splits, for training
 ROUND_QUERIES = 100  # to whose multiple the advised number of queries is rounded up
@@ -118,7 +119,7 @@ def inspect_dataset(
             faults[name].note("SPLIT_FRACTION_UNUSED", name)
         of_file = faults["train"] if is_divided and name == "valid" else faults[name]
         if split.object_count == 0 and not of_file.has_errors:
-            faults[name].note("SPLIT_EMPTY", f"{name}: {len(split.images)} images")
+            faults[name].note("SPLIT_EMPTY", f"{name}: {counted(len(split.images), 'image')}")
         if name == "train":
             faults[name].make_error("SPLIT_EMPTY")
         elif "train" in splits:

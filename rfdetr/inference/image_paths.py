@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 
 from rfdetr.console import warn
@@ -15,6 +16,7 @@ from rfdetr.runs.places import what_is_there
 from rfdetr.text import quoted
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+LOOKED_AT = 10_000  # files in folders below one that is searched
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 
 
@@ -42,13 +44,26 @@ def files_named_by(text: str, suffixes: Collection[str]) -> list[Path]:
     return files
 
 
+def warn_of_deeper(folder: Path, taken: Collection[Path], flag: str = "") -> None:
+    """Warn where folders below one that has images hold images that are not among those taken."""
+    below = first_image_below(folder)
+    if below and below not in taken:
+        pattern = quoted(str(folder / "**" / "*"))
+        warn(f"{folder}: images in folders below it are left out. All of them: {flag}{pattern}")
+
+
+def first_image_below(folder: Path) -> Path | None:
+    """An image in a folder of `folder`, among the first that lie there."""
+    below = glob.iglob(f"{glob.escape(str(folder))}/*/**/*", recursive=True)
+    return next((file for file in map(Path, islice(below, LOOKED_AT)) if is_image(file)), None)
+
+
 def what_is_there_instead(path: Path, suffixes: Collection[str], what: str, flag: str = "") -> str:
     """Of a path without files: what it is, and how to name what lies below it or near it.
 
     what: in words, "images"; flag: what stands before a path.
     """
-    below = glob.iglob(f"{glob.escape(str(path))}/*/**/*", recursive=True)
-    deeper = next((file for file in map(Path, below) if is_image(file)), None)
+    deeper = first_image_below(path)
     if deeper:
         pattern = quoted(str(path / "**" / f"*{deeper.suffix}"))
         return f"no {what} there, but in folders below: {flag}{pattern}"

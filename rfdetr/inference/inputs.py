@@ -14,6 +14,7 @@ from rfdetr.inference.image_paths import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     files_named_by,
+    warn_of_deeper,
     what_is_there_instead,
 )
 from rfdetr.text import EMPTY
@@ -34,7 +35,10 @@ def collect(inputs: list[str]) -> list[Path]:
             instead = what_is_there_instead(Path(text), suffixes, "images or videos", "--input ")
             raise UserError(f"--input {text}: {instead}")
         paths += files
-    return list(dict.fromkeys(paths))
+    taken = dict.fromkeys(paths)
+    for folder in filter(Path.is_dir, map(Path, inputs)):
+        warn_of_deeper(folder, taken, "--input ")
+    return list(taken)
 
 
 def refuse_output_among_inputs(output: Path, inputs: list[str], names: Iterable[str]) -> None:

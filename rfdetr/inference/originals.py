@@ -33,6 +33,7 @@ from rfdetr.inference.image_paths import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     files_named_by,
+    warn_of_deeper,
     what_is_there_instead,
 )
 from rfdetr.runs.places import what_is_there
@@ -126,6 +127,8 @@ def split_up(images: object) -> list | None:
         if not files:
             instead = what_is_there_instead(Path(images), IMAGE_SUFFIXES, "images")
             raise UserError(f"{images}: {instead}")
+        if os.path.isdir(images):
+            warn_of_deeper(Path(images), files)
         return files
     return None
 

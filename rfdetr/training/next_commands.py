@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rfdetr import distributed
@@ -9,6 +11,7 @@ from rfdetr.classes import ClassTable
 from rfdetr.commands import DATA_FLAGS, flags_of, size_flags, without_flag
 from rfdetr.console import UserError
 from rfdetr.data.layout import find_splits
+from rfdetr.data.records import ImageRecord
 from rfdetr.resolve import plain
 from rfdetr.runs.places import CONFIG, WEIGHTS, first_file
 from rfdetr.text import command_line, counted, keep_flags
@@ -40,12 +43,22 @@ def predict_with(session: Session) -> tuple[str, str]:
     them, which may be nothing.
     """
     images = session.splits["valid"].images or session.train.images
+    command = prediction(session.folder / "best.pt", where_all_lie(images), plain(session.settings))
     folder = images[0].path.parent
-    command = prediction(session.folder / "best.pt", folder, plain(session.settings))
     remark = ""
     if folder == session.train.images[0].path.parent:
         remark = words_on_trained_folder(folder)
     return remark, command
+
+
+def where_all_lie(images: Sequence[ImageRecord]) -> Path:
+    """What predict.py takes for all of these images: their folder, or a pattern of what lies below
+    the one that they have in common.
+    """
+    folders = {image.path.parent for image in images}
+    if len(folders) == 1:
+        return folders.pop()
+    return Path(os.path.commonpath(folders)) / "**" / "*"
 
 
 def words_on_trained_folder(folder: Path) -> str:

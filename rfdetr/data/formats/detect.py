@@ -63,8 +63,11 @@ def datasets_below(root: Path) -> dict[Path, str]:
 
 
 def dataset_above(root: Path) -> Path | None:
-    """The dataset that a folder is a part of, as images/train is."""
-    return next((folder for folder in list(root.parents)[:2] if own_form(folder)), None)
+    """The dataset that a folder is a part of, as images/train is; with all of its splits."""
+    above = next((folder for folder in list(root.parents)[:2] if own_form(folder)), None)
+    if above and split_named(above.name) and own_form(above.parent):
+        return above.parent
+    return above
 
 
 def conversion_of(root: Path) -> str:
