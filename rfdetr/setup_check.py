@@ -96,7 +96,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         tell_idle_flags(tiling, settings.tile_overlap, settings.tile_full)
     if tiling:
         problems += tile_problems(train, tiling)
-    elif train:
+    elif train and not any(problem.code == "ANN_BBOX_NORMALISED" for problem in problems):
         problems += shrink_problems(train, resolution, size.block, letterbox)
     problems.sort(key=lambda problem: problem.severity)
     counts = {}

@@ -141,6 +141,14 @@ def test_placeholder_category_is_left_out(tmp_path, name):
     )
 
 
+def test_a_split_that_names_no_parents_changes_nothing_of_a_placeholder(tmp_path):
+    write_split(tmp_path / "train", [annotation(1)], categories=placeholder("tissue"))
+    bare = [{"id": 2, "name": "cell"}, {"id": 7, "name": "vessel"}]
+    write_split(tmp_path / "valid", [annotation(1)], categories=bare)
+    for split in read_dataset(tmp_path).values():
+        assert split.class_names == ["cell", "vessel"] and split.left_out == ["tissue"]
+
+
 def test_parent_with_annotations_and_class_named_like_its_own_parent_stay(tmp_path):
     file = write_split(
         tmp_path / "a/train", [annotation(1, category=0)], categories=placeholder("tissue")

@@ -225,13 +225,14 @@ def placeholders(categories: Iterable[dict], used: set[int]) -> set[tuple[int, s
 
     used: the category ids that have annotations.
     """
-    parents = {
-        (entry["id"], entry["name"]): str(entry.get("supercategory")) for entry in categories
-    }
-    children = Counter(parents.values())
+    parents: dict[tuple[int, str], set[str]] = {}  # several where splits differ, or leave it out
+    for entry in categories:
+        own = parents.setdefault((entry["id"], entry["name"]), set())
+        own.add(str(entry.get("supercategory")))
+    children = Counter(parent for own in parents.values() for parent in own)
     left_out = set()
-    for (category_id, name), parent in parents.items():
-        is_own_parent = parent == name
+    for (category_id, name), own in parents.items():
+        is_own_parent = name in own
         if category_id not in used and children[name] > is_own_parent:
             left_out.add((category_id, name))
     return left_out
