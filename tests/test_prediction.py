@@ -21,6 +21,7 @@ from rfdetr.arguments import as_arguments
 from rfdetr.classes import assign_rows
 from rfdetr.console import UserError
 from rfdetr.data.demo import CLASS_NAMES
+from rfdetr.data.records import ImageList
 from rfdetr.detr import RFDETR, RFDETRNano
 from rfdetr.inference import detections
 from rfdetr.inference.detections import DetectionRunner
@@ -313,9 +314,10 @@ def test_images_in_folders_below_are_told_and_named_by_the_next_command(tmp_path
     pattern = tmp_path / "**" / "*"
     told = f"{tmp_path}: images in folders below it are left out. All of them: --input {pattern}"
     assert told in capsys.readouterr().out.replace("'", "")
-    records = [SimpleNamespace(path=path) for path in sorted(tmp_path.rglob("*.png"))]
-    assert where_all_lie(records[:1]) == tmp_path and where_all_lie(records) == pattern
-    assert collect([str(pattern)]) == [record.path for record in records]
+    paths = sorted(tmp_path.rglob("*.png"))
+    images = ImageList(SimpleNamespace(path=path) for path in paths)
+    assert where_all_lie(images) == pattern and where_all_lie(ImageList(images[:1])) == tmp_path
+    assert collect([str(pattern)]) == paths
     collect([str(tmp_path), str(tmp_path / "in"), str(tmp_path / "in/deep")])
     assert not capsys.readouterr().out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from rfdetr import distributed
@@ -11,7 +10,7 @@ from rfdetr.classes import ClassTable
 from rfdetr.commands import DATA_FLAGS, flags_of, size_flags, without_flag
 from rfdetr.console import UserError
 from rfdetr.data.layout import find_splits
-from rfdetr.data.records import ImageRecord
+from rfdetr.data.records import ImageList, ImageTable
 from rfdetr.resolve import plain
 from rfdetr.runs.places import CONFIG, WEIGHTS, first_file
 from rfdetr.text import command_line, counted, keep_flags
@@ -51,11 +50,11 @@ def predict_with(session: Session) -> tuple[str, str]:
     return remark, command
 
 
-def where_all_lie(images: Sequence[ImageRecord]) -> Path:
+def where_all_lie(images: ImageTable | ImageList) -> Path:
     """What predict.py takes for all of these images: their folder, or a pattern of what lies below
     the one that they have in common.
     """
-    folders = {image.path.parent for image in images}
+    folders = {images.path(index).parent for index in range(len(images))}
     if len(folders) == 1:
         return folders.pop()
     return Path(os.path.commonpath(folders)) / "**" / "*"
