@@ -19,8 +19,8 @@ from rfdetr.text import EMPTY
 from rfdetr.tool_settings import PredictionSettings
 
 FLAG = re.compile(
-    r"--(tile_overlap|tile_full|tile|letterbox|device|amp|resolution)\b"
-    r"(?: (auto\b|cpu\b|bf16\b|fp16\b|off\b|\d+))?"
+    r"--(tile_overlap|tile_full|tile|letterbox|device|amp|resolution|gray)\b"
+    r"(?: (auto\b|full\b|cpu\b|bf16\b|fp16\b|off\b|\d+))?"
 )
 
 

@@ -129,6 +129,7 @@ def check_setup(settings: ValidationSettings, versions: dict[str, str]) -> None:
         # masks are guessed where there are none: splits has their numbers
         "stages": dict.fromkeys(("detector", "segmentation", "single"), not errors),
         "problems": [asdict(problem) for problem in problems],
+        "gray_warnings": gray_warnings,
     }
     if settings.estimate and not errors:
         images = counts["train"]["images"]

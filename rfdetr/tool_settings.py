@@ -192,4 +192,4 @@ class ValidationSettings(TileSettings, DataSettings):
     )
     flip: bool = switch(True, "0: mirror none of them, whatever --augment does")
     estimate: bool = switch(False, ESTIMATE)
-    json: Path | None = path(None, "write all that is said here too", metavar="FILE")
+    json: Path | None = path(None, "write what is found here, too", metavar="FILE")

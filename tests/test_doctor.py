@@ -372,6 +372,17 @@ def test_a_fixed_copy_names_files_as_they_are_called(dataset):
     assert kept == {names[0].upper(), *names[2:]}
 
 
+def test_a_fixed_copy_writes_names_with_slashes_and_says_so(dataset):
+    folder = dataset / "train"
+    (folder / "sub").mkdir()
+    (folder / "1.png").rename(folder / "sub/1.png")
+    change("images", file_name="sub\\1.png")(dataset)
+    done = fix_dataset(dataset, dataset.parent / "fixed", decode=False)["train"]
+    assert done == {"File names: written plainly, with /": 1}
+    fixed = json.loads((dataset.parent / "fixed/train" / FILE).read_text())
+    assert fixed["images"][0]["file_name"] == "sub/1.png"
+
+
 @pytest.mark.parametrize(
     ("codes", "can"),
     [

@@ -192,6 +192,7 @@ def test_messages_to_python_name_arguments(model, pixels, arguments, message, ca
     with pytest.raises(UserError, match=message):
         model.predict(pixels, **arguments)
     assert as_arguments("--letterbox 1: leave the flag out") == "letterbox=True: leave it out"
+    assert as_arguments("--gray full: by its bits") == 'gray="full": by its bits'
 
 
 def test_idle_arguments_are_told_once(model, pixels, capsys):

@@ -97,7 +97,7 @@ def fix_dataset(
         if drop_rectangles:
             leave_out_rectangles(data, done)
         _, folder = files[name]
-        write_split(data, folder, out / name)
+        write_split(data, folder, out / name, done)
     note = f"A cleaned copy of {root.absolute()}. Its images are links to those, not copies.\n"
     (out / COPY_NOTE).write_text(note, encoding="utf-8", errors="backslashreplace")
     return {name: dict(done) for name, (_, done) in cleaned.items()}
@@ -119,8 +119,11 @@ def can_repair(codes: set[str]) -> bool:
     return bool(codes & REPAIRED - consequences)
 
 
-def write_split(data: dict, folder: Path, out: Path) -> None:
-    """Write an annotation file into the new folder `out`, with links to its images in `folder`."""
+def write_split(data: dict, folder: Path, out: Path, done: Counter) -> None:
+    """Write an annotation file into the new folder `out`, with links to its images in `folder`.
+
+    done: what was done how often, as in `clean`.
+    """
     out.mkdir(parents=True)
     images = data["images"] if isinstance(data.get("images"), list) else []
     for entry in images:
@@ -128,8 +131,11 @@ def write_split(data: dict, folder: Path, out: Path) -> None:
             continue
         source = find_image(folder, entry["file_name"])
         if is_regular_file(source):
-            entry["file_name"] = source.relative_to(folder).as_posix()
-            link(source, out / entry["file_name"])
+            plain = source.relative_to(folder).as_posix()
+            if plain != entry["file_name"]:
+                done["File names: written plainly, with /"] += 1
+            entry["file_name"] = plain
+            link(source, out / plain)
     with open(out / ANNOTATIONS, "x", encoding="utf-8") as file:  # x: never through a link
         json.dump(data, file)
 
