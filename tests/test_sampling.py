@@ -13,10 +13,11 @@ from conftest import quick_flags
 
 import train_detector_stage1
 from rfdetr.console import UserError
+from rfdetr.data.augment import PRESETS
 from rfdetr.data.coco import read_dataset
 from rfdetr.data.demo import make_demo
 from rfdetr.data.loaders import EpochSampler
-from rfdetr.data.sampling import Pool, make_mix, repeat_factors
+from rfdetr.data.sampling import Pool, make_mix, repeat_factors, say_counts
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +103,20 @@ def test_a_pool_draws_no_image_twice_before_all_once():
     assert sorted(order[:3].tolist()) == [3, 5, 9] == sorted(order[3:6].tolist())
 
 
+@pytest.mark.parametrize("name", ["flips", "mosaic", "strong"])
+def test_what_an_epoch_shows_is_said_to_be_before_images_are_mixed(name, few, capsys):
+    split = read_dataset(few)["train"]
+    say_counts(split, torch.arange(4), PRESETS[name].mixes_images)
+    said = "without objects, before --augment puts objects of other images on some\n"
+    assert (said in capsys.readouterr().out) == (name != "flips")
+
+
 def test_training_says_what_an_epoch_shows(few, call, capsys, tmp_path):
     flags = [*quick_flags(few), "--pretrain_weights", "none", "--head", "dataset"]
     flags += ["--repeat_factor", 1, "--negatives", 0, "--output_dir", tmp_path / "run"]
     call(train_detector_stage1.main, *flags)
     said = capsys.readouterr().out
-    assert "Epoch 1 shows 4 images, 0 % of them without objects" in said
+    assert "Epoch 1 shows 4 images, 0 % of them without objects\n" in said
     rows = [line.split() for line in said.splitlines()]
     assert ["objects", "of", "before", "now"] in rows
     assert any(row[:1] == ["cells"] and int(row[2]) > 0 for row in rows)

@@ -41,6 +41,11 @@ class Preset:
     paste_chance: float = 0.0
     colours: v2.Transform | None = None
 
+    @property
+    def mixes_images(self) -> bool:
+        """Whether objects of other images are shown in some."""
+        return self.mosaic_chance > 0 or self.paste_chance > 0
+
 
 def colours_and_grain(brightness: float, hue: float) -> v2.Transform:
     """Brightness, contrast and saturation by up to a share, hue; now and then a blur, or noise."""

@@ -120,15 +120,17 @@ def repeat_factors(split: CocoSplit, threshold: float) -> Tensor:
     return torch.from_numpy(factors)
 
 
-def say_counts(split: CocoSplit, order: Tensor) -> None:
+def say_counts(split: CocoSplit, order: Tensor, mixes_images: bool = False) -> None:
     """Print what an epoch shows: images without objects, and the objects of each class.
 
     order: indices of the epoch's images; "before" is a mean epoch of as many images, all alike.
+    mixes_images: the augmentation shows objects of other images, too.
     """
     times = torch.bincount(order, minlength=len(split.images)).numpy()
     per_image = np.array(split.objects_per_image)
     empty = times[per_image == 0].sum() / len(order)
-    say(f"Epoch 1 shows {len(order):,} images, {100 * empty:.0f} % of them without objects")
+    mixed = ", before --augment puts objects of other images on some" if mixes_images else ""
+    say(f"Epoch 1 shows {len(order):,} images, {100 * empty:.0f} % of them without objects{mixed}")
     before = np.array(split.objects_per_class) * len(order) / len(split.images)
     now = np.zeros(len(before), int)
     np.add.at(now, split.images.labels, times[split.places])

@@ -201,7 +201,8 @@ def training_data(
     if settings.fast_dev_run:
         sampler.steps = min(sampler.steps, settings.fast_dev_run)
     if settings.repeat_factor or settings.negatives is not None:
-        say_counts(dataset.split, sampler.order()[0])
+        mixes_images = dataset.preset is not None and dataset.preset.mixes_images
+        say_counts(dataset.split, sampler.order()[0], mixes_images)
     return dataset, sampler
 
 
